@@ -1,0 +1,217 @@
+"""Pure optimizers: sgd with momentum, Adam, and the natural gradient, all as `init` / `draw` / `step`.
+
+A step is a function from (params, state, batch, …) to new ones, so that whole runs can be vmapped and resumed.
+
+Where things enter, for all of them alike:
+- the loss is the mean over examples of the NLL summed over outputs (docs/conventions.md), so rates are in its units;
+- weight decay is decoupled: `params ← params − lr · (direction + weight_decay · params)`, after momentum and clip;
+- the KL clip scales the preconditioned gradient before it enters the momentum buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+import fisherfn as ff
+
+Tree = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+class Stepped(NamedTuple):
+    """The outcome of a step; `info` as the library's, so that `ff.check` explains a step that is not ok."""
+
+    params: Tree
+    state: Any
+    context: Any
+    info: ff.Info
+
+
+class Optimizer(NamedTuple):
+    """An optimizer for one model.
+
+    Attributes:
+        init: params to the empty state.
+        draw: (batch, generator) to the step's noise, `()` if it needs none: the only use of randomness.
+        step: (params, state, batch, context, noise, index) to `Stepped`; `index` counts steps from 0 on the host.
+    """
+
+    init: Callable[[Tree], Any]
+    draw: Callable[[Batch, torch.Generator], Any]
+    step: Callable[[Tree, Any, Batch, Any, Any, int], Stepped]
+
+
+def sgd(
+    model: Any,
+    likelihood: ff.Likelihood,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Stochastic gradient descent: `v ← μ v + ∇`, then along v (or `∇ + μ v`, Nesterov's look-ahead)."""
+
+    def step(params: Tree, velocity: Tree, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        grads, info = _gradient(model, likelihood, params, batch, context)
+        velocity = ff.tree.add(grads, velocity, scale=momentum)
+        direction = ff.tree.add(grads, velocity, scale=momentum) if nesterov else velocity
+        return Stepped(_move(params, direction, lr, weight_decay), velocity, info.context, info)
+
+    return Optimizer(ff.tree.zeros_like, _no_draw, step)
+
+
+class AdamState(NamedTuple):
+    """Running moments of the gradient and the number of steps."""
+
+    first: Tree
+    second: Tree
+    count: Tensor
+
+
+def adam(
+    model: Any,
+    likelihood: ff.Likelihood,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay."""
+
+    def init(params: Tree) -> AdamState:
+        count = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
+        return AdamState(ff.tree.zeros_like(params), ff.tree.zeros_like(params), count)
+
+    def step(params: Tree, state: AdamState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        grads, info = _gradient(model, likelihood, params, batch, context)
+        count = state.count + 1
+        first = ff.tree.map(lambda m, g: torch.lerp(g, m, betas[0]), state.first, grads)
+        second = ff.tree.map(lambda v, g: torch.lerp(g * g, v, betas[1]), state.second, grads)
+        bias_1, bias_2 = 1 - betas[0] ** count, 1 - betas[1] ** count
+        direction = ff.tree.map(lambda m, v: (m / bias_1) / ((v / bias_2).sqrt() + eps), first, second)
+        return Stepped(_move(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info)
+
+    return Optimizer(init, _no_draw, step)
+
+
+class NaturalState(NamedTuple):
+    """The curvature's state and the momentum buffer."""
+
+    curvature: ff.State
+    velocity: Tree
+
+
+def natural(
+    ng: ff.NaturalGradient,
+    *,
+    lr: float,
+    damping: float,
+    clipping: float | None = 0.1,
+    momentum: float = 0.9,
+    ema: float = 0.95,
+    weight_decay: float = 0.0,
+    update_every: int = 10,
+    invert_every: int = 20,
+    fisher_batch_size: int | None = None,
+) -> Optimizer:
+    """The natural gradient with KL clip and momentum: `v ← μ v + clip(F̂⁻¹∇)`, then along v.
+
+    Args:
+        ng: model, likelihood and method.
+        lr: rate.
+        damping: λ, in the units of the Fisher of the mean NLL.
+        clipping: bound κ of `ff.kl_clip`, in nats an example; None or 0 for no clip.
+        momentum: μ.
+        ema: weight of the old factors.
+        weight_decay: decoupled.
+        update_every: steps between statistics.
+        invert_every: steps between inverses.
+        fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
+    """
+
+    def init(params: Tree) -> NaturalState:
+        return NaturalState(ng.init(params, damping=damping, ema=ema), ff.tree.zeros_like(params))
+
+    def draw(batch: Batch, generator: torch.Generator) -> Any:
+        return ng.noise(_head(batch, fisher_batch_size), generator) if ng.fisher_kind == "mc" else ()
+
+    def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        labels = noise if isinstance(noise, Tensor) else None
+        cadence = {"update": index % update_every == 0, "invert": index % invert_every == 0}
+        curvature = state.curvature
+        if fisher_batch_size is None:
+            nat, curvature, info = ng.step(
+                params, curvature, batch, inner=bool(clipping), noise=labels, context=context, **cadence
+            )
+        else:
+            nat, curvature, info = _step_in_parts(
+                ng, params, curvature, (batch, _head(batch, fisher_batch_size)), labels, context, **cadence
+            )
+        if clipping:
+            nat = ff.kl_clip(nat, info.inner, lr=lr, bound=clipping)
+        velocity = ff.tree.add(nat, state.velocity, scale=momentum)
+        moved = _move(params, velocity, lr, weight_decay)
+        return Stepped(moved, NaturalState(curvature, velocity), info.context, info)
+
+    return Optimizer(init, draw, step)
+
+
+def _step_in_parts(
+    ng: ff.NaturalGradient,
+    params: Tree,
+    state: ff.State,
+    batches: tuple[Batch, Batch],
+    noise: Tensor | None,
+    context: Any,
+    *,
+    update: bool,
+    invert: bool,
+) -> tuple[Tree, ff.State, ff.Info]:
+    """A step whose gradient comes from the whole batch and whose curvature from a part of it."""
+    whole, part = batches
+    masks = []
+    if update:
+        state, info = ng.update(state, ng.stats(params, part, noise=noise, context=context))
+        masks.append(info)
+    if invert:
+        state, info = ng.invert(state)
+        masks.append(info)
+    nat, state, info = ng.step(params, state, whole, update=False, invert=False, inner=True, context=context)
+    for other in masks:
+        ok = {key: info.ok[key] & other.ok[key] for key in info.ok}
+        info = info._replace(ok=ok, checks=other.checks | info.checks, diagnostics=info.diagnostics | other.diagnostics)
+    return nat, state, info
+
+
+def _head(batch: Batch, size: int | None) -> Batch:
+    return batch if size is None else (batch[0][:size], batch[1][:size])
+
+
+def _gradient(model: Any, likelihood: ff.Likelihood, params: Tree, batch: Batch, context: Any) -> tuple[Tree, ff.Info]:
+    x, y = batch
+
+    def loss(p: Tree) -> tuple[Tensor, Any]:
+        outputs, new_context = model(p, x, context)
+        value = likelihood.nll(outputs, y).mean()
+        return value, (value, new_context)
+
+    grads, (value, new_context) = grad(loss, has_aux=True)(params)
+    sound = torch.isfinite(value)
+    return grads, ff.Info(loss=value, ok={"loss": sound}, checks={"loss": sound}, context=new_context)
+
+
+def _move(params: Tree, direction: Tree, lr: float, weight_decay: float) -> Tree:
+    if weight_decay:
+        direction = ff.tree.add(direction, params, scale=weight_decay)
+    return ff.tree.add(params, direction, scale=-lr)
+
+
+def _no_draw(batch: Batch, generator: torch.Generator) -> tuple[()]:
+    return ()

@@ -1,0 +1,147 @@
+"""From a configuration to a finished result: what every trainer does around its models.
+
+Reads top to bottom: task, optimizer, run, pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import fisherfn as ff
+from common import optimizers
+from common.config import TrainConfig, filled
+from common.data import Data, load
+from common.loop import Settings, Snapshot, Task, start, train
+from common.models import initialise, resolve
+from common.plots import loss_curves, reconstructions
+from common.results import Results
+
+OPTIMIZERS = ("sgd", "adam", *ff.METHODS)
+"""Names of `--optim`: the first-order baselines and every method of the library."""
+
+TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
+"""Settings found by `apps/search.py`, by data and optimizer; what the command line leaves open comes from here."""
+
+
+def tuned(data: str, optim: str) -> dict[str, Any]:
+    """The recorded settings for this data and optimizer, else those of the entry `default`."""
+    table = yaml.safe_load(TUNED.read_text())
+    method = optim if optim in table["default"] else "kfac"
+    return {**table["default"][method], **table.get(data, {}).get(method, {})}
+
+
+def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
+    """Model and data, ready to train; inputs are flattened for nets of linear layers."""
+    spec = resolve(config.model or data.model)
+    net = spec.build(data)
+    initialise(net, config.init_params, torch.Generator().manual_seed(config.seed))
+    net = net.to(config.device)
+    model, params, context = ff.functional(net.train())
+    predict, _, _ = ff.functional(copy.deepcopy(net).eval())
+    splits = [_examples(split, spec.task, config.device) for split in (data.train, data.test)]
+    likelihood = data.reconstruction if spec.task == "reconstruct" else data.prediction
+    per_output = splits[0][1][0].numel() if spec.task == "reconstruct" else 1
+    return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output), net
+
+
+def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
+    """The optimizer that `--optim` names, on this task."""
+    if config.optim == "sgd":
+        return optimizers.sgd(
+            task.model, task.likelihood, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+    if config.optim == "adam":
+        betas = (config.beta_1, config.beta_2)
+        return optimizers.adam(task.model, task.likelihood, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    ng = natural_gradient(config, task)
+    return optimizers.natural(
+        ng, lr=config.lr, damping=config.damping, clipping=config.clipping, momentum=config.momentum, ema=config.ema,
+        weight_decay=config.weight_decay, update_every=config.update_every, invert_every=config.invert_every,
+        fisher_batch_size=config.fisher_batch_size,
+    )  # fmt: skip
+
+
+def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
+    """The library's natural gradient for this task, as configured."""
+    method = ff.METHODS[config.optim](damping_form=config.damping_form)
+    return ff.natural_gradient(
+        task.model, task.params, task.train[0][: config.batch_size], likelihood=task.likelihood, method=method,
+        fisher=config.fisher, samples=config.fisher_samples, context=task.context,
+    )  # fmt: skip
+
+
+def run(config: TrainConfig, app: str) -> Path:
+    """Train as configured; returns the result folder. Nothing is written before data and model are known to work."""
+    data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
+    config = filled(config, tuned(data.name, config.optim) | {"model": data.model})
+    results = Results.open(config, app)
+    task, net = make_task(config, data)
+    optimizer = make_optimizer(config, task)
+    snapshot = start(task, optimizer)
+    if config.resume:
+        snapshot = restore(results, snapshot)
+    label = f"{data.name} {config.optim}"
+    settings = Settings(
+        config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label
+    )
+    for epoch in train(task, optimizer, snapshot, settings):
+        snapshot = epoch.snapshot
+        results.record(epoch.metrics)
+        save(results, snapshot)
+        if not config.quiet:
+            print(line(epoch.metrics), flush=True)
+    pictures(results, task, data, snapshot)
+    print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
+    return results.path
+
+
+def line(metrics: dict[str, float]) -> str:
+    """One epoch as a line to read."""
+    accuracy = f"  test accuracy {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
+    skipped = f"  {metrics['skipped']:.0f} steps skipped as not ok" if metrics["skipped"] else ""
+    return (
+        f"epoch {metrics['epoch']:3.0f}  train loss {metrics['train_loss']:.5f}  test loss {metrics['test_loss']:.5f}"
+        f"{accuracy}  {metrics['seconds']:7.1f} s{skipped}"
+    )
+
+
+def save(results: Results, snapshot: Snapshot) -> None:
+    """The snapshot as a flat checkpoint."""
+    trees = {"params": snapshot.params, "context": snapshot.context, "state": snapshot.state}
+    meta = {"epoch": snapshot.epoch, "step": snapshot.step, "seconds": snapshot.seconds}
+    results.save_checkpoint(ff.tree.flatten(trees), meta)
+
+
+def restore(results: Results, like: Snapshot) -> Snapshot:
+    """The checkpoint as a snapshot, in the structure of a fresh one."""
+    flat, meta = results.load_checkpoint()
+    trees = {"params": like.params, "context": like.context, "state": like.state}
+    trees = ff.tree.unflatten(trees, flat)
+    return Snapshot(trees["params"], trees["context"], trees["state"], meta["epoch"], meta["step"], meta["seconds"])
+
+
+def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> None:
+    """Losses per epoch and per second, and for autoencoders what the net makes of test images."""
+    loss_curves({results.path.name: results.metrics()}, results.path / "loss.png")
+    if task.per_output == 1:
+        return
+    x = task.test[0][:10]
+    with torch.no_grad():
+        outputs, _ = task.predict(snapshot.params, x, snapshot.context)
+    images = outputs.sigmoid() if isinstance(task.likelihood, ff.Bernoulli) else outputs
+    shape = (-1, *data.test.inputs.shape[1:])
+    reconstructions(x.reshape(shape).cpu(), images.reshape(shape).cpu(), results.path / "reconstructions.png")
+
+
+def _examples(split: Any, task: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x = split.inputs.flatten(1).to(device)
+    return x, x if task == "reconstruct" else split.labels.to(device)
+
+

@@ -1,0 +1,39 @@
+"""fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
+
+from fisherfn import errors, likelihoods, tree
+from fisherfn.adapt import kl_clip
+from fisherfn.base import Method
+from fisherfn.errors import FisherfnError, check
+from fisherfn.fisher import Fisher
+from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fisherfn.methods import METHODS, kfac
+from fisherfn.natgrad import NaturalGradient, State, natural_gradient
+from fisherfn.stats import Layout, Stats, functional
+from fisherfn.types import Info, Tap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Bernoulli",
+    "Categorical",
+    "Fisher",
+    "FisherfnError",
+    "Gaussian",
+    "Info",
+    "Layout",
+    "Likelihood",
+    "Method",
+    "NaturalGradient",
+    "State",
+    "Stats",
+    "Tap",
+    "check",
+    "errors",
+    "functional",
+    "kfac",
+    "kl_clip",
+    "likelihoods",
+    "natural_gradient",
+    "tree",
+]

@@ -1,0 +1,52 @@
+"""How far to go along the natural gradient: the KL clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.errors import HyperparameterError, StructureError
+from fisherfn.types import Tree
+
+
+def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: float | Tensor) -> Tree:
+    r"""Scale a step so that its predicted KL divergence stays within a bound.
+
+    $$\nu = \min\Bigl(1, \sqrt{\frac{\kappa}{\eta^2 |\langle \nabla, \mathrm{nat} \rangle|}}\Bigr)$$
+
+    With nat = F̂⁻¹∇, η²⟨∇, nat⟩ is the squared length of the step ηnat in the metric F̂: about twice the KL divergence,
+    in nats an example, between the model before and after.
+
+    Args:
+        nat: the preconditioned gradient.
+        inner: ⟨∇, nat⟩ over all parameters: `info.inner` of `ng.step(..., inner=True)`, or `ff.tree.dot(grads, nat)`.
+        lr: the rate η that the step is going to be taken with.
+        bound: κ, in nats (of the mean negative log-likelihood an example).
+
+    Raises:
+        StructureError: `inner` was not measured.
+        HyperparameterError: a bound or rate that is not positive.
+
+    Source: Grosse & Martens 2016, section 5 (as a trust region); Ba, Grosse & Martens 2017, section 5.
+
+    >>> step = kl_clip({"w": torch.tensor([3.0])}, torch.tensor(4.0), lr=1.0, bound=1.0)
+    >>> step["w"]
+    tensor([1.5000])
+    """
+    if isinstance(inner, tuple):
+        raise StructureError(
+            "there is no ⟨∇, nat⟩ to clip by: call ng.step(..., inner=True) or use ff.tree.dot(grads, nat)."
+        )
+    for name, value in (("lr", lr), ("bound", bound)):
+        if not isinstance(value, Tensor) and not value > 0:
+            raise HyperparameterError(f"kl_clip: {name} must be positive, got {value}.")
+    return tree.scale(nat, clip_factor(inner, lr=lr, bound=bound))
+
+
+def clip_factor(inner: Tensor, *, lr: float | Tensor, bound: Any) -> Tensor:
+    """ν of `kl_clip`; 1 where the gradient vanishes."""
+    length = torch.as_tensor(lr) ** 2 * inner.abs()
+    return (bound / length.clamp(min=torch.finfo(length.dtype).tiny)).sqrt().clamp(max=1.0)

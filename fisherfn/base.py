@@ -1,0 +1,156 @@
+r"""The Method protocol, and the lift from one layer's matrices to all layers.
+
+A method that treats layers one by one is a few pure functions on one block (`LayerMethod`); `layerwise` lifts them to
+dicts of blocks once, here. A method that couples layers builds a `Method` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.linalg.kron import Product
+from fisherfn.types import Mean, Moment, PyTree, Tap
+
+Shape = tuple[int, int, int]
+"""(groups K, d_out, d_in) of a block's matrix."""
+
+Diagnostics = dict[str, Tensor]
+"""Measurements by name; the names are fixed for a method, so that the structure of `info` is."""
+
+
+class Estimated(NamedTuple):
+    """New factors, whether they are sound, and what was measured on the way."""
+
+    factors: PyTree
+    ok: dict[str, Tensor]
+    diagnostics: dict[str, Diagnostics]
+
+
+class Preconditioned(NamedTuple):
+    """Preconditioned gradients, one matrix a block, and ⟨∇, nat⟩ when asked for."""
+
+    matrices: dict[str, Tensor]
+    inner: Any
+
+
+class Method(NamedTuple):
+    """What `natural_gradient` asks of a method; every argument and result is a dict by block key.
+
+    Attributes:
+        name: as in `ff.METHODS`.
+        init: shapes, dtype, device and damping to empty factors and inverses; preconditioning with these is grad/λ.
+        update: (factors, taps, rho, mean) to factors blended with weight ρ on the old ones.
+        invert: (factors, damping) to inverses.
+        precondition: (inverses, gradients, inner) to preconditioned gradients; a gradient is a matrix or a loss tap.
+        matvec: (factors, matrices) to the undamped approximate Fisher times them.
+    """
+
+    name: str
+    init: Callable[[Mapping[str, Shape], torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
+    update: Callable[[PyTree, Mapping[str, Callable[[], Tap]], Tensor, Mean], Estimated]
+    invert: Callable[[PyTree, Tensor], Estimated]
+    precondition: Callable[[PyTree, Mapping[str, Tensor | Tap], bool], Preconditioned]
+    matvec: Callable[[PyTree, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+class LayerMethod(NamedTuple):
+    """A method on one block.
+
+    Attributes:
+        init: (shape, dtype, device, damping) to empty factors and the inverse that stands for I/λ.
+        estimate: (tap, previous, mean) to factors in the method's canonical scale, and diagnostics; `previous` warm
+            starts iterations, and every additive moment goes through `mean`.
+        blend: (old, new, rho) to the method's own running average.
+        invert: (factors, damping) to (inverse, ok, diagnostics).
+        apply: (inverse, gradient matrix) to the preconditioned matrix.
+        apply_tap: the same from a loss tap, with ⟨∇, nat⟩ when asked for.
+        matvec: (factors, matrix) to the undamped approximation times it.
+    """
+
+    init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
+    estimate: Callable[[Tap, PyTree, Mean], tuple[PyTree, Diagnostics]]
+    blend: Callable[[PyTree, PyTree, Tensor], PyTree]
+    invert: Callable[[PyTree, Tensor], tuple[PyTree, Tensor, Diagnostics]]
+    apply: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
+    apply_tap: Callable[[PyTree, Tap, bool], Product]
+    matvec: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
+
+
+def whole_mean(moment: Moment, tap: Tap) -> PyTree:
+    """The mean over one batch held as a whole: the moment itself."""
+    return moment(tap)
+
+
+def chunked_mean(size: int) -> Mean:
+    """The same mean, a few examples at a time: what a moment needs in between is bounded by the chunk."""
+
+    def mean(moment: Moment, tap: Tap) -> PyTree:
+        examples = tap.a.shape[1]
+        total = None
+        for start in range(0, examples, size):
+            part = Tap(tap.a[:, start : start + size], tap.g[:, :, start : start + size])
+            share = tree.scale(moment(part), part.a.shape[1] / examples)
+            total = share if total is None else tree.add(total, share)
+        return total
+
+    return mean
+
+
+def factorwise(old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
+    """`ρ old + (1 − ρ) new`, factor by factor."""
+    return tree.map(lambda o, n: torch.lerp(n, o, rho.to(n.dtype)), old, new)
+
+
+def layerwise(name: str, layer: LayerMethod) -> Method:
+    """A method on one block, lifted to all blocks."""
+
+    def init(
+        shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[PyTree, PyTree]:
+        pairs = {key: layer.init(shape, dtype, device, damping) for key, shape in shapes.items()}
+        return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
+
+    def update(factors: PyTree, taps: Mapping[str, Callable[[], Tap]], rho: Tensor, mean: Mean) -> Estimated:
+        new, ok, diagnostics = {}, {}, {}
+        for key, make_tap in taps.items():  # one tap at a time: an unfolded convolution is large
+            estimate, diagnostics[key] = layer.estimate(make_tap(), factors[key], mean)
+            new[key] = layer.blend(factors[key], estimate, rho)
+            ok[key] = tree.finite(new[key])
+        return Estimated(new, ok, _by_name(diagnostics))
+
+    def invert(factors: PyTree, damping: Tensor) -> Estimated:
+        inverses, ok, diagnostics = {}, {}, {}
+        for key in factors:
+            inverses[key], ok[key], diagnostics[key] = layer.invert(factors[key], damping)
+        return Estimated(inverses, ok, _by_name(diagnostics))
+
+    def precondition(inverses: PyTree, gradients: Mapping[str, Tensor | Tap], inner: bool) -> Preconditioned:
+        products = {key: _apply(layer, inverses[key], gradient, inner) for key, gradient in gradients.items()}
+        total = torch.stack([p.inner for p in products.values()]).sum() if inner else ()  # type: ignore[misc]
+        return Preconditioned({key: p.matrix for key, p in products.items()}, total)
+
+    def matvec(factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: layer.matvec(factors[key], matrix) for key, matrix in matrices.items()}
+
+    return Method(name, init, update, invert, precondition, matvec)
+
+
+def _apply(layer: LayerMethod, inverse: PyTree, gradient: Tensor | Tap, inner: bool) -> Product:
+    if isinstance(gradient, Tap):
+        return layer.apply_tap(inverse, gradient, inner)
+    matrix = layer.apply(inverse, gradient)
+    return Product(matrix, (gradient * matrix).sum() if inner else ())
+
+
+def _by_name(diagnostics: Mapping[str, Diagnostics]) -> dict[str, Diagnostics]:
+    names = {name for measured in diagnostics.values() for name in measured}
+    return {
+        name: {key: measured[name] for key, measured in diagnostics.items() if name in measured}
+        for name in sorted(names)
+    }

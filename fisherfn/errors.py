@@ -1,0 +1,133 @@
+"""Typed errors: each says what, where, why and what to do. Values are checked by masks first, see `check`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fisherfn.types import Info
+
+
+class FisherfnError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ShapeError(FisherfnError, ValueError):
+    """A tensor's shape or type does not fit what the build traced."""
+
+
+class EmptyBatchError(ShapeError):
+    """A batch without examples has no mean."""
+
+
+class StructureError(FisherfnError, ValueError):
+    """A tree's names are not those of the parameters, or a call was made out of order."""
+
+
+class UnusedParameterError(StructureError):
+    """A parameter that the model's outputs do not depend on."""
+
+
+class HyperparameterError(FisherfnError, ValueError):
+    """A hyperparameter outside its range."""
+
+
+class UnknownNameError(FisherfnError, ValueError):
+    """A name that is not in the registry."""
+
+
+class NoiseError(FisherfnError, ValueError):
+    """Labels must be drawn and nothing was given to draw them with: the global generator is never used."""
+
+
+class CoverageError(FisherfnError, ValueError):
+    """A parameter whose per-example gradients cannot be had, not even by the fallback."""
+
+
+class LikelihoodError(FisherfnError, TypeError):
+    """The likelihood lacks a method that this Fisher needs."""
+
+
+class TargetError(FisherfnError, ValueError):
+    """Targets of the wrong type, or outside the likelihood's range."""
+
+
+class NonFiniteError(FisherfnError, ArithmeticError):
+    """NaN or infinity in inputs, loss, statistics or step."""
+
+
+class NotPositiveDefiniteError(FisherfnError, ArithmeticError):
+    """A factor could not be factorised at this damping."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """The error for `name`, with the nearest of the `known` names."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return UnknownNameError(f"unknown {what} {name!r}{hint} Known: {', '.join(names)}")
+
+
+BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
+    "inputs": (NonFiniteError, "the batch's inputs hold NaN or infinity; clean the data, or skip this batch"),
+    "targets": (
+        TargetError,
+        "targets lie outside the likelihood's range (class indices run from 0 to C-1, Bernoulli targets from 0 to 1, "
+        "all must be finite); check the labels and the width of the model's output",
+    ),
+    "loss": (
+        NonFiniteError,
+        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged; "
+        "lower the rate, tighten the KL clip or raise the damping, and go on from an earlier state",
+    ),
+}
+BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
+    "statistics": (
+        NonFiniteError,
+        "the curvature statistics are not finite (overflow in activations or output-gradients?); "
+        "look at the scale of this layer's inputs, or run the model in float32",
+    ),
+    "factorisation": (
+        NotPositiveDefiniteError,
+        "the damped factors could not be inverted; raise the damping (it must be positive)",
+    ),
+    "step": (
+        NonFiniteError,
+        "the preconditioned gradient is not finite; raise the damping or tighten the KL clip",
+    ),
+}
+
+
+def check(info: Info) -> None:
+    """Raise the typed error that a false mask in `info` stands for; does nothing when all is well.
+
+    It reads tensor values (on a GPU: a synchronisation), so a loop calls it as often as it wants to know. For a
+    vmapped `info` the message counts the members concerned. The state that came with a false mask is the old one.
+
+    Raises:
+        NonFiniteError: NaN or infinity in inputs, loss, statistics or step.
+        TargetError: targets outside the likelihood's range.
+        NotPositiveDefiniteError: a factorisation failed.
+    """
+    for name, (error, text) in BATCH_CHECKS.items():
+        if name in info.checks and not _all(info.checks[name]):
+            raise error(f"{text}{_members(info.checks[name])}. The state was left as it was.")
+    for name, (error, text) in BLOCK_CHECKS.items():
+        bad = {key: ok for key, ok in info.checks.get(name, {}).items() if not _all(ok)}
+        if bad:
+            blocks = ", ".join(f"{key!r}{_members(ok)}" for key, ok in bad.items())
+            raise error(f"block {blocks}: {text}. The state was left as it was.")
+
+
+def _all(mask: Any) -> bool:
+    return bool(mask.all()) if isinstance(mask, Tensor) else bool(mask)
+
+
+def _members(mask: Any) -> str:
+    if not isinstance(mask, Tensor) or mask.ndim == 0:
+        return ""
+    bad = (~mask).nonzero().flatten().tolist()
+    return f" (members {', '.join(map(str, bad[:8]))}{', …' if len(bad) > 8 else ''} of {mask.shape[0]})"

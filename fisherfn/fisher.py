@@ -1,0 +1,167 @@
+r"""The sampled Fisher itself, as a linear operator on trees: $F = U U^\top$, one column of U an example and draw.
+
+$$U = \tfrac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots], \qquad W_{sn} = \sum_t g_{snt} a_{nt}^\top$$
+
+Never formed unless `dense` is asked for. "full" couples all layers (the same examples and draws in each), "block" keeps
+one diagonal block a layer, with all its groups. Everything is of the mean negative log-likelihood.
+
+k group, s draw, n example, t position, i input, o output; columns of U run over draws, then examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn.errors import unknown
+from fisherfn.types import Codec, Tap, Tree
+
+Structure = Literal["full", "block"]
+STRUCTURES = ("full", "block")
+
+
+class Fisher:
+    """The sampled Fisher of some taps. Immutable; every method is a pure function of them.
+
+    Args:
+        taps: one tap a block.
+        codec: how a tree of parameters turns into one matrix a block.
+        structure: "full" or "block".
+    """
+
+    def __init__(self, taps: Mapping[str, Tap], codec: Codec, structure: Structure = "full") -> None:
+        if structure not in STRUCTURES:
+            raise unknown("structure", structure, STRUCTURES)
+        self._taps, self._codec, self._structure = dict(taps), codec, structure
+        self._examples = next(iter(self._taps.values())).a.shape[1]
+
+    def __matmul__(self, v: Tree) -> Tree:
+        """`F v`: two passes over the taps, no per-example gradient is formed."""
+        matrices = self._codec.matrices(v)
+        inner = self._total({key: inner_products(self._taps[key], V) for key, V in matrices.items()})
+        return self._codec.tree({key: combine(self._taps[key], c / self._examples) for key, c in inner.items()})
+
+    def solve(self, v: Tree, damping: float | Tensor) -> Tree:
+        r"""$(F + \lambda I)^{-1} v$, in the smaller of example space and parameter space, in float64.
+
+        Example space: $\frac1\lambda (v - U (\lambda I + U^\top U)^{-1} U^\top v)$ (Ren & Goldfarb 2019), which needs
+        λ > 0; parameter space: the dense matrix. A singular system gives NaN, as it raises nothing under vmap.
+        """
+        v64 = {name: leaf.double() for name, leaf in v.items()}
+        taps = {key: Tap(tap.a.double(), tap.g.double()) for key, tap in self._taps.items()}
+        groups = [list(taps)] if self._structure == "full" else [[key] for key in taps]
+        matrices, solved = self._codec.matrices(v64), {}
+        for keys in groups:
+            solved |= _solve({key: taps[key] for key in keys}, {key: matrices[key] for key in keys}, damping)
+        x = self._codec.tree(solved)
+        return {name: leaf.to(v[name].dtype) for name, leaf in x.items()}
+
+    def dense(self) -> Float[Tensor, "p p"]:
+        """The matrix, `[P, P]`: params order, each tensor row-major; `P²` numbers."""
+        if self._structure == "full":
+            U = self._rows(self._taps) / math.sqrt(self._examples)
+            return U.mT @ U
+        parts = [self._rows({key: tap}) / math.sqrt(self._examples) for key, tap in self._taps.items()]
+        return torch.stack([U.mT @ U for U in parts]).sum(0)
+
+    def block(self, key: str) -> Float[Tensor, "d d"]:
+        """One layer's diagonal block, in the flattening of `W = [weight | bias]` row-major (groups first)."""
+        if key not in self._taps:
+            raise unknown("block", key, self._taps)
+        U = example_matrices(self._taps[key]).flatten(2).flatten(0, 1) / math.sqrt(self._examples)
+        return U.mT @ U
+
+    def trace(self) -> Float[Tensor, ""]:
+        """The sum of all eigenvalues: the mean over examples of the squared gradient norms."""
+        return torch.stack([example_matrices(tap).square().sum() for tap in self._taps.values()]).sum() / self._examples
+
+    def diag(self) -> Float[Tensor, " p"]:
+        """The diagonal, `[P]`, in params order."""
+        squares = {key: example_matrices(tap).square().sum((0, 1)) for key, tap in self._taps.items()}
+        return ravel(self._codec.tree(squares)) / self._examples
+
+    def gram(self) -> Tensor | dict[str, Tensor]:
+        """`UᵀU`, `[S·N, S·N]`: it has F's nonzero eigenvalues. One for each block where the structure is "block"."""
+        grams = {key: gram(tap) / self._examples for key, tap in self._taps.items()}
+        return torch.stack(list(grams.values())).sum(0) if self._structure == "full" else grams
+
+    def _total(self, inner: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full structure: every block sees the inner product over all blocks."""
+        if self._structure == "block":
+            return inner
+        total = torch.stack(list(inner.values())).sum(0)
+        return dict.fromkeys(inner, total)
+
+    def _rows(self, taps: Mapping[str, Tap]) -> Float[Tensor, "m p"]:
+        """Per-example gradients in params order, zero outside the given blocks."""
+        matrices = {
+            key: example_matrices(tap) if key in taps else torch.zeros_like(example_matrices(tap))
+            for key, tap in self._taps.items()
+        }
+        flat = {key: W.flatten(0, 1) for key, W in matrices.items()}
+        return torch.vmap(lambda one: ravel(self._codec.tree(one)))(flat)  # type: ignore[no-any-return]
+
+
+def ravel(params: Tree) -> Float[Tensor, " p"]:
+    """A tree as one vector: its order, each tensor row-major."""
+    return torch.cat([leaf.reshape(-1) for leaf in params.values()])
+
+
+def example_matrices(tap: Tap) -> Float[Tensor, "s n k o i"]:
+    """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
+    return torch.einsum("ksnto,knti->snkoi", tap.g, tap.a)
+
+
+def inner_products(tap: Tap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
+    """`⟨W_sn, V⟩` without forming W."""
+    return torch.einsum("ksnto,knto->sn", tap.g, tap.a @ V.mT.unsqueeze(1))
+
+
+def combine(tap: Tap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
+    """`Σ_sn c_sn W_sn` without forming W."""
+    g = torch.einsum("sn,ksnto->knto", c, tap.g)
+    return g.flatten(1, 2).mT @ tap.a.flatten(1, 2)
+
+
+def gram(tap: Tap) -> Float[Tensor, "m m"]:
+    """`⟨W_sn, W_rm⟩`. One position: `Σ_k (g gᵀ) ∘ (a aᵀ)`, no W formed."""
+    k, s, n, t, o = tap.g.shape
+    if t > 1:
+        W = example_matrices(tap).flatten(2).flatten(0, 1)
+        return W @ W.mT
+    g, a = tap.g.reshape(k, s * n, o), tap.a.reshape(k, n, -1)
+    inputs = (a @ a.mT).repeat(1, s, s)
+    return (g @ g.mT * inputs).sum(0)
+
+
+def _solve(taps: dict[str, Tap], v: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
+    examples = next(iter(taps.values())).a.shape[1]
+    columns = next(iter(taps.values())).g[0, :, :, 0, 0].numel()
+    if columns < sum(V.numel() for V in v.values()):
+        return _solve_examples(taps, v, damping, examples)
+    U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in taps.values()], -1)
+    flat = torch.cat([V.reshape(-1) for V in v.values()])
+    x = _cholesky_solve(U.mT @ U / examples, flat, damping)
+    parts = x.split([V.numel() for V in v.values()])
+    return {key: part.reshape(V.shape) for (key, V), part in zip(v.items(), parts, strict=True)}
+
+
+def _solve_examples(
+    taps: dict[str, Tap], v: dict[str, Tensor], damping: float | Tensor, examples: int
+) -> dict[str, Tensor]:
+    K = torch.stack([gram(tap) for tap in taps.values()]).sum(0) / examples
+    rhs = torch.stack([inner_products(taps[key], V) for key, V in v.items()]).sum(0) / math.sqrt(examples)
+    c = _cholesky_solve(K, rhs.reshape(-1), damping).reshape(rhs.shape) / math.sqrt(examples)
+    return {key: (V - combine(taps[key], c)) / damping for key, V in v.items()}
+
+
+def _cholesky_solve(matrix: Tensor, rhs: Tensor, damping: float | Tensor) -> Tensor:
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
+    x = torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+    return torch.where(failed == 0, x, math.nan)

@@ -1,0 +1,41 @@
+"""What a layer family must say of itself: how it is recognised, and how it turns into `(a, g)`.
+
+A layer is a few pure functions and no state. A new one is a new file with one `Family`, and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """One use of a layer, as intercepted: its tensors, and static facts that the family needs to read them."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    facts: Any = None
+
+
+class Family(NamedTuple):
+    """A layer family.
+
+    Attributes:
+        name: what the coverage report calls it.
+        match: reads a torch function call: a `Call` if it is one of this family's, else None.
+        rows: raw input `[N, …]` and facts to `a: [K, N, T, d_in]` (without bias column).
+        columns: raw output-gradients `[S, N, …]` and facts to `g: [K, S, N, T, d_out]`.
+        to_matrix: weight to `[K, d_out, d_in]`.
+        from_matrix: back, given the weight's shape.
+    """
+
+    name: str
+    match: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Call | None]
+    rows: Callable[[Tensor, Any], Float[Tensor, "k n t i"]]
+    columns: Callable[[Tensor, Any], Float[Tensor, "k s n t o"]]
+    to_matrix: Callable[[Tensor, Any], Float[Tensor, "k o i"]]
+    from_matrix: Callable[[Tensor, Any], Tensor]

@@ -1,0 +1,46 @@
+"""The layer of last resort: a parameter that no family claims, with its per-example gradient as `g` and `a = 1`.
+
+Its raw "input" is a column of ones, its raw "output-gradient" the per-example gradient `[S, N, *shape]`. A small
+parameter is one dense block (K = 1, d_out = its size); a large one is a block for each entry (K = its size, d_out = 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Size, Tensor
+
+from fisherfn.layers.base import Family
+
+DENSE_UP_TO = 256
+"""Largest parameter whose curvature is one dense block: its factor costs as much as a layer of this width."""
+
+
+class Facts(NamedTuple):
+    shape: Size
+
+    @property
+    def dense(self) -> bool:
+        return self.shape.numel() <= DENSE_UP_TO
+
+
+def rows(ones: Float[Tensor, " n"], facts: Facts) -> Float[Tensor, "k n 1 1"]:
+    groups = 1 if facts.dense else facts.shape.numel()
+    return ones.reshape(1, -1, 1, 1).expand(groups, -1, 1, 1)
+
+
+def columns(g: Float[Tensor, "s n *shape"], facts: Facts) -> Float[Tensor, "k s n 1 o"]:
+    flat = g.reshape(1, g.shape[0], g.shape[1], 1, -1)
+    return flat if facts.dense else flat.transpose(0, 4)
+
+
+def to_matrix(parameter: Float[Tensor, "*shape"], facts: Facts) -> Float[Tensor, "k o 1"]:
+    return parameter.reshape(1, -1, 1) if facts.dense else parameter.reshape(-1, 1, 1)
+
+
+def from_matrix(matrix: Float[Tensor, "k o 1"], facts: Facts) -> Float[Tensor, "*shape"]:
+    return matrix.reshape(facts.shape)
+
+
+FALLBACK = Family("fallback", lambda function, args, kwargs: None, rows, columns, to_matrix, from_matrix)

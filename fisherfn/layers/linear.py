@@ -1,0 +1,42 @@
+r"""Linear layers, also shared over a sequence: $s = W x + b$ at every position.
+
+Input `[N, *T, d_in]`, output `[N, *T, d_out]`: all axes between the first and the last are shared positions
+(weight sharing "expand", Eschenhagen et al. 2023, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisherfn.layers.base import Call, Family
+
+
+def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    if function is not F.linear:
+        return None
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    return Call(given["input"], given["weight"], given.get("bias"))
+
+
+def rows(x: Float[Tensor, "n *t i"], facts: None) -> Float[Tensor, "1 n positions i"]:
+    return x.reshape(1, x.shape[0], -1, x.shape[-1])
+
+
+def columns(g: Float[Tensor, "s n *t o"], facts: None) -> Float[Tensor, "1 s n positions o"]:
+    return g.reshape(1, g.shape[0], g.shape[1], -1, g.shape[-1])
+
+
+def to_matrix(weight: Float[Tensor, "o i"], facts: None) -> Float[Tensor, "1 o i"]:
+    return weight.unsqueeze(0)
+
+
+def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "o i"]:
+    return matrix.squeeze(0)
+
+
+LINEAR = Family("linear", match, rows, columns, to_matrix, from_matrix)

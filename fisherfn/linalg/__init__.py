@@ -1,0 +1,1 @@
+"""Matrices only: Kronecker products, damping and inverses."""

@@ -1,0 +1,57 @@
+"""Damping and inverses of symmetric matrices, batched over groups and safe under `torch.vmap`.
+
+Nothing raises on values: a failed factorisation is a mask, and `cholesky_ex` serves all members of a vmapped step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Inverted(NamedTuple):
+    """An inverse, whether it is one, and how much was added to the diagonal beyond the damping."""
+
+    inverse: Float[Tensor, "k d d"]
+    ok: Bool[Tensor, ""]
+    jitter: Float[Tensor, ""]
+
+
+def damped_inverse(matrix: Float[Tensor, "k d d"], damping: Float[Tensor, "k"]) -> Inverted:
+    r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky.
+
+    The damping is floored at the working precision of M, $\epsilon\,\mathrm{tr} M$: what is smaller than M's own
+    rounding cannot make it positive definite. The floor costs nothing, where a ladder of retries costs a
+    factorisation a rung (and cannot stop early under vmap); what it added is reported as jitter.
+    """
+    eps = torch.finfo(matrix.dtype).eps
+    floor = eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    shift = torch.maximum(damping.to(matrix.dtype), floor)
+    factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
+    inverse = torch.cholesky_inverse(factor)
+    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), (shift - damping).amax())
+
+
+def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:
+    """`M + shift · I` for each matrix of the batch."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix + shift[:, None, None] * eye
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues (ascending, clipped at zero) and eigenvectors (columns)."""
+
+    values: Float[Tensor, "k d"]
+    vectors: Float[Tensor, "k d d"]
+    ok: Bool[Tensor, ""]
+
+
+def psd_eigh(matrix: Float[Tensor, "k d d"]) -> Spectrum:
+    """Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead."""
+    ok = torch.isfinite(matrix.sum())
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    values, vectors = torch.linalg.eigh(torch.where(ok, matrix, eye))
+    return Spectrum(values.clamp(min=0), vectors, ok)

@@ -1,0 +1,311 @@
+"""Model + likelihood + method = natural gradient: the roof over both towers, and the public contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherfn import likelihoods, tree
+from fisherfn.base import Method, Preconditioned, whole_mean
+from fisherfn.errors import HyperparameterError, StructureError, unknown
+from fisherfn.fisher import Fisher, Structure
+from fisherfn.methods import METHODS
+from fisherfn.stats import FISHERS, Layout, Sources, Stats, build, check_batch, check_noise, collect, join, need
+from fisherfn.types import Info, Mean, Model, PyTree, Tap, Tree
+
+FisherKind: TypeAlias = Literal["mc", "type2", "empirical"]
+
+
+class State(NamedTuple):
+    """What a method remembers: a pytree of tensors, the hyperparameters that may vary among them."""
+
+    damping: Float[Tensor, ""]  # λ
+    ema: Float[Tensor, ""]  # weight of the old factors in the long run
+    count: Int[Tensor, ""]  # updates so far
+    factors: PyTree
+    inverses: PyTree
+
+
+@dataclass(frozen=True)
+class NaturalGradient:
+    """A natural gradient for one model: pure functions of params, state and batch. Made by `natural_gradient`."""
+
+    model: Model
+    layout: Layout
+    likelihood: Any
+    method: Method
+    fisher_kind: str
+    samples: int
+    mean: Mean = whole_mean
+
+    def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
+        """The empty state: before the first `invert`, preconditioning is grad/λ.
+
+        Args:
+            params: as at the build.
+            damping: λ ≥ 0, in the units of the Fisher of the mean NLL. A tensor may be batched under `torch.vmap`.
+            ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema).
+
+        Raises:
+            HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
+        """
+        self.layout.validate(params)
+        _check_range("damping", damping, lambda v: v >= 0, "must be >= 0")
+        _check_range("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+        like = next(iter(params.values()))
+        dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+        λ = torch.as_tensor(damping, dtype=dtype, device=device)
+        shapes = {block.key: block.shape for block in self.layout.blocks}
+        factors, inverses = self.method.init(shapes, dtype, device, λ)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
+
+    def noise(self, batch: tuple[PyTree, Any], generator: torch.Generator, *, samples: int | None = None) -> Tensor:
+        """The draw that `generator=` would make, `[N, S, …]`: indexed by example, so a chunk or rank takes its slice."""
+        x = batch[0]
+        examples = check_batch(self.layout, x, ())
+        shape = torch.Size((examples, self._samples(samples), *self.layout.output_shape))
+        dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
+        return likelihoods.draw(self.likelihood, shape, generator, dtype).to(tree.leaves(x)[0].device)
+
+    def stats(
+        self,
+        params: Tree,
+        batch: tuple[PyTree, Any],
+        *,
+        fisher: FisherKind | None = None,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        context: PyTree = None,
+        chunk_size: int | None = None,
+        curvature: bool = True,
+    ) -> Stats:
+        """Loss, gradient and curvature statistics of one batch.
+
+        Args:
+            params: as at the build.
+            batch: inputs and targets, example by example along the first axis.
+            fisher: "mc", "type2" or "empirical" instead of the build's.
+            samples: draws S for "mc" instead of the build's.
+            generator: draws the labels of "mc"; or pass the draw itself as `noise`.
+            noise: `[N, S, …]` from `ng.noise`.
+            context: for models with one.
+            chunk_size: examples a forward and backward, to bound memory; the result is that of the whole batch.
+            curvature: False makes no Fisher draw: such statistics serve `grads` and `precondition`.
+
+        Raises:
+            ShapeError, EmptyBatchError, StructureError, NoiseError, LikelihoodError, TargetError: see `ff.errors`.
+        """
+        self.layout.validate(params)
+        x, y = batch
+        examples = check_batch(self.layout, x, y)
+        kind = self._kind(fisher)
+        if curvature and kind == "mc":
+            need(self.likelihood, "sample", kind)
+            if noise is None and generator is not None:
+                noise = self.noise(batch, generator, samples=samples)
+            if noise is not None:
+                check_noise(noise, examples, self._samples(samples) if samples else noise.shape[1], None)
+        part = self._part(params, Sources(self.likelihood, kind, curvature))
+        if chunk_size is None or chunk_size >= examples:
+            return part(x, y, noise, self._context(context))[1]
+        return self._chunked(part, x, y, noise, self._context(context), chunk_size)
+
+    def update(self, state: State, stats: Stats) -> tuple[State, Info]:
+        """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
+        count = state.count + 1
+        rho = torch.minimum(1 - 1 / count, state.ema)
+        taps = {block.key: partial(stats.tap, block.key) for block in self.layout.blocks}
+        result = self.method.update(state.factors, taps, rho, self.mean)
+        checks = {**stats.checks, "statistics": result.ok}
+        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
+        sound = _all(info.ok.values())
+        factors, count = tree.select(sound, (result.factors, count), (state.factors, state.count))
+        return state._replace(factors=factors, count=count), info
+
+    def invert(self, state: State) -> tuple[State, Info]:
+        """Damped inverses refreshed from the factors; all or nothing (see `info.ok`)."""
+        result = self.method.invert(state.factors, state.damping)
+        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
+        return state._replace(inverses=tree.select(_all(info.ok.values()), result.factors, state.inverses)), info
+
+    def precondition(self, state: State, grads: Tree | Stats) -> Tree:
+        """The preconditioned gradient, a tree like params. From `Stats` the gradient itself need not be formed."""
+        return self._precondition(state, grads, inner=False)[0]
+
+    def matvec(self, state: State, v: Tree) -> Tree:
+        """The method's undamped approximate Fisher times a tree."""
+        return self._cast(self.method.matvec(state.factors, self.layout.matrices(v)))
+
+    def step(
+        self,
+        params: Tree,
+        state: State,
+        batch: tuple[PyTree, Any],
+        *,
+        update: bool = True,
+        invert: bool = True,
+        inner: bool = False,
+        fisher: FisherKind | None = None,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        context: PyTree = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Tree, State, Info]:
+        """`stats`, then `update` and `invert` where asked for, then `precondition`: (nat, new state, info).
+
+        The labels are drawn only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩ by the cheapest route.
+        See `stats` for the other arguments and the errors raised.
+        """
+        stats = self.stats(
+            params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
+            noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
+        )  # fmt: skip
+        info = self._info(stats.checks, loss=stats.loss, context=stats.context)
+        for wanted, act in ((update, lambda s: self.update(s, stats)), (invert, self.invert)):
+            if wanted:
+                state, more = act(state)
+                info = self._merge(info, more)
+        nat, product = self._precondition(state, stats, inner)
+        finite = {key: torch.isfinite(matrix.sum()) for key, matrix in product.matrices.items()}
+        return nat, state, self._merge(info, self._info({"step": finite}))._replace(inner=product.inner)
+
+    def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
+        """One-shot and stateless: the gradient preconditioned by these statistics alone."""
+        state, _ = self.update(self.init(params, damping=damping), stats)
+        state, _ = self.invert(state)
+        return self.precondition(state, stats)
+
+    def fisher(self, stats: Stats, structure: Structure = "full") -> Fisher:
+        """The sampled Fisher of these statistics as an operator on trees like params."""
+        return Fisher(stats.taps, self.layout, structure)
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _part(self, params: Tree, labels: Sources) -> Callable[..., tuple[int, Stats]]:
+        def part(x: PyTree, y: Any, noise: Tensor | None, context: PyTree) -> tuple[int, Stats]:
+            size = tree.leaves(x)[0].shape[0]
+            return size, collect(self.model, self.layout, params, x, y, context, noise, labels)
+
+        return part
+
+    def _chunked(
+        self,
+        part: Callable[..., tuple[int, Stats]],
+        x: PyTree,
+        y: Any,
+        noise: Tensor | None,
+        context: PyTree,
+        size: int,
+    ) -> Stats:
+        _check_range("chunk_size", size, lambda v: v >= 1, "must be >= 1")
+        parts = []
+        for start in range(0, tree.leaves(x)[0].shape[0], size):
+            window = slice(start, start + size)
+            x_c, y_c = tree.map(lambda leaf, w=window: leaf[w], (x, y))
+            parts.append(part(x_c, y_c, None if noise is None else noise[window], context))
+            context = parts[-1][1].context  # a running statistic goes on from chunk to chunk
+        return join(parts)
+
+    def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
+        gradients: Mapping[str, Tensor | Tap]
+        if isinstance(grads, Stats):
+            gradients = {block.key: grads.loss_tap(block.key) for block in self.layout.blocks}
+        else:
+            gradients = self.layout.matrices(grads)
+        product = self.method.precondition(state.inverses, gradients, inner)
+        return self._cast(product.matrices), product
+
+    def _cast(self, matrices: Mapping[str, Tensor]) -> Tree:
+        result = self.layout.tree(matrices)
+        return {name: result[name].to(dtype) for name, dtype in zip(result, self.layout.dtypes, strict=True)}
+
+    def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
+        """An info whose masks are made of these checks: those of the batch count for every block."""
+        batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
+        blocks = [masks for masks in checks.values() if isinstance(masks, dict)]
+        ok = {b.key: _all([*batch, *(masks[b.key] for masks in blocks)]) for b in self.layout.blocks}
+        return Info(checks=checks, ok=ok, **measured)
+
+    def _merge(self, info: Info, more: Info) -> Info:
+        checks, diagnostics = info.checks | more.checks, info.diagnostics | more.diagnostics
+        return self._info(checks, loss=info.loss, context=info.context, diagnostics=diagnostics)
+
+    def _context(self, context: PyTree) -> PyTree:
+        if self.layout.has_context != (context is not None):
+            given, wanted = ("none was given", "with one") if self.layout.has_context else ("one was given", "without")
+            raise StructureError(f"{given}, and the model was built {wanted}: pass context= to both, or to neither.")
+        return () if context is None else context
+
+    def _kind(self, fisher: str | None) -> str:
+        kind = self.fisher_kind if fisher is None else fisher
+        if kind not in FISHERS:
+            raise unknown("fisher", kind, FISHERS)
+        return kind
+
+    def _samples(self, samples: int | None) -> int:
+        chosen = self.samples if samples is None else samples
+        _check_range("samples", chosen, lambda v: v >= 1, "must be >= 1")
+        return chosen
+
+
+def natural_gradient(
+    model: Model,
+    params: Tree,
+    x: PyTree,
+    *,
+    likelihood: Any,
+    method: Method | str = "kfac",
+    fisher: FisherKind = "mc",
+    samples: int = 1,
+    context: PyTree = None,
+) -> NaturalGradient:
+    """Build a natural gradient: one trace with example inputs finds the layers and checks them by numbers.
+
+    Args:
+        model: any pure function `model(params, x) -> outputs`; with a context, `model(params, x, context) ->
+            (outputs, context)`.
+        params: `{name: tensor}`; each of them ends up in a block of `ng.layout`.
+        x: example inputs `[N, …]`; later batches may have another N, not another example shape.
+        likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, one's own, or a plain callable
+            `(outputs, targets) -> [N]` with `fisher="empirical"`.
+        method: `ff.kfac()` or a name in `ff.METHODS`.
+        fisher: "mc" draws labels from the model, "type2" takes the exact expectation over them, "empirical" uses the
+            data's.
+        samples: draws S for "mc".
+        context: anything neither differentiated nor batched (buffers, another player's parameters).
+
+    Raises:
+        UnusedParameterError, CoverageError, ShapeError, StructureError, LikelihoodError, UnknownNameError,
+        HyperparameterError: see `ff.errors`; each says what to do.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        method = METHODS[method]()
+    if not hasattr(likelihood, "nll"):
+        likelihood = likelihoods.Callback(likelihood)
+    layout = build(model, params, x, () if context is None else context)
+    ng = NaturalGradient(model, layout, likelihood, method, fisher, samples)
+    ng._kind(fisher), ng._samples(samples)
+    if fisher != "empirical":
+        need(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
+    return ng
+
+
+def _all(masks: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(masks)).all()
+
+
+def _check_range(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> None:
+    """Numbers are checked here; tensors are not branched on (they may be batched under vmap)."""
+    if not isinstance(value, Tensor) and not holds(value):
+        raise HyperparameterError(f"{name} {rule}, got {value}.")

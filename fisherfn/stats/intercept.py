@@ -1,0 +1,59 @@
+"""Seeing layers without hooks: a torch-function mode around one run of the model.
+
+The mode recognises calls whose weight *is* one of the parameters (the same tensor), notes their inputs and adds a zero
+"tap" to their outputs. Differentiating by the taps gives output-gradients, and no module is ever changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fisherfn.layers import FAMILIES, Call
+from fisherfn.types import Tree
+
+Taps = dict[str, tuple[Tensor, ...]]
+"""Zero taps (or their gradients): for each weight's name one tensor a use."""
+
+
+class Record(NamedTuple):
+    """An intercepted call, by names."""
+
+    kind: str
+    call: Call
+    bias: str | None
+    output: Tensor
+
+
+class Intercept(TorchFunctionMode):
+    """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use."""
+
+    def __init__(self, params: Tree, taps: Taps | None = None) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in params.items()}
+        self._taps = taps
+        self.records: dict[str, list[Record]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        for family in FAMILIES.values():
+            call = family.match(func, args, kwargs)
+            if call is not None and id(call.weight) in self._names:
+                return self._record(family.name, call, output)
+        return output
+
+    def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
+        name = self._names[id(call.weight)]
+        records = self.records.setdefault(name, [])
+        bias = None if call.bias is None else self._names.get(id(call.bias))
+        records.append(Record(kind, call, bias, output))
+        taps = () if self._taps is None else self._taps.get(name, ())
+        if len(records) > len(taps):
+            return output
+        return output + taps[len(records) - 1].to(output.dtype)

@@ -1,0 +1,72 @@
+"""Where the Fisher's labels come from: cotangents of the outputs for each kind of Fisher.
+
+The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer products (DESIGN: conventions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
+
+FISHERS = ("mc", "type2", "empirical")
+
+
+def loss_cotangent(
+    likelihood: object, outputs: Float[Tensor, "n *d"], targets: Tensor
+) -> tuple[Float[Tensor, "n *d"], Float[Tensor, " n"]]:
+    """`∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
+
+    def total(f: Tensor) -> tuple[Tensor, Tensor]:
+        nll = likelihood.nll(f, targets)  # type: ignore[attr-defined]
+        if nll.shape != f.shape[:1]:
+            raise ShapeError(
+                f"the likelihood gave shape {tuple(nll.shape)} for {f.shape[0]} examples; nll must return [N], "
+                "summed over output dimensions and not averaged over examples."
+            )
+        return nll.sum(), nll
+
+    return torch.func.grad(total, has_aux=True)(outputs)  # type: ignore[no-any-return]
+
+
+def fisher_cotangents(
+    likelihood: object, outputs: Float[Tensor, "n *d"], fisher: str, noise: Tensor | None
+) -> Float[Tensor, "s n *d"]:
+    """The output-gradients of every draw ("mc") or the columns of the output Fisher's square root ("type2")."""
+    if fisher == "type2":
+        return need(likelihood, "fisher_sqrt", fisher)(outputs)  # type: ignore[no-any-return, operator]
+    sample = need(likelihood, "sample", fisher)
+    if noise is None:
+        raise NoiseError(
+            'fisher="mc" draws labels and never touches the global generator: '
+            "pass generator=torch.Generator() or noise=ng.noise(batch, generator)."
+        )
+    draws = noise.shape[1]
+    columns = [loss_cotangent(likelihood, outputs, sample(outputs, noise[:, s]))[0] for s in range(draws)]  # type: ignore[operator]
+    return torch.stack(columns) / math.sqrt(draws)
+
+
+def need(likelihood: object, method: str, fisher: str) -> object:
+    """The likelihood's method, or the error that names it."""
+    found = getattr(likelihood, method, None)
+    if found is None:
+        raise LikelihoodError(
+            f'fisher="{fisher}" needs {type(likelihood).__name__}.{method}, which it does not have; '
+            'define it (see the likelihood protocol), or use fisher="empirical", which needs nll alone.'
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def check_noise(noise: Tensor, examples: int, samples: int, wanted: Sequence[int] | None) -> None:
+    """Raise unless the noise is indexed by example, then by draw."""
+    expected = (examples, samples, *(wanted if wanted is not None else noise.shape[2:]))
+    if tuple(noise.shape) != expected:
+        raise ShapeError(
+            f"noise has shape {tuple(noise.shape)}, expected {expected}: one entry for each example, then each draw. "
+            "Make it with ng.noise(batch, generator) for this very batch, or take the matching slice."
+        )

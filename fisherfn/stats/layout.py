@@ -1,0 +1,156 @@
+"""Which parameter is in which block, and why: the static side of a model, and its coverage report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Size, Tensor
+
+from fisherfn.errors import ShapeError, StructureError, unknown
+from fisherfn.layers import FAMILIES, Family
+from fisherfn.types import Tree
+
+
+class Use(NamedTuple):
+    """One call of a layer: its static facts, the example shape of its output, and whether the block's bias was added."""
+
+    facts: Any
+    output_shape: Size
+    biased: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer as one matrix a group, `[K, d_out, d_in (+1)]`, and where its parameters come from."""
+
+    key: str
+    kind: str
+    weight: str
+    weight_shape: Size
+    bias: str | None
+    uses: tuple[Use, ...]
+    why: str
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
+
+    @property
+    def facts(self) -> Any:
+        return self.uses[0].facts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups K, d_out, d_in with the bias column)."""
+        probe = torch.empty(self.weight_shape, device="meta")
+        k, o, i = self.family.to_matrix(probe, self.facts).shape
+        return k, o, i + (self.bias is not None)
+
+    def matrix(self, tree: Tree) -> Float[Tensor, "k o i"]:
+        """The block's matrix W, bias as last column, of a tree like params."""
+        weight = self.family.to_matrix(tree[self.weight], self.facts)
+        if self.bias is None:
+            return weight
+        bias = tree[self.bias].reshape(weight.shape[0], weight.shape[1], 1)
+        return torch.cat([weight, bias], -1)
+
+    def tensors(self, matrix: Float[Tensor, "k o i"]) -> Tree:
+        """The inverse of `matrix`."""
+        if self.bias is None:
+            return {self.weight: self.family.from_matrix(matrix, self.facts)}
+        weight = self.family.from_matrix(matrix[..., :-1], self.facts)
+        return {self.weight: weight, self.bias: matrix[..., -1].reshape(-1)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All blocks of a model, with the shapes that one trace found. `print(layout)` is the coverage report."""
+
+    blocks: tuple[Block, ...]
+    shapes: tuple[tuple[str, Size], ...]
+    input_shapes: tuple[Size, ...]
+    output_shape: Size
+    dtypes: tuple[torch.dtype, ...]
+    output_dtype: torch.dtype
+    has_context: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.shapes)
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        return tuple(block for block in self.blocks if block.kind != "fallback")
+
+    @property
+    def fallbacks(self) -> tuple[Block, ...]:
+        return tuple(block for block in self.blocks if block.kind == "fallback")
+
+    def block(self, key: str) -> Block:
+        """The block of this key."""
+        for block in self.blocks:
+            if block.key == key:
+                return block
+        raise unknown("block", key, [block.key for block in self.blocks])
+
+    def matrices(self, tree: Tree) -> dict[str, Tensor]:
+        """A tree like params as one matrix a block."""
+        self.validate(tree)
+        return {block.key: block.matrix(tree) for block in self.blocks}
+
+    def tree(self, matrices: Mapping[str, Tensor]) -> Tree:
+        """One matrix a block as a tree like params, in params order."""
+        tensors: Tree = {}
+        for block in self.blocks:
+            tensors.update(block.tensors(matrices[block.key]))
+        return {name: tensors[name] for name in self.names}
+
+    def validate(self, tree: Tree) -> None:
+        """Raise unless `tree` has the names and shapes of params."""
+        if not isinstance(tree, Mapping) or set(tree) != set(self.names):
+            given = set(tree) if isinstance(tree, Mapping) else {type(tree).__name__}
+            raise StructureError(
+                f"a tree like params is wanted: missing {sorted(set(self.names) - given)[:4]}, "
+                f"unexpected {sorted(given - set(self.names))[:4]}. Pass the same names as at the build."
+            )
+        for name, shape in self.shapes:
+            if tree[name].shape != shape:
+                raise ShapeError(
+                    f"{name!r} has shape {tuple(tree[name].shape)}, expected {tuple(shape)} as at the build."
+                )
+
+    def __str__(self) -> str:
+        return report(self)
+
+
+def report(layout: Layout) -> str:
+    """The coverage report: a line a block, and a total that says that nothing was left out."""
+    sizes = {name: math.prod(shape) for name, shape in layout.shapes}
+    lines = [("block", "kind", "K×out×in", "parameters", "entries", "why")]
+    for block in layout.blocks:
+        entries = sum(sizes[name] for name in block.names)
+        shape = "×".join(map(str, block.shape))
+        lines.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", block.why))
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rule = "  ".join("─" * width for width in widths)
+    covered = sum(sizes[name] for block in layout.layers for name in block.names)
+    total = sum(sizes.values())
+    fallback = f", {total - covered:,} by the fallback" if covered < total else ""
+    return "\n".join(
+        [
+            rows[0],
+            rule,
+            *rows[1:],
+            f"all {total:,} entries covered: {covered:,} by {len(layout.layers)} layers{fallback}",
+        ]
+    )

@@ -1,0 +1,131 @@
+"""Arithmetic on trees of tensors. The only file that knows `torch.utils._pytree`."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fisherfn.errors import StructureError
+from fisherfn.types import PyTree
+
+T = TypeVar("T", bound=PyTree)
+
+
+def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
+    """Apply `fn` leaf by leaf.
+
+    >>> map(lambda x: 2 * x, {"w": torch.ones(2)})
+    {'w': tensor([2., 2.])}
+    """
+    _same_structure(tree, *rest)
+    return pytree.tree_map(fn, tree, *rest)  # type: ignore[no-any-return]
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves, in a fixed order (dicts by insertion)."""
+    return pytree.tree_leaves(tree)
+
+
+def add(x: T, y: PyTree, *, scale: float | Tensor = 1.0) -> T:
+    """`x + scale · y`.
+
+    >>> add({"w": torch.ones(2)}, {"w": torch.ones(2)}, scale=-0.5)
+    {'w': tensor([0.5000, 0.5000])}
+    """
+    return map(lambda a, b: a + scale * b, x, y)
+
+
+def scale(x: T, factor: float | Tensor) -> T:
+    """`factor · x`."""
+    return map(lambda a: factor * a, x)
+
+
+def zeros_like(x: T) -> T:
+    """A tree of zeros."""
+    return map(torch.zeros_like, x)
+
+
+def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
+    """The inner product over all entries of all leaves.
+
+    >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
+    tensor(3.)
+    """
+    _same_structure(x, y)
+    products = [(a * b).sum() for a, b in zip(leaves(x), leaves(y), strict=True)]
+    return functools.reduce(operator.add, products)
+
+
+def norm(x: PyTree) -> Shaped[Tensor, ""]:
+    """The Euclidean norm over all entries of all leaves."""
+    return dot(x, x).sqrt()
+
+
+def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
+    """`x` where the scalar mask is true, else `y`; `x` may hold NaN where it is not taken."""
+    return map(lambda a, b: torch.where(mask, a, b), x, y)
+
+
+def finite(x: PyTree) -> Shaped[Tensor, ""]:
+    """Whether every leaf is finite, as a 0-d tensor (one read of each leaf: a sum is finite only if its terms are)."""
+    masks = [torch.isfinite(leaf.sum()) for leaf in leaves(x)]
+    return torch.stack(masks).all() if masks else torch.tensor(True)
+
+
+def flatten(tree: PyTree) -> dict[str, Tensor]:
+    """The leaves by path, to save: a flat `{path: tensor}` is what `weights_only=True` can read back.
+
+    >>> list(flatten({"0": {"A": torch.ones(1), "G": torch.ones(1)}}))
+    ['0/A', '0/G']
+    """
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return {"/".join(_name(step) for step in path): leaf for path, leaf in pairs}
+
+
+def unflatten(like: T, flat: dict[str, Tensor]) -> T:
+    """The inverse of `flatten`, in the structure of `like`.
+
+    Raises:
+        StructureError: paths or shapes that are not those of `like`.
+    """
+    expected = flatten(like)
+    missing, extra = expected.keys() - flat.keys(), flat.keys() - expected.keys()
+    if missing or extra:
+        raise StructureError(
+            f"the saved tree is of another structure: missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}. "
+            "Rebuild the model and method that it was saved from."
+        )
+    for path, leaf in expected.items():
+        if flat[path].shape != leaf.shape:
+            raise StructureError(f"{path!r} was saved as {tuple(flat[path].shape)}, expected {tuple(leaf.shape)}.")
+    _, spec = pytree.tree_flatten(like)
+    return pytree.tree_unflatten([flat[path] for path in expected], spec)  # type: ignore[no-any-return]
+
+
+def register(
+    cls: type[T], flatten_fn: Callable[[T], tuple[list[Any], Any]], unflatten_fn: Callable[[Any, Any], T]
+) -> None:
+    """Make instances of `cls` nodes of a tree: `flatten_fn` gives children and static facts."""
+    pytree.register_pytree_node(cls, flatten_fn, lambda children, static: unflatten_fn(list(children), static))
+
+
+def _name(step: Any) -> str:
+    if isinstance(step, pytree.MappingKey):
+        return str(step.key)
+    if isinstance(step, pytree.GetAttrKey):
+        return step.name
+    return str(step.idx)
+
+
+def _same_structure(tree: PyTree, *rest: PyTree) -> None:
+    for other in rest:
+        if isinstance(tree, dict) and isinstance(other, dict) and tree.keys() != other.keys():
+            wrong = sorted(tree.keys() ^ other.keys(), key=str)
+            raise StructureError(f"the trees differ in {wrong[:4]}: both need the same names.")

@@ -1,0 +1,72 @@
+"""The values that travel between floors: trees of parameters and taps of statistics.
+
+Index legend, used in every file: k group, s draw, n example, t shared position (sequence, pixel), i input, o output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Tree: TypeAlias = dict[str, Tensor]
+"""Parameters, gradients and steps: one tensor a parameter name."""
+
+PyTree: TypeAlias = Any
+"""Any nesting of dicts, tuples, lists and registered classes with tensors as leaves."""
+
+Model: TypeAlias = Callable[..., Any]
+"""`model(params, x) -> outputs`, or with a context `model(params, x, context) -> (outputs, context)`."""
+
+Matrix: TypeAlias = Float[Tensor, "k o i"]
+"""A layer's parameters (or gradient, or step): one matrix a group, the bias as the last column."""
+
+
+class Tap(NamedTuple):
+    r"""A layer's statistics in the one form that every method reads.
+
+    Example n's gradient for draw s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
+    $F = \frac1N \sum_n \sum_s \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$: the scale of `g` makes this true
+    (docs/conventions.md).
+    """
+
+    a: Float[Tensor, "k n t i"]
+    g: Float[Tensor, "k s n t o"]
+
+
+Moment: TypeAlias = Callable[[Tap], PyTree]
+"""A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
+
+Mean: TypeAlias = Callable[[Moment, Tap], PyTree]
+"""How a moment is taken: directly, over chunks of examples, or over the ranks of a cluster."""
+
+
+class Codec(Protocol):
+    """What a tree of parameters looks like as one matrix a block, and back."""
+
+    def matrices(self, tree: Tree) -> dict[str, Tensor]: ...
+
+    def tree(self, matrices: Mapping[str, Tensor]) -> Tree: ...
+
+
+class Info(NamedTuple):
+    """What a call measured: tensors only, so that it passes through `torch.vmap`. `()` where a call has nothing to say.
+
+    Attributes:
+        loss: mean negative log-likelihood of the batch, in nats.
+        inner: ⟨∇, nat⟩ over all parameters, when asked for.
+        ok: one mask a block; `ff.check` turns a false one into a typed error.
+        checks: the masks that `ok` is made of, by what they check (`inputs`, `targets`, `loss` for the batch,
+            `statistics`, `factorisation`, `step` for each block).
+        diagnostics: measurements of the method by name, then by block (jitter used, residuals, …).
+        context: the model's new context.
+    """
+
+    loss: Any = ()
+    inner: Any = ()
+    ok: dict[str, Bool[Tensor, ""]] = {}
+    checks: dict[str, Any] = {}
+    diagnostics: dict[str, dict[str, Tensor]] = {}
+    context: PyTree = ()
