@@ -49,4 +49,5 @@ def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: 
 def clip_factor(inner: Tensor, *, lr: float | Tensor, bound: Any) -> Tensor:
     """ν of `kl_clip`; 1 where the gradient vanishes."""
     length = torch.as_tensor(lr) ** 2 * inner.abs()
-    return (bound / length.clamp(min=torch.finfo(length.dtype).tiny)).sqrt().clamp(max=1.0)
+    ratio: Tensor = bound / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return ratio.sqrt().clamp(max=1.0)

@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.linalg.kron import Product
-from fisherfn.types import Mean, Moment, PyTree, Tap
+from fisherfn.types import Mean, Moment, Product, PyTree, Tap
 
 Shape = tuple[int, int, int]
 """(groups K, d_out, d_in) of a block's matrix."""

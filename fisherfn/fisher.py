@@ -34,7 +34,7 @@ class Fisher:
         structure: "full" or "block".
     """
 
-    def __init__(self, taps: Mapping[str, Tap], codec: Codec, structure: Structure = "full") -> None:
+    def __init__(self, taps: Mapping[str, Tap], codec: Codec, structure: Structure | str = "full") -> None:
         if structure not in STRUCTURES:
             raise unknown("structure", structure, STRUCTURES)
         self._taps, self._codec, self._structure = dict(taps), codec, structure
@@ -55,7 +55,8 @@ class Fisher:
         v64 = {name: leaf.double() for name, leaf in v.items()}
         taps = {key: Tap(tap.a.double(), tap.g.double()) for key, tap in self._taps.items()}
         groups = [list(taps)] if self._structure == "full" else [[key] for key in taps]
-        matrices, solved = self._codec.matrices(v64), {}
+        matrices = self._codec.matrices(v64)
+        solved: dict[str, Tensor] = {}
         for keys in groups:
             solved |= _solve({key: taps[key] for key in keys}, {key: matrices[key] for key in keys}, damping)
         x = self._codec.tree(solved)
@@ -104,7 +105,7 @@ class Fisher:
             for key, tap in self._taps.items()
         }
         flat = {key: W.flatten(0, 1) for key, W in matrices.items()}
-        return torch.vmap(lambda one: ravel(self._codec.tree(one)))(flat)  # type: ignore[no-any-return]
+        return torch.vmap(lambda one: ravel(self._codec.tree(one)))(flat)
 
 
 def ravel(params: Tree) -> Float[Tensor, " p"]:

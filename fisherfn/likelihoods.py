@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,9 +21,11 @@ from fisherfn.errors import HyperparameterError, ShapeError, TargetError
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """The likelihood protocol. One's own needs only what its Fisher needs: `nll` always, `sample` for "mc",
-    `fisher_sqrt` for "type2". Two more methods are optional: `noise(shape, generator, dtype)` where the draw is not one
-    uniform number an output, and `valid(outputs, targets)`, a mask that says whether targets are in range.
+    """The likelihood protocol.
+
+    One's own needs only what its Fisher needs: `nll` always, `sample` for "mc", `fisher_sqrt` for "type2". Two more
+    methods are optional: `noise(shape, generator, dtype)` where the draw is not one uniform number an output, and
+    `valid(outputs, targets)`, a mask that says whether targets are in range.
     """
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Categorical:
     tensor([0.6931])
     """
 
-    def nll(self, outputs: Float[Tensor, "n *t c"], targets: Int[Tensor, "n *t"]) -> Float[Tensor, " n"]:
+    def nll(self, outputs: Float[Tensor, "n *t c"], targets: Tensor) -> Float[Tensor, " n"]:
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise TargetError(
                 f"Categorical targets are class indices (integers), got {targets.dtype}; use targets.long()."
@@ -77,7 +79,7 @@ class Categorical:
         return _uniform(shape[:-1], generator, dtype)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *t c"]) -> Float[Tensor, "columns n *t c"]:
-        r"""Columns $\sqrt{p_c}\,(e_c - p)$, one for each position and class: $\sum s s^\top = \mathrm{diag}(p) - pp^\top$."""
+        r"""Columns $\sqrt{p_c}\,(e_c - p)$ a position and class: $\sum s s^\top = \mathrm{diag}(p) - pp^\top$."""
         p = outputs.softmax(-1)
         classes = p.shape[-1]
         eye = torch.eye(classes, dtype=p.dtype, device=p.device)
@@ -107,7 +109,7 @@ class Bernoulli:
 
     logits: bool = True
 
-    def nll(self, outputs: Float[Tensor, "n *d"], targets: Num[Tensor, "n *d"]) -> Float[Tensor, " n"]:
+    def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         _same_shape(targets, outputs.shape, "Bernoulli", "a target for each output")
         targets = targets.to(outputs.dtype)
         if self.logits:
@@ -152,7 +154,7 @@ class Gaussian:
         if not self.variance > 0:
             raise HyperparameterError(f"Gaussian variance must be positive, got {self.variance}.")
 
-    def nll(self, outputs: Float[Tensor, "n *d"], targets: Num[Tensor, "n *d"]) -> Float[Tensor, " n"]:
+    def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         _same_shape(targets, outputs.shape, "Gaussian", "a target for each output")
         return _sum((targets - outputs).square()) / (2 * self.variance)
 

@@ -19,7 +19,7 @@ from fisherfn.methods import METHODS
 from fisherfn.stats import FISHERS, Layout, Sources, Stats, build, check_batch, check_noise, collect, join, need
 from fisherfn.types import Info, Mean, Model, PyTree, Tap, Tree
 
-FisherKind: TypeAlias = Literal["mc", "type2", "empirical"]
+FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
 
 class State(NamedTuple):
@@ -27,7 +27,7 @@ class State(NamedTuple):
 
     damping: Float[Tensor, ""]  # λ
     ema: Float[Tensor, ""]  # weight of the old factors in the long run
-    count: Int[Tensor, ""]  # updates so far
+    count: Int[Tensor, ""]  # type: ignore[assignment]  # updates so far; shadows the tuple's own method
     factors: PyTree
     inverses: PyTree
 
@@ -67,7 +67,7 @@ class NaturalGradient:
         return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
 
     def noise(self, batch: tuple[PyTree, Any], generator: torch.Generator, *, samples: int | None = None) -> Tensor:
-        """The draw that `generator=` would make, `[N, S, …]`: indexed by example, so a chunk or rank takes its slice."""
+        """The draw that `generator=` would make, `[N, S, …]`: a chunk or rank takes its slice of examples."""
         x = batch[0]
         examples = check_batch(self.layout, x, ())
         shape = torch.Size((examples, self._samples(samples), *self.layout.output_shape))
@@ -121,7 +121,7 @@ class NaturalGradient:
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
         count = state.count + 1
-        rho = torch.minimum(1 - 1 / count, state.ema)
+        rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
         taps = {block.key: partial(stats.tap, block.key) for block in self.layout.blocks}
         result = self.method.update(state.factors, taps, rho, self.mean)
         checks = {**stats.checks, "statistics": result.ok}
@@ -184,7 +184,7 @@ class NaturalGradient:
         state, _ = self.invert(state)
         return self.precondition(state, stats)
 
-    def fisher(self, stats: Stats, structure: Structure = "full") -> Fisher:
+    def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """The sampled Fisher of these statistics as an operator on trees like params."""
         return Fisher(stats.taps, self.layout, structure)
 
@@ -193,7 +193,7 @@ class NaturalGradient:
     def _part(self, params: Tree, labels: Sources) -> Callable[..., tuple[int, Stats]]:
         def part(x: PyTree, y: Any, noise: Tensor | None, context: PyTree) -> tuple[int, Stats]:
             size = tree.leaves(x)[0].shape[0]
-            return size, collect(self.model, self.layout, params, x, y, context, noise, labels)
+            return size, collect(self.model, self.layout, params, (x, y), context, noise, labels)
 
         return part
 

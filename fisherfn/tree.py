@@ -58,8 +58,7 @@ def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
     """
-    _same_structure(x, y)
-    products = [(a * b).sum() for a, b in zip(leaves(x), leaves(y), strict=True)]
+    products: list[Tensor] = leaves(map(lambda a, b: (a * b).sum(), x, y))
     return functools.reduce(operator.add, products)
 
 

@@ -6,7 +6,7 @@ Index legend, used in every file: k group, s draw, n example, t shared position 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -36,6 +36,13 @@ class Tap(NamedTuple):
     g: Float[Tensor, "k s n t o"]
 
 
+class Product(NamedTuple):
+    """A preconditioned gradient, and its inner product with the gradient where asked for (else `()`)."""
+
+    matrix: Matrix
+    inner: Float[Tensor, ""] | tuple[()]
+
+
 Moment: TypeAlias = Callable[[Tap], PyTree]
 """A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
 
@@ -43,12 +50,17 @@ Mean: TypeAlias = Callable[[Moment, Tap], PyTree]
 """How a moment is taken: directly, over chunks of examples, or over the ranks of a cluster."""
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What a tree of parameters looks like as one matrix a block, and back."""
 
-    def matrices(self, tree: Tree) -> dict[str, Tensor]: ...
+    def matrices(self, tree: Tree) -> dict[str, Tensor]:
+        """A tree like params as one matrix a block."""
+        ...
 
-    def tree(self, matrices: Mapping[str, Tensor]) -> Tree: ...
+    def tree(self, matrices: Mapping[str, Tensor]) -> Tree:
+        """One matrix a block as a tree like params."""
+        ...
 
 
 class Info(NamedTuple):

@@ -94,7 +94,7 @@ def train(task: Task, optimizer: Optimizer, snapshot: Snapshot, settings: Settin
 
 
 def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
-    """Losses over the whole training and test set with the parameters as they are, in nats (an output or an example)."""
+    """Losses over the whole training and test set with the parameters as they are, in nats an output or example."""
     train_loss, train_accuracy = evaluate(task, snapshot, task.train)
     test_loss, test_accuracy = evaluate(task, snapshot, task.test)
     metrics = {"epoch": snapshot.epoch, "step": snapshot.step, "train_loss": train_loss, "test_loss": test_loss}
@@ -123,7 +123,8 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings) -
     draws = _generator(settings.seed, epoch, stream=1)
     batches = _batches(task, settings, _generator(settings.seed, epoch, stream=0))
     title = f"{settings.label} epoch {epoch + 1}/{settings.num_epochs}"
-    bar = tqdm(batches, desc=title, disable=not settings.progress, leave=False, unit="step")
+    # None: no bar where nobody watches (output that is not a terminal)
+    bar = tqdm(batches, desc=title, disable=None if settings.progress else True, leave=False, unit="step")
     skipped = in_a_row = 0
     began = time.perf_counter()
     for batch in bar:
@@ -136,9 +137,8 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings) -
         if in_a_row >= PATIENCE:
             bar.close()
             ff.check(new.info)
-        if settings.progress:
-            rate = (step - at.step) * settings.batch_size / (time.perf_counter() - began)
-            bar.set_postfix_str(f"loss {float(new.info.loss) / task.per_output:.4g}, {rate:,.0f} examples/s")
+        rate = (step - at.step) * settings.batch_size / (time.perf_counter() - began)
+        bar.set_postfix_str(f"loss {float(new.info.loss) / task.per_output:.4g}, {rate:,.0f} examples/s", refresh=False)
     return Snapshot(params, context, state, epoch + 1, step, seconds + time.perf_counter() - began), skipped
 
 

@@ -71,7 +71,7 @@ class AdamState(NamedTuple):
 
     first: Tree
     second: Tree
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows the tuple's own method
 
 
 def adam(
@@ -117,8 +117,8 @@ def natural(
     momentum: float = 0.9,
     ema: float = 0.95,
     weight_decay: float = 0.0,
-    update_every: int = 10,
-    invert_every: int = 20,
+    update_every: int = 5,
+    invert_every: int = 10,
     fisher_batch_size: int | None = None,
 ) -> Optimizer:
     """The natural gradient with KL clip and momentum: `v ← μ v + clip(F̂⁻¹∇)`, then along v.
@@ -144,15 +144,29 @@ def natural(
 
     def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         labels = noise if isinstance(noise, Tensor) else None
-        cadence = {"update": index % update_every == 0, "invert": index % invert_every == 0}
+        update, invert = index % update_every == 0, index % invert_every == 0
         curvature = state.curvature
         if fisher_batch_size is None:
             nat, curvature, info = ng.step(
-                params, curvature, batch, inner=bool(clipping), noise=labels, context=context, **cadence
+                params,
+                curvature,
+                batch,
+                update=update,
+                invert=invert,
+                inner=bool(clipping),
+                noise=labels,
+                context=context,
             )
         else:
             nat, curvature, info = _step_in_parts(
-                ng, params, curvature, (batch, _head(batch, fisher_batch_size)), labels, context, **cadence
+                ng,
+                params,
+                curvature,
+                (batch, _head(batch, fisher_batch_size)),
+                labels,
+                context,
+                update=update,
+                invert=invert,
             )
         if clipping:
             nat = ff.kl_clip(nat, info.inner, lr=lr, bound=clipping)

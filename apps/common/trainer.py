@@ -5,25 +5,26 @@ Reads top to bottom: task, optimizer, run, pictures.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 import fisherfn as ff
 from common import optimizers
-from common.config import TrainConfig, filled
-from common.data import Data, load
+from common.config import ConfigError, filled
+from common.data import Data, Split, load
 from common.loop import Settings, Snapshot, Task, start, train
 from common.models import initialise, resolve
 from common.plots import loss_curves, reconstructions
 from common.results import Results
-
-OPTIMIZERS = ("sgd", "adam", *ff.METHODS)
-"""Names of `--optim`: the first-order baselines and every method of the library."""
+from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by data and optimizer; what the command line leaves open comes from here."""
@@ -38,7 +39,7 @@ def tuned(data: str, optim: str) -> dict[str, Any]:
 
 def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
     """Model and data, ready to train; inputs are flattened for nets of linear layers."""
-    spec = resolve(config.model or data.model)
+    spec = resolve(config.model or data.model, data)
     net = spec.build(data)
     initialise(net, config.init_params, torch.Generator().manual_seed(config.seed))
     net = net.to(config.device)
@@ -46,23 +47,28 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
     predict, _, _ = ff.functional(copy.deepcopy(net).eval())
     splits = [_examples(split, spec.task, config.device) for split in (data.train, data.test)]
     likelihood = data.reconstruction if spec.task == "reconstruct" else data.prediction
+    if likelihood is None:
+        raise ConfigError(
+            f"{data.name} has no labels for {config.model or data.model} to predict: choose an autoencoder"
+        )
     per_output = splits[0][1][0].numel() if spec.task == "reconstruct" else 1
     return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output), net
 
 
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
     """The optimizer that `--optim` names, on this task."""
+    lr = _tuned(config.lr, "lr")
     if config.optim == "sgd":
         return optimizers.sgd(
-            task.model, task.likelihood, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+            task.model, task.likelihood, lr=lr, momentum=config.momentum, nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )  # fmt: skip
     if config.optim == "adam":
         betas = (config.beta_1, config.beta_2)
-        return optimizers.adam(task.model, task.likelihood, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+        return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay)
     ng = natural_gradient(config, task)
     return optimizers.natural(
-        ng, lr=config.lr, damping=config.damping, clipping=config.clipping, momentum=config.momentum, ema=config.ema,
+        ng, lr=lr, damping=_tuned(config.damping, "damping"), clipping=config.clipping, momentum=config.momentum, ema=config.ema,
         weight_decay=config.weight_decay, update_every=config.update_every, invert_every=config.invert_every,
         fisher_batch_size=config.fisher_batch_size,
     )  # fmt: skip
@@ -88,9 +94,7 @@ def run(config: TrainConfig, app: str) -> Path:
     if config.resume:
         snapshot = restore(results, snapshot)
     label = f"{data.name} {config.optim}"
-    settings = Settings(
-        config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label
-    )
+    settings = Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
     for epoch in train(task, optimizer, snapshot, settings):
         snapshot = epoch.snapshot
         results.record(epoch.metrics)
@@ -140,8 +144,22 @@ def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> No
     reconstructions(x.reshape(shape).cpu(), images.reshape(shape).cpu(), results.path / "reconstructions.png")
 
 
-def _examples(split: Any, task: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _examples(split: Split, task: str, device: str) -> tuple[Tensor, Tensor]:
     x = split.inputs.flatten(1).to(device)
-    return x, x if task == "reconstruct" else split.labels.to(device)
+    return x, x if task == "reconstruct" or split.labels is None else split.labels.to(device)
 
 
+def _tuned(value: float | None, name: str) -> float:
+    if value is None:
+        raise ConfigError(f"{name} is open: give --{name}, or enter it in {TUNED.name}")
+    return value
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Errors that the project raises on purpose are for the reader: one line, exit code 1, no traceback."""
+    try:
+        yield
+    except ff.FisherfnError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -27,8 +27,8 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return None
     training, eps = given.get("training", False), given.get("eps", 1e-5)
     # batch statistics are recomputed without the buffers, which the model's own call has already moved
-    buffers = (None, None) if training else (given["running_mean"], given["running_var"])
-    normalised = F.batch_norm(given["input"], *buffers, training=training, eps=eps)
+    mean, var = (None, None) if training else (given["running_mean"], given["running_var"])
+    normalised = F.batch_norm(given["input"], mean, var, training=training, eps=eps)
     return Call(normalised, given["weight"], given.get("bias"))
 
 

@@ -6,20 +6,11 @@ A gradient is either a matrix `W` or, cheaper for wide layers, the loss tap whos
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.types import Tap
-
-
-class Product(NamedTuple):
-    """A preconditioned gradient, and its inner product with the gradient where asked for (else `()`)."""
-
-    matrix: Float[Tensor, "k o i"]
-    inner: Float[Tensor, ""] | tuple[()]
+from fisherfn.types import Product, Tap
 
 
 def matvec(G: Float[Tensor, "k o o"], A: Float[Tensor, "k i i"], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
@@ -28,8 +19,9 @@ def matvec(G: Float[Tensor, "k o o"], A: Float[Tensor, "k i i"], W: Float[Tensor
 
 
 def pi(A: Float[Tensor, "k i i"], G: Float[Tensor, "k o o"]) -> Float[Tensor, " k"]:
-    r"""$\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, the split of the damping that balances the
-    two factors' scales (Martens & Grosse 2015, section 6.3); 1 where a factor is zero.
+    r"""How the damping is shared out: $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$.
+
+    It balances the two factors' scales (Martens & Grosse 2015, section 6.3); 1 where a factor is zero.
     """
     a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     g = G.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fisherfn.base import Method
 from fisherfn.methods.kfac import kfac
 
-METHODS: dict[str, Callable[[], Method]] = {
+METHODS: dict[str, Callable[..., Method]] = {
     "kfac": kfac,
 }
 

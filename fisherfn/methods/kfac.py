@@ -2,9 +2,9 @@ r"""K-FAC: the Fisher block of a layer as one Kronecker product, $F \approx G \o
 
 $$A = \frac1N \sum_{n,t} a_{nt} a_{nt}^\top, \qquad G = \frac1{NT} \sum_{n,s,t} g_{snt} g_{snt}^\top$$
 
-Exact when $aa^\top$ and $gg^\top$ are independent (and, over shared positions, "expand": positions are independent and
-alike). Scale: $G \otimes A$ is in the units of the Fisher of the mean negative log-likelihood; the number of positions T
-sits in A.
+Exact when $aa^\top$ and $gg^\top$ are independent (and, over shared positions, "expand": positions are independent
+and alike). Scale: $G \otimes A$ is in the units of the Fisher of the mean negative log-likelihood; the number of
+positions T sits in A.
 
 Martens & Grosse 2015, *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3;
 Grosse & Martens 2016 for shared positions; running average as in section 5 of the first.
@@ -24,7 +24,7 @@ from fisherfn.base import Diagnostics, LayerMethod, Method, Shape, factorwise, l
 from fisherfn.errors import unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.solve import damped_inverse, psd_eigh
-from fisherfn.types import Mean, Tap
+from fisherfn.types import Mean, Product, Tap
 
 DampingForm = Literal["factored", "eigen"]
 
@@ -51,7 +51,7 @@ class EigenInverse(NamedTuple):
     scale: Float[Tensor, "k o i"]
 
 
-def kfac(damping_form: DampingForm = "factored") -> Method:
+def kfac(damping_form: DampingForm | str = "factored") -> Method:
     """K-FAC.
 
     Args:
@@ -79,6 +79,7 @@ def estimate(tap: Tap, previous: Factors | None = None, mean: Mean = whole_mean)
 
 
 def moments(tap: Tap) -> Factors:
+    """The two second moments: means over the tap's examples."""
     k, s, n, t, o = tap.g.shape
     dtype = torch.promote_types(tap.g.dtype, torch.float32)
     a = tap.a.reshape(k, n * t, -1).to(dtype)
@@ -97,6 +98,7 @@ def matvec(factors: Factors, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"
 def init_factored(
     shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
 ) -> tuple[Factors, FactoredInverse]:
+    """Zero factors, and I/√λ twice."""
     factors, A, G = _empty(shape, dtype, device)
     return factors, FactoredInverse(A / damping.sqrt(), G / damping.sqrt())
 
@@ -115,7 +117,7 @@ def apply_factored(inverse: FactoredInverse, grad: Float[Tensor, "k o i"]) -> Fl
     return kron.matvec(inverse.G, inverse.A, grad)
 
 
-def apply_tap_factored(inverse: FactoredInverse, tap: Tap, inner: bool) -> kron.Product:
+def apply_tap_factored(inverse: FactoredInverse, tap: Tap, inner: bool) -> Product:
     """`G⁻¹ ∇ A⁻¹` from the loss tap."""
     return kron.precondition_tap(inverse.G, inverse.A, tap, inner)
 
@@ -124,6 +126,7 @@ def apply_tap_factored(inverse: FactoredInverse, tap: Tap, inner: bool) -> kron.
 
 
 def init_eigen(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Factors, EigenInverse]:
+    """Zero factors, and I/λ."""
     factors, A, G = _empty(shape, dtype, device)
     return factors, EigenInverse(A, G, torch.ones(shape, dtype=dtype, device=device) / damping)
 
@@ -142,12 +145,12 @@ def apply_eigen(inverse: EigenInverse, grad: Float[Tensor, "k o i"]) -> Float[Te
     return QG @ ((QG.mT @ grad @ QA) * inverse.scale) @ QA.mT
 
 
-def apply_tap_eigen(inverse: EigenInverse, tap: Tap, inner: bool) -> kron.Product:
+def apply_tap_eigen(inverse: EigenInverse, tap: Tap, inner: bool) -> Product:
     """The rotation into the eigenbasis from the loss tap, the way back as a matrix."""
     rotated = kron.rotate_tap(inverse.QG, inverse.QA, tap)
     scaled = rotated * inverse.scale
     matrix = inverse.QG @ scaled @ inverse.QA.mT
-    return kron.Product(matrix, (rotated * scaled).sum() if inner else ())
+    return Product(matrix, (rotated * scaled).sum() if inner else ())
 
 
 def _empty(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Factors, Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Network in, taps out: interception, zero taps and pullbacks, label sources, layout."""
 
 from fisherfn.stats.build import build
-from fisherfn.stats.collect import LayerStats, Sources, Stats, check_batch, collect, gradient, join
+from fisherfn.stats.collect import Sources, check_batch, collect
 from fisherfn.stats.functional import functional
 from fisherfn.stats.labels import FISHERS, check_noise, need
 from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.statistics import LayerStats, Stats, gradient, join
 
 __all__ = [
     "FISHERS",

@@ -11,10 +11,11 @@ from torch.func import vjp
 from fisherfn import tree
 from fisherfn.errors import CoverageError, EmptyBatchError, ShapeError, StructureError, UnusedParameterError
 from fisherfn.layers import FallbackFacts
-from fisherfn.stats.collect import example_gradients, gradient, make_tap, tapped_run
+from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import run
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.statistics import gradient, make_tap
 from fisherfn.types import Model, PyTree, Tap, Tree
 
 FALLBACK_EXAMPLES = 4
@@ -80,10 +81,9 @@ def _all_used(model: Model, params: Tree, x: PyTree, context: PyTree) -> None:
     with torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         outputs, _ = run(model, leaves, x, context)
+        grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-        else:
-            grads = (None,) * len(leaves)
     unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
     if unused:
         raise UnusedParameterError(
@@ -99,8 +99,9 @@ def _cotangent(outputs: Tensor) -> Tensor:
 
 
 def _gradients(model: Model, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor) -> Tree:
-    _, pull = vjp(lambda p: run(model, p, x, context)[0], dict(params))
-    return pull(cotangent)[0]  # type: ignore[no-any-return]
+    _, pull = vjp(lambda p: run(model, p, x, context)[0], dict(params))  # type: ignore[misc]
+    grads: Tree = pull(cotangent)[0]
+    return grads
 
 
 def _candidates(records: dict[str, list[Record]], params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
@@ -205,10 +206,11 @@ def _verify_fallbacks(
     try:
         singles = example_gradients(model, params, names, part, context, cotangent[None, :FALLBACK_EXAMPLES])
     except (RuntimeError, ValueError) as error:
+        listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
         raise CoverageError(
-            f"{'; '.join(f'{b.weight!r} ({b.why})' for b in layout.fallbacks)}: these need per-example gradients, and the model cannot run on single examples "
-            f"under vmap: {str(error).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or "
-            "pass its buffers as context), dropout (draw its noise outside), branches on values."
+            f"{listed}: these need per-example gradients, and the model cannot run on single examples under vmap: "
+            f"{str(error).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass its "
+            "buffers as context), dropout (draw its noise outside), branches on values."
         ) from error
     for name in names:
         if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0)):

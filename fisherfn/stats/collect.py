@@ -7,7 +7,6 @@ formed. Parameters without a layer get per-example gradients by `vmap`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,98 +19,9 @@ from fisherfn.errors import EmptyBatchError, ShapeError, StructureError
 from fisherfn.stats.functional import run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
-from fisherfn.stats.layout import Block, Layout
-from fisherfn.types import Model, PyTree, Tap, Tree
-
-
-class LayerStats(NamedTuple):
-    """A layer's raw statistics, one tensor a use. `()` where they were not asked for."""
-
-    inputs: tuple[Tensor, ...]
-    """`[N, …]`, as the layer saw them (a convolution's are not unfolded)."""
-    grads: tuple[Tensor, ...]
-    """`[S, N, …]`: output-gradients of the Fisher's draws."""
-    loss_grads: tuple[Tensor, ...]
-    """`[N, …]`: output-gradients of the data's loss, `N · ∂(mean loss)/∂output`."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one batch says: loss, gradient and curvature statistics. A pytree; the layout is its static part."""
-
-    loss: Float[Tensor, ""]
-    """Mean negative log-likelihood over the batch."""
-    outputs: Tensor
-    context: PyTree
-    layers: dict[str, LayerStats]
-    checks: dict[str, Tensor]
-    layout: Layout
-
-    @property
-    def examples(self) -> int:
-        return int(self.outputs.shape[0])
-
-    @property
-    def taps(self) -> dict[str, Tap]:
-        """Every block's tap of the Fisher's draws. Prefer `tap(key)` where one at a time will do."""
-        return {block.key: self.tap(block.key) for block in self.layout.blocks}
-
-    @property
-    def grads(self) -> Tree:
-        """The gradient of the mean loss, formed from the taps at each call: keep it if you need it twice."""
-        return self.layout.tree({block.key: gradient(self.loss_tap(block.key)) for block in self.layout.blocks})
-
-    def tap(self, key: str) -> Tap:
-        """The block's tap of the Fisher's draws.
-
-        Raises:
-            StructureError: these statistics were made with `curvature=False`.
-        """
-        stats = self.layers[key]
-        if not stats.grads:
-            raise StructureError(
-                f"block {key!r} has no Fisher draws: these statistics were made with curvature=False. "
-                "Call ng.stats without it to update the curvature."
-            )
-        return make_tap(self.layout.block(key), stats.inputs, stats.grads)
-
-    def loss_tap(self, key: str) -> Tap:
-        """The block's tap of the data's own targets: one draw, whose mean over examples is the gradient."""
-        stats = self.layers[key]
-        return make_tap(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
-
-
-def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
-    return [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks], stats.layout
-
-
-tree.register(Stats, _flatten, lambda children, layout: Stats(*children, layout))
-
-
-def gradient(tap: Tap) -> Float[Tensor, "k o i"]:
-    """The mean over examples of `Σ_s Σ_t g aᵀ`: the gradient, when the tap is a loss tap."""
-    k, s, n, t, o = tap.g.shape
-    g = tap.g.sum(1) if s > 1 else tap.g.squeeze(1)
-    a = tap.a.to(g.dtype)
-    return g.reshape(k, n * t, o).mT @ a.reshape(k, n * t, -1) / n
-
-
-def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tap:
-    """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`."""
-    rows = [
-        _with_bias(block, use.biased, block.family.rows(x, use.facts))
-        for use, x in zip(block.uses, inputs, strict=True)
-    ]
-    columns = [block.family.columns(g, use.facts) for use, g in zip(block.uses, grads, strict=True)]
-    if len(rows) == 1:
-        return Tap(rows[0], columns[0])
-    return Tap(torch.cat(rows, 2), torch.cat(columns, 3))
-
-
-def _with_bias(block: Block, biased: bool, a: Float[Tensor, "k n t i"]) -> Tensor:
-    if block.bias is None:
-        return a
-    return torch.cat([a, a.new_full((*a.shape[:-1], 1), float(biased))], -1)
+from fisherfn.stats.layout import Layout
+from fisherfn.stats.statistics import LayerStats, Stats
+from fisherfn.types import Model, PyTree, Tree
 
 
 class Sources(NamedTuple):
@@ -126,33 +36,31 @@ def collect(
     model: Model,
     layout: Layout,
     params: Tree,
-    x: PyTree,
-    y: Tensor,
+    batch: tuple[PyTree, Any],
     context: PyTree,
     noise: Tensor | None,
     labels: Sources,
 ) -> Stats:
     """Statistics of one batch (or chunk)."""
+    x, y = batch
     outputs, pull, inputs, new_context = tapped_run(model, layout, params, x, context)
     loss_cot, nll = loss_cotangent(labels.likelihood, outputs, y)
-    cots = None
-    if labels.curvature and labels.fisher != "empirical":
-        cots = fisher_cotangents(labels.likelihood, outputs, labels.fisher, noise)
-    loss_grads = pull(loss_cot)
-    grads = _pull_all(pull, cots)
+    cots = _fisher_rows(labels, outputs, loss_cot, noise)
+    loss_grads, grads = pull(loss_cot), _pull_all(pull, cots)
     if layout.fallbacks:
-        every = loss_cot.unsqueeze(0) if cots is None else torch.cat([loss_cot.unsqueeze(0), cots])
-        singles = example_gradients(model, params, [b.weight for b in layout.fallbacks], x, context, every)
-        ones = outputs.new_ones(outputs.shape[0])
-        inputs |= {name: (ones,) for name in singles}
+        names = [block.weight for block in layout.fallbacks]
+        singles = example_gradients(model, params, names, x, context, torch.cat([loss_cot.unsqueeze(0), cots]))
+        inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
         loss_grads |= {name: (g[0],) for name, g in singles.items()}
-        grads |= {name: (g[1:],) for name, g in singles.items()} if cots is not None else {}
-    if labels.curvature and cots is None:
-        grads = {name: tuple(g.unsqueeze(0) for g in per_use) for name, per_use in loss_grads.items()}
-    layers = {b.key: LayerStats(inputs[b.weight], grads.get(b.weight, ()), loss_grads[b.weight]) for b in layout.blocks}
+        grads |= {name: (g[1:],) for name, g in singles.items()}
+    if labels.curvature and labels.fisher == "empirical":  # the data's own targets: the same backward serves
+        grads = {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in loss_grads.items()}
+    if not labels.curvature:
+        grads = dict.fromkeys(loss_grads, ())
+    layers = {b.key: LayerStats(inputs[b.weight], grads[b.weight], loss_grads[b.weight]) for b in layout.blocks}
     loss = nll.mean()
     checks = {
-        "inputs": _finite_inputs(x),
+        "inputs": tree.finite([loss.new_zeros(()), *(leaf for leaf in tree.leaves(x) if leaf.is_floating_point())]),
         "targets": _valid(labels.likelihood, outputs, y),
         "loss": torch.isfinite(loss),
     }
@@ -171,12 +79,12 @@ def tapped_run(
         return outputs, (seen, new_context)
 
     taps = _zero_taps(layout, tree.leaves(params)[0], tree.leaves(x)[0].shape[0])
-    outputs, pull, (inputs, new_context) = vjp(forward, taps, has_aux=True)
+    outputs, pull, (inputs, new_context) = vjp(forward, taps, has_aux=True)  # type: ignore[misc]
     for block in layout.layers:
         if len(inputs.get(block.weight, ())) != len(block.uses):
             raise StructureError(
-                f"layer {block.key!r} was used {len(inputs.get(block.weight, ()))} times, {len(block.uses)} at the build: "
-                "the model's path depends on its input. Build with inputs that take the same path."
+                f"layer {block.key!r} was used {len(inputs.get(block.weight, ()))} times, {len(block.uses)} at the "
+                "build: the model's path depends on its input. Build with inputs that take the same path."
             )
     return outputs, lambda cotangent: pull(cotangent.to(outputs.dtype))[0], inputs, new_context
 
@@ -189,36 +97,15 @@ def example_gradients(
 
     def single(x_n: PyTree, cots_n: Tensor) -> Tree:
         def forward(sub: Tree) -> Tensor:
-            outputs, _ = run(model, {**params, **sub}, tree.map(lambda leaf: leaf.unsqueeze(0), x_n), context)
+            outputs: Tensor = run(model, {**params, **sub}, tree.map(lambda leaf: leaf.unsqueeze(0), x_n), context)[0]
             return outputs.squeeze(0)
 
-        _, pull = vjp(forward, chosen)
-        return vmap(lambda cot: pull(cot)[0])(cots_n)  # type: ignore[no-any-return]
+        _, pull = vjp(forward, chosen)  # type: ignore[misc]
+        rows: Tree = vmap(lambda cot: pull(cot)[0])(cots_n)
+        return rows
 
-    return vmap(single, in_dims=(0, 1), out_dims=1)(x, cotangents)  # type: ignore[no-any-return]
-
-
-def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
-    """Statistics of chunks, each with its number of examples, as those of the whole batch."""
-    sizes, chunks = zip(*parts, strict=True)
-    first = chunks[0]
-    if len(chunks) == 1:
-        return first  # type: ignore[no-any-return]
-    total = sum(sizes)
-    loss = sum(size / total * chunk.loss for size, chunk in parts)
-    layers = {
-        key: LayerStats(
-            *(_cat([chunk.layers[key][field] for chunk in chunks], axis) for field, axis in enumerate((0, 1, 0)))
-        )
-        for key in first.layers
-    }
-    checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
-    outputs = torch.cat([chunk.outputs for chunk in chunks])
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout)
-
-
-def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(use, axis) for use in zip(*parts, strict=True))
+    gradients: Tree = vmap(single, in_dims=(0, 1), out_dims=1)(x, cotangents)
+    return gradients
 
 
 def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:
@@ -228,23 +115,29 @@ def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:
     }
 
 
-def _pull_all(pull: Callable[[Tensor], Taps], cots: Tensor | None) -> Taps:
-    if cots is None:
+def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
+    """Cotangents beside the loss's own, `[S, N, …]`: none where the loss's serves, or where none are wanted."""
+    if not labels.curvature or labels.fisher == "empirical":
+        return loss_cot.new_empty((0, *loss_cot.shape))
+    return fisher_cotangents(labels.likelihood, outputs, labels.fisher, noise)
+
+
+def _pull_all(pull: Callable[[Tensor], Taps], cots: Tensor) -> Taps:
+    if cots.shape[0] == 0:
         return {}
     if cots.shape[0] == 1:  # one plain backward is cheaper than a vmapped one
         return {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in pull(cots[0]).items()}
-    return vmap(pull)(cots)  # type: ignore[no-any-return]
+    pulled: Taps = vmap(pull)(cots)
+    return pulled
 
 
-def _finite_inputs(x: PyTree) -> Tensor:
-    return tree.finite([leaf for leaf in tree.leaves(x) if leaf.is_floating_point()])
-
-
-def _valid(likelihood: object, outputs: Tensor, y: Tensor) -> Tensor:
-    valid = getattr(likelihood, "valid", None)
+def _valid(likelihood: object, outputs: Tensor, y: Any) -> Tensor:
+    valid: Callable[[Tensor, Any], Tensor] | None = getattr(likelihood, "valid", None)
     if valid is not None:
-        return valid(outputs, y)  # type: ignore[no-any-return]
-    return torch.isfinite(y).all() if isinstance(y, Tensor) and y.is_floating_point() else torch.tensor(True)
+        return valid(outputs, y)
+    return tree.finite(
+        [outputs.new_zeros(()), *(t for t in tree.leaves(y) if torch.is_tensor(t) and t.is_floating_point())]
+    )
 
 
 def check_batch(layout: Layout, x: PyTree, y: PyTree) -> int:
@@ -254,7 +147,7 @@ def check_batch(layout: Layout, x: PyTree, y: PyTree) -> int:
     if shapes != layout.input_shapes or any(leaf.ndim == 0 for leaf in inputs):
         raise ShapeError(
             f"the batch's examples have shape {[tuple(s) for s in shapes]}, traced with "
-            f"{[tuple(s) for s in layout.input_shapes]}. Reshape the inputs, or build natural_gradient with such examples."
+            f"{[tuple(s) for s in layout.input_shapes]}. Reshape the inputs, or build natural_gradient with their like."
         )
     sizes = {
         leaf.shape[0] for leaf in [*inputs, *(leaf for leaf in tree.leaves(y) if isinstance(leaf, Tensor))] if leaf.ndim

@@ -14,8 +14,8 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     """A module as `(model, params, context)`, its buffers being the context.
 
     `model(params, x, context)` returns the outputs and the new buffers (batch norm's running statistics move in
-    training mode); neither the module nor the given context is changed. Several inputs are passed as a tuple. Parameters
-    that do not require a gradient stay in the module, frozen. Build with
+    training mode); neither the module nor the given context is changed. Several inputs are passed as a tuple.
+    Parameters that do not require a gradient stay in the module, frozen. Build with
     `natural_gradient(model, params, x, context=context, …)`; a module without buffers has the empty context `{}`.
 
     >>> model, params, context = functional(torch.nn.Linear(2, 1))

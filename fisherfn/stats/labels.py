@@ -59,7 +59,7 @@ def need(likelihood: object, method: str, fisher: str) -> object:
             f'fisher="{fisher}" needs {type(likelihood).__name__}.{method}, which it does not have; '
             'define it (see the likelihood protocol), or use fisher="empirical", which needs nll alone.'
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def check_noise(noise: Tensor, examples: int, samples: int, wanted: Sequence[int] | None) -> None:

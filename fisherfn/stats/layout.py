@@ -17,7 +17,7 @@ from fisherfn.types import Tree
 
 
 class Use(NamedTuple):
-    """One call of a layer: its static facts, the example shape of its output, and whether the block's bias was added."""
+    """One call of a layer: its static facts, an example's output shape, and whether the block's bias was added."""
 
     facts: Any
     output_shape: Size
@@ -38,14 +38,17 @@ class Block:
 
     @property
     def family(self) -> Family:
+        """How this kind of layer turns into `(a, g)`."""
         return FAMILIES[self.kind]
 
     @property
     def facts(self) -> Any:
+        """The static facts that its weight is read by."""
         return self.uses[0].facts
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Its parameters."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
@@ -85,14 +88,17 @@ class Layout:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All parameters, in params order."""
         return tuple(name for name, _ in self.shapes)
 
     @property
     def layers(self) -> tuple[Block, ...]:
+        """Blocks that a layer family claims."""
         return tuple(block for block in self.blocks if block.kind != "fallback")
 
     @property
     def fallbacks(self) -> tuple[Block, ...]:
+        """Blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
 
     def block(self, key: str) -> Block:

@@ -1,0 +1,60 @@
+# `make demo` and `make test` need nothing but python3 and make: what they use is installed into .venv first.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# one thread a worker: the workers already fill the cores, and sums come out the same everywhere
+SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-deep lint format demo search clean
+
+help:  ## this list
+	@echo "fisherfn: natural-gradient methods for PyTorch"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed  ## create .venv with the pinned versions (again after a change of pyproject or constraints)
+
+demo: .venv/installed  ## train on data made on the spot; prints a table, writes pictures
+	$(BIN)/python apps/demo.py
+
+test: .venv/installed  ## all tests and doctests
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS)
+
+test-deep: .venv/installed  ## the same with many more random examples
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev  ## put the sources into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+search: .venv/installed  ## run the recorded hyper-parameter search again (hours)
+	$(BIN)/python apps/search.py
+
+clean:  ## remove .venv, caches and builds; results stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fisherfn needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make virtual environments; install the system package that adds it" \
+		          "(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch alone first: the build that an index or a local folder offers is taken as it is, and nothing later replaces it
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv, once; torch is large ..."
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[apps,test]"
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) -e ".[apps,test,dev]"
+	@touch $@

@@ -1,0 +1,286 @@
+"""The options of any app: one frozen dataclass, read from the command line and a YAML file by jsonargparse.
+
+A field is an option; what `option` records beside its type and default is its help, its other names, and what its
+values must satisfy:
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = option(256, "examples a step", check=POSITIVE)
+        update_every: int = option(10, "steps between statistics", aliases=("T_cov",), check=POSITIVE)
+        optim: str = option("kfac", "optimizer", choices=lambda: OPTIMIZERS)
+        fisher: Literal["mc", "type2"] = option("mc", "which Fisher")
+
+`--update_every 5`, `--update-every 5`, `--T_cov=5` and the YAML lines `update_every: 5` and `T_cov: 5` are the same.
+The library splits arguments, converts the values of both sources by the field's type and writes the help. What it does
+not do is done here: to name the nearest option for an unknown one, to refuse a file that sets one field twice, and to
+say in one line what is wrong. train_config.py declares the trainers' options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from common.names import is_own
+from fisherfn.errors import FisherfnError
+
+T = TypeVar("T")
+Choices = Iterable[str] | Callable[[], Iterable[str]]
+
+
+class ConfigError(FisherfnError, ValueError):
+    """An option that does not exist, or a value that it cannot have."""
+
+
+class Check(NamedTuple):
+    """What a value must satisfy: `wording` follows "must be" in the error. `None` is not checked."""
+
+    wording: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Check("> 0", lambda value: value > 0)
+NON_NEGATIVE = Check(">= 0", lambda value: value >= 0)
+FRACTION = Check("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Choices | None = None,
+    own: bool = False,
+    check: Check | None = None,
+) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value when neither command line nor file gives one.
+        help: its line in `--help`.
+        aliases: other names, on the command line and in files alike.
+        choices: allowed values, or a function that lists them; where they are part of the type, `Literal` does.
+        own: whether `pkg.module:function` is allowed beside the choices.
+        check: what its values must satisfy.
+    """
+    metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "own": own, "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# --------------------------------------------------------------------------------------------- reading and writing
+
+
+def parse(Config: type[T], argv: Sequence[str] | None = None, *, description: str | None) -> T:
+    """The configuration of a command line; on an error, prints one line and exits with status 2, as argparse does.
+
+    Args:
+        Config: a frozen dataclass, every field with a default.
+        argv: arguments without the program's name; None takes those of the process.
+        description: what `--help` says first.
+    """
+    try:
+        return read(Config, sys.argv[1:] if argv is None else argv, description=description)
+    except ConfigError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def read(Config: type[T], argv: Sequence[str], *, description: str | None = None) -> T:
+    """The same, raising `ConfigError`: defaults, then the `--config` files in order, then the command line."""
+    names = _names(Config)
+    parser = _parser(Config, description)
+    given = _convert(Config, parser.parse_args, [_flag(token, names) for token in argv])
+    values: dict[str, Any] = {}
+    for path in given.pop("config", None) or []:
+        values |= _from_file(Config, parser, Path(path))
+    config = Config(**{**values, **given})
+    validate(config)
+    return config
+
+
+def as_yaml(config: Any) -> str:
+    """The configuration as lines that a `--config` file may hold."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write the configuration as a YAML file that `--config` reads back equal."""
+    path.write_text(as_yaml(config), encoding="utf-8")
+
+
+def filled(config: T, values: Mapping[str, Any]) -> T:
+    """The configuration with `values` where it has None, validated again: what was set on purpose stays."""
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown key {name}{_near(name, known)}")
+    new = {name: value for name, value in values.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **new)  # type: ignore[type-var]
+    validate(config)
+    return config
+
+
+def validate(config: Any) -> None:
+    """Raise `ConfigError` for the first field whose value its type, choices or check do not allow."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None and not _accepts(hints[field.name], None):
+            raise ConfigError(f"{field.name} must be {_described(hints[field.name])}, got null")
+        if value is not None:
+            _check_value(field.name, value, field.metadata)
+
+
+def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    check = metadata.get("check")
+    if check and not check.holds(value):
+        raise ConfigError(f"{name} must be {check.wording}, got {_shown(value)}")
+    choices = _choices(metadata)
+    if choices and value not in choices and not (metadata.get("own") and is_own(value)):
+        own = " or pkg.module:function" if metadata.get("own") else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}{own}, got {value}{_near(value, choices)}")
+
+
+# ------------------------------------------------------------------------------------------------------- the parser
+
+
+def _parser(Config: type, description: str | None) -> ArgumentParser:
+    usage = "%(prog)s [--config FILE] [--option VALUE ...]"
+    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        flags = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
+        # a bare `--quiet` means true
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
+        parser.add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
+    return parser
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    choices = _choices(field.metadata)
+    own = " or pkg.module:function" if field.metadata.get("own") else ""
+    return field.metadata.get("help", "") + (f"; one of {', '.join(choices)}{own}" if choices else "")
+
+
+def _choices(metadata: Mapping[str, Any]) -> list[str]:
+    choices = metadata.get("choices")
+    return list(choices() if callable(choices) else choices or ())
+
+
+def _names(Config: type) -> dict[str, str]:
+    """Every name of every option, to its field's."""
+    fields = dataclasses.fields(Config)
+    return {name: field.name for field in fields for name in (field.name, *field.metadata.get("aliases", ()))}
+
+
+def _flag(token: str, names: Mapping[str, str]) -> str:
+    """A token with its dashes as underscores if it is an option, which must be known."""
+    if not token.startswith("--") or token == "--":
+        return token
+    name, equals, value = token[2:].partition("=")
+    known = [*names, "config", "help"]
+    if name.replace("-", "_") not in known:
+        raise ConfigError(f"unknown option --{name}{_near(name, known, '--') or '; see --help for all'}")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _from_file(Config: type, parser: ArgumentParser, path: Path) -> dict[str, Any]:
+    """The fields that a file sets, by their own names."""
+    try:
+        return _from_yaml(Config, parser, _load(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found or {}, dict):
+        raise ConfigError("must hold lines like `batch_size: 256`")
+    return found or {}
+
+
+def _from_yaml(Config: type, parser: ArgumentParser, found: Mapping[Any, Any]) -> dict[str, Any]:
+    names, hints = _names(Config), typing.get_type_hints(Config)
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(f"unknown key {key}{_near(str(key), names) or '; see --help for all'}")
+        if name in values:
+            raise ConfigError(f"{name} is set twice, under {key} and another of its names")
+        values[name] = value
+    # what has the right type already is taken as it is: the library would read the text "null" as None
+    ready = {name: value for name, value in values.items() if _accepts(hints[name], value)}
+    rest = {name: value for name, value in values.items() if name not in ready}
+    return ready | _convert(Config, parser.parse_object, rest)
+
+
+def _convert(Config: type, convert: Callable[..., Any], raw: Any) -> dict[str, Any]:
+    """What the library makes of `raw`; only what was given, without defaults."""
+    try:
+        return convert(raw, defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        _reword(Config, str(error))
+
+
+# ------------------------------------------------------------------------------------------------------- the wording
+
+
+def _reword(Config: type, message: str) -> NoReturn:
+    """The library's message, which for a wrong type has up to eight lines, as one."""
+    key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"value: (.*)\Z", message, re.DOTALL)
+    if key and value:
+        name = key[1]
+        message = f"{name} must be {_described(typing.get_type_hints(Config)[name])}, got {value[1]}"
+    raise ConfigError(" ".join(message.split()).replace("unrecognized arguments", "unexpected arguments")) from None
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a value has exactly one of the types, or is one of the literals."""
+    kinds = _alternatives(hint)
+    literals = [literal for kind in kinds if typing.get_origin(kind) is Literal for literal in typing.get_args(kind)]
+    return type(value) in kinds or any(type(value) is type(literal) and value == literal for literal in literals)
+
+
+def _described(hint: Any) -> str:
+    def one(kind: Any) -> str:
+        if typing.get_origin(kind) is Literal:
+            return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        return "null" if kind is type(None) else str(kind.__name__)
+
+    return " or ".join(map(one, _alternatives(hint)))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The nearest known name as the end of an error, or nothing; upper and lower case count as near."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.replace("-", "_").casefold(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{folded[near[0]]}?" if near else ""

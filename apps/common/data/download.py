@@ -1,0 +1,97 @@
+"""Fetching published files, each checked against its published checksum. Nothing is overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from common.data import faces, idx
+from common.data.base import DataError
+from common.data.files import candidates, find
+
+
+class File(NamedTuple):
+    """A published file."""
+
+    name: str
+    url: str
+    checksum: str  # "md5:…" or "sha256:…"
+    stand_ins: tuple[str, ...]  # any of these beside it makes fetching it needless
+
+
+class Source(NamedTuple):
+    """The files of a data set and the folders they are kept in, the preferred one first."""
+
+    folders: tuple[str, ...]
+    files: tuple[File, ...]
+
+
+def _idx(folders: tuple[str, ...], host: str, checksums: Mapping[str, str]) -> Source:
+    def file(part: str, md5: str) -> File:
+        name = idx.variants(part)[2]  # "train-images-idx3-ubyte.gz"
+        return File(name, host + name, f"md5:{md5}", tuple(idx.variants(part)))
+
+    return Source(folders, tuple(file(part, md5) for part, md5 in checksums.items()))
+
+
+MNIST = _idx(
+    idx.MNIST_FOLDERS,
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    {
+        "train-images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+)
+FASHION = _idx(
+    idx.FASHION_FOLDERS,
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    {
+        "train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+)
+# the URL and checksum that scikit-learn publishes for its own copy
+OLIVETTI = File(
+    faces.PHOTOS,
+    "https://ndownloader.figshare.com/files/5976027",
+    "sha256:b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",
+    (faces.PUBLISHED, faces.PHOTOS),
+)
+
+SOURCES: dict[str, Source] = {
+    "CURVES": Source((), ()),  # drawn, and DIGITS is in scikit-learn: nothing to fetch
+    "DIGITS": Source((), ()),
+    "MNIST": MNIST,
+    "FACES": Source(faces.FOLDERS, (OLIVETTI,)),
+    "F_MNIST": FASHION,
+    "D_MNIST": MNIST,
+    "MNIST_RESTRICTED": MNIST,
+}
+
+
+def fetch(name: str, data_path: str | None) -> None:
+    """Fetch what `name` lacks, beside those of its files that are there, else into its own folder."""
+    if name not in SOURCES:
+        raise DataError(f"{name}: knows no files to download; only {', '.join(SOURCES)} do.")
+    source = SOURCES[name]
+    tried = candidates(data_path, source.folders)
+    present = find(tried, [alike for file in source.files for alike in file.stand_ins])
+    folder = present.parent if present else tried[0]
+    for file in source.files:
+        if find([folder], file.stand_ins) is None:
+            _retrieve(file, folder)
+
+
+def _retrieve(file: File, folder: Path) -> None:
+    import pooch  # optional: only who downloads needs it
+
+    try:
+        pooch.retrieve(file.url, known_hash=file.checksum, fname=file.name, path=folder)
+    except (OSError, ValueError) as cause:  # requests' errors are OSErrors, a wrong checksum is a ValueError
+        remedy = f"try again, or put the file there yourself ({file.checksum})"
+        raise DataError(f"{file.name}: not fetched from {file.url} into {folder} ({cause}); {remedy}.") from cause

@@ -1,0 +1,143 @@
+"""Pictures of runs, drawn on figures of their own: no global state of matplotlib is read or set.
+
+metrics   what results.read_metrics gives: one dict an epoch with `epoch`, `seconds`, `train_loss`, `test_loss`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+Metrics = Sequence[Mapping[str, float]]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which the colour-blind tell apart; without the yellow, which is faint on white."""
+
+MARKERS = ("", "o", "s", "^", "D", "v")
+"""A second round of the palette gets the next marker."""
+
+INK, GRID = "#333333", "#DDDDDD"
+DPI = 150
+
+
+def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
+    """Training loss (solid) and test loss (dashed) of each run, over epochs and over seconds of training.
+
+    Args:
+        runs: metrics by the name in the legend, in the order of the colours.
+        path: the PNG to write.
+    """
+    figure = _figure(width=10.0, height=4.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    for panel, x, title in zip(axes, ("epoch", "seconds"), ("by epoch", "by time"), strict=True):
+        for index, metrics in enumerate(runs.values()):
+            _curves(panel, metrics, x, index)
+        _dress(panel, title, "epoch" if x == "epoch" else "seconds of training")
+    _scale_losses(axes[0], runs)
+    axes[0].set_ylabel("loss", color=INK)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _legend(figure, list(runs))
+    return _save(figure, path)
+
+
+def reconstructions(inputs: Tensor, outputs: Tensor, path: Path, columns: int = 10) -> Figure:
+    """Images and what an autoencoder makes of them, row under row.
+
+    Args:
+        inputs: images [N, C, H, W] of one or three channels.
+        outputs: the same shape.
+        path: the PNG to write.
+        columns: images a row.
+    """
+    if inputs.shape != outputs.shape or inputs.ndim != 4:
+        raise ValueError(f"two equal shapes [N, C, H, W] wanted, got {list(inputs.shape)} and {list(outputs.shape)}")
+    pairs = list(zip(inputs.split(columns), outputs.split(columns), strict=True))
+    rows = [(name, images) for pair in pairs for name, images in zip(("input", "output"), pair, strict=True)]
+    columns = min(columns, len(inputs))
+    shape = inputs.shape[-2] / inputs.shape[-1]
+    figure = _figure(width=0.9 + 0.85 * columns, height=0.25 + 0.85 * shape * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    limits = float(inputs.min()), float(inputs.max())
+    for line, (name, images) in zip(grid, rows, strict=True):
+        _image_row(line, images, name, limits)
+    return _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Figure:
+    figure.savefig(path, dpi=DPI, format="png")
+    return figure
+
+
+def _curves(axes: Axes, metrics: Metrics, x: str, index: int) -> None:
+    look = _look(index)
+    for name, other in (("train_loss", {}), ("test_loss", {"linestyle": "--", "marker": "", "alpha": 0.75})):
+        points = [(m[x], m[name]) for m in metrics if name in m and x in m]
+        axes.plot([point[0] for point in points], [point[1] for point in points], label=name, **{**look, **other})
+
+
+def _look(index: int) -> dict[str, Any]:
+    marker = MARKERS[index // len(PALETTE) % len(MARKERS)]
+    return {"color": PALETTE[index % len(PALETTE)], "marker": marker, "markersize": 4, "linewidth": 1.8}
+
+
+def _dress(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    axes.set_xlabel(xlabel, color=INK)
+    axes.grid(visible=True, which="major", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
+    """A logarithmic axis where losses allow one and span more than a factor of two, with ticks to read off."""
+    losses = [
+        m[name] for metrics in runs.values() for m in metrics for name in ("train_loss", "test_loss") if name in m
+    ]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite or min(finite) <= 0 or max(finite) < 2 * min(finite):
+        return
+    axes.set_yscale("log")
+    decades = math.log10(max(finite) / min(finite))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, names: list[str]) -> None:
+    handles = [Line2D([], [], label=name, **_look(index)) for index, name in enumerate(names)]
+    handles += [Line2D([], [], label="training", color=INK), Line2D([], [], label="test", color=INK, linestyle="--")]
+    columns = len(handles) if sum(len(name) + 6 for name in names) < 90 else 3
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _image_row(line: Sequence[Axes], images: Tensor, name: str, limits: tuple[float, float]) -> None:
+    for axes in line:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    # the inputs' limits for all, or a washed-out output would look as crisp as its input
+    for axes, image in zip(line, images, strict=False):
+        pixels = ((image - limits[0]) / max(limits[1] - limits[0], 1e-12)).clamp(0, 1)
+        axes.imshow(pixels.detach().cpu().movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
+    line[0].set_ylabel(name, color=INK, rotation=0, ha="right", va="center")

@@ -1,0 +1,245 @@
+"""The result folder of a run, `results/<app>/<name>/`: config.yaml, metrics.jsonl, checkpoint.pt and pictures.
+
+The folder appears with the first thing written to it, so a run that fails before leaves nothing behind. Whatever is
+replaced is replaced in one step: a run that is killed leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from common.config import ConfigError, as_yaml
+from fisherfn.errors import FisherfnError
+
+CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
+
+VERSION = 1
+"""Of the checkpoint's format; raised when an older reader would misread a newer file."""
+
+MAY_CHANGE = {
+    "num_epochs", "data_path", "download", "device", "num_workers", "quiet", "overwrite", "resume", "result_dir",
+    "result_name",
+}  # fmt: skip
+"""Options that a resumed run may have otherwise than the run it goes on from; the others define the result."""
+
+
+class ResultExistsError(FisherfnError, FileExistsError):
+    """There is a result of that name already."""
+
+
+class CheckpointError(FisherfnError, ValueError):
+    """A checkpoint that is not there, not whole, or of another format."""
+
+
+class MetricsError(FisherfnError, ValueError):
+    """A metrics file that is not there or cannot be read."""
+
+
+class Results:
+    """Where one run writes; made by `Results.open`."""
+
+    def __init__(self, path: Path, config: Any) -> None:
+        self.path = path
+        self._config = config
+        self._ready = False
+
+    @classmethod
+    def open(cls, config: Any, app: str) -> Results:
+        """The result folder of this configuration; nothing is written yet.
+
+        Args:
+            config: a dataclass with `result_dir`, `result_name`, `overwrite` and `resume`; without a name, one is made
+                from its `data`, `model`, `optim` and `seed`.
+            app: the name of the app, a folder of its own.
+
+        Raises:
+            ConfigError: a name that is no plain folder name, or a resumed run that is not the recorded one.
+            ResultExistsError: a result of that name exists, and neither `overwrite` nor `resume` is set.
+            CheckpointError: there is nothing to resume from.
+        """
+        name = config.result_name or default_name(config)
+        path = Path(config.result_dir) / app / _plain(name)
+        config = dataclasses.replace(config, result_name=name)
+        if config.resume:
+            _check_resumable(path, config)
+        elif config.overwrite:
+            _check_replaceable(path)
+        elif path.exists():
+            raise ResultExistsError(f"{path} exists already: give --overwrite, --resume, or another --result_name")
+        return cls(path, config)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Append one epoch's metrics, on the disk when this returns; a number that is not finite becomes null."""
+        with (self._folder() / METRICS).open("a", encoding="utf-8") as file:
+            file.write(_line(metrics))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The epochs recorded so far; null reads as NaN."""
+        return read_metrics(self.path)
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: tensors by path, and whatever JSON can hold. `meta["epoch"]` is what resume needs."""
+        save_checkpoint(self._folder() / CHECKPOINT, tensors, meta)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The checkpoint to go on from, tensors on the CPU; a resumed run forgets the epochs recorded after it."""
+        tensors, meta = load_checkpoint(self.path / CHECKPOINT)
+        if self._config.resume and (self.path / METRICS).exists():
+            kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
+            _replace_text(self.path / METRICS, "".join(map(_line, kept)))
+        return tensors, meta
+
+    def _folder(self) -> Path:
+        """The folder, made or emptied at the first call; the configuration is the first thing in it."""
+        if not self._ready:
+            if self._config.overwrite and self.path.exists():
+                shutil.rmtree(self.path)
+            self._make()
+            self._ready = True
+        return self.path
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=self._config.resume)
+        except FileExistsError:
+            message = f"{self.path} was made by another run meanwhile: give this one another --result_name"
+            raise ResultExistsError(message) from None
+        # what the file says is done again by --config alone: it must neither overwrite nor resume by itself
+        config = dataclasses.replace(self._config, overwrite=False, resume=False)
+        _replace_text(self.path / CONFIG, as_yaml(config))
+
+
+def default_name(config: Any) -> str:
+    """Data, model, optimizer and seed; of one's own `pkg.module:function` with dashes for dots and colons."""
+    parts = (str(getattr(config, name)) for name in ("data", "model", "optim", "seed") if hasattr(config, name))
+    return "-".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"\w[\w .+=,@()\[\]-]*", name):
+        raise ConfigError(f"result_name must be a plain folder name without / or .., got {name!r}")
+    return name
+
+
+def _check_replaceable(path: Path) -> None:
+    is_result = (path / CONFIG).is_file() and not path.is_symlink()
+    if path.exists() and not is_result:
+        raise ResultExistsError(f"{path} is no result folder with a {CONFIG} in it: it is not overwritten")
+
+
+def _check_resumable(path: Path, config: Any) -> None:
+    for name in (CONFIG, CHECKPOINT):
+        if not (path / name).is_file():
+            raise CheckpointError(f"nothing to resume: there is no {path / name}; run without --resume")
+    there = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    here = yaml.safe_load(as_yaml(config))
+    changed = [name for name in here if name not in MAY_CHANGE and name in there and here[name] != there[name]]
+    if changed:
+        each = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in changed)
+        raise ConfigError(f"cannot resume {path}: {each}; give the options of that run: --config {path / CONFIG}")
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The epochs of a result folder; null reads as NaN, and a last line cut short by a killed run is left out."""
+    path = folder / METRICS
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MetricsError(f"no metrics in {folder}: {METRICS}: {error.strerror}") from None
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(whole, 1)]
+
+
+def result_folders(places: Iterable[Path]) -> list[Path]:
+    """Result folders among `places` and directly inside them."""
+    inside = (folder for place in places for folder in (place, *sorted(place.glob("*"))))
+    return list(dict.fromkeys(folder for folder in inside if (folder / METRICS).is_file()))
+
+
+def _parsed(line: str, where: str) -> dict[str, float]:
+    try:
+        return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+    except (ValueError, AttributeError):
+        raise MetricsError(f"{where}: not a JSON object: {line[:60]!r}") from None
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write tensors by path and JSON-able facts as one file, in one step."""
+    # a clone, because a view would be saved with all of the storage it looks into
+    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    content = {"version": VERSION, "meta": json.dumps(dict(meta)), "tensors": own}
+    _replace(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_checkpoint` wrote, tensors on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, something else, or of another version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint; start again with --overwrite") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        found = content.get("version") if isinstance(content, dict) else None
+        raise CheckpointError(f"{path} has format version {found}, this program reads version {VERSION}")
+    return content["tensors"], json.loads(content["meta"])
+
+
+# ------------------------------------------------------------------------------------------------------ in one step
+
+
+def _replace_text(path: Path, text: str) -> None:
+    _replace(path, lambda file: file.write(text.encode()))
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file beside `path` and move it there once it is on the disk."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's entries on the disk: a renamed file is safe only then."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

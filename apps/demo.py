@@ -1,0 +1,63 @@
+"""The demonstration: SGD, Adam and K-FAC train the CURVES autoencoder side by side; a table and a picture.
+
+`make demo` or `python apps/demo.py`. One seed, one batch size, each optimizer with the best settings of an equal-budget
+search (apps/configs/tuned.yml, found by apps/search.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from common.config import option, parse
+from common.plots import loss_curves
+from common.results import read_metrics
+from common.train_config import TrainConfig
+from common.trainer import reported, run
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demonstration trains."""
+
+    data: str = option("CURVES", "data set")
+    data_path: str | None = option(None, "folder of data files")
+    num_epochs: int = option(20, "epochs for each optimizer")
+    seed: int = option(0, "of initialisation, order and labels")
+    result_dir: str = option("results", "folder of results")
+
+
+def demo(config: DemoConfig) -> None:
+    """Train the three, print the table, draw the picture."""
+    runs = {}
+    for optim, name in (("sgd", "SGD"), ("adam", "Adam"), ("kfac", "K-FAC")):
+        full = dataclasses.replace(
+            TrainConfig(),
+            **dataclasses.asdict(config),
+            optim=optim,
+            result_name=f"{config.data}-{optim}",
+            overwrite=True,
+        )
+        print(f"\n{name} on {config.data}")
+        folder = run(full, app="demo")
+        runs[name] = read_metrics(folder)
+    print("\n" + table(runs))
+    picture = folder.parent / f"{config.data}.png"
+    loss_curves(runs, picture)
+    print(f"\nThe picture is {picture}.")
+
+
+def table(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Every epoch of every run, side by side; losses in nats an output."""
+    head = f"{'':7}" + "".join(f"{name:^36}" for name in runs)
+    units = f"{'epoch':>5}  " + f"{'train loss':>12}{'test loss':>12}{'seconds':>10}  " * len(runs)
+    lines = [head, units]
+    for epochs in zip(*runs.values(), strict=True):
+        cells = "".join(f"{m['train_loss']:12.5f}{m['test_loss']:12.5f}{m['seconds']:10.1f}  " for m in epochs)
+        lines.append(f"{epochs[0]['epoch']:5.0f}  {cells}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with reported():
+        demo(parse(DemoConfig, description=__doc__ or ""))

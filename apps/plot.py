@@ -1,0 +1,49 @@
+"""Overlay the losses of several runs: `python apps/plot.py results/train_mlp/* --out comparison.png`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.plots import loss_curves
+from common.results import MetricsError, read_metrics, result_folders
+
+
+def plot(places: Sequence[Path], out: Path | None) -> Path:
+    """Draw every run among `places` and directly inside them; returns the picture's path."""
+    folders = result_folders(places)
+    if not folders:
+        raise MetricsError(f"no metrics.jsonl in {', '.join(map(str, places))} nor one folder below")
+    runs = {name: read_metrics(folder) for name, folder in zip(_names(folders), folders, strict=True)}
+    path = out or Path(os.path.commonpath([folder.parent for folder in folders])) / "comparison.png"
+    if not path.parent.is_dir():
+        raise MetricsError(f"there is no folder {path.parent} to put the picture in")
+    loss_curves(runs, path)
+    return path
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with their parents' where they would not tell the runs apart."""
+    full = [folder.resolve() for folder in folders]
+    names = [folder.name for folder in full]
+    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in full]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result folder, or a folder of some")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG; default: comparison.png beside the results")
+    arguments = parser.parse_args(argv)
+    try:
+        print(plot(arguments.results, arguments.out))
+    except MetricsError as error:
+        print(f"plot.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

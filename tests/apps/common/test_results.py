@@ -1,0 +1,290 @@
+"""Result folders: nothing by accident, nothing by halves, nothing outside."""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import results as r
+from common.config import ConfigError, read
+from common.results import CheckpointError, MetricsError, ResultExistsError, Results
+
+
+@dataclass(frozen=True)
+class Config:
+    result_dir: str
+    result_name: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+    data: str = "CURVES"
+    model: str = "AE"
+    optim: str = "kfac"
+    seed: int = 0
+    lr: float = 1e-5
+    num_epochs: int = 3
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(str(tmp_path / "results"), "run")
+
+
+def epoch(number, **others):
+    return {"epoch": number, "train_loss": 1.0 / (1 + number), **others}
+
+
+def finished(config, epochs=3):
+    """A result with a checkpoint after its last epoch."""
+    results = Results.open(config, "app")
+    for number in range(epochs):
+        results.record(epoch(number))
+    results.save_checkpoint({"w": torch.arange(3.0)}, {"epoch": epochs - 1})
+    return results
+
+
+def all_files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------ the folder
+
+
+def test_nothing_is_made_before_something_is_written(config, tmp_path):
+    results = Results.open(config, "app")
+    assert list(tmp_path.iterdir()) == []
+    results.record(epoch(0))
+    assert results.path == tmp_path / "results" / "app" / "run"
+    assert set(all_files(results.path)) == {"config.yaml", "metrics.jsonl"}
+
+
+def test_a_name_is_made_from_what_is_trained(tmp_path):
+    results = Results.open(Config(str(tmp_path), data="my.mod:load", seed=7), "app")
+    assert results.path.name == "my-mod-load-AE-kfac-7"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", ".hidden", "a\\b", "a\nb", "a\0b", "/abs"])
+def test_names_that_lead_elsewhere_are_refused(config, tmp_path, name):
+    with pytest.raises(ConfigError, match="plain folder name"):
+        Results.open(dataclasses.replace(config, result_name=name), "app")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_result_is_refused_with_the_ways_out(config):
+    before = finished(config)
+    kept = all_files(before.path)
+    with pytest.raises(ResultExistsError, match="--overwrite, --resume, or another --result_name"):
+        Results.open(config, "app")
+    assert all_files(before.path) == kept
+
+
+def test_overwriting_waits_for_the_first_write_and_leaves_nothing_old(config):
+    before = finished(config)
+    kept = all_files(before.path)
+    results = Results.open(dataclasses.replace(config, overwrite=True, seed=1), "app")
+    assert all_files(before.path) == kept  # the new run may still fail
+    results.record(epoch(0))
+    results.record(epoch(1))
+    assert set(all_files(results.path)) == {"config.yaml", "metrics.jsonl"}
+    assert [metrics["epoch"] for metrics in results.metrics()] == [0, 1]
+
+
+def test_overwriting_spares_folders_that_are_no_results(config, tmp_path):
+    thesis = tmp_path / "results" / "app" / "run"
+    thesis.mkdir(parents=True)
+    (thesis / "thesis.tex").write_text("years of work")
+    with pytest.raises(ResultExistsError, match="is not overwritten"):
+        Results.open(dataclasses.replace(config, overwrite=True), "app")
+
+
+def test_overwriting_spares_what_a_link_points_to(config, tmp_path):
+    elsewhere = finished(dataclasses.replace(config, result_dir=str(tmp_path / "elsewhere"))).path
+    (tmp_path / "results" / "app").mkdir(parents=True)
+    (tmp_path / "results" / "app" / "run").symlink_to(elsewhere)
+    with pytest.raises(ResultExistsError, match="is not overwritten"):
+        Results.open(dataclasses.replace(config, overwrite=True), "app")
+
+
+def test_two_runs_of_one_name_do_not_mix(config):
+    first, second = Results.open(config, "app"), Results.open(config, "app")
+    first.record(epoch(0))
+    with pytest.raises(ResultExistsError, match="meanwhile"):
+        second.record(epoch(0))
+
+
+def test_the_recorded_configuration_neither_overwrites_nor_resumes(config):
+    finished(config)
+    results = Results.open(dataclasses.replace(config, overwrite=True), "app")
+    results.record(epoch(0))
+    again = read(Config, ["--config", str(results.path / "config.yaml")])
+    assert again == dataclasses.replace(config, overwrite=False)
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_json_lines_and_what_is_not_finite_is_null(config):
+    results = Results.open(config, "app")
+    results.record(epoch(0, test_loss=math.nan))
+    results.record(epoch(1, test_loss=-math.inf))
+    lines = (results.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["test_loss"] for line in lines] == [None, None]
+    back = results.metrics()
+    assert all(math.isnan(metrics["test_loss"]) for metrics in back)
+    assert [metrics["train_loss"] for metrics in back] == [1.0, 0.5]
+
+
+def test_an_epoch_is_on_the_disk_when_record_returns(config, monkeypatch):
+    results = finished(config)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    results.record(epoch(3))
+    assert synced == [(results.path / "metrics.jsonl").stat().st_size]
+
+
+def test_a_line_cut_short_is_left_out_and_nonsense_is_named(config):
+    results = finished(config)
+    file = results.path / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"epoch": 3, "tra')
+    assert len(results.metrics()) == 3
+    file.write_text(whole + "nonsense\n")
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:4: not a JSON object: 'nonsense'"):
+        results.metrics()
+
+
+def test_no_metrics_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl: No such file"):
+        r.read_metrics(tmp_path)
+
+
+def test_result_folders_are_found_themselves_and_one_below(config):
+    one = finished(config).path
+    other = finished(dataclasses.replace(config, result_name="other")).path
+    assert r.result_folders([one.parent]) == [other, one]
+    assert r.result_folders([one, one.parent]) == [one, other]
+    assert r.result_folders([one.parent.parent]) == []
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    tensors = {
+        "params.0.weight": torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        "state.count": torch.tensor(7),
+        "empty": torch.zeros(0, 2),
+        "half": torch.randn(2).bfloat16(),
+    }
+    meta = {"epoch": 3, "seconds": 0.1, "names": ["a", "b"], "none": None}
+    r.save_checkpoint(tmp_path / "c.pt", tensors, meta)
+    back, back_meta = r.load_checkpoint(tmp_path / "c.pt")
+    assert back_meta == meta and list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and not back[name].requires_grad
+        assert torch.equal(back[name], tensor.detach())
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
+    r.save_checkpoint(tmp_path / "c.pt", {"row": torch.zeros(1000, 1000)[0]}, {})
+    assert (tmp_path / "c.pt").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(tmp_path, keep):
+    path = tmp_path / "c.pt"
+    r.save_checkpoint(path, {"w": torch.randn(50, 50)}, {"epoch": 0})
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"c\.pt is damaged or no checkpoint"):
+        r.load_checkpoint(path)
+
+
+def test_other_versions_and_other_files_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        r.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="format version None"):
+        r.load_checkpoint(path)
+    monkeypatch.setattr(r, "VERSION", 2)
+    r.save_checkpoint(path, {}, {})
+    monkeypatch.setattr(r, "VERSION", 1)
+    with pytest.raises(CheckpointError, match="format version 2, this program reads version 1"):
+        r.load_checkpoint(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("exit 1",))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
+    torch.save({"version": 1, "meta": "{}", "tensors": Payload()}, tmp_path / "c.pt")
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail("executed"))
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        r.load_checkpoint(tmp_path / "c.pt")
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_litter(config, monkeypatch):
+    results = finished(config)
+    kept = all_files(results.path)
+
+    def half(content, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        results.save_checkpoint({"w": torch.zeros(3)}, {"epoch": 3})
+    assert all_files(results.path) == kept
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("replace"), replace(self, target)))
+    r.save_checkpoint(tmp_path / "c.pt", {}, {})
+    assert order == ["sync", "replace", "sync"]
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint(config):
+    before = finished(config)
+    before.record(epoch(3))  # killed between the record and the checkpoint
+    before.record(epoch(4))
+    results = Results.open(dataclasses.replace(config, resume=True, num_epochs=5), "app")
+    tensors, meta = results.load_checkpoint()
+    assert torch.equal(tensors["w"], torch.arange(3.0)) and meta == {"epoch": 2}
+    results.record(epoch(3, train_loss=9.0))
+    assert [metrics["epoch"] for metrics in results.metrics()] == [0, 1, 2, 3]
+    assert results.metrics()[-1]["train_loss"] == 9.0
+    recorded = read(Config, ["--config", str(results.path / "config.yaml")])
+    assert recorded == dataclasses.replace(config, num_epochs=5)
+
+
+def test_reading_a_checkpoint_of_a_run_that_is_not_resumed_changes_nothing(config):
+    results = finished(config)
+    results.record(epoch(3))
+    kept = all_files(results.path)
+    results.load_checkpoint()
+    assert all_files(results.path) == kept
+
+
+def test_nothing_to_resume(config):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        Results.open(dataclasses.replace(config, resume=True), "app")
+
+
+def test_a_run_is_resumed_as_itself_only(config):
+    finished(config)
+    with pytest.raises(ConfigError, match=r"lr is 1e-05 there and 0\.1 here"):
+        Results.open(dataclasses.replace(config, resume=True, lr=0.1), "app")
+    moved = dataclasses.replace(config, resume=True, num_epochs=9, result_dir=config.result_dir + "/.")
+    assert Results.open(moved, "app").path.exists()

@@ -1,0 +1,39 @@
+"""What the tests over all methods share: the methods by name, the cases, and a few plain iterations."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import fisherfn as ff
+from tests import zoo
+
+METHODS = pytest.mark.parametrize("method", sorted(ff.METHODS))
+PROBLEMS = pytest.mark.parametrize("id", ["mlp-categorical", "sequence-pooled", "scale-vector"])
+SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
+
+
+def build(id, method, **kwargs):
+    problem = zoo.pick(id)
+    return problem, problem.build(method=method, **kwargs)
+
+
+def steps(problem, ng, count=3, **hyper):
+    """States, steps and infos of a few plain iterations."""
+    params, state, trace = problem.params, ng.init(problem.params, **hyper), []
+    for k in range(count):
+        nat, state, info = ng.step(params, state, problem.batch, generator=zoo.generator(k), inner=True)
+        params = ff.tree.add(params, nat, scale=-0.01)
+        trace.append((nat, state, info))
+    return trace
+
+
+def structure(tree):
+    return pytree.tree_structure(tree)
+
+
+def at(tree, m):
+    return pytree.tree_map(lambda leaf: leaf[m], tree)
+
+
+def stack(trees):
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)

@@ -1,0 +1,218 @@
+"""Every parameter is covered, the report says by what and why, and the fallback is exact, cross terms included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfn as ff
+from tests import oracles, zoo
+from tests.oracles import close, unvec, vec
+from tests.zoo import FISHERS, sampled
+
+
+def keys(problem):
+    return set(sampled(problem, "empirical").stats.taps)
+
+
+@pytest.mark.parametrize("make", zoo.cases())
+def test_the_report_names_every_parameter(make):
+    problem = make()
+    report = str(problem.build().layout)
+    assert all(name in report for name in problem.params)
+
+
+@pytest.mark.parametrize(
+    "id", ["mlp-categorical", "tied-layer", "sequence-pooled", "callable", "frozen-bias", "no-bias"]
+)
+def test_layers_are_found_without_fallback(id):
+    problem = zoo.pick(id)
+    assert keys(problem) == set(problem.blocks)
+    assert "fallback" not in str(problem.build().layout).splitlines()[2:-1].__str__()
+
+
+@pytest.mark.parametrize(
+    ("id", "name"), [("scale-vector", "scale"), ("matmul", "W"), ("weight-elsewhere", "first.weight")]
+)
+def test_what_no_layer_claims_is_reported_with_a_reason(id, name):
+    lines = [line for line in str(zoo.pick(id).build().layout).splitlines() if name in line and "fallback" in line]
+    assert lines, "the fallback is not in the report"
+    assert len(lines[0].split(name)[-1].strip()) > 10, f"no reason given: {lines[0]!r}"
+
+
+@pytest.mark.parametrize(
+    "id", ["scale-vector", "matmul", "weight-elsewhere", "tied-weights", "frozen-weight", "layer-norm"]
+)
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_the_full_fisher_has_the_cross_terms_of_the_fallback(id, fisher):
+    problem = zoo.pick(id)
+    run = sampled(problem, fisher)
+    dense = oracles.fisher_matrix(problem, fisher, run.draws)
+    off = dense - torch.block_diag(*[torch.ones(p.numel(), p.numel()) for p in problem.params.values()]) * dense
+    assert off.abs().max() > 1e-3 * dense.abs().max()  # there are cross terms to get wrong
+    close(run.ng.fisher(run.stats).dense(), dense)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_small_fallback_is_one_dense_block_for_kfac(fisher):
+    """a = 1 and g the gradient: A = 1, G the exact block; damping π-split of an exact block is (F + λI)⁻¹-like."""
+    problem = zoo.pick("scale-vector")
+    run = sampled(problem, fisher)
+    dense = oracles.fisher_matrix(problem, fisher, run.draws)
+    at = oracles.positions(problem.params, ("scale",))
+    state, _ = run.ng.update(run.ng.init(problem.params), run.stats)
+    v = zoo.random_tree(problem.params)
+    close(run.ng.matvec(state, v)["scale"], dense[at[:, None], at] @ v["scale"])
+
+
+def test_a_fallback_is_a_tap_with_a_equal_to_one():
+    run = sampled(zoo.pick("scale-vector"), samples=3)
+    tap = run.stats.taps["scale"]
+    assert tap.a.shape == (1, 5, 1, 1) and tap.g.shape == (1, 3, 5, 1, 4)
+    assert bool((tap.a == 1).all())
+
+
+def big_scale(width=3000):
+    generator = zoo.generator()
+    params = {
+        "scale": torch.randn(width, generator=generator, dtype=torch.float64),
+        "last.weight": torch.randn(2, width, generator=generator, dtype=torch.float64) / width**0.5,
+    }
+    x = torch.randn(4, width, generator=generator, dtype=torch.float64)
+
+    def model(params, x):
+        return F.linear(torch.tanh(x * params["scale"]), params["last.weight"])
+
+    blocks = {"scale": ("scale",), "last": ("last.weight",)}
+    return zoo.from_model(model, params, x, "categorical", generator, blocks)
+
+
+def test_a_big_fallback_is_one_block_an_entry():
+    """K = entries: the K-FAC blocks are scalars, the full Fisher keeps every cross term."""
+    problem = big_scale()
+    run = sampled(problem, "empirical")
+    assert run.stats.taps["scale"].g.shape == (3000, 1, 4, 1, 1)
+    U = oracles.columns(problem, "empirical")
+    v = zoo.random_tree(problem.params)
+    close(run.ng.fisher(run.stats) @ v, unvec(problem.params, U @ (U.T @ vec(v))))
+    damped = U.T @ U + 0.1 * torch.eye(4, dtype=torch.float64)
+    solved = (vec(v) - U @ torch.linalg.solve(damped, U.T @ vec(v))) / 0.1
+    close(run.ng.fisher(run.stats).solve(v, 0.1), unvec(problem.params, solved))
+    state, _ = run.ng.update(run.ng.init(problem.params), run.stats)
+    at = oracles.positions(problem.params, ("scale",))
+    close(run.ng.matvec(state, v)["scale"], U[at].square().sum(1) * v["scale"])
+
+
+# --------------------------------------------------------------------------------------------- unusual ways to use
+
+
+def exact_under(model, params, x, likelihood="categorical", fisher="type2"):
+    problem = zoo.from_model(model, params, x, likelihood, zoo.generator(3), {})
+    run = sampled(problem, fisher)
+    close(run.ng.fisher(run.stats).dense(), oracles.fisher_matrix(problem, fisher, run.draws))
+    close(dict(run.stats.grads), oracles.mean_gradient(problem))
+    return run.ng
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)
+
+
+def weird_models():
+    w, b, v = normal(3, 3, seed=1), normal(3, seed=2), normal(2, 3, seed=3)
+
+    def transposed(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"].t(), p["b"])), p["v"])
+
+    def both_ways(p, x):
+        return F.linear(F.linear(torch.tanh(F.linear(x, p["w"])), p["w"].t()), p["v"], p["v"].sum(1)) + p["b"].sum()
+
+    def keyword(p, x):
+        return F.linear(input=torch.tanh(F.linear(x, bias=p["b"], weight=p["w"])), weight=p["v"])
+
+    def bias_shared(p, x):
+        return F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"], p["b"])), p["v"])
+
+    def bias_of_two(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])) + F.linear(x, x[:1].expand(3, 3), p["b"]), p["v"])
+
+    def sometimes_biased(p, x):
+        return F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"])), p["v"])
+
+    def penalised(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["v"]) + p["w"].square().sum()
+
+    def in_place(p, x):
+        return F.linear(F.linear(x, p["w"], p["b"]).mul_(2.0).tanh_(), p["v"])
+
+    def mixed_positions(p, x):
+        pair = torch.stack([x, 2 * x, x.square()], dim=1)
+        return F.linear(torch.tanh(F.linear(pair, p["w"], p["b"]).sum(1)) + F.linear(x, p["w"], p["b"]), p["v"])
+
+    models = [transposed, keyword, bias_shared, sometimes_biased, penalised, in_place, mixed_positions]
+    del bias_of_two, both_ways
+    return [pytest.param(m, {"w": w, "b": b, "v": v}, id=m.__name__.replace("_", "-")) for m in models]
+
+
+@pytest.mark.parametrize(("model", "params"), weird_models())
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_the_fisher_is_exact_however_the_weights_are_used(model, params, fisher):
+    exact_under(model, params, normal(4, 3), fisher=fisher)
+
+
+def test_a_second_use_of_a_weight_is_noticed():
+    def model(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"])), p["v"]) + (x @ p["w"])[:, :2]
+
+    ng = exact_under(model, {"w": normal(3, 3), "v": normal(2, 3)}, normal(4, 3, seed=5))
+    assert "fallback" in str(ng.layout)
+
+
+def test_a_second_use_is_noticed_whatever_the_example_inputs():
+    """People trace with zeros: then the second use has no gradient at the trace."""
+
+    def model(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["v"]) + (x @ p["w"])[:, :2]
+
+    params = {"w": normal(3, 3), "b": normal(3, seed=2), "v": normal(2, 3)}
+    x, y = normal(4, 3, seed=5), torch.tensor([0, 1, 1, 0])
+    ng = ff.natural_gradient(model, params, torch.zeros_like(x), likelihood=ff.Categorical(), fisher="empirical")
+    problem = zoo.Problem(model, params, x, y, ff.Categorical(), zoo.LIKELIHOODS["categorical"][1], {})
+    close(ng.fisher(ng.stats(params, (x, y))).dense(), oracles.fisher_matrix(problem, "empirical"))
+
+
+def test_a_dead_layer_is_used_all_the_same():
+    """No gradient at the trace is not the same as no use."""
+    net = zoo.mlp(3, 4, 2, act=nn.ReLU)
+    problem = zoo.from_net(net, (4, 3), "categorical")
+    params = {**problem.params, "0.bias": torch.full((4,), -100.0, dtype=torch.float64)}
+    ng = ff.natural_gradient(problem.model, params, problem.x, likelihood=ff.Categorical(), fisher="empirical")
+    close(ng.fisher(ng.stats(problem.params, problem.batch)).dense(), oracles.fisher_matrix(problem, "empirical"))
+
+
+def test_a_zero_scale_is_used_all_the_same():
+    problem = zoo.pick("scale-vector")
+    params = {**problem.params, "last.weight": torch.zeros(2, 4, dtype=torch.float64)}
+    ng = ff.natural_gradient(problem.model, params, problem.x, likelihood=ff.Categorical(), fisher="empirical")
+    close(ng.fisher(ng.stats(problem.params, problem.batch)).dense(), oracles.fisher_matrix(problem, "empirical"))
+
+
+def test_inputs_may_be_a_tree():
+    def model(p, x):
+        left, right = x["left"], x["right"]
+        return F.linear(left, p["a.weight"], p["a.bias"]) + F.linear(right, p["b.weight"])
+
+    params = {"a.weight": normal(2, 3), "a.bias": normal(2), "b.weight": normal(2, 4)}
+    x = {"left": normal(5, 3), "right": normal(5, 4)}
+    y = torch.tensor([0, 1, 0, 1, 1])
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="empirical")
+    stats = ng.stats(params, (x, y), chunk_size=2)
+    joined = torch.cat([x["left"], x["right"]], dim=1)
+
+    def flat_model(p, x):
+        return model(p, {"left": x[:, :3], "right": x[:, 3:]})
+
+    problem = zoo.Problem(flat_model, params, joined, y, ff.Categorical(), zoo.LIKELIHOODS["categorical"][1], {})
+    close(stats.grads, oracles.mean_gradient(problem))
+    whole = ng.fisher(ng.stats(params, (x, y)))
+    close(whole.dense(), oracles.fisher_matrix(problem, "empirical"))

@@ -1,0 +1,217 @@
+"""Likelihoods against torch.distributions: densities, samples by counting, output Fisher by autograd's Hessian."""
+
+import pytest
+import torch
+
+import fisherfn as ff
+from tests import oracles, zoo
+from tests.oracles import close
+from tests.zoo import LIKELIHOODS
+
+SHAPES = {"plain": (4, 3), "sequence": (3, 2, 3), "two-axes": (2, 2, 2, 3)}
+PAIRS = [pytest.param(name, shape, id=f"{name}-{id}") for name in LIKELIHOODS for id, shape in SHAPES.items()]
+
+
+def outputs_of(name, shape, seed=0):
+    logits = torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)
+    return logits.sigmoid() if name == "bernoulli-probs" else logits
+
+
+def targets_of(name, outputs, seed=1):
+    return zoo.draw(LIKELIHOODS[name][1](outputs), zoo.generator(seed))
+
+
+def summed_nll(name, outputs, targets):
+    return -LIKELIHOODS[name][1](outputs).log_prob(targets).reshape(len(outputs), -1).sum(1)
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS)
+def test_nll_is_minus_the_log_density_up_to_a_constant_of_the_outputs(name, shape):
+    likelihood, outputs = LIKELIHOODS[name][0](), outputs_of(name, shape)
+    targets = targets_of(name, outputs)
+    other = outputs_of(name, shape, seed=2)
+    ours = likelihood.nll(outputs, targets) - likelihood.nll(other, targets)
+    assert ours.shape == (shape[0],)
+    close(ours, summed_nll(name, outputs, targets) - summed_nll(name, other, targets))
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS)
+def test_the_gradient_of_nll(name, shape):
+    likelihood, outputs = LIKELIHOODS[name][0](), outputs_of(name, shape).requires_grad_()
+    targets = targets_of(name, outputs.detach())
+    (ours,) = torch.autograd.grad(likelihood.nll(outputs, targets).sum(), outputs)
+    (theirs,) = torch.autograd.grad(summed_nll(name, outputs, targets).sum(), outputs)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS)
+def test_fisher_sqrt_squares_to_the_output_fisher(name, shape):
+    """Σ_c s_c s_cᵀ = E_y[∂² NLL / ∂f²], example by example."""
+    problem = zoo.from_net(zoo.mlp(2, 2), (2, 2), name)  # for its density only
+    outputs = outputs_of(name, shape)
+    roots = problem.likelihood.fisher_sqrt(outputs)
+    assert roots.shape[1:] == outputs.shape
+    for n in range(shape[0]):
+        S_co = roots[:, n].reshape(len(roots), -1)
+        close(S_co.T @ S_co, oracles.output_fisher(problem, outputs[n : n + 1]))
+
+
+# ----------------------------------------------------------------------------------------------- sampling
+
+
+def test_categorical_sample_is_the_inverse_cdf():
+    """Class c for u in [cdf(c-1), cdf(c))."""
+    logits = torch.tensor([[0.0, 1.0, -1.0, 0.5]], dtype=torch.float64)
+    cdf = logits.softmax(-1).cumsum(-1)[0]
+    for c in range(4):
+        low, high = (cdf[c - 1] if c else torch.tensor(0.0, dtype=torch.float64)), cdf[c]
+        for u in (low + 1e-9, (low + high) / 2, high - 1e-9):
+            assert ff.Categorical().sample(logits, u.reshape(1)).tolist() == [c]
+
+
+def test_categorical_sample_stays_in_range_at_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64)
+    for u in (0.0, 1.0 - 2.0**-53, 1.0):
+        assert 0 <= ff.Categorical().sample(logits, torch.tensor([u], dtype=torch.float64)).item() <= 2
+
+
+def test_categorical_sample_never_draws_an_impossible_class():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]], dtype=torch.float64)
+    u = torch.linspace(0, 1 - 1e-12, 401, dtype=torch.float64)
+    drawn = ff.Categorical().sample(logits.expand(401, 5), u)
+    assert set(drawn.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "bernoulli-probs"])
+def test_sample_counts(name):
+    """With uniform numbers on a fine grid the frequencies are the probabilities, to the grid's step."""
+    likelihood, density = LIKELIHOODS[name][0](), LIKELIHOODS[name][1]
+    outputs = outputs_of(name, (1, 4))
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    many = outputs.expand(10_000, 4)
+    if name == "categorical":
+        counts = torch.bincount(likelihood.sample(many, grid), minlength=4) / 10_000
+        close(counts.double(), density(outputs).probs[0], tol=1e-3)
+    else:
+        drawn = likelihood.sample(many, grid[:, None].expand(10_000, 4))
+        assert set(drawn.unique().tolist()) == {0.0, 1.0}
+        close(drawn.double().mean(0), density(outputs).mean[0], tol=1e-3)
+
+
+@pytest.mark.parametrize("variance", [1.0, 0.25])
+def test_gaussian_sample_is_mean_plus_deviation_times_noise(variance):
+    outputs, noise = torch.randn(2, 4, 3, generator=zoo.generator(), dtype=torch.float64)
+    close(ff.Gaussian(variance=variance).sample(outputs, noise), outputs + variance**0.5 * noise)
+
+
+@pytest.mark.parametrize("name", ["mlp-categorical", "sequence-out", "two-axes", "mlp-gaussian", "mlp-bernoulli"])
+def test_noise_is_indexed_by_example_then_draw(name):
+    problem = zoo.pick(name)
+    noise = problem.build(samples=3).noise(problem.batch, zoo.generator())
+    shape = problem.model(problem.params, problem.x).shape
+    one_number_a_variable = shape[:-1] if isinstance(problem.likelihood, ff.Categorical) else shape
+    assert noise.shape == (shape[0], 3, *one_number_a_variable[1:])
+
+
+def test_noise_has_the_distribution_that_sample_wants():
+    for likelihood, is_normal in ((ff.Categorical(), False), (ff.Bernoulli(), False), (ff.Gaussian(), True)):
+        x = torch.zeros(2000, 2)
+        params = {"0.weight": torch.zeros(2, 2)}
+        ng = ff.natural_gradient(
+            lambda p, x: torch.nn.functional.linear(x, p["0.weight"]), params, x, likelihood=likelihood, samples=2
+        )
+        y = torch.zeros(2000, dtype=torch.long) if isinstance(likelihood, ff.Categorical) else x
+        noise = ng.noise((x, y), zoo.generator(3)).double()
+        mean, std = (0.0, 1.0) if is_normal else (0.5, 12**-0.5)
+        assert abs(noise.mean() - mean) < 0.05 and abs(noise.std() - std) < 0.05
+        assert is_normal or bool(((noise >= 0) & (noise < 1)).all())
+
+
+def test_samples_have_the_type_that_nll_takes():
+    for name in LIKELIHOODS:
+        likelihood, outputs = LIKELIHOODS[name][0](), outputs_of(name, (4, 3)).float()
+        noise = torch.full((4,) if name == "categorical" else (4, 3), 0.4)
+        assert torch.isfinite(likelihood.nll(outputs, likelihood.sample(outputs, noise))).all()
+
+
+# --------------------------------------------------------------------------------------- hard values and errors
+
+
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "gaussian"])
+def test_large_logits_stay_finite(name):
+    likelihood = LIKELIHOODS[name][0]()
+    outputs = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], dtype=torch.float64)
+    targets = torch.tensor([1, 1]) if name == "categorical" else torch.ones(2, 2, dtype=torch.float64)
+    assert torch.isfinite(likelihood.nll(outputs, targets)).all()
+    assert torch.isfinite(likelihood.fisher_sqrt(outputs)).all()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [
+        (ff.Categorical(), torch.zeros(4)),
+        (ff.Categorical(), torch.zeros(4, 3, dtype=torch.long)),
+        (ff.Categorical(), torch.zeros(3, dtype=torch.long)),
+        (ff.Bernoulli(), torch.zeros(4)),
+        (ff.Bernoulli(), torch.zeros(4, 1)),
+        (ff.Gaussian(), torch.zeros(4)),
+        (ff.Gaussian(), torch.zeros(4, 1)),
+    ],
+    ids=["float-class", "one-hot", "short", "flat-bits", "broadcast-bits", "flat-mean", "broadcast-mean"],
+)
+def test_wrong_targets_are_refused_at_once(likelihood, targets):
+    problem = zoo.from_net(zoo.mlp(3, 3), (4, 3), "gaussian")
+    ng = ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=likelihood, fisher="empirical")
+    with zoo.as_installed(), pytest.raises((ff.errors.TargetError, ff.errors.ShapeError)):
+        ng.stats(problem.params, (problem.x, targets))
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0])
+def test_a_variance_is_positive(variance):
+    with pytest.raises(ff.errors.HyperparameterError, match="variance"):
+        ff.Gaussian(variance=variance)
+
+
+# ------------------------------------------------------------------------------------------ a likelihood of one's own
+
+
+class Poisson:
+    """Counts with rate e^f; the noise is the default, one uniform number an output."""
+
+    def nll(self, outputs, targets):
+        return (outputs.exp() - targets * outputs).sum(-1)
+
+    def sample(self, outputs, noise):
+        counts = torch.arange(60, dtype=outputs.dtype)
+        log_p = counts * outputs[..., None] - outputs.exp()[..., None] - torch.lgamma(counts + 1)
+        return (log_p.exp().cumsum(-1) < noise[..., None]).sum(-1).to(outputs.dtype)
+
+    def fisher_sqrt(self, outputs):
+        return torch.eye(outputs.shape[-1], dtype=outputs.dtype)[:, None] * (outputs / 2).exp()
+
+
+@pytest.mark.parametrize("fisher", zoo.FISHERS)
+def test_a_likelihood_of_ones_own(fisher):
+    """Three methods by duck typing, no base class."""
+    problem = zoo.from_net(zoo.mlp(3, 4, 2), (5, 3), "gaussian")
+    y = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 1.0], [3.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    problem = zoo.replace(
+        problem,
+        y=y,
+        likelihood=Poisson(),
+        density=lambda out: torch.distributions.Poisson(out.exp(), validate_args=False),
+    )
+    run = zoo.sampled(problem, fisher)
+    close(run.ng.fisher(run.stats).dense(), oracles.fisher_matrix(problem, fisher, run.draws))
+
+
+@pytest.mark.parametrize(("fisher", "lacks"), [("mc", "sample"), ("type2", "fisher_sqrt")])
+def test_a_likelihood_needs_only_what_its_fisher_needs(fisher, lacks):
+    class Bare:
+        nll = Poisson.nll
+
+    problem = zoo.from_net(zoo.mlp(3, 2), (5, 3), "gaussian")
+    problem = zoo.replace(problem, likelihood=Bare(), y=problem.y.abs().round())
+    zoo.sampled(problem, "empirical")
+    with pytest.raises(ff.errors.LikelihoodError, match=lacks):
+        problem.build(fisher=fisher)

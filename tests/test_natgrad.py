@@ -1,0 +1,213 @@
+"""The contract calls of `natural_gradient`: what step is made of, KL clip, masks, and every typed error."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+import fisherfn as ff
+from tests import oracles, zoo
+from tests.oracles import close, vec
+
+errors = ff.errors
+IDS = pytest.mark.parametrize("id", ["mlp-categorical", "sequence-pooled", "scale-vector"])
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- the step
+
+
+@IDS
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("invert", [True, False])
+def test_step_is_its_four_parts(id, update, invert):
+    problem = zoo.pick(id)
+    run = zoo.sampled(problem)
+    ng, batch = run.ng, problem.batch
+    _, warm, _ = ng.step(problem.params, ng.init(problem.params, damping=0.1), batch, generator=zoo.generator(8))
+    nat, state, info = ng.step(problem.params, warm, batch, noise=run.noise, update=update, invert=invert, inner=True)
+    expected = ng.update(warm, run.stats)[0] if update else warm
+    expected = ng.invert(expected)[0] if invert else expected
+    close(ff.tree.flatten(state), ff.tree.flatten(expected), tol=1e-12)
+    close(nat, ng.precondition(expected, run.stats), tol=1e-12)
+    close(info.loss, run.stats.loss, tol=1e-12)
+    close(info.inner, vec(oracles.mean_gradient(problem)) @ vec(nat))
+
+
+def test_a_step_without_update_needs_no_draw():
+    problem = zoo.pick("mlp-categorical")
+    run = zoo.sampled(problem)
+    _, warm, _ = run.ng.step(problem.params, run.ng.init(problem.params), problem.batch, noise=run.noise)
+    nat, state, _ = run.ng.step(problem.params, warm, problem.batch, update=False, invert=False)
+    close(nat, run.ng.precondition(warm, run.stats.grads))
+    assert equal(state, warm)
+
+
+@pytest.mark.parametrize(
+    "options", [{"fisher": "type2"}, {"samples": 3}, {"fisher": "empirical", "chunk_size": 2}], ids=str
+)
+def test_step_passes_on_what_stats_takes(options):
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(fisher="mc")
+    init = ng.init(problem.params)
+    _, state, _ = ng.step(problem.params, init, problem.batch, generator=zoo.generator(2), **options)
+    stats = ng.stats(problem.params, problem.batch, generator=zoo.generator(2), **options)
+    expected = ng.invert(ng.update(init, stats)[0])[0]
+    close(ff.tree.flatten(state), ff.tree.flatten(expected), tol=1e-12)
+
+
+def test_inner_is_left_out_unless_asked_for():
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(fisher="type2")
+    _, _, info = ng.step(problem.params, ng.init(problem.params), problem.batch)
+    assert not isinstance(info.inner, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "widths", [(40, 30, 20), (2, 3, 2)], ids=["wide: factored is cheaper", "narrow: the matrix is"]
+)
+@pytest.mark.parametrize("size", [2, 60])
+@pytest.mark.parametrize("form", ["factored", "eigen"])
+def test_inner_and_nat_by_either_route(widths, size, form):
+    problem = zoo.from_net(zoo.mlp(*widths), (size, widths[0]), "categorical")
+    ng = problem.build(fisher="empirical", method=ff.kfac(damping_form=form))
+    nat, state, info = ng.step(problem.params, ng.init(problem.params, damping=0.1), problem.batch, inner=True)
+    grads = oracles.mean_gradient(problem)
+    close(nat, ng.precondition(state, grads))
+    close(info.inner, vec(grads) @ vec(nat))
+
+
+def test_the_contracts_loop_runs_and_learns():
+    problem = zoo.from_net(zoo.mlp(4, 6, 3), (32, 4), "categorical")
+    ng = problem.build(method="kfac")
+    params, state, rng, losses = problem.params, ng.init(problem.params, damping=1e-2, ema=0.95), zoo.generator(), []
+    for step in range(30):
+        nat, state, info = ng.step(
+            params, state, problem.batch, generator=rng, update=step % 2 == 0, invert=step % 4 == 0, inner=True
+        )
+        nat = ff.kl_clip(nat, info.inner, lr=0.3, bound=1e-1)
+        params = ff.tree.add(params, nat, scale=-0.3)
+        losses.append(info.loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --------------------------------------------------------------------------------------------------- KL clip, init
+
+
+@given(st.floats(-10, 10), st.floats(1e-3, 10), st.floats(1e-4, 10))
+def test_kl_clip_is_its_formula(inner, lr, bound):
+    nat = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    factor = 1.0 if inner == 0 else min(1.0, (bound / (lr**2 * abs(inner))) ** 0.5)
+    clipped = ff.kl_clip(nat, torch.tensor(inner, dtype=torch.float64), lr=lr, bound=bound)
+    close(clipped, {"w": factor * nat["w"]})
+    assert nat["w"].tolist() == [1, -2]
+
+
+def test_kl_clip_bounds_the_quadratic_change():
+    """lr² |⟨∇, ν·nat⟩ ν| ≤ bound after clipping, with equality when it acts."""
+    nat, inner = {"w": torch.tensor([3.0])}, torch.tensor(5.0)
+    clipped = ff.kl_clip(nat, inner, lr=2.0, bound=0.1)
+    nu = clipped["w"].item() / 3.0
+    assert abs(4.0 * 5.0 * nu**2 - 0.1) < 1e-6
+
+
+def test_init_holds_tensors_without_dimensions():
+    problem = zoo.pick("mlp-categorical")
+    state = problem.build().init(problem.params, damping=0.2, ema=0.7)
+    assert (state.damping.shape, state.ema.shape, state.count.shape) == ((), (), ())
+    assert (state.damping.item(), state.ema.item(), int(state.count)) == (0.2, 0.7, 0)
+    assert set(state.factors) == set(state.inverses) == {"0", "2"}
+    default = problem.build().init(problem.params)
+    assert (default.damping.item(), default.ema.item()) == (1e-3, 0.95)
+    given = problem.build().init(problem.params, damping=torch.tensor(0.2), ema=torch.tensor(0.7))
+    assert abs(given.damping.item() - 0.2) < 1e-6
+
+
+def test_count_counts_updates_only():
+    problem = zoo.pick("mlp-categorical")
+    run = zoo.sampled(problem)
+    state = run.ng.init(problem.params)
+    state = run.ng.invert(run.ng.update(run.ng.update(state, run.stats)[0], run.stats)[0])[0]
+    assert int(state.count) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ bad values
+
+
+def test_one_bad_layer_is_named_and_the_whole_state_is_kept():
+    """A layer whose second moment overflows, while the loss is finite."""
+    problem = zoo.pick("scale-vector")
+
+    def model(params, x):
+        small = {name: leaf for name, leaf in params.items() if name != "big.weight"}
+        return problem.model(small, x[:, :3]) + torch.nn.functional.linear(x[:, 3:], params["big.weight"])
+
+    params = {**problem.params, "big.weight": torch.zeros(2, 1, dtype=torch.float64)}
+    x = torch.cat([problem.x, torch.ones(5, 1, dtype=torch.float64)], dim=1)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="type2")
+    _, state, info = ng.step(params, ng.init(params, damping=0.1), (x, problem.y))
+    ff.check(info)
+    huge = torch.cat([problem.x, torch.full((5, 1), 1e200, dtype=torch.float64)], dim=1)
+    _, after, info = ng.step(params, state, (huge, problem.y))
+    assert [key for key, ok in info.ok.items() if not ok] == ["big"]
+    assert equal(after, state)
+    with pytest.raises(errors.NonFiniteError, match="big"):
+        ff.check(info)
+
+
+def test_check_names_the_cause():
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(fisher="type2")
+    state = ng.init(problem.params)
+    nan = problem.x.clone()
+    nan[0] = torch.nan
+    for batch, error in (
+        ((nan, problem.y), errors.NonFiniteError),
+        ((problem.x, problem.y + 3), errors.TargetError),
+        ((problem.x, problem.y - 3), errors.TargetError),
+    ):
+        _, after, info = ng.step(problem.params, state, batch)
+        assert equal(after, state)
+        with pytest.raises(error):
+            ff.check(info)
+
+
+def test_bernoulli_targets_lie_between_zero_and_one():
+    problem = zoo.pick("mlp-bernoulli")
+    ng = problem.build(fisher="type2")
+    _, _, info = ng.step(problem.params, ng.init(problem.params), (problem.x, problem.y + 1))
+    with pytest.raises(errors.TargetError):
+        ff.check(info)
+
+
+def test_zero_damping_on_singular_factors_is_no_silent_garbage():
+    """Either a sound step or a false mask, never NaN with ok."""
+    problem = zoo.pick("one-datum")
+    ng = problem.build(fisher="empirical")
+    nat, state, info = ng.step(problem.params, ng.init(problem.params, damping=0.0), problem.batch)
+    ok = all(bool(mask) for mask in info.ok.values())
+    assert not ok or all(torch.isfinite(leaf).all() for leaf in nat.values())
+    if not ok:
+        with pytest.raises(errors.FisherfnError):
+            ff.check(info)
+
+
+# ------------------------------------------------------------------------------------------------ the surroundings
+
+
+def test_gradient_modes_of_the_caller_do_not_matter():
+    problem = zoo.pick("scale-vector")
+    ng = problem.build(fisher="type2")
+    state = ng.init(problem.params, damping=0.1)
+    plain = ng.step(problem.params, state, problem.batch, inner=True)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
+    with torch.no_grad():
+        silent = ng.step(problem.params, state, problem.batch, inner=True)
+    recorded = ng.step(leaves, state, problem.batch, inner=True)
+    for other in (silent, recorded):
+        assert equal(other, plain)
+    assert all(leaf.grad is None for leaf in leaves.values())

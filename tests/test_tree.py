@@ -1,0 +1,76 @@
+"""Tree arithmetic against the flat vector; flatten and unflatten are inverse."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fisherfn as ff
+from tests import oracles, strategies, zoo
+from tests.oracles import close, vec
+
+
+@given(strategies.trees(), st.floats(-3, 3))
+def test_arithmetic_is_that_of_the_flat_vector(x, scale):
+    y = {name: torch.full_like(leaf, 0.5) + leaf.sin() for name, leaf in x.items()}
+    close(vec(ff.tree.add(x, y)), vec(x) + vec(y))
+    close(vec(ff.tree.add(x, y, scale=scale)), vec(x) + scale * vec(y))
+    close(vec(ff.tree.scale(x, scale)), scale * vec(x))
+    close(ff.tree.dot(x, y), vec(x) @ vec(y))
+    close(ff.tree.norm(x), vec(x).norm())
+    close(vec(ff.tree.zeros_like(x)), torch.zeros_like(vec(x)))
+
+
+def test_add_takes_a_tensor_as_scale_and_leaves_its_arguments():
+    x = {"w": torch.ones(2), "b": torch.zeros(1)}
+    y = ff.tree.add(x, x, scale=torch.tensor(-0.5))
+    assert y["w"].tolist() == [0.5, 0.5] and x["w"].tolist() == [1, 1]
+
+
+def test_names_match_whatever_their_order():
+    x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    y = {"b": torch.tensor([10.0, 20.0]), "a": torch.tensor([5.0, 6.0])}
+    assert ff.tree.dot(x, y).item() == 1 * 5 + 2 * 6 + 3 * 10 + 4 * 20
+    close(ff.tree.add(x, y), {"a": torch.tensor([6.0, 8.0]), "b": torch.tensor([13.0, 24.0])})
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ff.errors.StructureError, match="bias"):
+        ff.tree.add({"w": torch.ones(1)}, {"w": torch.ones(1), "bias": torch.ones(1)})
+
+
+def test_flatten_names_every_leaf_once_and_unflatten_inverts_it():
+    problem = zoo.pick("scale-vector")
+    state = problem.build().init(problem.params, damping=0.1)
+    flat = ff.tree.flatten(state)
+    assert all(isinstance(path, str) and isinstance(leaf, torch.Tensor) for path, leaf in flat.items())
+    assert any("damping" in path for path in flat) and any("first" in path for path in flat)
+    again = ff.tree.unflatten(state, {path: leaf.clone() for path, leaf in flat.items()})
+    assert type(again) is type(state)
+    close(ff.tree.flatten(again), flat)
+
+
+def test_the_flat_state_survives_weights_only(tmp_path):
+    problem = zoo.pick("mlp-categorical")
+    run = zoo.sampled(problem)
+    state, _ = run.ng.invert(run.ng.update(run.ng.init(problem.params), run.stats)[0])
+    torch.save(ff.tree.flatten(state), tmp_path / "state.pt")
+    loaded = ff.tree.unflatten(run.ng.init(problem.params), torch.load(tmp_path / "state.pt", weights_only=True))
+    nat = run.ng.precondition(state, run.stats.grads)
+    for name, leaf in run.ng.precondition(loaded, run.stats.grads).items():
+        assert torch.equal(leaf, nat[name])
+
+
+def test_unflatten_refuses_missing_and_unknown_paths():
+    tree = {"a": torch.ones(1), "b": {"c": torch.ones(2)}}
+    flat = ff.tree.flatten(tree)
+    for wrong in ({k: v for k, v in flat.items() if "c" not in k}, {**flat, "zzz": torch.ones(1)}):
+        with pytest.raises(ff.errors.StructureError):
+            ff.tree.unflatten(tree, wrong)
+
+
+def test_the_oracle_agrees_on_order():
+    """`vec` is params order, row-major: what leaves the library is in this order."""
+    tree = {"b": torch.arange(4.0).reshape(2, 2), "a": torch.ones(1)}
+    assert list(ff.tree.flatten(tree)) == ["b", "a"]
+    assert oracles.vec(tree).tolist() == [0, 1, 2, 3, 1]
