@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -20,6 +20,10 @@ from fisherfn.stats import FISHERS, Layout, Sources, Stats, build, check_batch, 
 from fisherfn.types import Info, Mean, Model, PyTree, Tap, Tree
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
+
+
+Batch: TypeAlias = Sequence[Any]
+"""Inputs and targets: a tuple, or the list that a data loader makes of it."""
 
 
 class State(NamedTuple):
@@ -66,7 +70,7 @@ class NaturalGradient:
         count = torch.zeros((), dtype=torch.int64, device=device)
         return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
 
-    def noise(self, batch: tuple[PyTree, Any], generator: torch.Generator, *, samples: int | None = None) -> Tensor:
+    def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """The draw that `generator=` would make, `[N, S, …]`: a chunk or rank takes its slice of examples."""
         x = batch[0]
         examples = check_batch(self.layout, x, ())
@@ -77,7 +81,7 @@ class NaturalGradient:
     def stats(
         self,
         params: Tree,
-        batch: tuple[PyTree, Any],
+        batch: Batch,
         *,
         fisher: FisherKind | None = None,
         samples: int | None = None,
@@ -148,7 +152,7 @@ class NaturalGradient:
         self,
         params: Tree,
         state: State,
-        batch: tuple[PyTree, Any],
+        batch: Batch,
         *,
         update: bool = True,
         invert: bool = True,

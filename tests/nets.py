@@ -19,6 +19,13 @@ class Pool(nn.Module):
         return x.mean(dim=-2)
 
 
+class Squeeze(nn.Module):
+    """Outputs `[N]`: one number an example."""
+
+    def forward(self, x):
+        return x.squeeze(-1)
+
+
 class Tied(nn.Module):
     """One layer used twice."""
 

@@ -119,13 +119,13 @@ def normal(*shape, seed=0):
 
 
 def weird_models():
-    w, b, v = normal(3, 3, seed=1), normal(3, seed=2), normal(2, 3, seed=3)
+    w, b, v, u = normal(3, 3, seed=1), normal(3, seed=2), normal(2, 3, seed=3), normal(3, 3, seed=4)
 
     def transposed(p, x):
         return F.linear(torch.tanh(F.linear(x, p["w"].t(), p["b"])), p["v"])
 
     def both_ways(p, x):
-        return F.linear(F.linear(torch.tanh(F.linear(x, p["w"])), p["w"].t()), p["v"], p["v"].sum(1)) + p["b"].sum()
+        return F.linear(F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"].t()), p["v"])
 
     def keyword(p, x):
         return F.linear(input=torch.tanh(F.linear(x, bias=p["b"], weight=p["w"])), weight=p["v"])
@@ -134,7 +134,7 @@ def weird_models():
         return F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"], p["b"])), p["v"])
 
     def bias_of_two(p, x):
-        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])) + F.linear(x, x[:1].expand(3, 3), p["b"]), p["v"])
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])) + F.linear(x, p["u"], p["b"]), p["v"])
 
     def sometimes_biased(p, x):
         return F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"])), p["v"])
@@ -149,15 +149,58 @@ def weird_models():
         pair = torch.stack([x, 2 * x, x.square()], dim=1)
         return F.linear(torch.tanh(F.linear(pair, p["w"], p["b"]).sum(1)) + F.linear(x, p["w"], p["b"]), p["v"])
 
-    models = [transposed, keyword, bias_shared, sometimes_biased, penalised, in_place, mixed_positions]
-    del bias_of_two, both_ways
-    return [pytest.param(m, {"w": w, "b": b, "v": v}, id=m.__name__.replace("_", "-")) for m in models]
+    models = [transposed, both_ways, keyword, bias_shared, sometimes_biased, penalised, in_place, mixed_positions]
+    cases = [pytest.param(m, {"w": w, "b": b, "v": v}, id=m.__name__) for m in models]
+    return [*cases, pytest.param(bias_of_two, {"w": w, "b": b, "v": v, "u": u}, id="bias_of_two")]
 
 
 @pytest.mark.parametrize(("model", "params"), weird_models())
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_the_fisher_is_exact_however_the_weights_are_used(model, params, fisher):
     exact_under(model, params, normal(4, 3), fisher=fisher)
+
+
+def folded(p, x):
+    """Examples and positions in one axis, as many models do before a head."""
+    hidden = torch.tanh(F.linear(x.reshape(-1, 3), p["w"], p["b"]))
+    return F.linear(hidden, p["v"]).reshape(*x.shape[:2], 2)
+
+
+def time_first(p, x):
+    """Positions lead: with as many examples as positions the shapes cannot tell."""
+    hidden = torch.tanh(F.linear(x.transpose(0, 1), p["w"], p["b"]))
+    return F.linear(hidden, p["v"]).transpose(0, 1)
+
+
+FOLDS = pytest.mark.parametrize("model", [folded, time_first], ids=["folded", "time_first"])
+
+
+@FOLDS
+@pytest.mark.parametrize("shape", [(4, 4, 3), (4, 2, 3), (2, 4, 3), (1, 4, 3)], ids=str)
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_the_first_axis_of_a_layer_need_not_be_the_examples(model, shape, fisher):
+    exact_under(model, {"w": normal(3, 3), "b": normal(3), "v": normal(2, 3)}, normal(*shape), fisher=fisher)
+
+
+@FOLDS
+@pytest.mark.parametrize("traced", [1, 3, 4, 8])
+def test_the_first_axis_after_a_trace_of_another_size(model, traced):
+    """Built with `traced` examples, used with four, of three positions; also when a context comes along."""
+    params = {"w": normal(3, 3), "b": normal(3), "v": normal(2, 3)}
+    example, x, y = normal(traced, 3, 3), normal(4, 3, 3, seed=5), torch.tensor([[0, 1, 1]] * 4)
+    problem = zoo.Problem(model, params, x, y, ff.Categorical(), zoo.LIKELIHOODS["categorical"][1], {})
+    exact = oracles.fisher_matrix(problem, "empirical")
+    ng = ff.natural_gradient(model, params, example, likelihood=ff.Categorical(), fisher="empirical")
+    close(ng.fisher(ng.stats(params, (x, y))).dense(), exact)
+
+    def with_context(p, x, context):
+        return model(p, x) + 0 * context["unused"], context
+
+    context = {"unused": torch.zeros(1, dtype=torch.float64)}
+    ng = ff.natural_gradient(
+        with_context, params, example, likelihood=ff.Categorical(), fisher="empirical", context=context
+    )
+    close(ng.fisher(ng.stats(params, (x, y), context=context)).dense(), exact)
 
 
 def test_a_second_use_of_a_weight_is_noticed():

@@ -184,16 +184,31 @@ def test_bernoulli_targets_lie_between_zero_and_one():
         ff.check(info)
 
 
-def test_zero_damping_on_singular_factors_is_no_silent_garbage():
-    """Either a sound step or a false mask, never NaN with ok."""
+@pytest.mark.parametrize("form", ["factored", "eigen"])
+def test_zero_damping_on_singular_factors_is_no_silent_garbage(form):
+    """Either a sound step, or a false mask and the state exactly as it was: update and invert are one step."""
     problem = zoo.pick("one-datum")
-    ng = problem.build(fisher="empirical")
-    nat, state, info = ng.step(problem.params, ng.init(problem.params, damping=0.0), problem.batch)
+    ng = problem.build(fisher="empirical", method=ff.kfac(damping_form=form))
+    state = ng.step(problem.params, ng.init(problem.params, damping=1.0), problem.batch)[1]
+    state = state._replace(damping=torch.zeros_like(state.damping))
+    nat, after, info = ng.step(problem.params, state, problem.batch)
     ok = all(bool(mask) for mask in info.ok.values())
-    assert not ok or all(torch.isfinite(leaf).all() for leaf in nat.values())
-    if not ok:
-        with pytest.raises(errors.FisherfnError):
+    assert form == "factored" or not ok, "G⊗A of rank one has no inverse"
+    if ok:
+        assert all(torch.isfinite(leaf).all() for leaf in nat.values())
+    else:
+        assert equal(after, state)
+        with pytest.raises(errors.NotPositiveDefiniteError, match="damping"):
             ff.check(info)
+
+
+def test_half_precision_sums_do_not_cry_wolf():
+    """100,000 entries of size 1 are finite, though their sum is no float16."""
+    problem = zoo.from_net(zoo.mlp(100, 2), (1024, 100), "categorical")
+    problem = zoo.to(zoo.replace(problem, x=torch.ones_like(problem.x)), torch.float16)
+    ng = problem.build(fisher="empirical")
+    nat, _, info = ng.step(problem.params, ng.init(problem.params, damping=0.1), problem.batch)
+    ff.check(info)
 
 
 # ------------------------------------------------------------------------------------------------ the surroundings

@@ -18,7 +18,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.func import functional_call
 
 import fisherfn as ff
-from tests.nets import Elsewhere, Matmul, Pool, Scaled, Tied, TiedWeights, mlp
+from tests.nets import Elsewhere, Matmul, Pool, Scaled, Squeeze, Tied, TiedWeights, mlp
 
 DTYPE = torch.float64
 FISHERS = ("mc", "type2", "empirical")
@@ -172,6 +172,18 @@ CASES = [
     case("two-axes", lambda: from_net(mlp(2, 3, 2), (3, 2, 3, 2), "bernoulli"), "linear", "blocks"),
     case("tied-layer", lambda: from_net(Tied(), (5, 3), "categorical"), "linear", "blocks"),
     case("tied-weights", lambda: from_net(TiedWeights(), (5, 3), "gaussian")),
+    case(
+        "scalar-bernoulli",
+        lambda: from_net(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1), Squeeze()), (5, 3), "bernoulli"),
+        "linear",
+        "blocks",
+    ),
+    case(
+        "scalar-gaussian",
+        lambda: from_net(nn.Sequential(nn.Linear(3, 1), Squeeze()), (5, 3), "gaussian"),
+        "linear",
+        "blocks",
+    ),
     case("callable", callable_problem, "blocks"),
     case("scale-vector", lambda: from_net(Scaled(), (5, 3), "categorical"), "blocks", "fallback"),
     case("matmul", lambda: from_net(Matmul(), (5, 3), "gaussian"), "blocks", "fallback"),

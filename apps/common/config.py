@@ -160,7 +160,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def _parser(Config: type, description: str | None) -> ArgumentParser:
     usage = "%(prog)s [--config FILE] [--option VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):

@@ -19,7 +19,7 @@ import fisherfn as ff
 from common.optimizers import Optimizer, Tree
 
 PATIENCE = 10
-"""Consecutive steps that may be skipped as not ok before the run stops with the reason."""
+"""Consecutive steps (or a whole epoch) that may be skipped as not ok before the run stops with the reason."""
 
 
 class Task(NamedTuple):
@@ -134,7 +134,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings) -
             params, state, context, in_a_row = new.params, new.state, new.context, 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-        if in_a_row >= PATIENCE:
+        if in_a_row >= min(PATIENCE, len(batches)):
             bar.close()
             ff.check(new.info)
         rate = (step - at.step) * settings.batch_size / (time.perf_counter() - began)

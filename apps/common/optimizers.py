@@ -94,7 +94,8 @@ def adam(
         count = state.count + 1
         first = ff.tree.map(lambda m, g: torch.lerp(g, m, betas[0]), state.first, grads)
         second = ff.tree.map(lambda v, g: torch.lerp(g * g, v, betas[1]), state.second, grads)
-        bias_1, bias_2 = 1 - betas[0] ** count, 1 - betas[1] ** count
+        steps = count.to(next(iter(params.values())).dtype)  # a power of an integer tensor would be float32
+        bias_1, bias_2 = 1 - betas[0] ** steps, 1 - betas[1] ** steps
         direction = ff.tree.map(lambda m, v: (m / bias_1) / ((v / bias_2).sqrt() + eps), first, second)
         return Stepped(_move(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info)
 

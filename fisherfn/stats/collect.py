@@ -36,7 +36,7 @@ def collect(
     model: Model,
     layout: Layout,
     params: Tree,
-    batch: tuple[PyTree, Any],
+    batch: Sequence[Any],
     context: PyTree,
     noise: Tensor | None,
     labels: Sources,

@@ -1,0 +1,151 @@
+"""The pure optimizers against torch's own, and the natural gradient's step against its parts by hand."""
+
+import pytest
+import torch
+from common import optimizers
+
+import fisherfn as ff
+
+STEPS = 7
+
+
+@pytest.fixture
+def problem():
+    """A small classifier in float64, and a batch for each step."""
+    generator = torch.Generator().manual_seed(3)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    batches = [
+        (
+            torch.randn(8, 5, generator=generator, dtype=torch.float64),
+            torch.randint(0, 3, (8,), generator=generator),
+        )
+        for _ in range(STEPS)
+    ]
+    return net, batches
+
+
+def run(optimizer, params, context, batches, generator=None):
+    state = optimizer.init(params)
+    for index, batch in enumerate(batches):
+        noise = optimizer.draw(batch, generator)
+        params, state, context, info = optimizer.step(params, state, batch, context, noise, index)
+        ff.check(info)
+    return params, state
+
+
+def torch_run(net, make, batches):
+    optimizer = make(net.parameters())
+    for x, y in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torchs_on_a_decayed_problem(problem, nesterov, weight_decay):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    ours, _ = run(
+        optimizers.sgd(model, ff.Categorical(), lr=0.1, nesterov=nesterov, weight_decay=weight_decay),
+        params, context, batches,
+    )  # fmt: skip
+
+    def step_by_hand():
+        """Decoupled decay is torch's SGD on the gradient, and a shrinking of the parameters beside it."""
+        current = {name: p.clone() for name, p in params.items()}
+        velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+        for x, y in batches:
+            leaves = {name: p.clone().requires_grad_() for name, p in current.items()}
+            loss = torch.nn.functional.cross_entropy(torch.func.functional_call(net, leaves, (x,)), y)
+            grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+            for name in current:
+                velocity[name] = 0.9 * velocity[name] + grads[name]
+                direction = grads[name] + 0.9 * velocity[name] if nesterov else velocity[name]
+                current[name] = current[name] - 0.1 * (direction + weight_decay * current[name])
+        return current
+
+    expected = step_by_hand()
+    if not weight_decay:
+        theirs = torch_run(net, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=nesterov), batches)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_is_torchs_adamw(problem, weight_decay):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    settings = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": weight_decay}
+    ours, _ = run(optimizers.adam(model, ff.Categorical(), **settings), params, context, batches)
+    theirs = torch_run(net, lambda p: torch.optim.AdamW(p, **settings), batches)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_natural_step_is_clip_then_momentum_then_decay(problem):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    lr, κ, μ, decay = 0.5, 1e-3, 0.9, 0.1
+    ng = ff.natural_gradient(
+        model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context
+    )
+    optimizer = optimizers.natural(
+        ng, lr=lr, damping=0.1, clipping=κ, momentum=μ, weight_decay=decay, update_every=2, invert_every=4
+    )
+    ours, _ = run(optimizer, params, context, batches)
+
+    state, velocity, clipped = ng.init(params, damping=0.1), ff.tree.zeros_like(params), 0
+    for index, batch in enumerate(batches):
+        stats = ng.stats(params, batch, context=context)
+        state = ng.update(state, stats)[0] if index % 2 == 0 else state
+        state = ng.invert(state)[0] if index % 4 == 0 else state
+        nat = ng.precondition(state, stats.grads)
+        ν = min(1.0, float((κ / (lr**2 * ff.tree.dot(stats.grads, nat).abs())).sqrt()))
+        clipped += ν < 1
+        velocity = {name: ν * nat[name] + μ * velocity[name] for name in params}
+        params = {name: params[name] - lr * (velocity[name] + decay * params[name]) for name in params}
+    assert clipped, "the clip has to bind somewhere for this test to see it"
+    torch.testing.assert_close(ours, params, rtol=1e-9, atol=1e-12)
+
+
+def test_a_part_of_the_batch_serves_the_statistics_and_all_of_it_the_gradient(problem):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(
+        model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context
+    )
+    optimizer = optimizers.natural(ng, lr=1.0, damping=0.1, clipping=None, momentum=0.0, fisher_batch_size=3)
+    ours, _ = run(optimizer, params, context, batches[:1])
+    x, y = batches[0]
+    state = ng.invert(ng.update(ng.init(params, damping=0.1), ng.stats(params, (x[:3], y[:3]), context=context))[0])[0]
+    nat = ng.precondition(state, ng.stats(params, (x, y), context=context).grads)
+    torch.testing.assert_close(ours, ff.tree.add(params, nat, scale=-1.0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", *ff.METHODS])
+def test_runs_can_be_vmapped(problem, name):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    if name in ff.METHODS:
+        ng = ff.natural_gradient(
+            model, params, batches[0][0], likelihood=ff.Categorical(), method=name, context=context
+        )
+        optimizer = optimizers.natural(ng, lr=0.1, damping=0.1, update_every=2, invert_every=3)
+    else:
+        optimizer = getattr(optimizers, name)(model, ff.Categorical(), lr=0.1)
+    members = [{n: p + 0.1 * i for n, p in params.items()} for i in range(3)]
+    draws = [[optimizer.draw(b, torch.Generator().manual_seed(i)) for b in batches] for i in range(3)]
+
+    def whole_run(params, noises):
+        state = optimizer.init(params)
+        for index, (batch, noise) in enumerate(zip(batches, noises, strict=True)):
+            params, state, *_ = optimizer.step(params, state, batch, context, noise, index)
+        return params
+
+    stacked = {n: torch.stack([m[n] for m in members]) for n in params}
+    noises = [torch.stack([d[i] for d in draws]) for i in range(STEPS)] if name in ff.METHODS else [()] * STEPS
+    together = torch.vmap(whole_run)(stacked, noises)
+    for i, member in enumerate(members):
+        alone = whole_run(member, draws[i])
+        torch.testing.assert_close({n: t[i] for n, t in together.items()}, alone, rtol=1e-9, atol=1e-11)

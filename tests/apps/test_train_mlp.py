@@ -1,0 +1,132 @@
+"""The trainer as a person runs it: results, resume, one's own model and data, and errors that leave nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common.config import read
+from common.results import load_checkpoint, read_metrics
+from common.train_config import TrainConfig
+from common.trainer import run
+
+import fisherfn as ff
+
+ROOT = Path(__file__).parents[2]
+OWN = """
+import torch
+from torch import nn
+import fisherfn as ff
+from common.data import Data, Split
+
+def load(data_path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(48, 1, 3, 4, generator=generator)
+    labels = (x.flatten(1).sum(1) > 6).long()
+    return Data("SMALL", Split(x[:32], labels[:32]), Split(x[32:], labels[32:]), "own:build", ff.Bernoulli(),
+                ff.Categorical())
+
+def build(data):
+    return nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+
+def autoencoder(data):
+    return nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 12))
+autoencoder.task = "reconstruct"
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a module of one's own, as the current one."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    return tmp_path
+
+
+def configured(*more: str) -> TrainConfig:
+    common = ["--data", "own:load", "--batch_size", "10", "--num_epochs", "3", "--quiet"]
+    lr = ["--lr", "0.01" if "adam" in more else "0.1"]
+    return read(TrainConfig, [*common, *lr, "--update_every", "2", "--invert_every", "3", *more])
+
+
+def quiet_run(*more: str) -> Path:
+    return run(configured(*more), app="train_mlp")
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+@pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
+def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
+    folder = quiet_run("--model", model, "--optim", optim, "--result_name", "x", "--damping", "1", "--clipping", "0.1")
+    assert folder == Path("results/train_mlp/x")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in metrics] == [0, 1, 2, 3]
+    assert all({"epoch", "train_loss", "test_loss", "seconds"} <= set(m) for m in metrics)
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+    assert metrics[-1]["step"] == 3 * 4  # 32 examples, batches of 10: the short last one counts
+    pictures = {"loss.png"} | ({"reconstructions.png"} if "autoencoder" in model else set())
+    assert {p.name for p in folder.glob("*.png")} == pictures
+    again = read(TrainConfig, ["--config", str(folder / "config.yaml"), "--result_name", "again", "--quiet", "true"])
+    assert read_metrics(run(again, app="train_mlp"))[-1]["train_loss"] == metrics[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+def test_resumed_is_the_straight_run(own, optim):
+    common = ("--optim", optim, "--damping", "1", "--clipping", "0.1")
+    straight = quiet_run(*common, "--result_name", "straight")
+    quiet_run(*common, "--result_name", "parts", "--num_epochs", "1")
+    parts = quiet_run(*common, "--result_name", "parts", "--num_epochs", "3", "--resume")
+    one, _ = load_checkpoint(straight / "checkpoint.pt")
+    two, _ = load_checkpoint(parts / "checkpoint.pt")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[path], two[path]) for path in one)
+    losses = [[m["train_loss"] for m in read_metrics(folder)] for folder in (straight, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_a_diverged_run_stops_with_the_reason(own):
+    with pytest.raises(ff.errors.NonFiniteError, match="diverged"):
+        quiet_run("--optim", "sgd", "--lr", "1e30", "--num_epochs", "9")
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "apps" / "train_mlp.py")
+    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_the_command_line_says_where_everything_is(own):
+    done = command("--data", "own:load", "--num_epochs", "1", "--optim", "sgd", "--lr", "0.1", cwd=own)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert "results/train_mlp/" in last and "metrics.jsonl" in last
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "parts"),
+    [
+        (["--optim", "kfca"], 2, ["kfca", "kfac"]),
+        (["--data", "MNITS"], 2, ["MNITS", "MNIST"]),
+        (["--bach_size", "3"], 2, ["bach_size", "batch_size"]),
+        (["--damping", "-1"], 2, ["damping", ">= 0", "-1"]),
+        (["--data", "MNIST", "--data_path", "nowhere"], 1, ["train-images", "nowhere"]),
+        (["--data", "own:load", "--model", "own:missing"], 1, ["missing"]),
+    ],
+)
+def test_bad_input_is_one_readable_error_and_no_result(own, args, code, parts):
+    done = command(*args, cwd=own)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+    assert not (own / "results").exists()
+
+
+def test_an_existing_name_is_refused_unless_overwritten(own):
+    args = ("--data", "own:load", "--num_epochs", "1", "--optim", "sgd", "--lr", "0.1", "--result_name", "one")
+    assert command(*args, cwd=own).returncode == 0
+    before = (own / "results/train_mlp/one/metrics.jsonl").read_text()
+    refused = command(*args, cwd=own)
+    assert refused.returncode == 1 and "--overwrite" in refused.stderr
+    assert (own / "results/train_mlp/one/metrics.jsonl").read_text() == before
+    assert command(*args, "--overwrite", cwd=own).returncode == 0
