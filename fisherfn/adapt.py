@@ -48,6 +48,6 @@ def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: 
 
 def clip_factor(inner: Tensor, *, lr: float | Tensor, bound: Any) -> Tensor:
     """ν of `kl_clip`; 1 where the gradient vanishes."""
-    length = torch.as_tensor(lr) ** 2 * inner.abs()
+    length = inner.abs() * lr**2
     ratio: Tensor = bound / length.clamp(min=torch.finfo(length.dtype).tiny)
     return ratio.sqrt().clamp(max=1.0)

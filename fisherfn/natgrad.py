@@ -116,7 +116,7 @@ class NaturalGradient:
             if noise is None and generator is not None:
                 noise = self.noise(batch, generator, samples=samples)
             if noise is not None:
-                check_noise(noise, examples, self._samples(samples) if samples else noise.shape[1], None)
+                check_noise(noise, examples, samples)
         part = self._part(params, Sources(self.likelihood, kind, curvature))
         if chunk_size is None or chunk_size >= examples:
             return part(x, y, noise, self._context(context))[1]
@@ -124,21 +124,13 @@ class NaturalGradient:
 
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
-        count = state.count + 1
-        rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
-        taps = {block.key: partial(stats.tap, block.key) for block in self.layout.blocks}
-        result = self.method.update(state.factors, taps, rho, self.mean)
-        checks = {**stats.checks, "statistics": result.ok}
-        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
-        sound = _all(info.ok.values())
-        factors, count = tree.select(sound, (result.factors, count), (state.factors, state.count))
-        return state._replace(factors=factors, count=count), info
+        new, info = self._updated(state, stats)
+        return _sound(info, new, state), info
 
     def invert(self, state: State) -> tuple[State, Info]:
         """Damped inverses refreshed from the factors; all or nothing (see `info.ok`)."""
-        result = self.method.invert(state.factors, state.damping)
-        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
-        return state._replace(inverses=tree.select(_all(info.ok.values()), result.factors, state.inverses)), info
+        new, info = self._inverted(state)
+        return _sound(info, new, state), info
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
         """The preconditioned gradient, a tree like params. From `Stats` the gradient itself need not be formed."""
@@ -166,6 +158,8 @@ class NaturalGradient:
     ) -> tuple[Tree, State, Info]:
         """`stats`, then `update` and `invert` where asked for, then `precondition`: (nat, new state, info).
 
+        A step that is not ok in any part leaves the state as it was.
+
         The labels are drawn only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩ by the cheapest route.
         See `stats` for the other arguments and the errors raised.
         """
@@ -173,14 +167,15 @@ class NaturalGradient:
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
         )  # fmt: skip
-        info = self._info(stats.checks, loss=stats.loss, context=stats.context)
-        for wanted, act in ((update, lambda s: self.update(s, stats)), (invert, self.invert)):
+        new, info = state, self._info(stats.checks, loss=stats.loss, context=stats.context)
+        for wanted, act in ((update, lambda s: self._updated(s, stats)), (invert, self._inverted)):
             if wanted:
-                state, more = act(state)
+                new, more = act(new)
                 info = self._merge(info, more)
-        nat, product = self._precondition(state, stats, inner)
-        finite = {key: torch.isfinite(matrix.sum()) for key, matrix in product.matrices.items()}
-        return nat, state, self._merge(info, self._info({"step": finite}))._replace(inner=product.inner)
+        nat, product = self._precondition(new, stats, inner)
+        finite = {key: tree.finite(matrix) for key, matrix in product.matrices.items()}
+        info = self._merge(info, self._info({"step": finite}))._replace(inner=product.inner)
+        return nat, _sound(info, new, state) if update or invert else state, info
 
     def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
         """One-shot and stateless: the gradient preconditioned by these statistics alone."""
@@ -218,6 +213,21 @@ class NaturalGradient:
             parts.append(part(x_c, y_c, None if noise is None else noise[window], context))
             context = parts[-1][1].context  # a running statistic goes on from chunk to chunk
         return join(parts)
+
+    def _updated(self, state: State, stats: Stats) -> tuple[State, Info]:
+        """The updated state whether sound or not, and the masks that say which."""
+        count = state.count + 1
+        rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
+        taps = {block.key: partial(stats.tap, block.key) for block in self.layout.blocks}
+        result = self.method.update(state.factors, taps, rho, self.mean)
+        checks = {**stats.checks, "statistics": result.ok}
+        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
+        return state._replace(factors=result.factors, count=count), info
+
+    def _inverted(self, state: State) -> tuple[State, Info]:
+        result = self.method.invert(state.factors, state.damping)
+        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
+        return state._replace(inverses=result.factors), info
 
     def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
         gradients: Mapping[str, Tensor | Tap]
@@ -303,6 +313,11 @@ def natural_gradient(
     if fisher != "empirical":
         need(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return ng
+
+
+def _sound(info: Info, new: State, old: State) -> State:
+    """The new state, or the old one as it was if anything about the new one is not ok."""
+    return tree.select(_all(info.ok.values()), new, old)
 
 
 def _all(masks: Iterable[Tensor]) -> Tensor:

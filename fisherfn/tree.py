@@ -69,12 +69,13 @@ def norm(x: PyTree) -> Shaped[Tensor, ""]:
 
 def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
     """`x` where the scalar mask is true, else `y`; `x` may hold NaN where it is not taken."""
-    return map(lambda a, b: torch.where(mask, a, b), x, y)
+    return map(lambda a, b: a if a is b else torch.where(mask, a, b), x, y)
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:
     """Whether every leaf is finite, as a 0-d tensor (one read of each leaf: a sum is finite only if its terms are)."""
-    masks = [torch.isfinite(leaf.sum()) for leaf in leaves(x)]
+    # half-precision sums overflow long before their terms
+    masks = [torch.isfinite(leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32))) for leaf in leaves(x)]
     return torch.stack(masks).all() if masks else torch.tensor(True)
 
 

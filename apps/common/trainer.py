@@ -68,10 +68,17 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay)
     ng = natural_gradient(config, task)
     return optimizers.natural(
-        ng, lr=lr, damping=_tuned(config.damping, "damping"), clipping=config.clipping, momentum=config.momentum,
-        ema=config.ema, weight_decay=config.weight_decay, update_every=config.update_every, invert_every=config.invert_every,
+        ng,
+        lr=lr,
+        damping=_tuned(config.damping, "damping"),
+        clipping=config.clipping,
+        momentum=config.momentum,
+        ema=config.ema,
+        weight_decay=config.weight_decay,
+        update_every=config.update_every,
+        invert_every=config.invert_every,
         fisher_batch_size=config.fisher_batch_size,
-    )  # fmt: skip
+    )
 
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:

@@ -42,7 +42,7 @@ def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> F
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (ascending, clipped at zero) and eigenvectors (columns)."""
+    """Eigenvalues (ascending, zero where they are rounding noise) and eigenvectors (columns)."""
 
     values: Float[Tensor, "k d"]
     vectors: Float[Tensor, "k d d"]
@@ -50,8 +50,13 @@ class Spectrum(NamedTuple):
 
 
 def psd_eigh(matrix: Float[Tensor, "k d d"]) -> Spectrum:
-    """Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead."""
+    r"""Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead.
+
+    Eigenvalues below $d\,\epsilon\,\lambda_{max}$ are set to zero: their sign and size are rounding, and an inverse
+    would blow them up where the damping does not cover them.
+    """
     ok = torch.isfinite(matrix.sum())
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     values, vectors = torch.linalg.eigh(torch.where(ok, matrix, eye))
-    return Spectrum(values.clamp(min=0), vectors, ok)
+    noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]
+    return Spectrum(torch.where(values > noise, values, 0.0), vectors, ok)

@@ -6,7 +6,6 @@ The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer prod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -62,11 +61,12 @@ def need(likelihood: object, method: str, fisher: str) -> object:
     return found
 
 
-def check_noise(noise: Tensor, examples: int, samples: int, wanted: Sequence[int] | None) -> None:
-    """Raise unless the noise is indexed by example, then by draw."""
-    expected = (examples, samples, *(wanted if wanted is not None else noise.shape[2:]))
-    if tuple(noise.shape) != expected:
+def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:
+    """Raise unless the noise is indexed by example, then by draw: as many as `samples`, or any number for None."""
+    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1
+    if not fits or (samples is not None and noise.shape[1] != samples):
+        expected = f"[{examples}, {'S' if samples is None else samples}, …]"
         raise ShapeError(
-            f"noise has shape {tuple(noise.shape)}, expected {expected}: one entry for each example, then each draw. "
+            f"noise has shape {list(noise.shape)}, expected {expected}: one entry for each example, then each draw. "
             "Make it with ng.noise(batch, generator) for this very batch, or take the matching slice."
         )

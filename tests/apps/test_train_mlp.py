@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import fisherfn as ff
 from common.config import read
 from common.results import load_checkpoint, read_metrics
 from common.train_config import TrainConfig
 from common.trainer import run
-
-import fisherfn as ff
 
 ROOT = Path(__file__).parents[2]
 OWN = """

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from common import optimizers
 
 import fisherfn as ff
+from common import optimizers
 
 STEPS = 7
 
@@ -87,9 +87,7 @@ def test_the_natural_step_is_clip_then_momentum_then_decay(problem):
     net, batches = problem
     model, params, context = ff.functional(net)
     lr, κ, μ, decay = 0.5, 1e-3, 0.9, 0.1
-    ng = ff.natural_gradient(
-        model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context
-    )
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context)
     optimizer = optimizers.natural(
         ng, lr=lr, damping=0.1, clipping=κ, momentum=μ, weight_decay=decay, update_every=2, invert_every=4
     )
@@ -112,9 +110,7 @@ def test_the_natural_step_is_clip_then_momentum_then_decay(problem):
 def test_a_part_of_the_batch_serves_the_statistics_and_all_of_it_the_gradient(problem):
     net, batches = problem
     model, params, context = ff.functional(net)
-    ng = ff.natural_gradient(
-        model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context
-    )
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context)
     optimizer = optimizers.natural(ng, lr=1.0, damping=0.1, clipping=None, momentum=0.0, fisher_batch_size=3)
     ours, _ = run(optimizer, params, context, batches[:1])
     x, y = batches[0]
