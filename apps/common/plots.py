@@ -72,6 +72,38 @@ def reconstructions(inputs: Tensor, outputs: Tensor, path: Path, columns: int = 
     return _save(figure, path)
 
 
+def heatmap(
+    panels: Sequence[tuple[str, Sequence[Sequence[float]], str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    axes: tuple[str, str],
+    path: Path,
+) -> Figure:
+    """Tables as colours with their numbers in them, side by side.
+
+    Args:
+        panels: title, values [rows][columns] and number format of each.
+        rows: labels of the rows.
+        columns: labels of the columns.
+        axes: what rows and columns are.
+        path: PNG file.
+    """
+    figure = _figure(width=4.6 * len(panels), height=0.6 * len(rows) + 1.2)
+    for plot, (title, values, form) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        plot.imshow(values, cmap="cividis_r", aspect="auto")
+        low, high = min(map(min, values)), max(map(max, values))
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                dark = value > (low + high) / 2
+                plot.text(j, i, form.format(value), ha="center", va="center", color="white" if dark else INK)
+        plot.set_xticks(range(len(columns)), columns)
+        plot.set_yticks(range(len(rows)), rows)
+        plot.set_title(title, color=INK, fontsize=11, loc="left")
+        plot.set_ylabel(axes[0], color=INK)
+        plot.set_xlabel(axes[1], color=INK)
+    return _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
@@ -89,8 +121,13 @@ def _save(figure: Figure, path: Path) -> Figure:
 def _curves(axes: Axes, metrics: Metrics, x: str, index: int) -> None:
     look = _look(index)
     for name, other in (("train_loss", {}), ("test_loss", {"linestyle": "--", "marker": "", "alpha": 0.75})):
-        points = [(m[x], m[name]) for m in metrics if name in m and x in m]
+        points = [(m[x], m[name]) for m in shown(metrics) if name in m and x in m]
         axes.plot([point[0] for point in points], [point[1] for point in points], label=name, **{**look, **other})
+
+
+def shown(metrics: Metrics) -> Metrics:
+    """The epochs worth drawing: a long run's initialisation would squeeze the rest into a corner."""
+    return [m for m in metrics if m.get("epoch") != 0] if len(metrics) > 5 else list(metrics)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -112,7 +149,11 @@ def _dress(axes: Axes, title: str, xlabel: str) -> None:
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
     """A logarithmic axis where losses allow one and span more than a factor of two, with ticks to read off."""
     losses = [
-        m[name] for metrics in runs.values() for m in metrics for name in ("train_loss", "test_loss") if name in m
+        m[name]
+        for metrics in runs.values()
+        for m in shown(metrics)
+        for name in ("train_loss", "test_loss")
+        if name in m
     ]
     finite = [loss for loss in losses if math.isfinite(loss)]
     if not finite or min(finite) <= 0 or max(finite) < 2 * min(finite):
