@@ -202,6 +202,15 @@ def test_zero_damping_on_singular_factors_is_no_silent_garbage(form):
             ff.check(info)
 
 
+def test_a_failed_invert_keeps_the_old_inverses():
+    problem = zoo.pick("one-datum")
+    run = zoo.sampled(problem, "empirical", method=ff.kfac(damping_form="eigen"))
+    state = run.ng.invert(run.ng.update(run.ng.init(problem.params, damping=1.0), run.stats)[0])[0]
+    state = state._replace(damping=torch.zeros_like(state.damping))
+    after, info = run.ng.invert(state)
+    assert not any(bool(ok) for ok in info.ok.values()) and equal(after, state)
+
+
 def test_half_precision_sums_do_not_cry_wolf():
     """100,000 entries of size 1 are finite, though their sum is no float16."""
     problem = zoo.from_net(zoo.mlp(100, 2), (1024, 100), "categorical")

@@ -6,6 +6,7 @@ metrics   what results.read_metrics gives: one dict an epoch with `epoch`, `seco
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,21 @@ def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
     """Training loss (solid) and test loss (dashed) of each run, over epochs and over seconds of training.
 
     Args:
-        runs: metrics by the name in the legend, in the order of the colours.
+        runs: metrics by the name in the legend, in the order of the colours. A name that ends in ", seed k" shares the
+            colour and legend entry of the other seeds.
         path: the PNG to write.
     """
     figure = _figure(width=10.0, height=4.6)
     axes = figure.subplots(1, 2, sharey=True)
+    groups = list(dict.fromkeys(_group(name) for name in runs))
     for panel, x, title in zip(axes, ("epoch", "seconds"), ("by epoch", "by time"), strict=True):
-        for index, metrics in enumerate(runs.values()):
-            _curves(panel, metrics, x, index)
+        for name, metrics in runs.items():
+            _curves(panel, metrics, x, groups.index(_group(name)))
         _dress(panel, title, "epoch" if x == "epoch" else "seconds of training")
     _scale_losses(axes[0], runs)
     axes[0].set_ylabel("loss", color=INK)
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _legend(figure, list(runs))
+    _legend(figure, groups)
     return _save(figure, path)
 
 
@@ -116,6 +119,11 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: Path) -> Figure:
     figure.savefig(path, dpi=DPI, format="png")
     return figure
+
+
+def _group(name: str) -> str:
+    """The name without its seed."""
+    return re.sub(r", seed \d+$", "", name)
 
 
 def _curves(axes: Axes, metrics: Metrics, x: str, index: int) -> None:

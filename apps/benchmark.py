@@ -1,0 +1,123 @@
+"""What a step costs, in SGD steps of the same model in the same run: interleaved rounds, medians.
+
+`python apps/benchmark.py` times the parts of a K-FAC step on the CURVES and MNIST autoencoders at batch 256, and puts
+them together as the mean step of a cycle. Timings are noisy; the ratios of one run are what to read.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import fisherfn as ff
+from common.config import POSITIVE, option, parse
+from common.data import Data, Split
+from common.models import initialise, resolve
+from common.trainer import reported
+
+MODELS = {"CURVES": "AE_CURVES", "MNIST": "AE_MNIST"}
+CYCLES = ((5, 10), (10, 100))
+"""Steps between statistics and between inverses."""
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """How carefully to measure."""
+
+    rounds: int = option(30, "interleaved rounds; medians are taken over them", check=POSITIVE)
+    batch_size: int = option(256, "examples a step", check=POSITIVE)
+    threads: int = option(2, "threads of torch", check=POSITIVE)
+    result_dir: str = option("results", "folder of results")
+
+
+def steps(name: str, batch_size: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name: each a whole training step of one kind."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch_size, 1, 28, 28, generator=generator)
+    data = Data(name, Split(x, None), Split(x, None), MODELS[name], ff.Bernoulli(), None)
+    net = initialise(resolve(MODELS[name]).build(data), "xavier_uniform", generator)
+    model, params, context = ff.functional(net)
+    batch = (x.flatten(1), x.flatten(1))
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Bernoulli(), method=ff.kfac(), context=context)
+    _, state, _ = ng.step(params, ng.init(params, damping=1.0), batch, generator=generator, context=context)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+
+    def sgd() -> Any:
+        logits, _ = model(leaves, batch[0], context)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch[1], reduction="sum") / batch_size
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return [p.detach() - 1e-3 * g for p, g in zip(leaves.values(), grads, strict=True)]
+
+    def kfac(update: bool, invert: bool, clip: bool = True) -> Any:
+        nat, _, info = ng.step(
+            params, state, batch, update=update, invert=invert, inner=clip, generator=generator, context=context
+        )
+        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if clip else nat
+        return ff.tree.add(params, nat, scale=-1.0)
+
+    return {
+        "sgd": sgd,
+        "plain": lambda: kfac(False, False),
+        "plain, no clip": lambda: kfac(False, False, clip=False),
+        "with statistics": lambda: kfac(True, False),
+        "with statistics and inverses": lambda: kfac(True, True),
+    }
+
+
+def measure(name: str, config: BenchmarkConfig) -> dict[str, float]:
+    """Median milliseconds of each kind of step."""
+    timed = steps(name, config.batch_size)
+    times: dict[str, list[float]] = {kind: [] for kind in timed}
+    for round_ in tqdm(range(config.rounds + 2), desc=name, disable=None, leave=False):
+        for kind, step in timed.items():
+            began = time.perf_counter()
+            step()
+            if round_ >= 2:  # the first rounds warm up
+                times[kind].append(1e3 * (time.perf_counter() - began))
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def cycle(medians: dict[str, float], update_every: int, invert_every: int) -> float:
+    """The mean step of a cycle, in SGD steps."""
+    inverses, updates = 1, invert_every // update_every
+    total = (
+        inverses * medians["with statistics and inverses"]
+        + (updates - inverses) * medians["with statistics"]
+        + (invert_every - updates) * medians["plain"]
+    )
+    return total / invert_every / medians["sgd"]
+
+
+def report(name: str, medians: dict[str, float]) -> str:
+    """Milliseconds and ratios, to read."""
+    lines = [f"\n{name} autoencoder: an SGD step takes {medians['sgd']:.1f} ms"]
+    lines += [f"  K-FAC step, {kind:28} {ms:7.1f} ms  {ms / medians['sgd']:5.2f} SGD steps"
+              for kind, ms in medians.items() if kind != "sgd"]  # fmt: skip
+    lines += [f"  mean step, statistics every {update}, inverses every {invert}: {cycle(medians, update, invert):.2f}"
+              " SGD steps" for update, invert in CYCLES]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Both nets; the numbers as JSON."""
+    torch.set_num_threads(config.threads)
+    found = {name: measure(name, config) for name in MODELS}
+    for name, medians in found.items():
+        print(report(name, medians))
+    path = Path(config.result_dir) / "benchmark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"torch": torch.__version__, "threads": config.threads, "ms": found}, indent=1))
+    print(f"\nThe numbers are in {path}.")
+
+
+if __name__ == "__main__":
+    with reported():
+        main(parse(BenchmarkConfig, description=__doc__ or ""))
