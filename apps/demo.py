@@ -30,19 +30,20 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """Train the three, print the table, draw the picture."""
     runs = {}
+    plain = config.data.replace(":", "-")  # one's own pkg.module:load in a file's name
     for optim, name in (("sgd", "SGD"), ("adam", "Adam"), ("kfac", "K-FAC")):
         full = dataclasses.replace(
             TrainConfig(),
             **dataclasses.asdict(config),
             optim=optim,
-            result_name=f"{config.data}-{optim}",
+            result_name=f"{plain}-{optim}",
             overwrite=True,
         )
         print(f"\n{name} on {config.data}")
         folder = run(full, app="demo")
         runs[name] = read_metrics(folder)
     print("\n" + table(runs))
-    picture = folder.parent / f"{config.data}.png"
+    picture = folder.parent / f"{plain}.png"
     loss_curves(runs, picture)
     print(f"\nThe picture is {picture}.")
 

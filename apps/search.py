@@ -109,7 +109,7 @@ def record(config: SearchConfig, trials: list[dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     budget = {key: value for key, value in dataclasses.asdict(config).items() if key != "data_path"}
     lines = ",\n".join("  " + json.dumps(trial) for trial in trials)
-    path = folder / f"{config.data}.json"
+    path = folder / f"{config.data.replace(':', '-')}.json"
     path.write_text(f'{{"budget": {json.dumps(budget)},\n "trials": [\n{lines}\n]}}\n')
     table = yaml.safe_load(TUNED.read_text()) | {config.data: best(trials)}
     header = "".join(line for line in TUNED.read_text().splitlines(keepends=True) if line.startswith("#"))

@@ -160,6 +160,18 @@ def test_the_fisher_is_exact_however_the_weights_are_used(model, params, fisher)
     exact_under(model, params, normal(4, 3), fisher=fisher)
 
 
+def test_a_bias_left_out_of_one_use_is_a_zero_in_its_column():
+    """W = [weight | bias] at every position: a ends in 1 where the bias was added, in 0 where it was not."""
+
+    def model(p, x):
+        hidden = torch.tanh(F.linear(x, p["lay.weight"], p["lay.bias"]))
+        return F.linear(hidden, p["lay.weight"])
+
+    ng = exact_under(model, {"lay.weight": normal(3, 3), "lay.bias": normal(3)}, normal(4, 3))
+    stats = ng.stats({"lay.weight": normal(3, 3), "lay.bias": normal(3)}, (normal(4, 3), torch.tensor([0, 1, 2, 0])))
+    assert stats.taps["lay"].a[0, :, :, -1].tolist() == [[1.0, 0.0]] * 4
+
+
 def folded(p, x):
     """Examples and positions in one axis, as many models do before a head."""
     hidden = torch.tanh(F.linear(x.reshape(-1, 3), p["w"], p["b"]))

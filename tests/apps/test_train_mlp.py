@@ -15,35 +15,6 @@ from common.train_config import TrainConfig
 from common.trainer import run
 
 ROOT = Path(__file__).parents[2]
-OWN = """
-import torch
-from torch import nn
-import fisherfn as ff
-from common.data import Data, Split
-
-def load(data_path, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(48, 1, 3, 4, generator=generator)
-    labels = (x.flatten(1).sum(1) > 6).long()
-    return Data("SMALL", Split(x[:32], labels[:32]), Split(x[32:], labels[32:]), "own:build", ff.Bernoulli(),
-                ff.Categorical())
-
-def build(data):
-    return nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
-
-def autoencoder(data):
-    return nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 12))
-autoencoder.task = "reconstruct"
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A folder with a module of one's own, as the current one."""
-    (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    return tmp_path
 
 
 def configured(*more: str) -> TrainConfig:
