@@ -95,6 +95,7 @@ def run(config: TrainConfig, app: str) -> Path:
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     config = filled(config, tuned(data.name, config.optim) | {"model": data.model})
     results = Results.open(config, app)
+    _check_device(config.device)
     task, net = make_task(config, data)
     optimizer = make_optimizer(config, task)
     snapshot = start(task, optimizer)
@@ -134,7 +135,7 @@ def restore(results: Results, like: Snapshot) -> Snapshot:
     """The checkpoint as a snapshot, in the structure of a fresh one."""
     flat, meta = results.load_checkpoint()
     trees = {"params": like.params, "context": like.context, "state": like.state}
-    trees = ff.tree.unflatten(trees, flat)
+    trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), ff.tree.unflatten(trees, flat), trees)
     return Snapshot(trees["params"], trees["context"], trees["state"], meta["epoch"], meta["step"], meta["seconds"])
 
 
@@ -154,6 +155,13 @@ def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> No
 def _examples(split: Split, task: str, device: str) -> tuple[Tensor, Tensor]:
     x = split.inputs.flatten(1).to(device)
     return x, x if task == "reconstruct" or split.labels is None else split.labels.to(device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name} cannot be used here: {str(error).splitlines()[0]} Try --device cpu") from None
 
 
 def _tuned(value: float | None, name: str) -> float:

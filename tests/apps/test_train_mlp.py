@@ -59,7 +59,7 @@ def test_resumed_is_the_straight_run(own, optim):
 
 def test_a_diverged_run_stops_with_the_reason(own):
     with pytest.raises(ff.errors.NonFiniteError, match="diverged"):
-        quiet_run("--optim", "sgd", "--lr", "1e30", "--num_epochs", "9")
+        quiet_run("--model", "own:autoencoder", "--optim", "sgd", "--lr", "1e30", "--num_epochs", "9")
 
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -83,6 +83,7 @@ def test_the_command_line_says_where_everything_is(own):
         (["--damping", "-1"], 2, ["damping", ">= 0", "-1"]),
         (["--data", "MNIST", "--data_path", "nowhere"], 1, ["train-images", "nowhere"]),
         (["--data", "own:load", "--model", "own:missing"], 1, ["missing"]),
+        (["--data", "own:load", "--device", "nonsense"], 1, ["nonsense", "--device cpu"]),
     ],
 )
 def test_bad_input_is_one_readable_error_and_no_result(own, args, code, parts):
