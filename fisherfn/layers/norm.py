@@ -19,6 +19,12 @@ from fisherfn.layers.base import Call, Family
 _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
+def couples_examples(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call mixes the examples of a batch, as batch norm in training mode does."""
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    return function is F.batch_norm and bool(given.get("training", False))
+
+
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     if function is not F.batch_norm:
         return None

@@ -13,7 +13,7 @@ from fisherfn.errors import CoverageError, EmptyBatchError, ShapeError, Structur
 from fisherfn.layers import FallbackFacts
 from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import run
-from fisherfn.stats.intercept import Intercept, Record
+from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.statistics import gradient, make_tap
 from fisherfn.types import Model, PyTree, Tap, Tree
@@ -30,11 +30,12 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
         CoverageError: a parameter's per-example gradients do not add up to its gradient, in no layer and not alone.
     """
     examples = _validate(params, x)
-    outputs, records = _trace(model, params, x, context, examples)
+    outputs, mode = _trace(model, params, x, context, examples)
+    strange = _other_first_axes(model, params, x, context, examples)
     _all_used(model, params, x, context)
     cotangent = _cotangent(outputs)
     truth = _gradients(model, params, x, context, cotangent)
-    candidates, why = _candidates(records, params, examples)
+    candidates, why = _candidates(mode, params, strange)
 
     def layout(blocks: tuple[Block, ...]) -> Layout:
         shapes = tuple((name, p.shape) for name, p in params.items())
@@ -43,7 +44,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
         dtypes = tuple(p.dtype for p in params.values())
         return Layout(blocks, shapes, inputs, outputs.shape[1:], dtypes, outputs.dtype, has_context)
 
-    kept, reasons = _verify(model, layout(tuple(candidates)), params, x, context, cotangent, truth)
+    kept, reasons = _verify(model, layout(tuple(candidates)), params, x, context, cotangent, truth, mode.couples)
     blocks = _with_fallbacks(kept, params, why | reasons)
     complete = layout(blocks)
     _verify_fallbacks(model, complete, params, x, context, cotangent)
@@ -66,15 +67,31 @@ def _validate(params: Tree, x: PyTree) -> int:
     return int(leaves[0].shape[0])
 
 
-def _trace(
-    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
-) -> tuple[Tensor, dict[str, list[Record]]]:
+def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
     with torch.no_grad(), Intercept(params) as mode:
         outputs, _ = run(model, params, x, context)
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ShapeError(f"the model must return one tensor [N, …] for N = {examples} examples, got {found}.")
-    return outputs, mode.records
+    return outputs, mode
+
+
+def _other_first_axes(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> set[str]:
+    """Weights of layers whose first axis only happens to have size N: with one example more it does not grow by one."""
+    more = tree.map(lambda leaf: torch.cat([leaf, leaf[:1]]), x)
+    try:
+        _, other = _trace(model, params, more, context, examples + 1)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"the model runs on {examples} examples and not on {examples + 1}: {str(error).splitlines()[0]} "
+            "It must take any number of examples; look for a batch size written into a reshape."
+        ) from error
+    wanted = {examples + 1}
+    return {
+        name
+        for name, records in other.records.items()
+        if {r.call.input.shape[0] for r in records} | {r.output.shape[0] for r in records} != wanted
+    }
 
 
 def _all_used(model: Model, params: Tree, x: PyTree, context: PyTree) -> None:
@@ -104,16 +121,21 @@ def _gradients(model: Model, params: Tree, x: PyTree, context: PyTree, cotangent
     return grads
 
 
-def _candidates(records: dict[str, list[Record]], params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
+def _candidates(mode: Intercept, params: Tree, strange: set[str]) -> tuple[list[Block], dict[str, str]]:
     """A block for each weight that some layer family saw, and why some of them cannot be one."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
-    claimed: set[str] = set()
-    for name in (n for n in params if n in records):
-        uses = records[name]
-        if any(r.call.input.shape[0] != examples or r.output.shape[0] != examples for r in uses):
-            why[name] = f"{uses[0].kind} layer whose first axis is not the example's"
+    claimed = set(mode.other_uses)
+    for name in (n for n in params if n in mode.records):
+        uses = mode.records[name]
+        biases = {r.bias for r in uses if r.bias is not None}
+        if name in strange:
+            why |= dict.fromkeys({name, *biases}, f"{uses[0].kind} layer whose first axis is not the example's")
             continue
+        if name in mode.other_uses:
+            why |= dict.fromkeys({name, *biases}, f"{uses[0].kind} layer of {name!r} is used in other ways too")
+            continue
+        why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
         bias = next((r.bias for r in uses if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         block_uses = tuple(Use(r.call.facts, r.output.shape[1:], bias is not None and r.bias == bias) for r in uses)
@@ -128,7 +150,14 @@ def _candidates(records: dict[str, list[Record]], params: Tree, examples: int) -
 
 
 def _verify(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, truth: Tree
+    model: Model,
+    layout: Layout,
+    params: Tree,
+    x: PyTree,
+    context: PyTree,
+    cotangent: Tensor,
+    truth: Tree,
+    couples: bool,
 ) -> tuple[list[Block], dict[str, str]]:
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
@@ -145,7 +174,7 @@ def _verify(
         examples = tap.a.shape[1]
         wrong = [n for n in block.names if not _close(found[n] * examples, truth[n], scale[n] * examples)]
         leak = any(bool(g[1:].abs().max() > 0) for g in leaks[block.weight] if g.shape[0] > 1)
-        if leak and not tree.leaves(context):  # buffers may couple examples: batch norm in training mode
+        if leak and not couples:  # batch norm in training mode mixes examples by design
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
         elif block.weight in wrong:
             why |= dict.fromkeys(block.names, f"{block.kind} layer of {block.weight!r} is used in other ways too")

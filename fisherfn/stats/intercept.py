@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fisherfn.layers import FAMILIES, Call
-from fisherfn.types import Tree
+from fisherfn import tree
+from fisherfn.layers import FAMILIES, Call, couples_examples
+from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
 """Zero taps (or their gradients): for each weight's name one tensor a use."""
@@ -29,24 +30,41 @@ class Record(NamedTuple):
 
 
 class Intercept(TorchFunctionMode):
-    """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use."""
+    """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use.
+
+    Without taps (the build's trace) it also notes which parameters anything but a layer reads, and whether some call
+    couples examples.
+    """
 
     def __init__(self, params: Tree, taps: Taps | None = None) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._taps = taps
         self.records: dict[str, list[Record]] = {}
+        self.other_uses: set[str] = set()
+        self.couples = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self.couples |= couples_examples(func, args, kwargs)
         for family in FAMILIES.values():
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
+                self._note_reads(output, (args, kwargs), besides=(call.weight, call.bias))
                 return self._record(family.name, call, output)
+        self._note_reads(output, (args, kwargs))
         return output
+
+    def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
+        """Parameters that a call turns into tensors in another way than a layer's (asking for a shape is none)."""
+        if self._taps is not None or not any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):
+            return
+        known = {id(tensor) for tensor in besides}
+        read = {id(leaf) for leaf in tree.leaves(arguments)} - known
+        self.other_uses |= {name for key, name in self._names.items() if key in read}
 
     def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
         name = self._names[id(call.weight)]
