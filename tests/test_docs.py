@@ -41,3 +41,11 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 def test_blocks_are_found_whole_and_only_python():
     text = "a\n```python\nx = 1\n```\n\n```bash\nls\n```\n- item\n\n    ```python title='t'\n    y = 2\n    ```\n"
     assert list(blocks(text)) == [(3, "x = 1"), (12, "y = 2")]
+
+
+def test_the_coverage_page_shows_what_its_code_prints(capsys):
+    page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    shown = page.split("```text\n")[1].split("```")[0]
+    exec(compile(code, "coverage.md", "exec"), {})
+    assert capsys.readouterr().out == shown

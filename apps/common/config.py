@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -33,7 +32,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
-from common.names import is_own
+from common.names import is_own, nearest
 from fisherfn.errors import FisherfnError
 
 T = TypeVar("T")
@@ -281,6 +280,5 @@ def _shown(value: Any) -> str:
 
 def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The nearest known name as the end of an error, or nothing; upper and lower case count as near."""
-    folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.replace("-", "_").casefold(), folded, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{folded[near[0]]}?" if near else ""
+    near = nearest(name, known, cutoff=0.5)
+    return f"; did you mean {prefix}{near}?" if near else ""

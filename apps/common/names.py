@@ -26,10 +26,17 @@ def lookup(name: str, registry: Mapping[str, T], what: str, error: type[Exceptio
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:
     """The message for a name that is not among `known`; upper and lower case count as near."""
-    names = {known_name.casefold(): known_name for known_name in known}
-    near = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=0.4)
-    hint = f", did you mean {names[near[0]]}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(names.values())}, or your own as 'pkg.module:function'."
+    known = list(known)
+    near = nearest(name, known, cutoff=0.4)
+    hint = f", did you mean {near}?" if near else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}, or your own as 'pkg.module:function'."
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The known name that `name` is most like, whatever its case and dashes; None where none is like it."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.replace("-", "_").casefold(), folded, n=1, cutoff=cutoff)
+    return folded[near[0]] if near else None
 
 
 def own(name: str, what: str, error: type[Exception]) -> Callable[..., Any]:

@@ -151,12 +151,13 @@ def report(layout: Layout) -> str:
     rule = "  ".join("─" * width for width in widths)
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
     total = sum(sizes.values())
+    layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     fallback = f", {total - covered:,} by the fallback" if covered < total else ""
     return "\n".join(
         [
             rows[0],
             rule,
             *rows[1:],
-            f"all {total:,} entries covered: {covered:,} by {len(layout.layers)} layers{fallback}",
+            f"all {total:,} entries covered: {covered:,} by {layers}{fallback}",
         ]
     )
