@@ -1,0 +1,39 @@
+"""Damped inverses and spectra against torch's dense ones, and where matrices are singular."""
+
+import torch
+
+from fisherfn.linalg.solve import damped_inverse, psd_eigh
+
+
+def psd(rank: int, size: int = 6, groups: int = 2) -> torch.Tensor:
+    rows = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return rows.mT @ rows
+
+
+def test_the_damped_inverse_is_the_dense_one():
+    matrix, damping = psd(6), torch.tensor([0.1, 2.0], dtype=torch.float64)
+    expected = torch.linalg.inv(matrix + damping[:, None, None] * torch.eye(6, dtype=torch.float64))
+    found = damped_inverse(matrix, damping)
+    torch.testing.assert_close(found.inverse, expected, rtol=1e-10, atol=1e-10)
+    assert found.ok and found.jitter == 0
+
+
+def test_a_damping_below_the_matrixs_rounding_is_raised_and_reported():
+    matrix = psd(1)
+    found = damped_inverse(matrix, torch.full((2,), 1e-40, dtype=torch.float64))
+    assert found.ok and found.jitter > 0
+    assert found.jitter <= 1e-15 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1).max()
+
+
+def test_negative_damping_and_nan_are_masks_not_exceptions():
+    nan = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
+    assert not damped_inverse(nan, torch.ones(1, dtype=torch.float64)).ok
+    assert not psd_eigh(nan).ok
+
+
+def test_eigenvalues_that_are_rounding_are_zero():
+    """Rank one in six dimensions: five eigenvalues are exactly zero, whatever sign their rounding had."""
+    spectrum = psd_eigh(psd(1))
+    assert (spectrum.values[:, :-1] == 0).all() and (spectrum.values[:, -1] > 0).all()
+    rebuilt = (spectrum.vectors * spectrum.values.unsqueeze(-2)) @ spectrum.vectors.mT
+    torch.testing.assert_close(rebuilt, psd(1), rtol=1e-10, atol=1e-10)
