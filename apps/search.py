@@ -1,8 +1,8 @@
-"""Equal-budget search: ten settings for each optimizer on the same data, seed, batch size and epochs.
+"""Equal-budget search: as many settings for each optimizer on the same model, data, seed, batch size and epochs.
 
-`python apps/search.py --data MNIST --data_path DIR` records every trial in apps/configs/search/MNIST.json and the best
-of each optimizer (lowest final training loss) in apps/configs/tuned.yml, where the trainers look for what the command
-line leaves open.
+`python apps/search.py --app train_cnn --data CIFAR10 --data_path DIR` records every trial in
+apps/configs/search/cuda_convnet-CIFAR10.json and the best of each optimizer (lowest final training loss) in
+apps/configs/tuned.yml, where the trainers look for what the command line leaves open.
 """
 
 from __future__ import annotations
@@ -11,27 +11,36 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 import fisherfn as ff
-from common.config import option, parse
-from common.data import load
-from common.loop import Settings, Task, start, train
-from common.train_config import TrainConfig
+from common.config import NON_NEGATIVE, POSITIVE, option, parse
+from common.data import Data, load
+from common.loop import Settings, start, train
+from common.train_config import APPS, TrainConfig
 from common.trainer import TUNED, make_optimizer, make_task, reported
 
-THIRDS = [round(10 ** (-1 - third / 3), 6) for third in range(10)]
-"""1e-1 … 1e-4 in thirds of a decade."""
+Grid = dict[str, list[dict[str, float]]]
+"""By optimizer, the settings that are tried."""
 
-GRIDS: dict[str, list[dict[str, float]]] = {
-    "sgd": [{"lr": lr} for lr in THIRDS],
-    "adam": [{"lr": lr} for lr in THIRDS],
-    "kfac": [
-        {"lr": lr, "damping": damping, "clipping": clipping}
-        for lr, damping, clipping in [
+
+def thirds(first: float, count: int) -> list[dict[str, float]]:
+    """So many rates, downwards in thirds of a decade."""
+    return [{"lr": round(first * 10 ** (-third / 3), 6)} for third in range(count)]
+
+
+def natural(*settings: tuple[float, float, float]) -> list[dict[str, float]]:
+    """Rate, damping and clip of each."""
+    return [{"lr": lr, "damping": damping, "clipping": clipping} for lr, damping, clipping in settings]
+
+
+GRIDS: dict[str, Grid] = {
+    "train_mlp": {
+        "sgd": thirds(0.1, 10),
+        "adam": thirds(0.1, 10),
+        "kfac": natural(
             (1.0, 0.1, 0.001),
             (1.0, 1.0, 0.001),
             (1.0, 1.0, 0.01),
@@ -42,82 +51,120 @@ GRIDS: dict[str, list[dict[str, float]]] = {
             (1.0, 10.0, 1.0),
             (0.3, 1.0, 0.001),
             (0.3, 10.0, 1.0),
-        ]
-    ],
+        ),
+    },
+    "train_cnn": {
+        "sgd": thirds(0.1, 8),
+        "adam": thirds(0.01, 8),
+        "kfac": natural(
+            (1.0, 0.01, 0.001),
+            (1.0, 0.03, 0.001),
+            (1.0, 0.1, 0.001),
+            (1.0, 0.03, 0.01),
+            (1.0, 0.1, 0.01),
+            (1.0, 0.3, 0.01),
+            (0.1, 0.03, 0.01),
+            (0.1, 0.1, 0.01),
+        ),
+    },
+    "train_autoencoder": {
+        # the loss is a sum over 784 or 3,072 outputs, so rates of sgd are that much smaller
+        "sgd": thirds(0.01, 8),
+        "adam": thirds(0.1, 8),
+        "kfac": natural(
+            (1.0, 0.1, 0.001),
+            (1.0, 1.0, 0.001),
+            (1.0, 1.0, 0.01),
+            (1.0, 1.0, 0.1),
+            (1.0, 10.0, 0.01),
+            (1.0, 10.0, 0.1),
+            (0.3, 1.0, 0.01),
+            (0.3, 10.0, 0.1),
+        ),
+    },
 }
-
-
-SETTINGS = ("lr", "damping", "clipping")
-"""What is searched."""
+"""By trainer; within one, every optimizer has the same number of settings."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     """What is searched, on which budget."""
 
-    data: str = option("CURVES", "data set")
+    app: str = option("train_mlp", "trainer", choices=APPS)
+    model: str | None = option(None, "net; null: the one that suits the data")
+    data: str | None = option(None, "data set; null: the trainer's default")
     data_path: str | None = option(None, "folder of data files")
-    num_epochs: int = option(20, "epochs a trial")
-    batch_size: int = option(256, "examples a step")
-    seed: int = option(0, "of initialisation, order and labels")
+    num_epochs: int = option(20, "epochs a trial", check=POSITIVE)
+    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
+    seed: int = option(0, "of initialisation, order and labels", check=NON_NEGATIVE)
+    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
 
 
-def search(config: SearchConfig) -> list[dict[str, Any]]:
+def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
+    """What all trials share, with its model named, and the data."""
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key != "app" and value is not None}
+    full = APPS[config.app](**given)
+    data = load(full.data, data_path=full.data_path, seed=full.seed)
+    return dataclasses.replace(full, model=full.model or full.model_for(data)), data
+
+
+def search(full: TrainConfig, data: Data) -> list[dict[str, Any]]:
     """All trials, in the order of the grids."""
-    data = load(config.data, data_path=config.data_path, seed=config.seed)
     trials = []
-    for optim, grid in GRIDS.items():
+    for optim, grid in GRIDS[full.app].items():
         for settings in grid:
-            shared: dict[str, Any] = {**dataclasses.asdict(config), **settings}
-            full = dataclasses.replace(TrainConfig(), model=data.model, optim=optim, **shared)
-            task, _ = make_task(full, data)
-            trials.append({"optim": optim, **settings, **trial(full, task)})
+            chosen: dict[str, Any] = {"optim": optim, **settings}
+            trials.append({**chosen, **trial(dataclasses.replace(full, **chosen), data)})
             print(json.dumps(trials[-1]), flush=True)
     return trials
 
 
-def trial(config: TrainConfig, task: Task) -> dict[str, Any]:
+def trial(config: TrainConfig, data: Data) -> dict[str, Any]:
     """The last epoch's metrics, or why there is none; a diverged trial has no loss."""
+    task, _ = make_task(config, data)
     optimizer = make_optimizer(config, task)
     last: dict[str, Any] = {}
+    settings = Settings(config.num_epochs, config.batch_size, config.seed)
     try:
-        run = train(
-            task, optimizer, start(task, optimizer), Settings(config.num_epochs, config.batch_size, config.seed)
-        )
-        for epoch in run:
+        for epoch in train(task, optimizer, start(task, optimizer), settings):
             last = epoch.metrics
             if not math.isfinite(last["train_loss"]):
                 return {"train_loss": None, "stopped": f"loss {last['train_loss']} after epoch {last['epoch']}"}
     except ff.FisherfnError as error:
         return {"train_loss": None, "stopped": type(error).__name__}
-    return {key: last[key] for key in ("train_loss", "test_loss", "seconds")}
+    return {key: last[key] for key in last if key not in ("epoch", "step", "skipped")}
 
 
 def best(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The settings with the lowest final training loss, for each optimizer."""
+    """The settings with the lowest final training loss, for each optimizer that finished any."""
     chosen: dict[str, dict[str, float]] = {}
-    for optim in GRIDS:
+    for optim in dict.fromkeys(trial["optim"] for trial in trials):
         finished = [t for t in trials if t["optim"] == optim and t["train_loss"] is not None]
-        winner = min(finished, key=lambda t: t["train_loss"])
-        chosen[optim] = {key: winner[key] for key in winner if key in SETTINGS}
+        if finished:
+            winner = min(finished, key=lambda t: t["train_loss"])
+            chosen[optim] = {key: winner[key] for key in ("lr", "damping", "clipping") if key in winner}
     return chosen
 
 
-def record(config: SearchConfig, trials: list[dict[str, Any]]) -> None:
-    """Every trial beside the configurations, the best in the table of tuned settings."""
+def record(full: TrainConfig, name: str, trials: list[dict[str, Any]]) -> None:
+    """Every trial beside the configurations, the best in the table of tuned settings, by model and the data's name."""
+    model = str(full.model)
     folder = TUNED.parent / "search"
     folder.mkdir(exist_ok=True)
-    budget = {key: value for key, value in dataclasses.asdict(config).items() if key != "data_path"}
+    keys = ("model", "num_epochs", "batch_size", "seed", "init_params")
+    budget = {"app": full.app, "data": name} | {key: getattr(full, key) for key in keys}
     lines = ",\n".join("  " + json.dumps(trial) for trial in trials)
-    path = folder / f"{config.data.replace(':', '-')}.json"
+    path = folder / f"{model}-{name}.json".replace(":", "-")
     path.write_text(f'{{"budget": {json.dumps(budget)},\n "trials": [\n{lines}\n]}}\n')
-    table = yaml.safe_load(TUNED.read_text()) | {config.data: best(trials)}
+    table = yaml.safe_load(TUNED.read_text())
+    entry = table["tuned"].setdefault(model, {}).setdefault(name, {})
+    entry.update(best(trials))
     header = "".join(line for line in TUNED.read_text().splitlines(keepends=True) if line.startswith("#"))
     TUNED.write_text(header + yaml.safe_dump(table, sort_keys=False))
-    print(f"{Path(path).name}: {len(trials)} trials; the best of each optimizer are in {TUNED.name}: {best(trials)}")
+    print(f"{path.name}: {len(trials)} trials; the best of each optimizer are in {TUNED.name}: {best(trials)}")
 
 
 if __name__ == "__main__":
     with reported():
-        config = parse(SearchConfig, description=__doc__ or "")
-        record(config, search(config))
+        full, data = base(parse(SearchConfig, description=__doc__ or ""))
+        record(full, data.name, search(full, data))

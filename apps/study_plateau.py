@@ -43,7 +43,9 @@ def study(config: StudyConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = [{"damping": d, "clipping": c, "lr": 1.0} for d in DAMPINGS for c in CLIPS]
-    runs = [("kfac", pair) for pair in pairs] + [(name, tuned("CURVES", name)) for name in ("sgd", "adam")]
+    runs = [("kfac", pair) for pair in pairs] + [
+        (name, tuned("train_mlp", data.model, data.name, name)) for name in ("sgd", "adam")
+    ]
     for optim, settings in runs:
         for seed in range(config.seeds):
             full = dataclasses.replace(TrainConfig(), optim=optim, seed=seed, **settings)

@@ -6,4 +6,4 @@ from common.trainer import reported, run
 
 if __name__ == "__main__":
     with reported():
-        run(parse(TrainConfig, description=__doc__), app="train_mlp")
+        run(parse(TrainConfig, description=__doc__))

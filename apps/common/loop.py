@@ -104,12 +104,11 @@ def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(
-    task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor], batch_size: int = 2048
-) -> tuple[float, float | None]:
+def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
     """Mean loss, and accuracy where targets are classes."""
     total, right = 0.0, 0
     classes = not data[1].is_floating_point()
+    batch_size = 2048 if data[0].ndim == 2 else 256  # a convolution makes many more numbers of an image than it has
     for x, y in zip(data[0].split(batch_size), data[1].split(batch_size), strict=True):
         outputs, _ = task.predict(snapshot.params, x, snapshot.context)
         total += float(task.likelihood.nll(outputs, y).double().sum())

@@ -33,21 +33,28 @@ DPI = 150
 def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
     """Training loss (solid) and test loss (dashed) of each run, over epochs and over seconds of training.
 
+    Where any run has accuracies, they stand beside the losses, over epochs.
+
     Args:
         runs: metrics by the name in the legend, in the order of the colours. A name that ends in ", seed k" shares the
             colour and legend entry of the other seeds.
         path: the PNG to write.
     """
-    figure = _figure(width=10.0, height=4.6)
-    axes = figure.subplots(1, 2, sharey=True)
+    classifiers = any("train_accuracy" in m for metrics in runs.values() for m in metrics)
+    figure = _figure(width=15.0 if classifiers else 10.0, height=4.6)
+    axes = figure.subplots(1, 3 if classifiers else 2)
+    axes[1].sharey(axes[0])
+    axes[1].tick_params(labelleft=False)
+    panels = (("loss", "epoch", "by epoch"), ("loss", "seconds", "by time"), ("accuracy", "epoch", "accuracy by epoch"))
     groups = list(dict.fromkeys(_group(name) for name in runs))
-    for panel, x, title in zip(axes, ("epoch", "seconds"), ("by epoch", "by time"), strict=True):
+    for panel, (quantity, x, title) in zip(axes, panels, strict=False):
         for name, metrics in runs.items():
-            _curves(panel, metrics, x, groups.index(_group(name)))
+            _curves(panel, metrics, (x, quantity), groups.index(_group(name)))
         _dress(panel, title, "epoch" if x == "epoch" else "seconds of training")
+        if x == "epoch":
+            panel.set_ylabel(quantity, color=INK)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _scale_losses(axes[0], runs)
-    axes[0].set_ylabel("loss", color=INK)
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _legend(figure, groups)
     return _save(figure, path)
 
@@ -126,9 +133,9 @@ def _group(name: str) -> str:
     return re.sub(r", seed \d+$", "", name)
 
 
-def _curves(axes: Axes, metrics: Metrics, x: str, index: int) -> None:
-    look = _look(index)
-    for name, other in (("train_loss", {}), ("test_loss", {"linestyle": "--", "marker": "", "alpha": 0.75})):
+def _curves(axes: Axes, metrics: Metrics, over: tuple[str, str], index: int) -> None:
+    look, (x, y) = _look(index), over
+    for name, other in ((f"train_{y}", {}), (f"test_{y}", {"linestyle": "--", "marker": "", "alpha": 0.75})):
         points = [(m[x], m[name]) for m in shown(metrics) if name in m and x in m]
         axes.plot([point[0] for point in points], [point[1] for point in points], label=name, **{**look, **other})
 

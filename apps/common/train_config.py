@@ -1,17 +1,24 @@
-"""The configuration of a training run; config.py reads it from the command line and YAML files.
+"""The configurations of training runs, one class a trainer; config.py reads them from the command line and YAML files.
 
-Another trainer declares a dataclass of its own in the same way, or inherits from this one and adds to it.
+`TrainConfig` is train_mlp's and the base of the others, which change its defaults and choices. Beside its options a
+class says what its trainer is: the name it goes by, what its nets are fed, and the net that suits some data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import fisherfn as ff
 from common.config import FRACTION, NON_NEGATIVE, POSITIVE, ConfigError, option, validate
-from common.data import DATA
-from common.models import MODELS, SCHEMES
+from common.data import Data
+from common.models import AUTOENCODERS, CNNS, MLPS, SCHEMES
+from common.models.base import Inputs
+from common.names import is_own
+
+MLP_DATA = ("CURVES", "DIGITS", "MNIST", "FACES", "F_MNIST", "D_MNIST", "MNIST_RESTRICTED")
+CNN_DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "CIFAR100", "SVHN", "CIFAR10_RESTRICTED")
+AUTOENCODER_DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "SVHN")
 
 OPTIMIZERS = ("sgd", "adam", *ff.METHODS)
 """Names of `--optim`: the first-order baselines and every method of the library."""
@@ -24,17 +31,20 @@ class TrainConfig:
     Rates, damping and clip are in the units of docs/conventions.md: of the mean over examples of the NLL.
     """
 
-    data: str = option("CURVES", "data set", aliases=("dataset",), choices=DATA, own=True)
+    app: ClassVar[str] = "train_mlp"
+    inputs: ClassVar[Inputs] = "flat"
+
+    data: str = option("CURVES", "data set", aliases=("dataset",), choices=MLP_DATA, own=True)
     data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")
-    model: str | None = option(None, "net; null: the one that suits the data", choices=MODELS, own=True)
+    model: str | None = option(None, "net; null: the one that suits the data", choices=MLPS, own=True)
     init_params: str = option("xavier_uniform", "how parameters are drawn", choices=SCHEMES)
     optim: str = option("kfac", "optimizer", aliases=("optimizer",), choices=OPTIMIZERS)
 
     batch_size: int = option(256, "examples a step", check=POSITIVE)
     num_epochs: int = option(20, "passes through the data", aliases=("epochs", "n_epochs"), check=NON_NEGATIVE)
     lr: float | None = option(
-        None, "rate; null: as tuned for this data and optimizer", aliases=("learning_rate",), check=POSITIVE
+        None, "rate; null: as tuned for this model, data and optimizer", aliases=("learning_rate",), check=POSITIVE
     )
     momentum: float = option(0.9, "weight of the previous direction, for all but adam", check=FRACTION)
     nesterov: bool = option(False, "Nesterov's look-ahead, for sgd")
@@ -67,3 +77,56 @@ class TrainConfig:
         validate(self)
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume exclude each other: give one of them")
+
+    @staticmethod
+    def model_for(data: Data) -> str:
+        """The name of the net that suits the data."""
+        return data.model
+
+
+@dataclass(frozen=True)
+class CnnConfig(TrainConfig):
+    """A run of train_cnn: images stay images, brought to 32×32."""
+
+    app: ClassVar[str] = "train_cnn"
+    inputs: ClassVar[Inputs] = "images"
+
+    data: str = option("DIGITS", "data set", aliases=("dataset",), choices=CNN_DATA, own=True)
+    model: str | None = option(None, "net; null: cuda_convnet, for CIFAR10_RESTRICTED toyCNN", choices=CNNS, own=True)
+    # keeps the signal's scale through ReLUs; in residual nets batch norm does, and any scheme trains
+    init_params: str = option("kaiming_normal", "how parameters are drawn", choices=SCHEMES)
+    batch_size: int = option(128, "examples a step", check=POSITIVE)
+
+    @staticmethod
+    def model_for(data: Data) -> str:
+        """One's own, or a small convolutional net."""
+        return data.model if is_own(data.model) or data.model in CNNS else "cuda_convnet"
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(TrainConfig):
+    """A run of train_autoencoder: images stay images, of the published size.
+
+    Losses are per output. With Bernoulli outputs (DIGITS, MNIST, F_MNIST) that is the binary cross-entropy in nats;
+    with Gaussian ones (CIFAR10, SVHN) half the squared error, so that the mean squared error is twice the number.
+    """
+
+    app: ClassVar[str] = "train_autoencoder"
+    inputs: ClassVar[Inputs] = "images"
+
+    data: str = option("DIGITS", "data set", aliases=("dataset",), choices=AUTOENCODER_DATA, own=True)
+    model: str | None = option(
+        None, "net; null: the one published for that many colours", choices=AUTOENCODERS, own=True
+    )
+    init_params: str = option("default", "how parameters are drawn; default: torch's way", choices=SCHEMES)
+
+    @staticmethod
+    def model_for(data: Data) -> str:
+        """One's own, or the published net for that many colours."""
+        if is_own(data.model):
+            return data.model
+        return "conv_AE_CIFAR10" if data.train.inputs.shape[1] == 3 else "conv_AE_MNIST"
+
+
+APPS: dict[str, type[TrainConfig]] = {Config.app: Config for Config in (TrainConfig, CnnConfig, AutoencoderConfig)}
+"""Trainers by name."""

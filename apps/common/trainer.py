@@ -19,38 +19,39 @@ from torch import Tensor, nn
 import fisherfn as ff
 from common import optimizers
 from common.config import ConfigError, filled
-from common.data import Data, Split, load
+from common.data import Data, Split, enlarged, load
 from common.loop import Settings, Snapshot, Task, start, train
-from common.models import initialise, resolve
+from common.models import Model, initialise, resolve
 from common.plots import loss_curves, reconstructions
 from common.results import Results
 from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
-"""Settings found by `apps/search.py`, by data and optimizer; what the command line leaves open comes from here."""
+"""Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
 
 
-def tuned(data: str, optim: str) -> dict[str, Any]:
-    """The recorded settings for this data and optimizer, else those of the entry `default`."""
+def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
+    """The recorded settings for this model, data and optimizer, else the defaults of the trainer `app`."""
     table = yaml.safe_load(TUNED.read_text())
-    method = optim if optim in table["default"] else "kfac"
-    return {**table["default"][method], **table.get(data, {}).get(method, {})}
+    default = table["default"][app]
+    method = optim if optim in default else "kfac"
+    return {**default[method], **table["tuned"].get(model, {}).get(data, {}).get(method, {})}
 
 
 def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
-    """Model and data, ready to train; inputs are flattened for nets of linear layers."""
-    spec = resolve(config.model or data.model, data)
+    """Model and data, ready to train; inputs are flattened for nets of linear layers, else of the net's size."""
+    name = config.model or config.model_for(data)
+    spec = resolve(name, data, inputs=config.inputs)
+    data = enlarged(data, spec.size) if spec.size else data
     net = spec.build(data)
     initialise(net, config.init_params, torch.Generator().manual_seed(config.seed))
     net = net.to(config.device)
     model, params, context = ff.functional(net.train())
     predict, _, _ = ff.functional(copy.deepcopy(net).eval())
-    splits = [_examples(split, spec.task, config.device) for split in (data.train, data.test)]
+    splits = [_examples(split, spec, config.device) for split in (data.train, data.test)]
     likelihood = data.reconstruction if spec.task == "reconstruct" else data.prediction
     if likelihood is None:
-        raise ConfigError(
-            f"{data.name} has no labels for {config.model or data.model} to predict: choose an autoencoder"
-        )
+        raise ConfigError(f"{data.name} has no labels for {name} to predict: choose an autoencoder")
     per_output = splits[0][1][0].numel() if spec.task == "reconstruct" else 1
     return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output), net
 
@@ -90,11 +91,15 @@ def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
     )  # fmt: skip
 
 
-def run(config: TrainConfig, app: str) -> Path:
-    """Train as configured; returns the result folder. Nothing is written before data and model are known to work."""
+def run(config: TrainConfig, app: str | None = None) -> Path:
+    """Train as configured; returns the result folder. Nothing is written before data and model are known to work.
+
+    The folder is the trainer's, or `app`'s for an app that runs trainers.
+    """
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
-    config = filled(config, tuned(data.name, config.optim) | {"model": data.model})
-    results = Results.open(config, app)
+    model = config.model or config.model_for(data)
+    config = filled(config, tuned(config.app, model, data.name, config.optim) | {"model": model})
+    results = Results.open(config, app or config.app)
     _check_device(config.device)
     task, net = make_task(config, data)
     optimizer = make_optimizer(config, task)
@@ -152,9 +157,9 @@ def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> No
     reconstructions(x.reshape(shape).cpu(), images.reshape(shape).cpu(), results.path / "reconstructions.png")
 
 
-def _examples(split: Split, task: str, device: str) -> tuple[Tensor, Tensor]:
-    x = split.inputs.flatten(1).to(device)
-    return x, x if task == "reconstruct" or split.labels is None else split.labels.to(device)
+def _examples(split: Split, spec: Model, device: str) -> tuple[Tensor, Tensor]:
+    x = (split.inputs.flatten(1) if spec.inputs == "flat" else split.inputs).to(device)
+    return x, x if spec.task == "reconstruct" or split.labels is None else split.labels.to(device)
 
 
 def _check_device(name: str) -> None:

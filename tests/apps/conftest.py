@@ -23,6 +23,13 @@ def build(data):
 def autoencoder(data):
     return nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 12))
 autoencoder.task = "reconstruct"
+
+def convolutional(data):
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+
+def transposed(data):
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.ConvTranspose2d(3, 1, 2))
+transposed.task = "reconstruct"
 """
 
 

@@ -24,7 +24,7 @@ def configured(*more: str) -> TrainConfig:
 
 
 def quiet_run(*more: str) -> Path:
-    return run(configured(*more), app="train_mlp")
+    return run(configured(*more))
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
@@ -40,7 +40,7 @@ def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
     pictures = {"loss.png"} | ({"reconstructions.png"} if "autoencoder" in model else set())
     assert {p.name for p in folder.glob("*.png")} == pictures
     again = read(TrainConfig, ["--config", str(folder / "config.yaml"), "--result_name", "again", "--quiet", "true"])
-    assert read_metrics(run(again, app="train_mlp"))[-1]["train_loss"] == metrics[-1]["train_loss"]
+    assert read_metrics(run(again))[-1]["train_loss"] == metrics[-1]["train_loss"]
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 
-from common.data import curves, digits, faces, idx
+from common.data import cifar, curves, digits, faces, idx, svhn
 from common.data.base import Data, DataError, Loader, Split, checked
 from common.data.download import fetch
+from common.data.sizes import enlarged
 from common.names import is_own, lookup, own
 
-__all__ = ["DATA", "Data", "DataError", "Loader", "Split", "load"]
+__all__ = ["DATA", "Data", "DataError", "Loader", "Split", "enlarged", "load"]
 
 DATA: dict[str, Loader] = {
     "CURVES": curves.load,
@@ -23,6 +24,10 @@ DATA: dict[str, Loader] = {
     "F_MNIST": idx.fashion,
     "D_MNIST": idx.deep_mnist,
     "MNIST_RESTRICTED": idx.restricted,
+    "CIFAR10": cifar.cifar10,
+    "CIFAR100": cifar.cifar100,
+    "CIFAR10_RESTRICTED": cifar.restricted,
+    "SVHN": svhn.load,
 }
 
 

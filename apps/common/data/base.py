@@ -31,6 +31,7 @@ class Data(NamedTuple):
     model: str  # the default model, a name in common.models.MODELS
     reconstruction: ff.Likelihood  # of an autoencoder's outputs
     prediction: ff.Likelihood | None  # of the labels, where there are any
+    resampled: bool = False  # how they come to a larger size: by resampling, else by a border of zeros
 
 
 class Loader(Protocol):

@@ -26,4 +26,4 @@ def load(data_path: str | None, seed: int) -> Data:
     labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, test = (Split(images[index], labels[index]) for index in order.tensor_split([TRAIN]))
-    return Data("DIGITS", train, test, "AE_MNIST", ff.Bernoulli(), ff.Categorical())
+    return Data("DIGITS", train, test, "AE_MNIST", ff.Bernoulli(), ff.Categorical(), resampled=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data import faces, idx
+from common.data import cifar, faces, idx, svhn
 from common.data.base import DataError
 from common.data.files import candidates, find
 
@@ -63,6 +63,27 @@ OLIVETTI = File(
     (faces.PUBLISHED, faces.PHOTOS),
 )
 
+
+def _cifar(version: cifar.Version, md5: str) -> Source:
+    # the checksums are those of the publisher's page
+    url = f"https://www.cs.toronto.edu/~kriz/{version.archive}"
+    return Source(version.folders, (File(version.archive, url, f"md5:{md5}", (version.archive, *version.train)),))
+
+
+CIFAR10 = _cifar(cifar.TEN, "c32a1d4ab5d03f1284b67883e8d87530")
+CIFAR100 = _cifar(cifar.HUNDRED, "03b5dce01913d631647c71ecec9e9cb8")
+# the checksums that torchvision publishes
+SVHN = Source(
+    svhn.FOLDERS,
+    tuple(
+        File(name, f"http://ufldl.stanford.edu/housenumbers/{name}", f"md5:{md5}", (name,))
+        for name, md5 in (
+            (svhn.TRAIN, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+            (svhn.TEST, "eb5a983be6a315427106f1b164d9cef3"),
+        )
+    ),
+)
+
 SOURCES: dict[str, Source] = {
     "CURVES": Source((), ()),  # drawn, and DIGITS is in scikit-learn: nothing to fetch
     "DIGITS": Source((), ()),
@@ -71,6 +92,10 @@ SOURCES: dict[str, Source] = {
     "F_MNIST": FASHION,
     "D_MNIST": MNIST,
     "MNIST_RESTRICTED": MNIST,
+    "CIFAR10": CIFAR10,
+    "CIFAR100": CIFAR100,
+    "CIFAR10_RESTRICTED": CIFAR10,
+    "SVHN": SVHN,
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from common.data.base import DataError
 
 DEFAULT = "data"  # where `data_path=None` looks, relative to the current folder
+Shape: TypeAlias = tuple[int | None, ...]  # None: any length
 NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
 
@@ -29,8 +31,8 @@ def missing(data: str, file: str, folders: Iterable[Path], remedy: str) -> DataE
     return DataError(f"{data}: found no {file} in {', '.join(map(str, folders))}; {remedy}.")
 
 
-def read_mat(path: Path, shape: tuple[int, int], keys: Sequence[str]) -> np.ndarray:
-    """The matrix of this `shape` in a MATLAB 5 file: under one of `keys`, else the only one of that shape.
+def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
+    """The array of this `shape` in a MATLAB 5 file: under one of `keys`, else the only one of that shape.
 
     The file's table of contents is read first, so that nothing of a wrong size is ever loaded.
     """
@@ -44,17 +46,25 @@ def read_mat(path: Path, shape: tuple[int, int], keys: Sequence[str]) -> np.ndar
         raise
     except Exception as cause:  # malformed bytes surface as almost any type in scipy, zlib errors included
         raise DataError(f"{path}: cannot be read as a MATLAB 5 file ({cause}); fetch it again.") from cause
-    if values.shape != shape or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-        raise DataError(f"{path}: {key!r} should hold finite real numbers {list(shape)}; fetch the file again.")
+    if not _fits(values.shape, shape) or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise DataError(f"{path}: {key!r} should hold finite real numbers {_shown(shape)}; fetch the file again.")
     return values
 
 
-def _pick(path: Path, contents: dict[str, tuple], shape: tuple[int, int], keys: Sequence[str]) -> str:
+def _fits(found: tuple[int, ...], shape: Shape) -> bool:
+    return len(found) == len(shape) and all(want in (None, have) for have, want in zip(found, shape, strict=True))
+
+
+def _shown(shape: Shape) -> str:
+    return f"[{', '.join('N' if length is None else str(length) for length in shape)}]"
+
+
+def _pick(path: Path, contents: dict[str, tuple], shape: Shape, keys: Sequence[str]) -> str:
     named = [key for key in keys if key in contents]
-    alike = [key for key, (found, _) in contents.items() if found == shape]
+    alike = [key for key, (found, _) in contents.items() if _fits(found, shape)]
     key = named[0] if named else alike[0] if len(alike) == 1 else None
-    if key is None or contents[key][0] != shape or contents[key][1] not in NUMERIC:
+    if key is None or not _fits(contents[key][0], shape) or contents[key][1] not in NUMERIC:
         found = ", ".join(f"{name} {list(size)} {kind}" for name, (size, kind) in contents.items()) or "nothing"
-        wanted = f"a real matrix {' or '.join(map(repr, keys))} {list(shape)}"
+        wanted = f"a real array {' or '.join(map(repr, keys))} {_shown(shape)}"
         raise DataError(f"{path}: expected {wanted}, found {found}; is this the published file?")
     return key

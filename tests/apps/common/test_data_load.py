@@ -19,6 +19,7 @@ from common.models import MODELS
 from tests.apps.common.data_files import digits, idx_bytes, write
 
 NAMES = ["CURVES", "DIGITS", "MNIST", "FACES", "F_MNIST", "D_MNIST", "MNIST_RESTRICTED"]
+NAMES += ["CIFAR10", "CIFAR100", "CIFAR10_RESTRICTED", "SVHN"]
 OWN = """
 import torch
 import fisherfn as ff

@@ -11,7 +11,7 @@ from torch import nn
 
 import fisherfn as ff
 from common.data import Data, Split
-from common.models import MODELS, SCHEMES, Model, ModelError, initialise, resolve
+from common.models import MLPS, MODELS, SCHEMES, Model, ModelError, initialise, resolve
 
 # as published; the batch norms of DeepLinear and MLP are included (two numbers a unit)
 COUNTS = {"AE_CURVES": 842_340, "AE_MNIST": 2_837_314, "AE_FACES": 7_537_655, "DeepLinear": 16_040, "MLP": 4_106_920}
@@ -40,18 +40,21 @@ def weights(net: nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_registry() -> None:
-    assert list(MODELS) == ["AE_CURVES", "AE_MNIST", "AE_FACES", "DeepLinear", "MLP", "ToyNet"]
+    names = ["AE_CURVES", "AE_MNIST", "AE_FACES", "DeepLinear", "MLP", "ToyNet"]
+    names += ["cuda_convnet", "toyCNN", "resnet18", "resnet34", "resnet50", "vgg11", "conv_AE_MNIST", "conv_AE_CIFAR10"]
+    assert list(MODELS) == names
     tasks = {name: resolve(name).task for name in MODELS}
-    assert tasks == {name: "reconstruct" if name.startswith("AE") else "predict" for name in MODELS}
+    assert tasks == {name: "reconstruct" if "AE" in name else "predict" for name in MODELS}
+    assert {name for name in MODELS if MODELS[name].inputs == "flat"} == set(MLPS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MLPS)
 def test_parameters_are_as_many_as_published(name: str) -> None:
     net = MODELS[name].build(published(name))
     assert sum(p.numel() for p in net.parameters()) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MLPS)
 def test_between_the_linear_layers(name: str) -> None:
     layers = list(MODELS[name].build(published(name)))
     assert all(isinstance(layer, nn.Linear) for layer in layers[::2])
@@ -60,7 +63,7 @@ def test_between_the_linear_layers(name: str) -> None:
     assert len(layers) % 2 == 1  # it ends in a linear layer: logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MLPS)
 def test_outputs_are_logits_of_the_data_s_size(name: str) -> None:
     small = data(3, 6, 5, labels=4)
     model = MODELS[name]
@@ -82,7 +85,7 @@ def test_classes_are_counted_in_both_parts() -> None:
     assert MODELS["ToyNet"].build(one._replace(test=other.train))[-1].out_features == 7
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MLPS)
 def test_the_global_generator_is_untouched(name: str) -> None:
     state = torch.get_rng_state()
     net = MODELS[name].build(published(name))
@@ -224,6 +227,8 @@ def test_one_s_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve("own_nets:build", unlabelled).task == "reconstruct"
     assert resolve("own_nets:declared", labelled).task == "reconstruct"
     assert resolve("own_tasked:build").task == "reconstruct"
+    assert resolve("own_tasked:build").inputs == "flat"
+    assert resolve("own_tasked:build", inputs="images").inputs == "images"
     assert isinstance(resolve("own_nets:declared"), Model)
     with pytest.raises(ModelError, match="declares no task"):
         resolve("own_nets:build")

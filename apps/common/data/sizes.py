@@ -1,0 +1,40 @@
+"""Bringing images to the size that a net is made for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.data.base import Data, DataError, Split
+
+
+def enlarged(data: Data, size: int) -> Data:
+    """The data with images of `size`×`size`: padded with zeros, or resampled where they were resampled before.
+
+    Raises:
+        DataError: images that are larger.
+    """
+    shape = tuple(data.train.inputs.shape[2:])
+    if shape == (size, size):
+        return data
+    if max(shape) > size:
+        raise DataError(
+            f"{data.name}: images of {shape[0]}×{shape[1]} for a net that takes {size}×{size}; make them smaller, or "
+            "give a model of your own."
+        )
+    change = _resampled if data.resampled else _padded
+    train, test = (Split(change(split.inputs, size), split.labels) for split in (data.train, data.test))
+    return data._replace(train=train, test=test)
+
+
+def _padded(images: Tensor, size: int) -> Tensor:
+    """Zeros on all sides; an odd one goes to the right and below."""
+    height, width = size - images.shape[2], size - images.shape[3]
+    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def _resampled(images: Tensor, size: int) -> Tensor:
+    return torch.cat(
+        [F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False) for part in images.split(1_000)]
+    )

@@ -1,0 +1,43 @@
+"""The fully connected nets of the published experiments, by their hidden widths; input and output follow the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import nn
+
+from common.data import Data
+from common.models.base import Model, classes, pixels
+from common.models.initialisation import built
+
+
+def autoencoder(data: Data, *, hidden: Sequence[int]) -> nn.Module:
+    """ReLU after every layer but the last, the code included."""
+    return built(lambda: _chain([pixels(data), *hidden, pixels(data)], lambda width: nn.ReLU()))
+
+
+def deep_linear(data: Data, *, hidden: Sequence[int]) -> nn.Module:
+    """Linear layers with batch norm between, no activation: a linear map however deep."""
+    return built(lambda: _chain([pixels(data), *hidden, classes(data)], nn.BatchNorm1d))
+
+
+def tanh_net(data: Data, *, hidden: Sequence[int]) -> nn.Module:
+    """Tanh after every layer but the last."""
+    return built(lambda: _chain([pixels(data), *hidden, classes(data)], lambda width: nn.Tanh()))
+
+
+def _chain(widths: Sequence[int], between: Callable[[int], nn.Module]) -> nn.Sequential:
+    pairs = zip(widths, widths[1:], strict=False)
+    layers = [layer for fan_in, fan_out in pairs for layer in (nn.Linear(fan_in, fan_out), between(fan_out))]
+    return nn.Sequential(*layers[:-1])  # it ends in logits
+
+
+MODELS: dict[str, Model] = {
+    "AE_CURVES": Model(partial(autoencoder, hidden=(400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400)), "reconstruct"),
+    "AE_MNIST": Model(partial(autoencoder, hidden=(1000, 500, 250, 30, 250, 500, 1000)), "reconstruct"),
+    "AE_FACES": Model(partial(autoencoder, hidden=(2000, 1000, 500, 30, 500, 1000, 2000)), "reconstruct"),
+    "DeepLinear": Model(partial(deep_linear, hidden=(10,) * 63), "predict"),
+    "MLP": Model(partial(deep_linear, hidden=(*range(1000, 0, -100), 50, 20)), "predict"),
+    "ToyNet": Model(partial(tanh_net, hidden=(10, 30, 20, 15)), "predict"),
+}

@@ -1,0 +1,135 @@
+"""Optimizers with their tuned settings over several seeds: a table of means and deviations, and the curves.
+
+`python apps/study_seeds.py --app train_cnn --data CIFAR10 --data_path DIR --num_epochs 10` trains sgd, adam and kfac
+with seeds 0, 1, 2. The seed decides initialisation, order, labels, and what is random in the data. Each run is a result
+of its own; `--resume` goes on where a study was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import fisherfn as ff
+from common.config import NON_NEGATIVE, POSITIVE, ConfigError, filled, option, parse
+from common.data import load
+from common.plots import loss_curves
+from common.results import CHECKPOINT, default_name, read_metrics
+from common.train_config import APPS, OPTIMIZERS, TrainConfig
+from common.trainer import reported, run
+
+FOLDER = "study_seeds"
+LABELS = {"sgd": "SGD", "adam": "Adam", "kfac": "K-FAC"}
+COLUMNS = {
+    "train_loss": "train loss",
+    "test_loss": "test loss",
+    "train_accuracy": "train acc.",
+    "test_accuracy": "test acc.",
+}
+
+Runs = dict[str, dict[int, list[dict[str, float]]]]
+"""Metrics by optimizer and seed."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is trained, how often."""
+
+    app: str = option("train_mlp", "trainer", choices=APPS)
+    model: str | None = option(None, "net; null: the one that suits the data")
+    data: str | None = option(None, "data set; null: the trainer's default")
+    data_path: str | None = option(None, "folder of data files")
+    optims: str = option("sgd,adam,kfac", "optimizers, with commas between them")
+    seeds: int = option(3, "runs of each, seeds 0, 1, …", check=POSITIVE)
+    num_epochs: int = option(10, "epochs a run", check=NON_NEGATIVE)
+    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
+    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
+    result_dir: str = option("results", "folder of results")
+    resume: bool = option(False, "keep finished runs and go on with unfinished ones; else all are made again")
+    quiet: bool = option(False, "no progress bar and no line an epoch")
+
+
+def study(config: StudyConfig) -> None:
+    """Train them all; print the table, draw the picture, write the numbers."""
+    first = base(config)
+    optims = [name.strip() for name in config.optims.split(",")]
+    for unknown in (name for name in optims if name not in OPTIMIZERS):
+        raise ConfigError(f"optims must be among {', '.join(OPTIMIZERS)}, got {unknown!r}")
+    runs: Runs = {optim: {} for optim in optims}
+    for seed in range(config.seeds):
+        for optim in optims:
+            runs[optim][seed] = one(dataclasses.replace(first, optim=optim, seed=seed), config.resume)
+    print("\n" + table(runs, config.num_epochs))
+    write(runs, first)
+
+
+def base(config: StudyConfig) -> TrainConfig:
+    """What all runs share, with its model named."""
+    own = ("app", "optims", "seeds", "resume")
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in own and value is not None}
+    full = APPS[config.app](**given)
+    data = load(full.data, data_path=full.data_path)
+    return filled(full, {"model": full.model_for(data)})
+
+
+def one(config: TrainConfig, resume: bool) -> list[dict[str, float]]:
+    """The metrics of one run; those up to where it stopped, if it diverged."""
+    folder = Path(config.result_dir) / FOLDER / default_name(config)
+    resume = resume and (folder / CHECKPOINT).exists()
+    print(f"\n{LABELS.get(config.optim, config.optim)}, seed {config.seed}", flush=True)
+    try:
+        run(dataclasses.replace(config, resume=resume, overwrite=not resume), app=FOLDER)
+    except ff.errors.NonFiniteError as error:
+        print(f"stopped: {error}")
+    return read_metrics(folder)
+
+
+def table(runs: Runs, num_epochs: int) -> str:
+    """A line an optimizer: means ± standard deviations over its seeds after the last epoch, and seconds an epoch."""
+    last = {optim: finished(list(seeds.values()), num_epochs) for optim, seeds in runs.items()}
+    columns = [key for key in COLUMNS if any(key in metrics for ends in last.values() for metrics in ends)]
+    head = f"{'':14}" + "".join(f"{COLUMNS[key]:>20}" for key in columns) + f"{'s an epoch':>12}{'seeds':>8}"
+    lines = [head]
+    for optim, ends in last.items():
+        cells = "".join(f"{spread([metrics[key] for metrics in ends]):>20}" for key in columns)
+        seconds = spread([metrics["seconds"] / max(num_epochs, 1) for metrics in ends], digits=1, deviation=False)
+        count = f"{len(ends)}/{len(runs[optim])}"
+        lines.append(f"{LABELS.get(optim, optim):14}{cells}{seconds:>12}{count:>8}")
+    return "\n".join(lines)
+
+
+def finished(seeds: list[list[dict[str, float]]], num_epochs: int) -> list[dict[str, float]]:
+    """The last epochs of the runs that reached the end with a finite loss."""
+    ends = [metrics[-1] for metrics in seeds]
+    return [end for end in ends if end["epoch"] == num_epochs and math.isfinite(end["train_loss"])]
+
+
+def spread(values: list[float], digits: int = 5, deviation: bool = True) -> str:
+    """Mean ± standard deviation (of the sample, n − 1); a dash where there is nothing to take it of."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if deviation and len(values) > 1 else mean
+
+
+def write(runs: Runs, config: TrainConfig) -> None:
+    """The curves of all runs and their metrics, beside the results."""
+    folder = Path(config.result_dir) / FOLDER
+    name = f"{config.data}-{config.model}".replace(":", "-")
+    curves = {
+        f"{LABELS.get(optim, optim)}, seed {seed}": metrics
+        for optim, seeds in runs.items()
+        for seed, metrics in seeds.items()
+    }
+    loss_curves(curves, folder / f"{name}.png")
+    (folder / f"{name}.json").write_text(json.dumps(runs, indent=1))
+    print(f"\n{name}.png and {name}.json are in {folder}.")
+
+
+if __name__ == "__main__":
+    with reported():
+        study(parse(StudyConfig, description=__doc__ or ""))

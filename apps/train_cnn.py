@@ -1,0 +1,12 @@
+"""Train convolutional classifiers: `python apps/train_cnn.py --model resnet18 --data CIFAR10 --optim kfac`.
+
+Images are 32×32: smaller ones are brought to it, DIGITS by resampling, the others by a border of zeros.
+"""
+
+from common.config import parse
+from common.train_config import CnnConfig
+from common.trainer import reported, run
+
+if __name__ == "__main__":
+    with reported():
+        run(parse(CnnConfig, description=__doc__))
