@@ -7,6 +7,7 @@ written anywhere.
 
 from __future__ import annotations
 
+import gzip
 import logging
 import tarfile
 import zlib
@@ -24,6 +25,7 @@ from common.data.files import candidates, find, missing
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 LARGEST = 50_000  # records in the longest published file
+PIECE = 1 << 20
 AGAIN = "fetch it again"
 
 log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def _unpacked(path: Path, version: Version) -> dict[str, tuple[str, bytearray]]:
     wanted = {f"{version.folders[0]}/{file}": file for file in (*version.train, version.test)}
     contents: dict[str, tuple[str, bytearray]] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 file = wanted.get(member.name)
                 if file is None or not member.isfile():
@@ -120,8 +122,10 @@ def _unpacked(path: Path, version: Version) -> dict[str, tuple[str, bytearray]]:
                     raise DataError(
                         f"{path}: {member.name} is {member.size:,} bytes, more than was published; {AGAIN}."
                     )
-                stream = archive.extractfile(member)
-                contents[file] = (f"{path}, {file}", bytearray(stream.read() if stream else b""))
+                opened = archive.extractfile(member)
+                contents[file] = (f"{path}, {file}", bytearray(opened.read() if opened else b""))
+            while stream.read(PIECE):  # to the end, where gzip verifies its checksum
+                pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as cause:
         raise DataError(f"{path}: broken archive ({cause}); {AGAIN}.") from cause
     return contents

@@ -43,4 +43,5 @@ def _read(folder: Path, file: str) -> tuple[Tensor, Tensor]:
             f"{path}: labels go from {int(labels.min())} to {int(labels.max())} where 1 to 10 are expected (10 is the "
             "digit 0); fetch the file again."
         )
-    return pixels.permute(3, 2, 0, 1).float() / 255, labels % 10
+    # contiguous while they are bytes: the file has images along its last axis, batches are picked along the first
+    return pixels.permute(3, 2, 0, 1).contiguous().float() / 255, labels % 10

@@ -17,6 +17,7 @@ import fisherfn as ff
 from common.data import DATA, Data, DataError, Split, download, load
 from common.models import MODELS
 from tests.apps.common.data_files import digits, idx_bytes, write
+from tests.apps.common.test_data_cifar import archive, is_the_small_ten, write_ten
 
 NAMES = ["CURVES", "DIGITS", "MNIST", "FACES", "F_MNIST", "D_MNIST", "MNIST_RESTRICTED"]
 NAMES += ["CIFAR10", "CIFAR100", "CIFAR10_RESTRICTED", "SVHN"]
@@ -189,6 +190,22 @@ def test_a_wrong_checksum_is_an_error_and_leaves_nothing(
     with pytest.raises(DataError, match="train-images-idx3-ubyte.gz: not fetched from"):
         load("MNIST", data_path=str(tmp_path / "data"), download=True)
     assert not list(tmp_path.glob("data/**/*ubyte*"))
+
+
+def test_download_fetches_an_archive_that_is_read_where_it_lies(
+    tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = download.CIFAR10.files[0].name
+    files = write_ten(tmp_path / "files")
+    path = archive(tmp_path / "host" / name, {f"cifar-10-batches-bin/{file}": files[file] for file in files})
+    checksum = "md5:" + hashlib.md5(path.read_bytes()).hexdigest()
+    file = download.CIFAR10.files[0]._replace(url=host + name, checksum=checksum)
+    monkeypatch.setitem(download.SOURCES, "CIFAR10", download.CIFAR10._replace(files=(file,)))
+    is_the_small_ten(load("CIFAR10", data_path=str(tmp_path / "data"), download=True))
+    # and where a part lies there already, nothing is fetched
+    write_ten(tmp_path / "mine", parts=1)
+    is_the_small_ten(load("CIFAR10", data_path=str(tmp_path / "mine"), download=True), parts=1)
+    assert not list((tmp_path / "mine").rglob("*.gz"))
 
 
 def test_no_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
