@@ -33,6 +33,24 @@ def test_every_run_is_drawn_over_epochs_and_over_seconds(tmp_path):
         assert to_hex(train.get_color()) == to_hex(test.get_color()) == to_hex(PALETTE[1])
 
 
+def test_accuracies_stand_beside_the_losses_of_classifiers(tmp_path):
+    runs = {"SGD": run([1.0, 0.5]), "K-FAC": [m | {"train_accuracy": 0.1, "test_accuracy": 0.2} for m in run([1, 1])]}
+    losses, _, accuracies = loss_curves(runs, tmp_path / "loss.png").axes
+    assert losses.get_ylabel() == "loss" and accuracies.get_ylabel() == "accuracy"
+    assert len(losses.lines) == 4
+    train, test = accuracies.lines[2:]  # SGD's have no points
+    assert list(train.get_xdata()) == [0, 1] and list(train.get_ydata()) == [0.1, 0.1]
+    assert list(test.get_ydata()) == [0.2, 0.2] and test.get_linestyle() == "--"
+    assert [len(line.get_xdata()) for line in accuracies.lines[:2]] == [0, 0]
+    assert to_hex(train.get_color()) == to_hex(losses.lines[2].get_color())
+
+
+def test_the_losses_share_their_axis(tmp_path):
+    losses, times = loss_curves(RUNS, tmp_path / "loss.png").axes
+    assert losses.get_ylim() == times.get_ylim() and times.get_yscale() == losses.get_yscale() == "log"
+    assert times.get_ylabel() == ""
+
+
 def test_the_picture_is_a_png_of_150_dots_an_inch(tmp_path):
     loss_curves(RUNS, tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
