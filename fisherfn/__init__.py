@@ -5,11 +5,13 @@ from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
+from fisherfn.layers import dropout_seeds
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import METHODS, kfac
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient
 from fisherfn.stats import Layout, Stats, functional
-from fisherfn.types import Info, Tap
+from fisherfn.taps import Tap
+from fisherfn.types import Info
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __all__ = [
     "Stats",
     "Tap",
     "check",
+    "dropout_seeds",
     "errors",
     "functional",
     "kfac",

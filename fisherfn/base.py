@@ -14,10 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.types import Mean, Moment, Product, PyTree, Tap
-
-Shape = tuple[int, int, int]
-"""(groups K, d_out, d_in) of a block's matrix."""
+from fisherfn.taps import AnyTap, Mean, Moment, Tap
+from fisherfn.types import Product, PyTree, Shape
 
 Diagnostics = dict[str, Tensor]
 """Measurements by name; the names are fixed for a method, so that the structure of `info` is."""
@@ -46,13 +44,14 @@ class Method(NamedTuple):
         init: shapes, dtype, device and damping to empty factors and inverses; preconditioning with these is grad/λ.
         update: (factors, taps, rho, mean) to factors blended with weight ρ on the old ones.
         invert: (factors, damping) to inverses.
-        precondition: (inverses, gradients, inner) to preconditioned gradients; a gradient is a matrix or a loss tap.
+        precondition: (inverses, gradients, inner) to preconditioned gradients; a gradient is a matrix or a dense loss
+            tap.
         matvec: (factors, matrices) to the undamped approximate Fisher times them.
     """
 
     name: str
     init: Callable[[Mapping[str, Shape], torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    update: Callable[[PyTree, Mapping[str, Callable[[], Tap]], Tensor, Mean], Estimated]
+    update: Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean], Estimated]
     invert: Callable[[PyTree, Tensor], Estimated]
     precondition: Callable[[PyTree, Mapping[str, Tensor | Tap], bool], Preconditioned]
     matvec: Callable[[PyTree, Mapping[str, Tensor]], dict[str, Tensor]]
@@ -73,7 +72,7 @@ class LayerMethod(NamedTuple):
     """
 
     init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    estimate: Callable[[Tap, PyTree, Mean], tuple[PyTree, Diagnostics]]
+    estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]]
     blend: Callable[[PyTree, PyTree, Tensor], PyTree]
     invert: Callable[[PyTree, Tensor], tuple[PyTree, Tensor, Diagnostics]]
     apply: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
@@ -81,7 +80,7 @@ class LayerMethod(NamedTuple):
     matvec: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
 
 
-def whole_mean(moment: Moment, tap: Tap) -> PyTree:
+def whole_mean(moment: Moment, tap: AnyTap) -> PyTree:
     """The mean over one batch held as a whole: the moment itself."""
     return moment(tap)
 
@@ -89,12 +88,12 @@ def whole_mean(moment: Moment, tap: Tap) -> PyTree:
 def chunked_mean(size: int) -> Mean:
     """The same mean, a few examples at a time: what a moment needs in between is bounded by the chunk."""
 
-    def mean(moment: Moment, tap: Tap) -> PyTree:
-        examples = tap.a.shape[1]
+    def mean(moment: Moment, tap: AnyTap) -> PyTree:
+        examples = tap.sizes.n
         total = None
         for start in range(0, examples, size):
-            part = Tap(tap.a[:, start : start + size], tap.g[:, :, start : start + size])
-            share = tree.scale(moment(part), part.a.shape[1] / examples)
+            part = tap.window(slice(start, min(start + size, examples)))
+            share = tree.scale(moment(part), part.sizes.n / examples)
             total = share if total is None else tree.add(total, share)
         return total
 
@@ -115,10 +114,10 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
         pairs = {key: layer.init(shape, dtype, device, damping) for key, shape in shapes.items()}
         return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
-    def update(factors: PyTree, taps: Mapping[str, Callable[[], Tap]], rho: Tensor, mean: Mean) -> Estimated:
+    def update(factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean) -> Estimated:
         new, ok, diagnostics = {}, {}, {}
-        for key, make_tap in taps.items():  # one tap at a time: an unfolded convolution is large
-            estimate, diagnostics[key] = layer.estimate(make_tap(), factors[key], mean)
+        for key, tap in taps.items():
+            estimate, diagnostics[key] = layer.estimate(tap, factors[key], mean)
             new[key] = layer.blend(factors[key], estimate, rho)
             ok[key] = tree.finite(new[key])
         return Estimated(new, ok, _by_name(diagnostics))

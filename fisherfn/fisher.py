@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherfn import rows
 from fisherfn.errors import unknown
-from fisherfn.types import Codec, Tap, Tree
+from fisherfn.taps import AnyTap
+from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]
 STRUCTURES = ("full", "block")
@@ -29,16 +31,16 @@ class Fisher:
     """The sampled Fisher of some taps. Immutable; every method is a pure function of them.
 
     Args:
-        taps: one tap a block.
+        taps: one tap a block, made or lazy.
         codec: how a tree of parameters turns into one matrix a block.
         structure: "full" or "block".
     """
 
-    def __init__(self, taps: Mapping[str, Tap], codec: Codec, structure: Structure | str = "full") -> None:
+    def __init__(self, taps: Mapping[str, AnyTap], codec: Codec, structure: Structure | str = "full") -> None:
         if structure not in STRUCTURES:
             raise unknown("structure", structure, STRUCTURES)
         self._taps, self._codec, self._structure = dict(taps), codec, structure
-        self._examples = next(iter(self._taps.values())).a.shape[1]
+        self._examples = next(iter(self._taps.values())).sizes.n
 
     def __matmul__(self, v: Tree) -> Tree:
         """`F v`: two passes over the taps, no per-example gradient is formed."""
@@ -53,7 +55,7 @@ class Fisher:
         λ > 0; parameter space: the dense matrix. A singular system gives NaN, as it raises nothing under vmap.
         """
         v64 = {name: leaf.double() for name, leaf in v.items()}
-        taps = {key: Tap(tap.a.double(), tap.g.double()) for key, tap in self._taps.items()}
+        taps = {key: tap.to(torch.float64) for key, tap in self._taps.items()}
         groups = [list(taps)] if self._structure == "full" else [[key] for key in taps]
         matrices = self._codec.matrices(v64)
         solved: dict[str, Tensor] = {}
@@ -98,7 +100,7 @@ class Fisher:
         total = torch.stack(list(inner.values())).sum(0)
         return dict.fromkeys(inner, total)
 
-    def _rows(self, taps: Mapping[str, Tap]) -> Float[Tensor, "m p"]:
+    def _rows(self, taps: Mapping[str, AnyTap]) -> Float[Tensor, "m p"]:
         """Per-example gradients in params order, zero outside the given blocks."""
         matrices = {
             key: example_matrices(tap) if key in taps else torch.zeros_like(example_matrices(tap))
@@ -113,47 +115,53 @@ def ravel(params: Tree) -> Float[Tensor, " p"]:
     return torch.cat([leaf.reshape(-1) for leaf in params.values()])
 
 
-def example_matrices(tap: Tap) -> Float[Tensor, "s n k o i"]:
+def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
     """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
-    return torch.einsum("ksnto,knti->snkoi", tap.g, tap.a)
+    parts = [torch.einsum("ksnto,knti->snkoi", part.g, rows.dense(part.a)) for part in tap.windows()]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def inner_products(tap: Tap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
+def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
     """`⟨W_sn, V⟩` without forming W."""
-    return torch.einsum("ksnto,knto->sn", tap.g, tap.a @ V.mT.unsqueeze(1))
+    parts = [torch.einsum("ksnto,knto->sn", part.g, rows.times(part.a, V.mT)) for part in tap.windows()]
+    return torch.cat(parts, 1)
 
 
-def combine(tap: Tap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
+def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
     """`Σ_sn c_sn W_sn` without forming W."""
-    g = torch.einsum("sn,ksnto->knto", c, tap.g)
-    return g.flatten(1, 2).mT @ tap.a.flatten(1, 2)
+    sums, start = [], 0
+    for part in tap.windows():
+        here = c[:, start : start + part.sizes.n]
+        sums.append(rows.outer(torch.einsum("sn,ksnto->knto", here, part.g), part.a))
+        start += part.sizes.n
+    return torch.stack(sums).sum(0)
 
 
-def gram(tap: Tap) -> Float[Tensor, "m m"]:
-    """`⟨W_sn, W_rm⟩`. One position: `Σ_k (g gᵀ) ∘ (a aᵀ)`, no W formed."""
-    k, s, n, t, o = tap.g.shape
-    if t > 1:
-        W = example_matrices(tap).flatten(2).flatten(0, 1)
+def gram(tap: AnyTap) -> Float[Tensor, "m m"]:
+    """`⟨W_sn, W_rm⟩`. One position, or one-hot rows: `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, no W formed."""
+    k, s, n, t, o, _ = tap.sizes
+    whole = tap.whole()
+    if t > 1 and not isinstance(whole.a, rows.OneHot):
+        W = example_matrices(whole).flatten(2).flatten(0, 1)
         return W @ W.mT
-    g, a = tap.g.reshape(k, s * n, o), tap.a.reshape(k, n, -1)
-    inputs = (a @ a.mT).repeat(1, s, s)
-    return (g @ g.mT * inputs).sum(0)
+    g = whole.g.reshape(k, s * n * t, o)
+    inputs = rows.gram(whole.a).repeat(1, s, s)
+    return (g @ g.mT * inputs).sum(0).reshape(s * n, t, s * n, t).sum((1, 3))
 
 
-def _solve(taps: dict[str, Tap], v: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
-    examples = next(iter(taps.values())).a.shape[1]
-    columns = next(iter(taps.values())).g[0, :, :, 0, 0].numel()
-    if columns < sum(V.numel() for V in v.values()):
-        return _solve_examples(taps, v, damping, examples)
+def _solve(taps: dict[str, AnyTap], v: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
+    sizes = next(iter(taps.values())).sizes
+    if sizes.s * sizes.n < sum(V.numel() for V in v.values()):
+        return _solve_examples(taps, v, damping, sizes.n)
     U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in taps.values()], -1)
     flat = torch.cat([V.reshape(-1) for V in v.values()])
-    x = _cholesky_solve(U.mT @ U / examples, flat, damping)
+    x = _cholesky_solve(U.mT @ U / sizes.n, flat, damping)
     parts = x.split([V.numel() for V in v.values()])
     return {key: part.reshape(V.shape) for (key, V), part in zip(v.items(), parts, strict=True)}
 
 
 def _solve_examples(
-    taps: dict[str, Tap], v: dict[str, Tensor], damping: float | Tensor, examples: int
+    taps: dict[str, AnyTap], v: dict[str, Tensor], damping: float | Tensor, examples: int
 ) -> dict[str, Tensor]:
     K = torch.stack([gram(tap) for tap in taps.values()]).sum(0) / examples
     rhs = torch.stack([inner_products(taps[key], V) for key, V in v.items()]).sum(0) / math.sqrt(examples)

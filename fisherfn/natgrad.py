@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -15,9 +14,26 @@ from fisherfn import likelihoods, tree
 from fisherfn.base import Method, Preconditioned, whole_mean
 from fisherfn.errors import HyperparameterError, StructureError, unknown
 from fisherfn.fisher import Fisher, Structure
+from fisherfn.linalg import kron
 from fisherfn.methods import METHODS
-from fisherfn.stats import FISHERS, Layout, Sources, Stats, build, check_batch, check_noise, collect, join, need
-from fisherfn.types import Info, Mean, Model, PyTree, Tap, Tree
+from fisherfn.stats import (
+    FISHERS,
+    Block,
+    Layout,
+    Sources,
+    Stats,
+    build,
+    carry,
+    check_batch,
+    check_noise,
+    collect,
+    join,
+    join_contexts,
+    need,
+    window,
+)
+from fisherfn.taps import Mean, Tap
+from fisherfn.types import Info, Model, PyTree, Shape, Tree
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
@@ -65,7 +81,7 @@ class NaturalGradient:
         like = next(iter(params.values()))
         dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
-        shapes = {block.key: block.shape for block in self.layout.blocks}
+        shapes = {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
         factors, inverses = self.method.init(shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)
         return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
@@ -109,7 +125,8 @@ class NaturalGradient:
         """
         self.layout.validate(params)
         x, y = batch
-        examples = check_batch(self.layout, x, y)
+        context = self._context(context)
+        examples = check_batch(self.layout, x, y, context)
         kind = self._kind(fisher)
         if curvature and kind == "mc":
             need(self.likelihood, "sample", kind)
@@ -119,8 +136,8 @@ class NaturalGradient:
                 check_noise(noise, examples, samples)
         part = self._part(params, Sources(self.likelihood, kind, curvature))
         if chunk_size is None or chunk_size >= examples:
-            return part(x, y, noise, self._context(context))[1]
-        return self._chunked(part, x, y, noise, self._context(context), chunk_size)
+            return part(x, y, noise, context)[1]
+        return self._chunked(part, x, y, noise, context, chunk_size)
 
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
@@ -185,7 +202,8 @@ class NaturalGradient:
 
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """The sampled Fisher of these statistics as an operator on trees like params."""
-        return Fisher(stats.taps, self.layout, structure)
+        taps = {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
+        return Fisher(taps, self.layout, structure)
 
     # ---------------------------------------------------------------------------------------------------------
 
@@ -208,17 +226,19 @@ class NaturalGradient:
         _check_range("chunk_size", size, lambda v: v >= 1, "must be >= 1")
         parts = []
         for start in range(0, tree.leaves(x)[0].shape[0], size):
-            window = slice(start, start + size)
-            x_c, y_c = tree.map(lambda leaf, w=window: leaf[w], (x, y))
-            parts.append(part(x_c, y_c, None if noise is None else noise[window], context))
-            context = parts[-1][1].context  # a running statistic goes on from chunk to chunk
-        return join(parts)
+            chunk = slice(start, start + size)
+            x_c, y_c = tree.map(lambda leaf, c=chunk: leaf[c], (x, y))
+            noise_c = None if noise is None else noise[chunk]
+            parts.append(part(x_c, y_c, noise_c, window(self.layout, context, chunk)))
+            # a running statistic goes on from chunk to chunk, every example's own noise stays where it is
+            context = carry(self.layout, context, parts[-1][1].context)
+        return replace(join(parts), context=join_contexts(self.layout, [stats.context for _, stats in parts]))
 
     def _updated(self, state: State, stats: Stats) -> tuple[State, Info]:
         """The updated state whether sound or not, and the masks that say which."""
         count = state.count + 1
         rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
-        taps = {block.key: partial(stats.tap, block.key) for block in self.layout.blocks}
+        taps = {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
         result = self.method.update(state.factors, taps, rho, self.mean)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
@@ -232,7 +252,7 @@ class NaturalGradient:
     def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
         gradients: Mapping[str, Tensor | Tap]
         if isinstance(grads, Stats):
-            gradients = {block.key: grads.loss_tap(block.key) for block in self.layout.blocks}
+            gradients = {block.key: _cheapest(grads, block) for block in self.layout.blocks}
         else:
             gradients = self.layout.matrices(grads)
         product = self.method.precondition(state.inverses, gradients, inner)
@@ -313,6 +333,13 @@ def natural_gradient(
     if fisher != "empirical":
         need(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return ng
+
+
+def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
+    """The gradient in the form that costs a preconditioner least: its matrix, or the loss tap whose mean it is."""
+    tap = stats.lazy_loss_tap(block.key)
+    dense = block.family.weight_gradient is None and not block.family.one_hot
+    return tap.whole() if dense and kron.factored_is_cheaper(tap.sizes) else stats.gradient(block.key)
 
 
 def _sound(info: Info, new: State, old: State) -> State:

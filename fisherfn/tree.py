@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,11 @@ def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
 def leaves(tree: PyTree) -> list[Any]:
     """The leaves, in a fixed order (dicts by insertion)."""
     return pytree.tree_leaves(tree)
+
+
+def replace_leaves(tree: T, new: Sequence[Any]) -> T:
+    """The same tree with other leaves, in the order of `leaves`."""
+    return pytree.tree_unflatten(list(new), pytree.tree_structure(tree))  # type: ignore[no-any-return]
 
 
 def add(x: T, y: PyTree, *, scale: float | Tensor = 1.0) -> T:

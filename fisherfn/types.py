@@ -1,4 +1,4 @@
-"""The values that travel between floors: trees of parameters and taps of statistics.
+"""The values that travel between floors: trees of parameters, products, infos (taps have a file of their own).
 
 Index legend, used in every file: k group, s draw, n example, t shared position (sequence, pixel), i input, o output.
 """
@@ -24,16 +24,13 @@ Matrix: TypeAlias = Float[Tensor, "k o i"]
 """A layer's parameters (or gradient, or step): one matrix a group, the bias as the last column."""
 
 
-class Tap(NamedTuple):
-    r"""A layer's statistics in the one form that every method reads.
+class Shape(NamedTuple):
+    """A block's matrices: groups, outputs, inputs (the bias column among them), and whether the inputs are one-hot."""
 
-    Example n's gradient for draw s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
-    $F = \frac1N \sum_n \sum_s \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$: the scale of `g` makes this true
-    (docs/conventions.md).
-    """
-
-    a: Float[Tensor, "k n t i"]
-    g: Float[Tensor, "k s n t o"]
+    k: int
+    o: int
+    i: int
+    one_hot: bool = False
 
 
 class Product(NamedTuple):
@@ -41,13 +38,6 @@ class Product(NamedTuple):
 
     matrix: Matrix
     inner: Float[Tensor, ""] | tuple[()]
-
-
-Moment: TypeAlias = Callable[[Tap], PyTree]
-"""A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
-
-Mean: TypeAlias = Callable[[Moment, Tap], PyTree]
-"""How a moment is taken: directly, over chunks of examples, or over the ranks of a cluster."""
 
 
 @runtime_checkable

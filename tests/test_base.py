@@ -5,7 +5,7 @@ import torch
 
 from fisherfn.base import chunked_mean, whole_mean
 from fisherfn.methods.kfac import estimate
-from fisherfn.types import Tap
+from fisherfn.taps import Tap
 
 
 def drawn_tap() -> Tap:

@@ -27,7 +27,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = {
-    **dict.fromkeys(["types", "tree", "errors"], Floor("ground", 0)),
+    **dict.fromkeys(["types", "tree", "errors", "rows", "taps"], Floor("ground", 0)),
     **dict.fromkeys(["linalg", "base", "fisher"], Floor("method", 1)),
     **dict.fromkeys(["methods"], Floor("method", 2)),
     **dict.fromkeys(["layers", "likelihoods"], Floor("stats", 1)),

@@ -1,11 +1,34 @@
 """The registry of layer families: one file a family, one line here."""
 
 from fisherfn.layers.base import Call, Family
+from fisherfn.layers.composite import Elementary, is_fused_recurrence
+from fisherfn.layers.conv import CONV
+from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
+from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
-from fisherfn.layers.norm import BATCH_NORM, couples_examples
+from fisherfn.layers.matmul import MATMUL
+from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, couples_examples
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LINEAR, BATCH_NORM, FALLBACK)}
+_NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
+_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, FALLBACK)
 
-__all__ = ["BATCH_NORM", "FALLBACK", "FAMILIES", "LINEAR", "Call", "FallbackFacts", "Family", "couples_examples"]
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+
+__all__ = [
+    "FALLBACK",
+    "FAMILIES",
+    "Call",
+    "Elementary",
+    "FallbackFacts",
+    "Family",
+    "SeededDropout",
+    "couples_examples",
+    "draws_globally",
+    "dropout_seeds",
+    "drops",
+    "is_fused_recurrence",
+    "need_seeds",
+]

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Size, Tensor
+
+from fisherfn.rows import Rows
 
 
 class Call(NamedTuple):
@@ -27,15 +29,22 @@ class Family(NamedTuple):
     Attributes:
         name: what the coverage report calls it.
         match: reads a torch function call: a `Call` if it is one of this family's, else None.
-        rows: raw input `[N, …]` and facts to `a: [K, N, T, d_in]` (without bias column).
+        rows: raw input `[N, …]` and facts to `a: [K, N, T, d_in]` (without bias column), dense or with a structure.
         columns: raw output-gradients `[S, N, …]` and facts to `g: [K, S, N, T, d_out]`.
         to_matrix: weight to `[K, d_out, d_in]`.
         from_matrix: back, given the weight's shape.
+        weight_gradient: raw input and one draw's raw output-gradients `[N, …]` to the weight's gradients, summed over
+            examples, where there is a quicker way than by the rows.
+        any_axis: whether the example may be another axis than the first, all axes but the last being alike.
+        one_hot: whether the rows are one-hot.
     """
 
     name: str
     match: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Call | None]
-    rows: Callable[[Tensor, Any], Float[Tensor, "k n t i"]]
+    rows: Callable[[Tensor, Any], Rows]
     columns: Callable[[Tensor, Any], Float[Tensor, "k s n t o"]]
     to_matrix: Callable[[Tensor, Any], Float[Tensor, "k o i"]]
     from_matrix: Callable[[Tensor, Any], Tensor]
+    weight_gradient: Callable[[Tensor, Tensor, Any, Size], Tensor] | None = None
+    any_axis: bool = False
+    one_hot: bool = False

@@ -39,4 +39,4 @@ def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "o
     return matrix.squeeze(0)
 
 
-LINEAR = Family("linear", match, rows, columns, to_matrix, from_matrix)
+LINEAR = Family("linear", match, rows, columns, to_matrix, from_matrix, any_axis=True)

@@ -1,57 +1,132 @@
-r"""Batch normalisation: the affine part $y_c = w_c \hat x_c + b_c$, one 1×1 layer (1×2 with bias) a channel.
+r"""Normalisations: the affine part $y_c = w_c \hat x_c + b_c$, one 1×1 layer (1×2 with bias) a channel or entry c.
 
-The layer's input is the normalised $\hat x$, recomputed here from the same call; the normalisation itself has no
-parameters. In training mode output-gradients are $N \cdot \partial(\text{mean loss})/\partial y$, cross-example terms
-included (docs/conventions.md). Shapes `[N, C, *T]`; K = C groups, T positions.
+The layer's input is the normalised $\hat x$, recomputed here from the same call without its affine part; the
+normalisation itself has no parameters. Batch, instance and group norm have their channels on axis 1, layer and RMS
+norm normalise (and scale) the last axes; K counts channels or entries, T all other positions. In training mode batch
+norm's output-gradients are $N \cdot \partial(\text{mean loss})/\partial y$, cross-example terms included
+(docs/conventions.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
 from fisherfn.layers.base import Call, Family
 
-_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+class Facts(NamedTuple):
+    """The shape of the weight, and whether it lies along the last axes (else along axis 1)."""
+
+    shape: Size
+    last: bool
+
+
+_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_INSTANCE = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+_GROUP = ("input", "num_groups", "weight", "bias", "eps")
+_LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
+_RMS = ("input", "normalized_shape", "weight", "eps")
 
 
 def couples_examples(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call mixes the examples of a batch, as batch norm in training mode does."""
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-    return function is F.batch_norm and bool(given.get("training", False))
+    return function is F.batch_norm and bool(_given(_BATCH, args, kwargs).get("training", False))
 
 
-def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    if function is not F.batch_norm:
+def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    given = _given(_BATCH, args, kwargs)
+    if function is not F.batch_norm or given.get("weight") is None:
         return None
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-    if given.get("weight") is None:
-        return None
-    training, eps = given.get("training", False), given.get("eps", 1e-5)
     # batch statistics are recomputed without the buffers, which the model's own call has already moved
-    mean, var = (None, None) if training else (given["running_mean"], given["running_var"])
-    normalised = F.batch_norm(given["input"], mean, var, training=training, eps=eps)
-    return Call(normalised, given["weight"], given.get("bias"))
+    mean, var = (None, None) if given.get("training", False) else (given["running_mean"], given["running_var"])
+    x = F.batch_norm(given["input"], mean, var, training=given.get("training", False), eps=given.get("eps", 1e-5))
+    return _call(x, given, last=False)
 
 
-def rows(x: Float[Tensor, "n c *t"], facts: None) -> Float[Tensor, "c n positions 1"]:
-    return x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 1).unsqueeze(-1)
+def match_instance(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    given = _given(_INSTANCE, args, kwargs)
+    if function is not F.instance_norm or given.get("weight") is None:
+        return None
+    own = given.get("use_input_stats", True)
+    mean, var = (None, None) if own else (given["running_mean"], given["running_var"])
+    x = F.instance_norm(given["input"], mean, var, use_input_stats=own, eps=given.get("eps", 1e-5))
+    return _call(x, given, last=False)
 
 
-def columns(g: Float[Tensor, "s n c *t"], facts: None) -> Float[Tensor, "c s n positions 1"]:
-    return g.reshape(*g.shape[:3], -1).permute(2, 0, 1, 3).unsqueeze(-1)
+def match_group(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    given = _given(_GROUP, args, kwargs)
+    if function is not F.group_norm or given.get("weight") is None:
+        return None
+    x = F.group_norm(given["input"], given["num_groups"], eps=given.get("eps", 1e-5))
+    return _call(x, given, last=False)
 
 
-def to_matrix(weight: Float[Tensor, " c"], facts: None) -> Float[Tensor, "c 1 1"]:
+def match_layer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    given = _given(_LAYER, args, kwargs)
+    if function is not F.layer_norm or given.get("weight") is None:
+        return None
+    x = F.layer_norm(given["input"], given["normalized_shape"], eps=given.get("eps", 1e-5))
+    return _call(x, given, last=True)
+
+
+def match_rms(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    given = _given(_RMS, args, kwargs)
+    if function is not F.rms_norm or given.get("weight") is None:
+        return None
+    x = F.rms_norm(given["input"], given["normalized_shape"], eps=given.get("eps"))
+    return _call(x, given, last=True)
+
+
+def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _call(normalised: Tensor, given: dict[str, Any], last: bool) -> Call:
+    return Call(normalised, given["weight"], given.get("bias"), Facts(given["weight"].shape, last))
+
+
+def rows(x: Float[Tensor, "n *axes"], facts: Facts) -> Float[Tensor, "k n t 1"]:
+    return _channels_first(x.unsqueeze(0), facts).squeeze(1)
+
+
+def columns(g: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
+    return _channels_first(g, facts)
+
+
+def _channels_first(x: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
+    s, n, k = x.shape[0], x.shape[1], facts.shape.numel()
+    if facts.last:
+        return x.reshape(s, n, -1, k).movedim(-1, 0).unsqueeze(-1)
+    return x.reshape(s, n, k, -1).movedim(2, 0).unsqueeze(-1)
+
+
+def to_matrix(weight: Float[Tensor, "*shape"], facts: Facts) -> Float[Tensor, "k 1 1"]:
     return weight.reshape(-1, 1, 1)
 
 
-def from_matrix(matrix: Float[Tensor, "c 1 1"], facts: None) -> Float[Tensor, " c"]:
-    return matrix.reshape(-1)
+def from_matrix(matrix: Float[Tensor, "k 1 1"], facts: Facts) -> Float[Tensor, "*shape"]:
+    return matrix.reshape(facts.shape)
 
 
-BATCH_NORM = Family("batch norm", match, rows, columns, to_matrix, from_matrix)
+def weight_gradient(x: Tensor, g: Tensor, facts: Facts, shape: Size) -> Float[Tensor, "*shape"]:
+    """`Σ g x̂` entry by entry: no copy with channels first."""
+    product = g * x
+    if facts.last:
+        return product.reshape(-1, *shape).sum(0)
+    return product.transpose(0, 1).flatten(1).sum(1)
+
+
+def _family(name: str, match: Callable[..., Call | None], any_axis: bool = False) -> Family:
+    return Family(name, match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis)
+
+
+BATCH_NORM = _family("batch norm", match_batch)
+INSTANCE_NORM = _family("instance norm", match_instance)
+GROUP_NORM = _family("group norm", match_group)
+LAYER_NORM = _family("layer norm", match_layer, any_axis=True)
+RMS_NORM = _family("rms norm", match_rms, any_axis=True)

@@ -11,28 +11,34 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
+
 
 class Inverted(NamedTuple):
     """An inverse, whether it is one, and how much was added to the diagonal beyond the damping."""
 
-    inverse: Float[Tensor, "k d d"]
+    inverse: Factor
     ok: Bool[Tensor, ""]
     jitter: Float[Tensor, ""]
 
 
-def damped_inverse(matrix: Float[Tensor, "k d d"], damping: Float[Tensor, "k"]) -> Inverted:
-    r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky.
+def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
+    r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky, or of diagonals entry by entry.
 
     The damping is floored at the working precision of M, $\epsilon\,\mathrm{tr} M$: what is smaller than M's own
     rounding cannot make it positive definite. The floor costs nothing, where a ladder of retries costs a
     factorisation a rung (and cannot stop early under vmap); what it added is reported as jitter.
     """
     eps = torch.finfo(matrix.dtype).eps
-    floor = eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    floor = eps * diagonal(matrix).sum(-1)
     shift = torch.maximum(damping.to(matrix.dtype), floor)
+    jitter = (shift - damping).amax()
+    if is_diagonal(matrix):
+        inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
+        return Inverted(inverse, torch.isfinite(inverse.sum()), jitter)
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
     inverse = torch.cholesky_inverse(factor)
-    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), (shift - damping).amax())
+    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter)
 
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:
@@ -42,20 +48,25 @@ def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> F
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (ascending, zero where they are rounding noise) and eigenvectors (columns)."""
+    """Eigenvalues (ascending, zero where they are rounding noise) and eigenvectors (columns).
+
+    A diagonal's are its entries in their own order, and the identity as a diagonal.
+    """
 
     values: Float[Tensor, "k d"]
-    vectors: Float[Tensor, "k d d"]
+    vectors: Factor
     ok: Bool[Tensor, ""]
 
 
-def psd_eigh(matrix: Float[Tensor, "k d d"]) -> Spectrum:
+def psd_eigh(matrix: Factor) -> Spectrum:
     r"""Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead.
 
     Eigenvalues below $d\,\epsilon\,\lambda_{max}$ are set to zero: their sign and size are rounding, and an inverse
     would blow them up where the damping does not cover them.
     """
     ok = torch.isfinite(matrix.sum())
+    if is_diagonal(matrix):
+        return Spectrum(torch.where(ok, matrix, 1.0), torch.ones_like(matrix), ok)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     values, vectors = torch.linalg.eigh(torch.where(ok, matrix, eye))
     noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]

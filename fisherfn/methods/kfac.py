@@ -14,77 +14,142 @@ k group, s draw, n example, t position, i input, o output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.base import Diagnostics, LayerMethod, Method, Shape, factorwise, layerwise, whole_mean
-from fisherfn.errors import unknown
+from fisherfn import rows
+from fisherfn.base import Diagnostics, LayerMethod, Method, factorwise, layerwise, whole_mean
+from fisherfn.errors import EmptyBatchError, HyperparameterError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.solve import damped_inverse, psd_eigh
-from fisherfn.types import Mean, Product, Tap
+from fisherfn.taps import AnyTap, Mean, Moment, Tap
+from fisherfn.types import Product, Shape
 
 DampingForm = Literal["factored", "eigen"]
+Sharing = Literal["expand", "reduce"]
+DAMPING_FORMS = ("factored", "eigen")
+SHARINGS = ("expand", "reduce")
+DIAGONAL_ABOVE = 8192
+"""Width at which a factor and its inverse hold half a gigabyte in single precision."""
 
 
 class Factors(NamedTuple):
     """The curvature of one block."""
 
-    A: Float[Tensor, "k i i"]  # second moment of inputs
-    G: Float[Tensor, "k o o"]  # second moment of output-gradients
+    A: kron.Factor  # [k i i] second moment of inputs, or where it is wide its diagonal [k i]
+    G: kron.Factor  # [k o o] second moment of output-gradients, likewise
 
 
 class FactoredInverse(NamedTuple):
     """`(G + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹`."""
 
-    A: Float[Tensor, "k i i"]
-    G: Float[Tensor, "k o o"]
+    A: kron.Factor
+    G: kron.Factor
 
 
 class EigenInverse(NamedTuple):
     """`(G ⊗ A + λI)⁻¹` in the factors' eigenvectors: its eigenvalues are `scale`."""
 
-    QA: Float[Tensor, "k i i"]
-    QG: Float[Tensor, "k o o"]
+    QA: kron.Factor
+    QG: kron.Factor
     scale: Float[Tensor, "k o i"]
 
 
-def kfac(damping_form: DampingForm | str = "factored") -> Method:
+def kfac(
+    damping_form: DampingForm | str = "factored",
+    sharing: Sharing | str = "expand",
+    diagonal_above: int = DIAGONAL_ABOVE,
+) -> Method:
     """K-FAC.
 
     Args:
         damping_form: "factored" damps each factor, with π sharing λ out between them: it adds
             `π√λ G⊗I + √λ/π I⊗A + λI`, more than λI, and costs a Cholesky factorisation each. "eigen" damps by λI
             exactly and costs an eigendecomposition each, 3 to 4 times as much.
+        sharing: what is taken as independent over the positions that share a weight (sequence, pixels): "expand"
+            every position, "reduce" only the mean of inputs and the sum of output-gradients (cheaper; exact where
+            output-gradients are alike at all positions, as below a mean over them).
+        diagonal_above: a factor wider than this is kept as its diagonal: a language model's vocabulary has no
+            matrix. The input factor of an embedding is diagonal at any width, exactly.
 
     Raises:
-        UnknownNameError: another damping form.
+        UnknownNameError: another damping form or sharing.
+        HyperparameterError: a negative width.
     """
-    if damping_form not in ("factored", "eigen"):
-        raise unknown("damping form", damping_form, ("factored", "eigen"))
+    for what, name, known in (("damping form", damping_form, DAMPING_FORMS), ("sharing", sharing, SHARINGS)):
+        if name not in known:
+            raise unknown(what, name, known)
+    if diagonal_above < 0:
+        raise HyperparameterError(f"diagonal_above must be >= 0, got {diagonal_above}.")
+    moments = partial(estimate, moments=partial(MOMENTS[sharing], limit=diagonal_above))
     if damping_form == "factored":
-        layer = LayerMethod(
-            init_factored, estimate, factorwise, invert_factored, apply_factored, apply_tap_factored, matvec
-        )
+        empty = partial(init_factored, limit=diagonal_above)
+        layer = LayerMethod(empty, moments, factorwise, invert_factored, apply_factored, apply_tap_factored, matvec)
     else:
-        layer = LayerMethod(init_eigen, estimate, factorwise, invert_eigen, apply_eigen, apply_tap_eigen, matvec)
+        init = partial(init_eigen, limit=diagonal_above)
+        layer = LayerMethod(init, moments, factorwise, invert_eigen, apply_eigen, apply_tap_eigen, matvec)
     return layerwise("kfac", layer)
 
 
-def estimate(tap: Tap, previous: Factors | None = None, mean: Mean = whole_mean) -> tuple[Factors, Diagnostics]:
+# factors ---------------------------------------------------------------------------------------------------------
+
+
+def estimate(
+    tap: AnyTap, previous: Factors | None = None, mean: Mean = whole_mean, moments: Moment | None = None
+) -> tuple[Factors, Diagnostics]:
     """A and G of one batch, at least in float32."""
-    return mean(moments, tap), {}
+    return mean(moments or expand, tap), {}
 
 
-def moments(tap: Tap) -> Factors:
-    """The two second moments: means over the tap's examples."""
-    k, s, n, t, o = tap.g.shape
-    dtype = torch.promote_types(tap.g.dtype, torch.float32)
-    a = tap.a.reshape(k, n * t, -1).to(dtype)
-    g = tap.g.reshape(k, s * n * t, o).to(dtype)
-    return Factors(a.mT @ a / n, g.mT @ g / (n * t))
+def expand(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Factors:
+    """The two second moments over examples and positions: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
+    n, t = tap.sizes.n, tap.sizes.t
+
+    def of(part: Tap) -> Factors:
+        g = part.g.flatten(1, 2)  # draws are rows like any other
+        return Factors(_moment(part.a, limit), _moment(g, limit))
+
+    A, G = _summed(of, tap)
+    return Factors(A / n, G / (n * t))
+
+
+def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Factors:
+    """The two second moments over examples: of the mean input, and of the summed output-gradient."""
+    n, t = tap.sizes.n, tap.sizes.t
+
+    def of(part: Tap) -> Factors:
+        one_hot = isinstance(part.a, rows.OneHot)
+        a, g = (rows.total(part.a) / t).unsqueeze(2), part.g.sum(3, keepdim=True).flatten(1, 2)
+        return Factors(_moment(a, 0 if one_hot else limit), _moment(g, limit))
+
+    A, G = _summed(of, tap)
+    return Factors(A / n, G / n)
+
+
+MOMENTS = {"expand": expand, "reduce": reduce}
+
+
+def _moment(a: rows.Rows, limit: int) -> kron.Factor:
+    diagonal = isinstance(a, rows.OneHot) or rows.sizes(a)[3] > limit
+    return rows.diagonal_moment(a) if diagonal else rows.second_moment(a)
+
+
+def _summed(of: Callable[[Tap], Factors], tap: AnyTap) -> Factors:
+    """Window by window, so that unfolded convolutions never exist as a whole."""
+    dtype = None
+    total = None
+    for part in tap.windows():
+        dtype = dtype or torch.promote_types(part.g.dtype, torch.float32)
+        moments = of(part.to(dtype))
+        total = moments if total is None else Factors(total.A + moments.A, total.G + moments.G)
+    if total is None:
+        raise EmptyBatchError("the tap has no examples: its mean does not exist.")
+    return total
 
 
 def matvec(factors: Factors, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
@@ -96,10 +161,10 @@ def matvec(factors: Factors, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"
 
 
 def init_factored(
-    shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
+    shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor, limit: int = DIAGONAL_ABOVE
 ) -> tuple[Factors, FactoredInverse]:
     """Zero factors, and I/√λ twice."""
-    factors, A, G = _empty(shape, dtype, device)
+    factors, A, G = _empty(shape, dtype, device, limit)
     return factors, FactoredInverse(A / damping.sqrt(), G / damping.sqrt())
 
 
@@ -125,10 +190,12 @@ def apply_tap_factored(inverse: FactoredInverse, tap: Tap, inner: bool) -> Produ
 # eigen damping ---------------------------------------------------------------------------------------------------
 
 
-def init_eigen(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Factors, EigenInverse]:
+def init_eigen(
+    shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor, limit: int = DIAGONAL_ABOVE
+) -> tuple[Factors, EigenInverse]:
     """Zero factors, and I/λ."""
-    factors, A, G = _empty(shape, dtype, device)
-    return factors, EigenInverse(A, G, torch.ones(shape, dtype=dtype, device=device) / damping)
+    factors, A, G = _empty(shape, dtype, device, limit)
+    return factors, EigenInverse(A, G, torch.ones(shape[:3], dtype=dtype, device=device) / damping)
 
 
 def invert_eigen(factors: Factors, damping: Float[Tensor, ""]) -> tuple[EigenInverse, Tensor, Diagnostics]:
@@ -141,21 +208,34 @@ def invert_eigen(factors: Factors, damping: Float[Tensor, ""]) -> tuple[EigenInv
 
 def apply_eigen(inverse: EigenInverse, grad: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
     """`Q_G [(Q_Gᵀ ∇ Q_A) ∘ scale] Q_Aᵀ`."""
-    QA, QG = inverse.QA, inverse.QG
-    return QG @ ((QG.mT @ grad @ QA) * inverse.scale) @ QA.mT
+    return _back(inverse, _into(inverse, grad) * inverse.scale)
 
 
 def apply_tap_eigen(inverse: EigenInverse, tap: Tap, inner: bool) -> Product:
     """The rotation into the eigenbasis from the loss tap, the way back as a matrix."""
     rotated = kron.rotate_tap(inverse.QG, inverse.QA, tap)
     scaled = rotated * inverse.scale
-    matrix = inverse.QG @ scaled @ inverse.QA.mT
-    return Product(matrix, (rotated * scaled).sum() if inner else ())
+    return Product(_back(inverse, scaled), (rotated * scaled).sum() if inner else ())
 
 
-def _empty(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Factors, Tensor, Tensor]:
+def _into(inverse: EigenInverse, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+    return kron.right(kron.left(kron.transpose(inverse.QG), W), inverse.QA)
+
+
+def _back(inverse: EigenInverse, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+    return kron.right(kron.left(inverse.QG, W), kron.transpose(inverse.QA))
+
+
+def _empty(
+    shape: Shape, dtype: torch.dtype, device: torch.device, limit: int
+) -> tuple[Factors, kron.Factor, kron.Factor]:
     """Zero factors, and an identity of each one's size."""
-    k, o, i = shape
-    A = torch.eye(i, dtype=dtype, device=device).expand(k, i, i)
-    G = torch.eye(o, dtype=dtype, device=device).expand(k, o, o)
+
+    def identity(width: int, diagonal: bool) -> Tensor:
+        if diagonal:
+            return torch.ones(shape.k, width, dtype=dtype, device=device)
+        return torch.eye(width, dtype=dtype, device=device).expand(shape.k, width, width)
+
+    A = identity(shape.i, shape.one_hot or shape.i > limit)
+    G = identity(shape.o, shape.o > limit)
     return Factors(torch.zeros_like(A), torch.zeros_like(G)), A.clone(), G.clone()

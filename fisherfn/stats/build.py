@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.func import vjp
 
-from fisherfn import tree
+from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, ShapeError, StructureError, UnusedParameterError
-from fisherfn.layers import FallbackFacts
-from fisherfn.stats.collect import example_gradients, tapped_run
+from fisherfn.layers import FAMILIES, FallbackFacts
+from fisherfn.stats.collect import example_gradients, tapped_run, window
 from fisherfn.stats.functional import run
-from fisherfn.stats.intercept import Intercept
+from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Layout, Use
-from fisherfn.stats.statistics import gradient, make_tap
-from fisherfn.types import Model, PyTree, Tap, Tree
+from fisherfn.stats.statistics import lazy
+from fisherfn.taps import LazyTap
+from fisherfn.types import Model, PyTree, Tree
 
 FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
@@ -31,18 +33,23 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     """
     examples = _validate(params, x)
     outputs, mode = _trace(model, params, x, context, examples)
-    strange = _other_first_axes(model, params, x, context, examples)
+    more, by_example = _trace_one_more(model, params, x, context, examples)
     _all_used(model, params, x, context)
     cotangent = _cotangent(outputs)
     truth = _gradients(model, params, x, context, cotangent)
-    candidates, why = _candidates(mode, params, strange)
+    candidates, why = _candidates(mode, more, params, examples)
 
     def layout(blocks: tuple[Block, ...]) -> Layout:
-        shapes = tuple((name, p.shape) for name, p in params.items())
-        inputs = tuple(leaf.shape[1:] for leaf in tree.leaves(x))
-        has_context = not (isinstance(context, tuple) and context == ())
-        dtypes = tuple(p.dtype for p in params.values())
-        return Layout(blocks, shapes, inputs, outputs.shape[1:], dtypes, outputs.dtype, has_context)
+        return Layout(
+            blocks,
+            shapes=tuple((name, p.shape) for name, p in params.items()),
+            input_shapes=tuple(leaf.shape[1:] for leaf in tree.leaves(x)),
+            output_shape=outputs.shape[1:],
+            dtypes=tuple(p.dtype for p in params.values()),
+            output_dtype=outputs.dtype,
+            has_context=not (isinstance(context, tuple) and context == ()),
+            context_by_example=by_example,
+        )
 
     kept, reasons = _verify(model, layout(tuple(candidates)), params, x, context, cotangent, truth, mode.couples)
     blocks = _with_fallbacks(kept, params, why | reasons)
@@ -76,22 +83,34 @@ def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
     return outputs, mode
 
 
-def _other_first_axes(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> set[str]:
-    """Weights of layers whose first axis only happens to have size N: with one example more it does not grow by one."""
-    more = tree.map(lambda leaf: torch.cat([leaf, leaf[:1]]), x)
-    try:
-        _, other = _trace(model, params, more, context, examples + 1)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"the model runs on {examples} examples and not on {examples + 1}: {str(error).splitlines()[0]} "
-            "It must take any number of examples; look for a batch size written into a reshape."
-        ) from error
-    wanted = {examples + 1}
-    return {
-        name
-        for name, records in other.records.items()
-        if {r.call.input.shape[0] for r in records} | {r.output.shape[0] for r in records} != wanted
-    }
+def _trace_one_more(
+    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
+) -> tuple[Intercept, tuple[bool, ...]]:
+    """A second trace with one example more shows where the examples are, also in the context.
+
+    What it has for each example (dropout noise) must grow with the batch, so the trace fails until it does.
+    """
+    leaves = tree.leaves(context)
+    seeds = tuple(path.partition("/")[0] == "dropout" for path in tree.flatten(context))
+    alike = tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == examples for leaf in leaves)
+    more = tree.map(_one_more, x)
+    first: Exception | None = None
+    for grown in dict.fromkeys([seeds, alike]):
+        pairs = zip(leaves, grown, strict=True)
+        extended = tree.replace_leaves(context, [_one_more(leaf) if own else leaf for leaf, own in pairs])
+        try:
+            return _trace(model, params, more, extended, examples + 1)[1], grown
+        except (RuntimeError, ShapeError) as error:
+            first = first or error
+    raise ShapeError(
+        f"the model runs on {examples} examples and not on {examples + 1}: {str(first).splitlines()[0]} "
+        "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
+        f"an entry for each example beside others that only happen to be {examples}."
+    ) from first
+
+
+def _one_more(leaf: Tensor) -> Tensor:
+    return torch.cat([leaf, leaf[:1]])
 
 
 def _all_used(model: Model, params: Tree, x: PyTree, context: PyTree) -> None:
@@ -121,32 +140,86 @@ def _gradients(model: Model, params: Tree, x: PyTree, context: PyTree, cotangent
     return grads
 
 
-def _candidates(mode: Intercept, params: Tree, strange: set[str]) -> tuple[list[Block], dict[str, str]]:
+def _candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
     """A block for each weight that some layer family saw, and why some of them cannot be one."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
     claimed = set(mode.other_uses)
     for name in (n for n in params if n in mode.records):
-        uses = mode.records[name]
-        biases = {r.bias for r in uses if r.bias is not None}
-        if name in strange:
-            why |= dict.fromkeys({name, *biases}, f"{uses[0].kind} layer whose first axis is not the example's")
-            continue
-        if name in mode.other_uses:
-            why |= dict.fromkeys({name, *biases}, f"{uses[0].kind} layer of {name!r} is used in other ways too")
+        records = mode.records[name]
+        kinds = list(dict.fromkeys(r.kind for r in records))
+        biases = {r.bias for r in records if r.bias is not None}
+        axes = _example_axes(records, more.records.get(name, []), examples)
+        reason = None
+        if axes is None:
+            reason = f"{kinds[0]} layer whose first axis is not the example's"
+        elif name in mode.other_uses:
+            reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
+        elif len(kinds) > 1 or len({_matrix_shape(r, params[name]) for r in records}) > 1:
+            reason = f"{name!r} is the weight of different layers, {' and '.join(kinds)}"
+        if reason is not None or axes is None:
+            why |= dict.fromkeys({name, *biases}, str(reason))
             continue
         why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
-        bias = next((r.bias for r in uses if r.bias is not None and r.bias not in claimed), None)
+        bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
-        block_uses = tuple(Use(r.call.facts, r.output.shape[1:], bias is not None and r.bias == bias) for r in uses)
-        times = f", used {len(uses)} times" if len(uses) > 1 else ""
-        shared = uses[0].output.shape[1:-1].numel()
-        over = f", {shared} shared positions" if shared > 1 else ""
-        key = name.rpartition(".")[0] or name
-        blocks.append(
-            Block(key, uses[0].kind, name, params[name].shape, bias, block_uses, f"seen in the trace{times}{over}")
+        uses = tuple(
+            Use(r.call.facts, _without(r.output.shape, axis), bias is not None and r.bias == bias, axis, repeats)
+            for r, (axis, repeats) in zip(records, axes, strict=True)
         )
+        key = name.rpartition(".")[0] or name
+        bias_shape = Size() if bias is None else params[bias].shape
+        blocks.append(Block(key, kinds[0], name, params[name].shape, bias, bias_shape, uses, _seen(records, uses)))
     return blocks, why
+
+
+def _example_axes(records: list[Record], more: list[Record], examples: int) -> list[tuple[int, int]] | None:
+    """For each use the axis that has the examples, and how many rows each has there; None if they are not to be found.
+
+    One example more makes exactly one axis longer, in the layer's input and output alike.
+    """
+    if len(records) != len(more):
+        return None
+    axes = []
+    for record, other in zip(records, more, strict=True):
+        grown = [
+            _grown(a.shape, b.shape) for a, b in ((record.call.input, other.call.input), (record.output, other.output))
+        ]
+        axis = grown[0]
+        if axis is None or grown[1] != axis or (axis > 0 and not FAMILIES[record.kind].any_axis):
+            return None
+        length, longer = record.output.shape[axis], other.output.shape[axis]
+        if length != record.call.input.shape[axis] or length * (examples + 1) != longer * examples:
+            return None
+        axes.append((axis, length // examples))
+    return axes
+
+
+def _grown(shape: Size, other: Size) -> int | None:
+    """The one axis in which two shapes differ."""
+    if len(shape) != len(other):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _without(shape: Size, axis: int) -> Size:
+    return Size((*shape[:axis], *shape[axis + 1 :]))
+
+
+def _matrix_shape(record: Record, weight: Tensor) -> Size:
+    return FAMILIES[record.kind].to_matrix(torch.empty(weight.shape, device="meta"), record.call.facts).shape
+
+
+def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
+    """What the trace found, for the report."""
+    times = f", used {len(uses)} times" if len(uses) > 1 else ""
+    first = FAMILIES[records[0].kind]
+    shape = (1, uses[0].repeats, *uses[0].output_shape)
+    g = torch.empty(shape, device="meta")
+    shared = first.columns(g.reshape(1, uses[0].repeats, *uses[0].output_shape), records[0].call.facts).shape[3]
+    shared *= uses[0].repeats
+    return f"seen in the trace{times}" + (f", {shared} shared positions" if shared > 1 else "")
 
 
 def _verify(
@@ -168,11 +241,9 @@ def _verify(
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:
-        tap = make_tap(block, inputs[block.weight], [g.unsqueeze(0) for g in grads[block.weight]])
-        found = block.tensors(gradient(tap))
-        scale = block.tensors(gradient(Tap(tap.a.abs(), tap.g.abs())))
-        examples = tap.a.shape[1]
-        wrong = [n for n in block.names if not _close(found[n] * examples, truth[n], scale[n] * examples)]
+        tap = lazy(block, inputs[block.weight], [g.unsqueeze(0) for g in grads[block.weight]])
+        found, scale = (block.tensors(total) for total in _sums(tap))
+        wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n])]
         leak = any(bool(g[1:].abs().max() > 0) for g in leaks[block.weight] if g.shape[0] > 1)
         if leak and not couples:  # batch norm in training mode mixes examples by design
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
@@ -181,10 +252,20 @@ def _verify(
         elif wrong:
             why[str(block.bias)] = f"bias of {block.weight!r} that is used in other ways too"
             uses = tuple(use._replace(biased=False) for use in block.uses)
-            kept.append(Block(block.key, block.kind, block.weight, block.weight_shape, None, uses, block.why))
+            kept.append(replace(block, bias=None, bias_shape=Size(), uses=uses))
         else:
             kept.append(block)
     return kept, why
+
+
+def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
+    """`Σ g aᵀ`, and the same of absolute values: the size of what was added up."""
+    sums = sizes = torch.zeros(())
+    for part in tap.windows():
+        g, a = part.g.squeeze(1), rows.cast(part.a, part.g.dtype)
+        sums = sums + rows.outer(g, a)
+        sizes = sizes + rows.outer(g.abs(), tree.map(torch.abs, a))
+    return sums, sizes
 
 
 def _close(found: Tensor, truth: Tensor, scale: Tensor) -> bool:
@@ -208,17 +289,14 @@ def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> t
             facts = FallbackFacts(p.shape)
             form = "one dense block" if facts.dense else "a block for each entry"
             reason = f"{why.get(name, 'no layer family claims it')}; {form}"
-            blocks.append(Block(name, "fallback", name, p.shape, None, (Use(facts, p.shape, False),), reason))
+            blocks.append(Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False),), reason))
     return _unique_keys(blocks)
 
 
 def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
     keys = [block.key for block in blocks]
     clash = {key for key in keys if keys.count(key) > 1}
-    return tuple(
-        Block(b.weight, b.kind, b.weight, b.weight_shape, b.bias, b.uses, b.why) if b.key in clash else b
-        for b in blocks
-    )
+    return tuple(replace(block, key=block.weight) if block.key in clash else block for block in blocks)
 
 
 def _verify_fallbacks(
@@ -232,8 +310,9 @@ def _verify_fallbacks(
     few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
     truth = _gradients(model, params, x, context, few)
     part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
+    own = window(layout, context, slice(FALLBACK_EXAMPLES))
     try:
-        singles = example_gradients(model, params, names, part, context, cotangent[None, :FALLBACK_EXAMPLES])
+        singles = example_gradients(model, layout, params, names, part, own, cotangent[None, :FALLBACK_EXAMPLES])
     except (RuntimeError, ValueError) as error:
         listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
         raise CoverageError(

@@ -49,7 +49,7 @@ def collect(
     loss_grads, grads = pull(loss_cot), _pull_all(pull, cots)
     if layout.fallbacks:
         names = [block.weight for block in layout.fallbacks]
-        singles = example_gradients(model, params, names, x, context, torch.cat([loss_cot.unsqueeze(0), cots]))
+        singles = example_gradients(model, layout, params, names, x, context, torch.cat([loss_cot.unsqueeze(0), cots]))
         inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
         loss_grads |= {name: (g[0],) for name, g in singles.items()}
         grads |= {name: (g[1:],) for name, g in singles.items()}
@@ -70,7 +70,10 @@ def collect(
 def tapped_run(
     model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree
 ) -> tuple[Tensor, Callable[[Tensor], Taps], Taps, PyTree]:
-    """One forward: outputs, the pullback to every layer's output, the layers' raw inputs and the new context."""
+    """One forward: outputs, the pullback to every layer's output, the layers' raw inputs and the new context.
+
+    Inputs and output-gradients come with the examples first, wherever the layer has them.
+    """
 
     def forward(taps: Taps) -> tuple[Tensor, tuple[Taps, PyTree]]:
         with Intercept(params, taps) as mode:
@@ -86,33 +89,75 @@ def tapped_run(
                 f"layer {block.key!r} was used {len(inputs.get(block.weight, ()))} times, {len(block.uses)} at the "
                 "build: the model's path depends on its input. Build with inputs that take the same path."
             )
-    return outputs, lambda cotangent: pull(cotangent.to(outputs.dtype))[0], inputs, new_context
+
+    def pull_examples_first(cotangent: Tensor) -> Taps:
+        return _examples_first(layout, pull(cotangent.to(outputs.dtype))[0])
+
+    return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
+
+
+def _examples_first(layout: Layout, found: Taps) -> Taps:
+    return {
+        block.weight: tuple(x.movedim(use.axis, 0) for use, x in zip(block.uses, found[block.weight], strict=True))
+        for block in layout.layers
+    }
 
 
 def example_gradients(
-    model: Model, params: Tree, names: Sequence[str], x: PyTree, context: PyTree, cotangents: Float[Tensor, "r n *d"]
+    model: Model,
+    layout: Layout,
+    params: Tree,
+    names: Sequence[str],
+    x: PyTree,
+    context: PyTree,
+    cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
     """Per-example gradients of some parameters for each row of cotangents, by `vmap` over single-example runs."""
     chosen = {name: params[name] for name in names}
+    leaves = tree.leaves(context)
 
-    def single(x_n: PyTree, cots_n: Tensor) -> Tree:
+    def single(x_n: PyTree, own_n: list[Tensor], cots_n: Tensor) -> Tree:
+        own = iter(own_n)
+        of_one = [
+            next(own).unsqueeze(0) if mine else leaf
+            for leaf, mine in zip(leaves, layout.context_by_example, strict=True)
+        ]
+
         def forward(sub: Tree) -> Tensor:
-            outputs: Tensor = run(model, {**params, **sub}, tree.map(lambda leaf: leaf.unsqueeze(0), x_n), context)[0]
+            one = tree.map(lambda leaf: leaf.unsqueeze(0), x_n)
+            outputs: Tensor = run(model, {**params, **sub}, one, tree.replace_leaves(context, of_one))[0]
             return outputs.squeeze(0)
 
         _, pull = vjp(forward, chosen)  # type: ignore[misc]
         rows: Tree = vmap(lambda cot: pull(cot)[0])(cots_n)
         return rows
 
-    gradients: Tree = vmap(single, in_dims=(0, 1), out_dims=1)(x, cotangents)
+    own = [leaf for leaf, mine in zip(leaves, layout.context_by_example, strict=True) if mine]
+    gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
+
+
+def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
+    """A context for some of the examples: what it has for each of them goes along."""
+    pairs = zip(tree.leaves(context), layout.context_by_example, strict=True)
+    return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
+
+
+def carry(layout: Layout, whole: PyTree, new: PyTree) -> PyTree:
+    """What the next window starts from: the context after this one, but for what each example has."""
+    triples = zip(tree.leaves(whole), tree.leaves(new), layout.context_by_example, strict=True)
+    return tree.replace_leaves(whole, [old if mine else moved for old, moved, mine in triples])
+
+
+def join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
+    """The contexts of consecutive windows as one: the last one's, with every example's own."""
+    columns = zip(layout.context_by_example, *map(tree.leaves, parts), strict=True)
+    return tree.replace_leaves(parts[-1], [torch.cat(leaves) if mine else leaves[-1] for mine, *leaves in columns])
 
 
 def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:
     zero = like.new_zeros(())
-    return {
-        block.weight: tuple(zero.expand(examples, *use.output_shape) for use in block.uses) for block in layout.layers
-    }
+    return {block.weight: tuple(zero.expand(use.full_shape(examples)) for use in block.uses) for block in layout.layers}
 
 
 def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
@@ -140,8 +185,8 @@ def _valid(likelihood: object, outputs: Tensor, y: Any) -> Tensor:
     )
 
 
-def check_batch(layout: Layout, x: PyTree, y: PyTree) -> int:
-    """Raise unless the batch fits the trace; returns its number of examples."""
+def check_batch(layout: Layout, x: PyTree, y: PyTree, context: PyTree = ()) -> int:
+    """Raise unless the batch (and what the context has for each example) fits the trace; its number of examples."""
     inputs = tree.leaves(x)
     shapes = tuple(leaf.shape[1:] for leaf in inputs)
     if shapes != layout.input_shapes or any(leaf.ndim == 0 for leaf in inputs):
@@ -152,6 +197,13 @@ def check_batch(layout: Layout, x: PyTree, y: PyTree) -> int:
     sizes = {
         leaf.shape[0] for leaf in [*inputs, *(leaf for leaf in tree.leaves(y) if isinstance(leaf, Tensor))] if leaf.ndim
     }
+    by_example = layout.context_by_example if tree.leaves(context) else ()
+    own = {leaf.shape[0] for leaf, mine in zip(tree.leaves(context), by_example, strict=True) if mine}
+    if len(sizes) == 1 and not own <= sizes:
+        raise ShapeError(
+            f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has {sorted(sizes)}: draw "
+            "them for this batch."
+        )
     if len(sizes) != 1:
         raise ShapeError(f"inputs and targets differ in their number of examples: {sorted(sizes)}.")
     examples = sizes.pop()

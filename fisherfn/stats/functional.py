@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch.func import functional_call
 
+from fisherfn.layers import Elementary, SeededDropout, drops, need_seeds
 from fisherfn.types import Model, PyTree, Tree
 
 
@@ -18,6 +20,9 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     Parameters that do not require a gradient stay in the module, frozen. Build with
     `natural_gradient(model, params, x, context=context, …)`; a module without buffers has the empty context `{}`.
 
+    Dropout in training mode draws nothing by itself: its noise is in the context too, for the N examples of a step
+    `context | {"dropout": ff.dropout_seeds(N, generator)}`.
+
     >>> model, params, context = functional(torch.nn.Linear(2, 1))
     >>> outputs, context = model(params, torch.ones(3, 2), context)
     >>> outputs.shape
@@ -27,16 +32,22 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
-        fresh = {name: b.clone() for name, b in context.items()}  # batch norm writes into its buffers
+        fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
         inputs = x if isinstance(x, tuple) else (x,)
-        return functional_call(net, {**params, **fresh}, inputs), fresh
+        with SeededDropout(need_seeds(context)) if drops(net) else contextlib.nullcontext():
+            outputs = functional_call(net, {**params, **fresh}, inputs)
+        return outputs, {**context, **fresh}
 
     return model, params, buffers
 
 
 def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
-    """Call the model as the contract says: with the context if there is one. `()` stands for none."""
-    if isinstance(context, tuple) and context == ():
-        return model(params, x), ()
-    outputs, new_context = model(params, x, context)
-    return outputs, new_context
+    """Call the model as the contract says: with the context if there is one. `()` stands for none.
+
+    Composite calls run as elementary ones in all of the library's runs, or their results would differ between them.
+    """
+    with Elementary():
+        if isinstance(context, tuple) and context == ():
+            return model(params, x), ()
+        outputs, new_context = model(params, x, context)
+        return outputs, new_context

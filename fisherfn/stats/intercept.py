@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fisherfn import tree
-from fisherfn.layers import FAMILIES, Call, couples_examples
+from fisherfn.errors import CoverageError, NoiseError
+from fisherfn.layers import FAMILIES, Call, Elementary, couples_examples, draws_globally, is_fused_recurrence
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -29,7 +29,7 @@ class Record(NamedTuple):
     output: Tensor
 
 
-class Intercept(TorchFunctionMode):
+class Intercept(Elementary):
     """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use.
 
     Without taps (the build's trace) it also notes which parameters anything but a layer reads, and whether some call
@@ -44,10 +44,9 @@ class Intercept(TorchFunctionMode):
         self.other_uses: set[str] = set()
         self.couples = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call, and notes what it is to the parameters."""
+        self._refuse(func, args, kwargs)
         output = func(*args, **kwargs)
         self.couples |= couples_examples(func, args, kwargs)
         for family in FAMILIES.values():
@@ -57,6 +56,20 @@ class Intercept(TorchFunctionMode):
                 return self._record(family.name, call, output)
         self._note_reads(output, (args, kwargs))
         return output
+
+    def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if draws_globally(func, args, kwargs):
+            raise NoiseError(
+                f"the model calls {func.__name__}, which draws from the global generator: a gradient would not be a "
+                "function of its arguments. Call net.eval(), or make the model with ff.functional(net) and put "
+                'context["dropout"] = ff.dropout_seeds(N, generator); other noise is an input like x, or a context.'
+            )
+        if is_fused_recurrence(func) and any(id(leaf) in self._names for leaf in tree.leaves((args, kwargs))):
+            raise CoverageError(
+                f"the model calls the fused {func.__name__}, whose steps cannot be seen one by one, and no per-example "
+                "gradient can be had of it: write the recurrence with nn.Linear or a cell (nn.LSTMCell, nn.GRUCell), "
+                "or keep its parameters out of params."
+            )
 
     def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
         """Parameters that a call turns into tensors in another way than a layer's (asking for a shape is none)."""

@@ -17,11 +17,25 @@ from fisherfn.types import Tree
 
 
 class Use(NamedTuple):
-    """One call of a layer: its static facts, an example's output shape, and whether the block's bias was added."""
+    """One call of a layer.
+
+    Attributes:
+        facts: static facts of the family.
+        output_shape: the output's axes but the examples'.
+        biased: whether the block's bias was added.
+        axis: where the examples are.
+        repeats: rows an example has on that axis (examples and positions may be merged, examples outermost).
+    """
 
     facts: Any
     output_shape: Size
     biased: bool
+    axis: int = 0
+    repeats: int = 1
+
+    def full_shape(self, examples: int) -> tuple[int, ...]:
+        """The output's shape for so many examples."""
+        return (*self.output_shape[: self.axis], examples * self.repeats, *self.output_shape[self.axis :])
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class Block:
     weight: str
     weight_shape: Size
     bias: str | None
+    bias_shape: Size
     uses: tuple[Use, ...]
     why: str
 
@@ -71,7 +86,7 @@ class Block:
         if self.bias is None:
             return {self.weight: self.family.from_matrix(matrix, self.facts)}
         weight = self.family.from_matrix(matrix[..., :-1], self.facts)
-        return {self.weight: weight, self.bias: matrix[..., -1].reshape(-1)}
+        return {self.weight: weight, self.bias: matrix[..., -1].reshape(self.bias_shape)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,8 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     output_dtype: torch.dtype
     has_context: bool
+    context_by_example: tuple[bool, ...] = ()
+    """Which leaves of the context have an entry for each example (dropout noise), and go with them."""
 
     @property
     def names(self) -> tuple[str, ...]:

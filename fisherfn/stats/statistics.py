@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import rows, tree
 from fisherfn.errors import StructureError
-from fisherfn.stats.layout import Block, Layout
-from fisherfn.types import PyTree, Tap, Tree
+from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.taps import LazyTap, Tap
+from fisherfn.types import Matrix, PyTree, Tree
 
 
 class LayerStats(NamedTuple):
-    """A layer's raw statistics, one tensor a use. `()` where they were not asked for."""
+    """A layer's raw statistics, one tensor a use, the examples first. `()` where they were not asked for."""
 
     inputs: tuple[Tensor, ...]
     """`[N, …]`, as the layer saw them (a convolution's are not unfolded)."""
@@ -41,32 +42,47 @@ class Stats:
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """Every block's tap of the Fisher's draws. Prefer `tap(key)` where one at a time will do."""
+        """Every block's tap of the Fisher's draws. Prefer `lazy_tap(key)` where one at a time will do."""
         return {block.key: self.tap(block.key) for block in self.layout.blocks}
 
     @property
     def grads(self) -> Tree:
-        """The gradient of the mean loss, formed from the taps at each call: keep it if you need it twice."""
-        return self.layout.tree({block.key: gradient(self.loss_tap(block.key)) for block in self.layout.blocks})
+        """The gradient of the mean loss, formed at each call: keep it if you need it twice."""
+        matrices = {block.key: self.gradient(block.key) for block in self.layout.blocks}
+        dtypes = dict(zip(self.layout.names, self.layout.dtypes, strict=True))
+        return {name: leaf.to(dtypes[name]) for name, leaf in self.layout.tree(matrices).items()}
 
     def tap(self, key: str) -> Tap:
-        """The block's tap of the Fisher's draws.
+        """The block's tap of the Fisher's draws, with `a` as a tensor (an embedding's stays an index).
 
         Raises:
             StructureError: these statistics were made with `curvature=False`.
         """
+        return _readable(self.lazy_tap(key).whole())
+
+    def loss_tap(self, key: str) -> Tap:
+        """The block's tap of the data's own targets: one draw, whose mean over examples is the gradient."""
+        return _readable(self.lazy_loss_tap(key).whole())
+
+    def lazy_tap(self, key: str) -> LazyTap:
+        """`tap(key)`, made for some examples at a time, with `a` in the structure that it has."""
         stats = self.layers[key]
         if not stats.grads:
             raise StructureError(
                 f"block {key!r} has no Fisher draws: these statistics were made with curvature=False. "
                 "Call ng.stats without it to update the curvature."
             )
-        return make_tap(self.layout.block(key), stats.inputs, stats.grads)
+        return lazy(self.layout.block(key), stats.inputs, stats.grads)
 
-    def loss_tap(self, key: str) -> Tap:
-        """The block's tap of the data's own targets: one draw, whose mean over examples is the gradient."""
+    def lazy_loss_tap(self, key: str) -> LazyTap:
+        """`loss_tap(key)` in the same way."""
         stats = self.layers[key]
-        return make_tap(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
+        return lazy(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
+
+    def gradient(self, key: str) -> Matrix:
+        """The block's gradient of the mean loss, as its matrix."""
+        stats = self.layers[key]
+        return gradient(self.layout.block(key), stats.inputs, stats.loss_grads)
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
@@ -81,30 +97,67 @@ def _unflatten(children: list[Any], layout: Layout) -> Stats:
 tree.register(Stats, _flatten, _unflatten)
 
 
-def gradient(tap: Tap) -> Float[Tensor, "k o i"]:
-    """The mean over examples of `Σ_s Σ_t g aᵀ`: the gradient, when the tap is a loss tap."""
-    k, s, n, t, o = tap.g.shape
-    g = tap.g.sum(1) if s > 1 else tap.g.squeeze(1)
-    a = tap.a.to(g.dtype)
-    return g.reshape(k, n * t, o).mT @ a.reshape(k, n * t, -1) / n
+def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Matrix:
+    """`1/N Σ_n Σ_t g aᵀ` of one draw, by the quickest way that the layer knows, at least in float32."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    grads = [g.to(dtype) for g in grads]
+    backward = block.family.weight_gradient
+    if backward is None:
+        tap = lazy(block, inputs, [g.unsqueeze(0) for g in grads])
+        sums = [rows.outer(part.g.squeeze(1), rows.cast(part.a, dtype)) for part in tap.windows()]
+        return torch.stack(sums).sum(0) / tap.sizes.n if len(sums) > 1 else sums[0] / tap.sizes.n
+    total: Matrix | None = None
+    for use, x, g in zip(block.uses, inputs, grads, strict=True):
+        weight = block.family.to_matrix(backward(x.to(dtype), g, use.facts, block.weight_shape), use.facts)
+        if block.bias is not None:
+            bias = block.family.columns(g.unsqueeze(0), use.facts).sum((1, 2, 3)) * float(use.biased)
+            weight = torch.cat([weight, bias.unsqueeze(-1)], -1)
+        total = weight if total is None else total + weight
+    assert total is not None
+    return total / (inputs[0].shape[0] // block.uses[0].repeats)
 
 
 def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tap:
     """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`."""
-    rows = [
-        _with_bias(block, use.biased, block.family.rows(x, use.facts))
-        for use, x in zip(block.uses, inputs, strict=True)
-    ]
-    columns = [block.family.columns(g, use.facts) for use, g in zip(block.uses, grads, strict=True)]
-    if len(rows) == 1:
-        return Tap(rows[0], columns[0])
-    return Tap(torch.cat(rows, 2), torch.cat(columns, 3))
+    parts, columns = [], []
+    for use, x, g in zip(block.uses, inputs, grads, strict=True):
+        a = rows.split_examples(block.family.rows(x, use.facts), use.repeats)
+        parts.append(a if block.bias is None else rows.with_column(a, float(use.biased)))
+        columns.append(block.family.columns(g, use.facts).unflatten(2, (-1, use.repeats)).flatten(3, 4))
+    return Tap(rows.cat(parts), columns[0] if len(columns) == 1 else torch.cat(columns, 3))
 
 
-def _with_bias(block: Block, biased: bool, a: Float[Tensor, "k n t i"]) -> Tensor:
-    if block.bias is None:
-        return a
-    return torch.cat([a, a.new_full((*a.shape[:-1], 1), float(biased))], -1)
+def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> LazyTap:
+    """`make_tap`, for some examples at a time; its sizes are those of one example's on the meta device."""
+
+    def part(examples: slice) -> Tap:
+        windows = [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
+        return make_tap(
+            block,
+            [x[window] for x, window in zip(inputs, windows, strict=True)],
+            [g[:, window] for g, window in zip(grads, windows, strict=True)],
+        )
+
+    first = make_tap(
+        block,
+        [_one_example(x, use, 0) for x, use in zip(inputs, block.uses, strict=True)],
+        [_one_example(g, use, 1) for g, use in zip(grads, block.uses, strict=True)],
+    )
+    examples = inputs[0].shape[0] // block.uses[0].repeats
+    return LazyTap(first.sizes._replace(n=examples), rows.stored(first.a), part)
+
+
+def _times(position: int | None, use: Use) -> int | None:
+    return None if position is None else position * use.repeats
+
+
+def _one_example(x: Tensor, use: Use, axis: int) -> Tensor:
+    shape = (*x.shape[:axis], use.repeats, *x.shape[axis + 1 :])
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _readable(tap: Tap) -> Tap:
+    return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
 
 
 def join(parts: Sequence[tuple[int, Stats]]) -> Stats:

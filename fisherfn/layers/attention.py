@@ -1,0 +1,164 @@
+r"""Attention has no parameters but those of its projections: multi-head attention in its elementary calls.
+
+`nn.MultiheadAttention` reaches torch as one composite call. Written out here, its projections are linear layers like
+any others. With one input for query, key and value the fused projection is one layer of `3E` outputs; with several it
+is used once for each, every use taking its own part of the outputs.
+
+Vaswani et al. 2017, *Attention is all you need*, section 3.2. l query position, s key position, e embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Projected = tuple[Tensor, Tensor, Tensor]
+
+
+def multi_head_attention(
+    query: Float[Tensor, "l *n e"],
+    key: Float[Tensor, "s *n ke"],
+    value: Float[Tensor, "s *n ve"],
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What `F.multi_head_attention_forward` computes, for all its options but `static_k` and `static_v`."""
+    batched = query.ndim == 3
+    if not batched:
+        same = (query is key, query is value, key is value)
+        query, key, value = _again(same, query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if use_separate_proj_weight:
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        projected = tuple(
+            F.linear(x, w, b)  # type: ignore[arg-type]
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+    else:
+        projected = _fused(query, key, value, in_proj_weight, in_proj_bias)
+    q, k, v = projected
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat([k, bias_k.expand(-1, k.shape[1], -1)])
+        v = torch.cat([v, bias_v.expand(-1, v.shape[1], -1)])
+    if add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+    heads = tuple(_split(x, num_heads) for x in (q, k, v))  # n, head, position, e / head
+    mask = _mask(attn_mask, key_padding_mask, heads, added=k.shape[0] - key.shape[0])
+    p = dropout_p if training else 0.0
+    q_heads, k_heads, v_heads = heads
+    q_heads, k_heads, v_heads = heads
+    shown = attention_weights(q_heads, k_heads, mask, p) if need_weights else None
+    mixed = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, p) if shown is None else shown @ v_heads
+    merged = mixed.transpose(1, 2).flatten(2).transpose(0, 1)
+    out = F.linear(merged, out_proj_weight, out_proj_bias)
+    shown = shown.mean(1) if shown is not None and average_attn_weights else shown
+    if not batched:
+        return out.squeeze(1), None if shown is None else shown.squeeze(0)
+    return out, shown
+
+
+def scaled_dot_product_attention(
+    query: Float[Tensor, "*n l d"],
+    key: Float[Tensor, "*n s d"],
+    value: Float[Tensor, "*n s e"],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "*n l e"]:
+    r"""$\mathrm{softmax}(q k^\top / \sqrt d + \text{mask})\, v$ by its definition.
+
+    The fused kernels have no rule for `torch.vmap`, which would run them one model, draw or example at a time.
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # here true means: attend
+        attn_mask = _additive(~attn_mask, query)
+    return attention_weights(query, key, attn_mask, dropout_p, scale) @ value
+
+
+def attention_weights(
+    query: Float[Tensor, "*n l d"],
+    key: Float[Tensor, "*n s d"],
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None = None,
+) -> Float[Tensor, "*n l s"]:
+    """The softmax of the scores, with what is added to them as `mask`."""
+    scores: Tensor = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    weights: Tensor = (scores if mask is None else scores + mask).softmax(-1)
+    return F.dropout(weights, dropout_p) if dropout_p > 0 else weights
+
+
+def _again(same: tuple[bool, bool, bool], query: Tensor, key: Tensor, value: Tensor) -> Projected:
+    """The three inputs, identical where they were."""
+    key = query if same[0] else key
+    return query, key, query if same[1] else key if same[2] else value
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None) -> Projected:
+    e = query.shape[-1]
+    if query is key and key is value:
+        q, k, v = F.linear(query, weight, bias).split(e, -1)
+        return q, k, v
+    if key is value:
+        keys_values = F.linear(key, weight, bias)
+        return F.linear(query, weight, bias)[..., :e], keys_values[..., e : 2 * e], keys_values[..., 2 * e :]
+    q, k, v = (F.linear(x, weight, bias)[..., i * e : (i + 1) * e] for i, x in enumerate((query, key, value)))
+    return q, k, v
+
+
+def _split(x: Float[Tensor, "l n e"], heads: int) -> Float[Tensor, "n h l d"]:
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.permute(1, 2, 0, 3)
+
+
+def _mask(
+    attn_mask: Tensor | None, padding: Tensor | None, heads: tuple[Tensor, ...], added: int
+) -> Float[Tensor, "..."] | None:
+    """What is added to the scores: -inf where attention is barred, broadcast over `[n, head, l, s]`."""
+    n, h = heads[0].shape[:2]
+    masks = []
+    if attn_mask is not None:
+        mask = F.pad(_additive(attn_mask, heads[0]), (0, added))
+        masks.append(mask.unflatten(0, (n, h)) if mask.ndim == 3 else mask)
+    if padding is not None:
+        masks.append(F.pad(_additive(padding, heads[0]), (0, added))[:, None, None])
+    return reduce(torch.add, masks) if masks else None
+
+
+def _additive(mask: Bool[Tensor, "*s"] | Float[Tensor, "*s"], like: Tensor) -> Float[Tensor, "*s"]:
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)

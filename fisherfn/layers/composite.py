@@ -1,0 +1,54 @@
+"""Composite calls that reach torch as one, and the elementary calls that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
+from fisherfn.layers.recurrent import CELLS
+
+_PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    **CELLS,
+}
+_FUSED = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+def decomposition(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Any] | None:
+    """The same call in elementary ones, to be run in its place; None for a call that is one already."""
+    parts = _PARTS.get(function)
+    if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
+        return None
+    return partial(parts, *args, **kwargs)
+
+
+class Elementary(TorchFunctionMode):
+    """Runs composite calls as the elementary ones that they stand for."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        parts = decomposition(func, args, kwargs)
+        if parts is not None:
+            with self:  # the parts may be composite, too
+                return parts()
+        return self.elementary(func, args, kwargs)
+
+    def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An elementary call: as it is, unless a subclass has something to do with it."""
+        return func(*args, **kwargs)
+
+
+def is_fused_recurrence(function: Callable[..., Any]) -> bool:
+    """Whether this is a whole recurrent net in one call."""
+    return function in _FUSED

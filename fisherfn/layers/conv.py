@@ -1,0 +1,154 @@
+r"""Convolutions in one, two and three dimensions: $s_t = W a_t + b$, with the patch under output position t as $a_t$.
+
+A patch is in unfold order `(C_in / G, *kernel)`, so that `d_in = C_in / G · K`; each of the G groups is a block of its
+own. Grosse & Martens 2016, section 2.
+
+Shapes: input `[N, C_in, *space]`, output `[N, C_out, *space]`, weight `[C_out, C_in / G, *kernel]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Size, Tensor
+from torch.nn import functional as F
+
+from fisherfn.layers.base import Call, Family
+from fisherfn.rows import Phase, Phases
+
+_DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class Facts(NamedTuple):
+    """Everything about a convolution but its tensors; padding is (before, after) for each dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Axis(NamedTuple):
+    """Which inputs the output positions meet along one dimension: `start + stride · position + step · entry`."""
+
+    start: int
+    positions: int
+    stride: int
+    entries: int
+    step: int
+
+
+def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    dimensions = _DIMENSIONS.get(function)
+    if dimensions is None:
+        return None
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    kernel = tuple(given["weight"].shape[2:])
+    stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
+    padding = _padding(given.get("padding", 0), kernel, dilation)
+    facts = Facts(kernel, stride, padding, dilation, int(given.get("groups", 1)))
+    return Call(given["input"], given["weight"], given.get("bias"), facts)
+
+
+def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for each dimension."""
+    if isinstance(value, int):
+        return (value,) * dimensions
+    values = tuple(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def _padding(value: str | int | Sequence[int], kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Any:
+    if value == "valid":
+        value = 0
+    if value == "same":  # an odd total has the larger half behind
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in each(value, len(kernel)))  # type: ignore[arg-type]
+
+
+def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
+    axes = []
+    spans = zip(x.shape[2:], facts.kernel, facts.stride, facts.padding, facts.dilation, strict=True)
+    for size, k, stride, (before, after), dilation in spans:
+        positions = (size + before + after - dilation * (k - 1) - 1) // stride + 1
+        axes.append(Axis(-before, positions, stride, k, dilation))
+    channels = x.shape[1] // facts.groups
+    entries = torch.arange(math.prod(facts.kernel), device=x.device)
+    return Phases((Phase(patches(x, axes, facts.groups), (), columns_of(entries, channels)),), channels * len(entries))
+
+
+def columns_of(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
+    """Where patches with channels last have their place in unfold order, for some entries of the kernel."""
+    size = len(entries) if kernel_size is None else kernel_size
+    return (entries[:, None] + size * torch.arange(channels, device=entries.device)).reshape(-1)
+
+
+def patches(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Float[Tensor, "g n t i"]:
+    """The inputs under each output position, zero outside: `i` runs over kernel entries, then channels.
+
+    Channels last, so that memory is read in runs: in unfold order the copy would cost half of the product after it.
+    """
+    x = _cover(x, axes).movedim(1, -1).contiguous()
+    for dimension, axis in enumerate(axes, start=1):
+        x = x.unfold(dimension, axis.step * (axis.entries - 1) + 1, axis.stride)[..., :: axis.step]
+    d = len(axes)  # n, positions, c, entries
+    x = x.permute(0, *range(1, d + 1), *range(d + 2, 2 * d + 2), d + 1)
+    x = x.reshape(x.shape[0], math.prod(x.shape[1 : d + 1]), -1, groups, x.shape[-1] // groups)
+    return x.permute(3, 0, 1, 2, 4).flatten(3)
+
+
+def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Zero-padded or cropped to exactly what the positions meet."""
+    pads: list[int] = []
+    for size, axis in zip(reversed(x.shape[2:]), reversed(axes), strict=True):
+        last = axis.start + axis.stride * (axis.positions - 1) + axis.step * (axis.entries - 1)
+        pads += [max(-axis.start, 0), max(last + 1 - size, 0)]
+    x = F.pad(x, pads) if any(pads) else x
+    for dimension, axis in enumerate(axes, start=2):
+        length = axis.stride * (axis.positions - 1) + axis.step * (axis.entries - 1) + 1
+        x = x.narrow(dimension, max(axis.start, 0), length)
+    return x
+
+
+def columns(g: Float[Tensor, "s n c *space"], facts: Facts) -> Float[Tensor, "k s n t o"]:
+    flat = g.reshape(*g.shape[:2], facts.groups, g.shape[2] // facts.groups, -1)
+    return flat.permute(2, 0, 1, 4, 3)
+
+
+def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], facts: Facts) -> Float[Tensor, "k o i"]:
+    return weight.reshape(facts.groups, weight.shape[0] // facts.groups, -1)
+
+
+def from_matrix(matrix: Float[Tensor, "k o i"], facts: Facts) -> Float[Tensor, "c_out c_in *kernel"]:
+    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *facts.kernel)
+
+
+def weight_gradient(
+    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], facts: Facts, shape: Size
+) -> Float[Tensor, "*weight"]:
+    """The backward pass of torch itself: no patch is ever stored."""
+    pads = [p for pair in reversed(facts.padding) for p in pair]
+    x = F.pad(x, pads) if any(pads) else x
+    return backward(x, g, shape, facts.stride, (0,) * len(facts.kernel), facts.dilation, facts.groups)
+
+
+def backward(
+    x: Tensor, g: Tensor, shape: Size, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any = None
+) -> Tensor:
+    """The gradient of a convolution by its weight; of a transposed one where there is an output padding."""
+    weight = x.new_empty(1).expand(shape)  # read for its shape only
+    found = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, output_padding is not None,
+        output_padding or [0] * len(stride), groups, (False, True, False),
+    )  # fmt: skip
+    return found[1]  # type: ignore[no-any-return]
+
+
+CONV = Family("conv", match, rows, columns, to_matrix, from_matrix, weight_gradient)

@@ -1,0 +1,130 @@
+r"""Transposed convolutions: $s_u = W a_u + b$ at output position u, with $a_u$ the patch of the zero-inserted input.
+
+Position u meets input j through kernel entry δ where $u = j \cdot \text{stride} - \text{padding} + \delta \cdot
+\text{dilation}$. In the patch the kernel is flipped: columns run over `(C_in / G, *kernel)` with the last entry first.
+Of the zero-inserted patch only one part in stride^dimensions is not zero, and always the same columns for positions of
+one phase, $(u + \text{padding}) \bmod \text{stride}$: rows are made phase by phase, without the zeros.
+
+Shapes: input `[N, C_in, *space]`, output `[N, C_out, *space]`, weight `[C_in, C_out / G, *kernel]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Size, Tensor
+from torch.nn import functional as F
+
+from fisherfn.layers.base import Call, Family
+from fisherfn.layers.conv import Axis, backward, columns_of, each, patches
+from fisherfn.layers.conv import columns as columns
+from fisherfn.rows import Phase, Phases
+
+_DIMENSIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+class Facts(NamedTuple):
+    """Everything about a transposed convolution but its tensors."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class _Phase(NamedTuple):
+    """One phase along one dimension: its output positions, its entries of the flipped kernel, and the inputs met."""
+
+    positions: range
+    entries: range
+    axis: Axis
+
+
+def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    dimensions = _DIMENSIONS.get(function)
+    if dimensions is None:
+        return None
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    numbers = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+    facts = Facts(
+        kernel=tuple(given["weight"].shape[2:]),
+        groups=int(given.get("groups", 1)),
+        **{name: each(given.get(name, default), dimensions) for name, default in numbers.items()},
+    )
+    return Call(given["input"], given["weight"], given.get("bias"), facts)
+
+
+def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
+    dimensions = [_phases(size, facts, d) for d, size in enumerate(x.shape[2:])]
+    lengths = [_length(size, facts, d) for d, size in enumerate(x.shape[2:])]
+    channels, kernel = x.shape[1] // facts.groups, math.prod(facts.kernel)
+    parts = []
+    for phases in itertools.product(*dimensions):
+        positions = _flat([phase.positions for phase in phases], lengths, x.device)
+        entries = _flat([phase.entries for phase in phases], facts.kernel, x.device)
+        if len(entries):
+            a = patches(x, [phase.axis for phase in phases], facts.groups)
+        else:  # where stride and dilation share a divisor, some positions meet no input
+            a = x.new_zeros(facts.groups, x.shape[0], len(positions), 0)
+        parts.append(Phase(a, positions, columns_of(entries, channels, kernel)))
+    return Phases(tuple(parts), channels * kernel)
+
+
+def _length(size: int, facts: Facts, d: int) -> int:
+    """How many output positions there are along dimension d."""
+    reach = facts.dilation[d] * (facts.kernel[d] - 1) + facts.output_padding[d] + 1
+    return (size - 1) * facts.stride[d] - 2 * facts.padding[d] + reach
+
+
+def _phases(size: int, facts: Facts, d: int) -> list[_Phase]:
+    """All phases along dimension d that have an output position."""
+    stride, padding, dilation, kernel = facts.stride[d], facts.padding[d], facts.dilation[d], facts.kernel[d]
+    phases = []
+    for first in range(min(stride, _length(size, facts, d))):
+        positions = range(first, _length(size, facts, d), stride)
+        # entry e of the flipped kernel is δ = kernel - 1 - e
+        met = [e for e in range(kernel) if (first + padding - dilation * (kernel - 1 - e)) % stride == 0]
+        between = stride // math.gcd(stride, dilation)
+        entries = range(met[0], kernel, between) if met else range(0)
+        start = (first + padding - dilation * (kernel - 1 - met[0])) // stride if met else 0
+        axis = Axis(start, len(positions), 1, len(entries), dilation * between // stride)
+        phases.append(_Phase(positions, entries, axis))
+    return phases
+
+
+def _flat(ranges: list[range], sizes: Any, device: torch.device) -> Tensor:
+    """Row-major index of the product of some ranges within an array of these sizes."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for chosen, size in zip(ranges, sizes, strict=True):
+        index = index.unsqueeze(-1) * size + torch.tensor(list(chosen), dtype=torch.int64, device=device)
+    return index.reshape(-1)
+
+
+def to_matrix(weight: Float[Tensor, "c_in c_out *kernel"], facts: Facts) -> Float[Tensor, "k o i"]:
+    flipped = weight.flip(tuple(range(2, weight.ndim)))
+    grouped = flipped.reshape(facts.groups, -1, *flipped.shape[1:])  # k, i, o, kernel
+    return grouped.transpose(1, 2).flatten(2)
+
+
+def from_matrix(matrix: Float[Tensor, "k o i"], facts: Facts) -> Float[Tensor, "c_in c_out *kernel"]:
+    grouped = matrix.reshape(*matrix.shape[:2], -1, *facts.kernel).transpose(1, 2)
+    flipped = grouped.flatten(0, 1)
+    return flipped.flip(tuple(range(2, flipped.ndim)))
+
+
+def weight_gradient(
+    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], facts: Facts, shape: Size
+) -> Float[Tensor, "*weight"]:
+    """The backward pass of torch itself: no zero is inserted."""
+    return backward(x, g, shape, facts.stride, facts.padding, facts.dilation, facts.groups, facts.output_padding)
+
+
+CONV_TRANSPOSE = Family("conv transpose", match, rows, columns, to_matrix, from_matrix, weight_gradient)

@@ -1,0 +1,126 @@
+r"""Dropout whose noise is an argument: $x \odot m / (1 - p)$, with the mask $m$ computed from a seed for each example.
+
+One seed an example, drawn by the caller's generator, is all the noise of a step: entry j of example n in the c-th
+dropout of the net is kept where a hash of (seed n, c, j), uniform in [0, 1), is at least p. So an example keeps its
+masks in a chunk, on another rank and in a vmapped member, and a resumed run draws what the straight one drew.
+
+The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose arithmetic fits 64-bit integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisherfn.errors import NoiseError, ShapeError
+from fisherfn.layers.composite import Elementary
+
+_ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
+_ARGUMENTS = ("input", "p", "training", "inplace")
+_RANDOM = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson",
+    "multinomial", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "log_normal_",
+    "geometric_", "dropout", "alpha_dropout", "feature_dropout", "rrelu_with_noise",
+}  # fmt: skip
+
+
+def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+    """One seed for each example: the noise of every dropout in a step, as `context["dropout"]`.
+
+    >>> dropout_seeds(2, torch.Generator().manual_seed(0)).shape
+    torch.Size([2])
+    """
+    return torch.randint(2**32, (examples,), generator=generator, device=generator.device)
+
+
+def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call takes numbers from the global generator."""
+    if function in _ENTRIES | _CHANNELS:
+        return _active(args, kwargs)
+    return getattr(function, "__name__", "") in _RANDOM and kwargs.get("generator") is None
+
+
+class SeededDropout(Elementary):
+    """Replaces the dropouts of a run by those that the seeds of its examples stand for."""
+
+    def __init__(self, seeds: Int[Tensor, " n"]) -> None:
+        super().__init__()
+        self._seeds = seeds
+        self._calls = 0
+
+    def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A dropout with its seeds; any other call as it is."""
+        if func in _ENTRIES | _CHANNELS and _active(args, kwargs):
+            return self._dropped(func, _given(args, kwargs))
+        return func(*args, **kwargs)
+
+    def _dropped(self, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
+        x: Tensor = given["input"]
+        p: float = given.get("p", 0.5)
+        keep = self._mask(x, p, x.shape[1:2] if func in _CHANNELS else x.shape[1:])
+        if func not in (F.alpha_dropout, F.feature_alpha_dropout):
+            return torch.where(keep, x / (1 - p), 0.0) if p < 1 else torch.zeros_like(x)
+        # Klambauer et al. 2017: dropped units go to SELU's lower limit, mean and variance are restored
+        limit = -1.7580993408473766
+        scale = 1 / math.sqrt((1 - p) * (1 + p * limit**2)) if p < 1 else 0.0
+        return scale * (torch.where(keep, x, limit) - p * limit)
+
+    def _mask(self, x: Tensor, p: float, shape: torch.Size) -> Tensor:
+        """Which entries (or channels) are kept, `[M, *shape]` broadcast to `x`."""
+        examples, rows = self._seeds.shape[0], x.shape[0]
+        if rows % examples:
+            raise ShapeError(
+                f"a dropout sees {rows} rows along its first axis for {examples} seeds: its input must have the "
+                "examples first, and context['dropout'] one seed for each of them (ff.dropout_seeds(N, generator))."
+            )
+        self._calls += 1
+        entries = torch.arange(rows // examples * shape.numel(), device=x.device)
+        key = _hash(_hash(self._seeds) + self._calls)
+        uniform = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
+        keep = (uniform >= p).reshape(rows, *shape)
+        return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
+
+
+def need_seeds(context: Any) -> Int[Tensor, " n"]:
+    """The seeds of a context, or the error that says where they come from."""
+    if "dropout" not in context:
+        raise NoiseError(
+            "the net drops units in training mode, and its noise is an argument: pass "
+            'context | {"dropout": ff.dropout_seeds(N, generator)} with a seed for each example, new ones every step; '
+            "or call net.eval() first."
+        )
+    return context["dropout"]  # type: ignore[no-any-return]
+
+
+def drops(net: torch.nn.Module) -> bool:
+    """Whether some module of a net in training mode drops units."""
+    return any(m.training and _rate(m) > 0 for m in net.modules())
+
+
+def _rate(module: torch.nn.Module) -> float:
+    rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else 0.0
+    if isinstance(module, torch.nn.MultiheadAttention):
+        rate = module.dropout
+    return float(rate)
+
+
+def _active(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = _given(args, kwargs)
+    return bool(given.get("training", True)) and given.get("p", 0.5) > 0
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+
+
+def _hash(value: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """A 32-bit integer to another, every bit depending on every bit."""
+    state = ((value & 0xFFFFFFFF) * 747796405 + 2891336453) & 0xFFFFFFFF
+    word = (((state >> ((state >> 28) + 4)) ^ state) * 277803737) & 0xFFFFFFFF
+    return (word >> 22) ^ word

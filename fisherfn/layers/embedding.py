@@ -1,0 +1,56 @@
+r"""Embeddings: $s = W e_j$, a column of the matrix `[E, V]` for each index j; its row is one-hot and kept as the index.
+
+Input `[N, *T]` of integers, output `[N, *T, E]`, weight `[V, E]`. The padding index, which torch gives no gradient, is
+an empty row. `max_norm` (which changes the weight), `scale_grad_by_freq` and `sparse` are not claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisherfn.layers.base import Call, Family
+from fisherfn.layers.linear import columns
+from fisherfn.rows import OneHot
+
+_ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+class Facts(NamedTuple):
+    width: int
+    padding: int | None
+    dtype: torch.dtype
+
+
+def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    if function is not F.embedding:
+        return None
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
+        return None
+    weight, padding = given["weight"], given.get("padding_idx")
+    width = weight.shape[0]
+    return Call(given["input"], weight, None, Facts(width, None if padding is None else padding % width, weight.dtype))
+
+
+def rows(index: Int[Tensor, "n *t"], facts: Facts) -> OneHot:
+    flat = index.long().reshape(1, index.shape[0], -1)
+    if facts.padding is not None:
+        flat = torch.where(flat == facts.padding, facts.width, flat)
+    return OneHot(flat, facts.width, facts.dtype)
+
+
+def to_matrix(weight: Float[Tensor, "v e"], facts: Facts) -> Float[Tensor, "1 e v"]:
+    return weight.mT.unsqueeze(0)
+
+
+def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Facts) -> Float[Tensor, "v e"]:
+    return matrix.squeeze(0).mT
+
+
+EMBEDDING = Family("embedding", match, rows, columns, to_matrix, from_matrix, any_axis=True, one_hot=True)

@@ -1,0 +1,43 @@
+r"""Linear layers whose weight stands on the right: $s = x W + b$, with $W$ of shape `[d_in, d_out]`.
+
+`x @ W`, `torch.matmul`, `torch.mm` and `torch.addmm`, as hand-written nets and some language models have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn.layers.base import Call, Family
+from fisherfn.layers.linear import columns, rows
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+_SUMS = (torch.addmm, Tensor.addmm)
+
+
+def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    if function in _PRODUCTS and not kwargs and len(args) == 2:
+        x, weight = args
+        bias = None
+    elif function in _SUMS and not kwargs and len(args) == 3:
+        bias, x, weight = args
+    else:
+        return None
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.ndim < 2 or weight.ndim != 2:
+        return None
+    return Call(x, weight, bias if bias is not None and bias.shape == weight.shape[1:] else None)
+
+
+def to_matrix(weight: Float[Tensor, "i o"], facts: None) -> Float[Tensor, "1 o i"]:
+    return weight.mT.unsqueeze(0)
+
+
+def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "i o"]:
+    return matrix.squeeze(0).mT
+
+
+MATMUL = Family("matmul", match, rows, columns, to_matrix, from_matrix, any_axis=True)

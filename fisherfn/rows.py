@@ -1,0 +1,228 @@
+"""The rows `a` of a tap: dense, or with a structure that is worth keeping.
+
+A dense `a` is a tensor `[k n t i]`. `OneHot` rows are columns of the identity, kept as indices: an embedding's input
+would otherwise be as wide as the vocabulary. `Phases` are the rows of convolutions: those of a strided transposed one
+meet, at an output position, only the kernel entries of its own phase, and the zeros in between are neither stored nor
+multiplied; an ordinary one has a single phase, with columns in the order that memory likes.
+
+Every function here takes any of the three, and gives what the dense rows would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherfn import tree
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Row t of example n is 1 in column `index[k, n, t]`; an index equal to `width` is an empty row."""
+
+    index: Int[Tensor, "k n t"]
+    width: int
+    dtype: torch.dtype
+
+
+class Phase(NamedTuple):
+    """The rows at some positions (`()`: at all of them), which are zero outside some columns."""
+
+    a: Float[Tensor, "k n p j"]
+    positions: Int[Tensor, " p"] | tuple[()]
+    columns: Int[Tensor, " j"]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Rows in phases: every position is in exactly one."""
+
+    parts: tuple[Phase, ...]
+    width: int
+
+
+Rows: TypeAlias = Tensor | OneHot | Phases
+
+tree.register(OneHot, lambda a: ([a.index], (a.width, a.dtype)), lambda leaves, facts: OneHot(leaves[0], *facts))
+tree.register(Phases, lambda a: ([a.parts], a.width), lambda leaves, width: Phases(leaves[0], width))
+
+
+def sizes(a: Rows) -> tuple[int, int, int, int]:
+    """(k, n, t, i) of the dense rows."""
+    if isinstance(a, Tensor):
+        k, n, t, i = a.shape
+        return k, n, t, i
+    if isinstance(a, OneHot):
+        k, n, t = a.index.shape
+        return k, n, t, a.width
+    k, n, _, _ = a.parts[0].a.shape
+    return k, n, sum(part.a.shape[2] for part in a.parts), a.width
+
+
+def stored(a: Rows) -> int:
+    """How many numbers the rows hold."""
+    return sum(leaf.numel() for leaf in tree.leaves(a))
+
+
+def dense(a: Rows) -> Float[Tensor, "k n t i"]:
+    """The rows as a tensor."""
+    if isinstance(a, Tensor):
+        return a
+    if isinstance(a, OneHot):
+        columns = torch.arange(a.width, device=a.index.device)
+        return (a.index.unsqueeze(-1) == columns).to(a.dtype)
+    k, n, t, i = sizes(a)
+    out = a.parts[0].a.new_zeros(k, n, t, i)
+    for part in a.parts:
+        out = out.index_add(3, part.columns, _spread(part.a, part.positions, t))
+    return out
+
+
+def cast(a: Rows, dtype: torch.dtype) -> Rows:
+    """The rows in another precision."""
+    if isinstance(a, Tensor):
+        return a.to(dtype)
+    if isinstance(a, OneHot):
+        return OneHot(a.index, a.width, dtype)
+    return Phases(tuple(part._replace(a=part.a.to(dtype)) for part in a.parts), a.width)
+
+
+def split_examples(a: Rows, repeats: int) -> Rows:
+    """Rows of `n · repeats` as rows of n examples with `repeats` times the positions."""
+    if repeats == 1:
+        return a
+    if isinstance(a, OneHot):
+        return OneHot(a.index.unflatten(1, (-1, repeats)).flatten(2), a.width, a.dtype)
+    whole = dense(a)
+    return whole.reshape(whole.shape[0], -1, repeats * whole.shape[2], whole.shape[3])
+
+
+def with_column(a: Rows, value: float) -> Rows:
+    """The rows with one more column, constant: the input that a bias sees."""
+    if isinstance(a, Phases):
+        parts = tuple(
+            Phase(_appended(p.a, value), p.positions, torch.cat([p.columns, p.columns.new_tensor([a.width])]))
+            for p in a.parts
+        )
+        return Phases(parts, a.width + 1)
+    return _appended(dense(a), value)
+
+
+def cat(parts: Sequence[Rows]) -> Rows:
+    """Several uses of a layer as one: positions after positions."""
+    if len(parts) == 1:
+        return parts[0]
+    one_hot = [part for part in parts if isinstance(part, OneHot)]
+    if len(one_hot) == len(parts):
+        return OneHot(torch.cat([part.index for part in one_hot], 2), one_hot[0].width, one_hot[0].dtype)
+    return torch.cat([dense(part) for part in parts], 2)
+
+
+def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
+    """`a M`, row by row."""
+    if isinstance(a, Tensor):
+        return a @ M.unsqueeze(1)
+    k, n, t, _ = sizes(a)
+    if isinstance(a, OneHot):
+        padded = torch.cat([M, M.new_zeros(k, 1, M.shape[-1])], 1)
+        index = a.index.reshape(k, n * t, 1).expand(-1, -1, M.shape[-1])
+        return padded.gather(1, index).reshape(k, n, t, -1)
+    out = M.new_zeros(k, n, t, M.shape[-1])
+    for part in a.parts:
+        out = out + _spread(part.a @ M.index_select(1, part.columns).unsqueeze(1), part.positions, t)
+    return out
+
+
+def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
+    """`Σ_nt g aᵀ`."""
+    if isinstance(a, Tensor):
+        return g.flatten(1, 2).mT @ a.flatten(1, 2)
+    k, n, t, i = sizes(a)
+    o = g.shape[-1]
+    if isinstance(a, OneHot):
+        index = a.index.reshape(k, n * t, 1).expand(-1, -1, o)
+        sums = g.new_zeros(k, i + 1, o).scatter_add(1, index, g.reshape(k, n * t, o))
+        return sums[:, :i].mT
+    out = g.new_zeros(k, o, i)
+    for part in a.parts:
+        g_part = g if isinstance(part.positions, tuple) else g.index_select(2, part.positions)
+        out = out.index_add(2, part.columns, g_part.flatten(1, 2).mT @ part.a.flatten(1, 2))
+    return out
+
+
+def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
+    """`Σ_nt a aᵀ`; of one-hot rows only the diagonal is not zero, so that `diagonal_moment` has it all."""
+    if isinstance(a, Tensor):
+        flat = a.flatten(1, 2)
+        return flat.mT @ flat
+    if isinstance(a, OneHot):
+        return torch.diag_embed(diagonal_moment(a))
+    k, _, _, i = sizes(a)
+    out = a.parts[0].a.new_zeros(k, i, i)
+    for part in a.parts:
+        flat = part.a.flatten(1, 2)
+        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, flat.mT @ flat)
+        out = out.index_add(1, part.columns, rows)
+    return out
+
+
+def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
+    """The diagonal of `Σ_nt a aᵀ`."""
+    if isinstance(a, Tensor):
+        return a.square().sum((1, 2))
+    k, n, t, i = sizes(a)
+    if isinstance(a, OneHot):
+        ones = torch.ones_like(a.index, dtype=a.dtype).reshape(k, n * t)
+        return ones.new_zeros(k, i + 1).scatter_add(1, a.index.reshape(k, n * t), ones)[:, :i]
+    out = a.parts[0].a.new_zeros(k, i)
+    for part in a.parts:
+        out = out.index_add(1, part.columns, part.a.square().sum((1, 2)))
+    return out
+
+
+def total(a: Rows) -> Float[Tensor, "k n i"]:
+    """`Σ_t a` of every example."""
+    if isinstance(a, Tensor):
+        return a.sum(2)
+    k, n, _, i = sizes(a)
+    if isinstance(a, OneHot):
+        ones = torch.ones_like(a.index, dtype=a.dtype)
+        return ones.new_zeros(k, n, i + 1).scatter_add(2, a.index, ones)[..., :i]
+    out = a.parts[0].a.new_zeros(k, n, i)
+    for part in a.parts:
+        out = out.index_add(2, part.columns, part.a.sum(2))
+    return out
+
+
+def gram(a: Rows) -> Float[Tensor, "k m m"]:
+    """`a aᵀ` of all rows, examples outermost."""
+    if isinstance(a, OneHot):
+        index = a.index.flatten(1)
+        same = index.unsqueeze(-1) == index.unsqueeze(-2)
+        return (same & (index < a.width).unsqueeze(-1)).to(a.dtype)
+    flat = dense(a).flatten(1, 2)
+    return flat @ flat.mT
+
+
+def window(a: Rows, examples: slice) -> Rows:
+    """Some of the examples."""
+    if isinstance(a, Tensor):
+        return a[:, examples]
+    if isinstance(a, OneHot):
+        return OneHot(a.index[:, examples], a.width, a.dtype)
+    return Phases(tuple(part._replace(a=part.a[:, examples]) for part in a.parts), a.width)
+
+
+def _spread(part: Float[Tensor, "k n p j"], positions: Tensor | tuple[()], t: int) -> Float[Tensor, "k n t j"]:
+    if isinstance(positions, tuple):
+        return part
+    return part.new_zeros(*part.shape[:2], t, part.shape[-1]).index_copy(2, positions, part)
+
+
+def _appended(a: Float[Tensor, "k n t i"], value: float) -> Float[Tensor, "k n t j"]:
+    return torch.cat([a, a.new_full((*a.shape[:-1], 1), value)], -1)

@@ -1,0 +1,114 @@
+"""Taps: a layer's statistics in the one form that every method reads.
+
+A `Tap` is made; a `LazyTap` is a promise of one, made for some examples at a time: an unfolded convolution is many
+times the size of its input, and few computations need all of it at once. Both answer the same questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import rows
+from fisherfn.types import PyTree
+
+WINDOW = 1 << 24
+"""Numbers that the rows of one window hold: 64 MiB in single precision, large enough for a matrix product's speed."""
+
+
+class Sizes(NamedTuple):
+    """The axes of a tap: group, draw, example, shared position, output, input."""
+
+    k: int
+    s: int
+    n: int
+    t: int
+    o: int
+    i: int
+
+
+class Tap(NamedTuple):
+    r"""A layer's statistics.
+
+    Example n's gradient for draw s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
+    $F = \frac1N \sum_n \sum_s \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$: the scale of `g` makes this true
+    (docs/conventions.md). `a` may have a structure (`fisherfn.rows`); `rows.dense(a)` is always `[k n t i]`.
+    """
+
+    a: Float[Tensor, "k n t i"] | rows.OneHot | rows.Phases
+    g: Float[Tensor, "k s n t o"]
+
+    @property
+    def sizes(self) -> Sizes:
+        """The length of each axis."""
+        k, s, n, t, o = self.g.shape
+        return Sizes(k, s, n, t, o, rows.sizes(self.a)[3])
+
+    def whole(self) -> Tap:
+        """The tap itself."""
+        return self
+
+    def window(self, examples: slice) -> Tap:
+        """Some of the examples."""
+        return Tap(rows.window(self.a, examples), self.g[:, :, examples])
+
+    def windows(self) -> Iterator[Tap]:
+        """Parts that together are the whole: here one."""
+        yield self
+
+    def to(self, dtype: torch.dtype) -> Tap:
+        """The tap in another precision."""
+        return Tap(rows.cast(self.a, dtype), self.g.to(dtype))
+
+
+@dataclass(frozen=True)
+class LazyTap:
+    """A tap that is made when asked for, for some examples at a time.
+
+    Attributes:
+        sizes: the length of each axis.
+        stored: numbers that an example's rows hold.
+        make: some examples to their tap.
+    """
+
+    sizes: Sizes
+    stored: int
+    make: Callable[[slice], Tap]
+
+    def whole(self) -> Tap:
+        """The tap of all examples."""
+        return self.make(slice(None))
+
+    def window(self, examples: slice) -> LazyTap:
+        """Some of the examples, still not made."""
+        chosen = range(self.sizes.n)[examples]
+
+        def make(inner: slice) -> Tap:
+            part = chosen[inner]
+            return self.make(slice(part.start, part.stop))
+
+        return LazyTap(self.sizes._replace(n=len(chosen)), self.stored, make)
+
+    def windows(self) -> Iterator[Tap]:
+        """Parts that together are the whole, each as large as memory that is quick to reach allows."""
+        size = max(1, WINDOW // max(1, self.stored))
+        for start in range(0, self.sizes.n, size):
+            yield self.make(slice(start, min(start + size, self.sizes.n)))
+
+    def to(self, dtype: torch.dtype) -> LazyTap:
+        """The tap in another precision, still not made."""
+        return LazyTap(self.sizes, self.stored, lambda examples: self.make(examples).to(dtype))
+
+
+AnyTap: TypeAlias = Tap | LazyTap
+
+Moment: TypeAlias = Callable[[AnyTap], PyTree]
+"""A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
+
+Mean: TypeAlias = Callable[[Moment, AnyTap], PyTree]
+"""How a moment is taken: directly, over chunks of examples, or over the ranks of a cluster."""
