@@ -26,9 +26,9 @@ Grid = dict[str, list[dict[str, float]]]
 """By optimizer, the settings that are tried."""
 
 
-def thirds(first: float, count: int) -> list[dict[str, float]]:
-    """So many rates, downwards in thirds of a decade."""
-    return [{"lr": round(first * 10 ** (-third / 3), 6)} for third in range(count)]
+def thirds(first: int, count: int, digits: int = 6) -> list[dict[str, float]]:
+    """So many rates, downwards in thirds of a decade from 10^(first/3)."""
+    return [{"lr": round(10 ** ((first - third) / 3), digits)} for third in range(count)]
 
 
 def natural(*settings: tuple[float, float, float]) -> list[dict[str, float]]:
@@ -38,8 +38,8 @@ def natural(*settings: tuple[float, float, float]) -> list[dict[str, float]]:
 
 GRIDS: dict[str, Grid] = {
     "train_mlp": {
-        "sgd": thirds(0.1, 10),
-        "adam": thirds(0.1, 10),
+        "sgd": thirds(-3, 10),
+        "adam": thirds(-3, 10),
         "kfac": natural(
             (1.0, 0.1, 0.001),
             (1.0, 1.0, 0.001),
@@ -54,8 +54,8 @@ GRIDS: dict[str, Grid] = {
         ),
     },
     "train_cnn": {
-        "sgd": thirds(0.1, 8),
-        "adam": thirds(0.01, 8),
+        "sgd": thirds(-3, 8),  # 1e-1 … 4.6e-4
+        "adam": thirds(-4, 8),  # 4.6e-2 … 2.2e-4
         "kfac": natural(
             (1.0, 0.01, 0.001),
             (1.0, 0.03, 0.001),
@@ -69,8 +69,8 @@ GRIDS: dict[str, Grid] = {
     },
     "train_autoencoder": {
         # the loss is a sum over 784 or 3,072 outputs, so rates of sgd are that much smaller
-        "sgd": thirds(0.01, 8),
-        "adam": thirds(0.1, 8),
+        "sgd": thirds(-9, 8, digits=8),  # 1e-3 … 4.6e-6
+        "adam": thirds(-3, 8),  # 1e-1 … 4.6e-4
         "kfac": natural(
             (1.0, 0.1, 0.001),
             (1.0, 1.0, 0.001),
