@@ -29,6 +29,11 @@ class OneHot:
     width: int
     dtype: torch.dtype
 
+    def dense(self) -> Float[Tensor, "k n t i"]:
+        """The rows as a tensor, to look at."""
+        columns = torch.arange(self.width, device=self.index.device)
+        return (self.index.unsqueeze(-1) == columns).to(self.dtype)
+
 
 class Phase(NamedTuple):
     """The rows at some positions (`()`: at all of them), which are zero outside some columns."""
@@ -74,8 +79,7 @@ def dense(a: Rows) -> Float[Tensor, "k n t i"]:
     if isinstance(a, Tensor):
         return a
     if isinstance(a, OneHot):
-        columns = torch.arange(a.width, device=a.index.device)
-        return (a.index.unsqueeze(-1) == columns).to(a.dtype)
+        return a.dense()
     k, n, t, i = sizes(a)
     out = a.parts[0].a.new_zeros(k, n, t, i)
     for part in a.parts:

@@ -117,7 +117,7 @@ def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x
 
 
-def columns(g: Float[Tensor, "s n c *space"], facts: Facts) -> Float[Tensor, "k s n t o"]:
+def columns(g: Float[Tensor, "s n c *space"], facts: Any) -> Float[Tensor, "k s n t o"]:
     flat = g.reshape(*g.shape[:2], facts.groups, g.shape[2] // facts.groups, -1)
     return flat.permute(2, 0, 1, 4, 3)
 

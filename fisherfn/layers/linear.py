@@ -27,7 +27,7 @@ def rows(x: Float[Tensor, "n *t i"], facts: None) -> Float[Tensor, "1 n position
     return x.reshape(1, x.shape[0], -1, x.shape[-1])
 
 
-def columns(g: Float[Tensor, "s n *t o"], facts: None) -> Float[Tensor, "1 s n positions o"]:
+def columns(g: Float[Tensor, "s n *t o"], facts: Any) -> Float[Tensor, "1 s n positions o"]:
     return g.reshape(1, g.shape[0], g.shape[1], -1, g.shape[-1])
 
 

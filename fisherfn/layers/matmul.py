@@ -15,21 +15,25 @@ from torch import Tensor
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns, rows
 
-_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+_PRODUCTS = {torch.matmul: "other", torch.mm: "mat2", Tensor.matmul: "other", Tensor.mm: "mat2"}
+_PRODUCTS[Tensor.__matmul__] = "other"
 _SUMS = (torch.addmm, Tensor.addmm)
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    if function in _PRODUCTS and not kwargs and len(args) == 2:
-        x, weight = args
-        bias = None
-    elif function in _SUMS and not kwargs and len(args) == 3:
-        bias, x, weight = args
+    if function in _PRODUCTS:
+        names: tuple[str, ...] = ("input", _PRODUCTS[function])
+    elif function in _SUMS:
+        names = ("input", "mat1", "mat2")
     else:
         return None
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if set(given) != set(names):  # scaled sums and outputs given as arguments are another thing
+        return None
+    *bias, x, weight = (given[name] for name in names)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.ndim < 2 or weight.ndim != 2:
         return None
-    return Call(x, weight, bias if bias is not None and bias.shape == weight.shape[1:] else None)
+    return Call(x, weight, bias[0] if bias and bias[0].shape == weight.shape[1:] else None)
 
 
 def to_matrix(weight: Float[Tensor, "i o"], facts: None) -> Float[Tensor, "1 o i"]:
