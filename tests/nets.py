@@ -1,6 +1,7 @@
 """The small nets of the zoo."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -12,6 +13,12 @@ def mlp(
         layers += [nn.Linear(d_in, d_out, bias=bias)] + ([act()] if act else [])
     layers = layers[:-1] if act else layers
     return nn.Sequential(*layers, *([last()] if last else []))
+
+
+def conv_autoencoder() -> nn.Sequential:
+    """`[N, 1, 4, 4]` in, `[N, 1, 4, 3]` out."""
+    decoder = nn.ConvTranspose2d(2, 1, 2, 2, padding=(0, 1), output_padding=(0, 1))
+    return nn.Sequential(nn.Conv2d(1, 2, 2, 2), nn.Softplus(), decoder)
 
 
 class Pool(nn.Module):
@@ -81,3 +88,122 @@ class Elsewhere(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x)) + 0.5 * (x @ self.first.weight))
+
+
+class Readout(nn.Module):
+    """Fixed curved outputs `[N, d]` of everything an example has: output-gradients that differ everywhere."""
+
+    def __init__(self, d_out):
+        super().__init__()
+        self.d_out = d_out
+
+    def forward(self, x):
+        flat = torch.tanh(x.flatten(1))
+        entry, output = torch.arange(flat.shape[1]), torch.arange(1, self.d_out + 1)
+        weight = torch.cos(entry[:, None] * output + output)
+        return (flat.unsqueeze(-1) * weight.to(flat)).sum(1)
+
+
+class MeanPool(nn.Module):
+    """Global average pooling of `[N, C, *T]`."""
+
+    def forward(self, x):
+        return x.flatten(2).mean(-1)
+
+
+class Swap(nn.Module):
+    """`[N, T, C]` as `[N, C, T]`."""
+
+    def forward(self, x):
+        return x.mT
+
+
+class Separate(nn.Module):
+    """G layers, each on its own channels: what `groups=G` means."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        parts = x.chunk(len(self.layers), dim=1)
+        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------ sequences
+
+
+class Conv1D(nn.Module):
+    """A linear layer as GPT-2 writes it: the weight `[d_in, d_out]` on the right, examples and positions merged."""
+
+    def __init__(self, d_out, d_in):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(d_in, d_out)), nn.Parameter(torch.ones(d_out))
+
+    def forward(self, x):
+        size = (*x.shape[:-1], self.bias.shape[0])
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(size)
+
+
+class Attention(nn.Module):
+    """Self-attention with a linear layer each for queries, keys, values and output, as in most language models."""
+
+    def __init__(self, width, heads, causal=False, fused=True):
+        super().__init__()
+        self.heads, self.causal, self.fused = heads, causal, fused
+        self.q_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width, bias=False)  # a bias of the keys cancels in the softmax
+
+    def forward(self, x):
+        q, k, v = (self.split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            mixed = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+        return self.out_proj(mixed.transpose(1, 2).reshape(x.shape))
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads, hidden, causal=False, fused=True):
+        super().__init__()
+        self.attention = Attention(width, heads, causal, fused)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Tokens in, class logits out: embeddings of words and positions, one block, a norm, a head on the mean."""
+
+    def __init__(self, vocabulary=5, length=3, width=4, heads=2, hidden=3, classes=2, causal=False, fused=True):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.block = Block(width, heads, hidden, causal, fused)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, ids):
+        order = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        x = self.words(ids) + self.positions(order)
+        return self.head(self.norm(self.block(x)).mean(1))
+
+
+class Cell(nn.Module):
+    """An Elman network written with linear layers, unrolled over `[N, T, d]`: the last state."""
+
+    def __init__(self, d_in, d_hidden):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(d_hidden, d_hidden), nn.Linear(d_in, d_hidden, bias=False)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), self.inner.in_features)
+        for x_t in x.unbind(1):
+            state = torch.tanh(self.outer(x_t) + self.inner(state))
+        return state

@@ -18,9 +18,25 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.func import functional_call
 
 import fisherfn as ff
-from tests.nets import Elsewhere, Matmul, Pool, Scaled, Squeeze, Tied, TiedWeights, mlp
+from tests.nets import (
+    Elsewhere,
+    Matmul,
+    MeanPool,
+    Pool,
+    Scaled,
+    Squeeze,
+    Tied,
+    TiedWeights,
+    Transformer,
+    conv_autoencoder,
+    mlp,
+)
 
 DTYPE = torch.float64
+LAYERS = (
+    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm),
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd),
+)
 FISHERS = ("mc", "type2", "empirical")
 SAMPLES = 2
 
@@ -52,14 +68,14 @@ class Problem:
 # ------------------------------------------------------------------------------------------------- likelihoods
 
 LIKELIHOODS: dict[str, tuple[Callable[[], Any], Callable[[torch.Tensor], Distribution]]] = {
-    "categorical": (lambda: ff.Categorical(), lambda out: Categorical(logits=out)),
+    "categorical": (lambda: ff.Categorical(), lambda out: Categorical(logits=out, validate_args=False)),
     "bernoulli": (lambda: ff.Bernoulli(), lambda out: Bernoulli(logits=out, validate_args=False)),
     "bernoulli-probs": (
         lambda: ff.Bernoulli(logits=False),
         lambda out: Bernoulli(logits=out.log() - (1 - out).log(), validate_args=False),
     ),
-    "gaussian": (lambda: ff.Gaussian(), lambda out: Normal(out, 1.0)),
-    "gaussian-0.3": (lambda: ff.Gaussian(variance=0.3), lambda out: Normal(out, 0.3**0.5)),
+    "gaussian": (lambda: ff.Gaussian(), lambda out: Normal(out, 1.0, validate_args=False)),
+    "gaussian-0.3": (lambda: ff.Gaussian(variance=0.3), lambda out: Normal(out, 0.3**0.5, validate_args=False)),
 }
 
 
@@ -77,8 +93,12 @@ def draw(dist: Distribution, generator: torch.Generator) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- problems from nets
 
 
-def from_net(net, x_shape, likelihood, *, seed=0, blocks=None, trained=None) -> Problem:
-    """Parameters, inputs and targets from one generator; `trained` restricts the parameters that are differentiated."""
+def from_net(net, x_shape, likelihood, *, seed=0, blocks=None, trained=None, vocabulary=None) -> Problem:
+    """Parameters, buffers, inputs and targets from one generator.
+
+    `trained` restricts the parameters that are differentiated; with a `vocabulary`, inputs are numbers of tokens.
+    """
+    net = net.double()
     generator = torch.Generator().manual_seed(seed)
 
     def rand(shape):
@@ -91,7 +111,11 @@ def from_net(net, x_shape, likelihood, *, seed=0, blocks=None, trained=None) -> 
     def model(params, x):
         return functional_call(net, {**frozen, **params}, (x,))
 
-    return from_model(model, params, rand(x_shape), likelihood, generator, blocks or layers_of(net, params), net)
+    for buffer in net.buffers():
+        if buffer.is_floating_point():  # means and variances far from 0 and 1
+            buffer.data.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=DTYPE))
+    x = torch.randint(vocabulary, x_shape, generator=generator) if vocabulary else rand(x_shape)
+    return from_model(model, params, x, likelihood, generator, blocks or layers_of(net, params), net)
 
 
 def from_model(model, params, x, likelihood, generator, blocks, net=None) -> Problem:
@@ -104,7 +128,7 @@ def layers_of(net, params) -> dict[str, tuple[str, ...]]:
     blocks: dict[str, tuple[str, ...]] = {}
     for name in params:
         module, _, leaf = name.rpartition(".")
-        key = module if isinstance(net.get_submodule(module), nn.Linear) else name
+        key = module if isinstance(net.get_submodule(module), LAYERS) else name
         blocks[key] = (*blocks.get(key, ()), name)
     return blocks
 
@@ -191,6 +215,50 @@ CASES = [
     case(
         "layer-norm",
         lambda: from_net(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (5, 3), "categorical"),
+        "blocks",
+    ),
+    case(
+        "conv",
+        lambda: from_net(
+            nn.Sequential(nn.Conv2d(1, 2, 2, 1, 1), nn.Tanh(), nn.Conv2d(2, 2, 2, 2), nn.Flatten(), nn.Linear(2, 2)),
+            (4, 1, 2, 2),
+            "categorical",
+        ),
+        "blocks",
+    ),
+    case(
+        "conv-groups",
+        lambda: from_net(
+            nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Tanh(), nn.Conv1d(4, 2, 1, groups=2), MeanPool()),
+            (4, 2, 3),
+            "gaussian-0.3",
+        ),
+        "blocks",
+    ),
+    case("conv-transpose", lambda: from_net(conv_autoencoder(), (3, 1, 4, 4), "bernoulli"), "blocks"),
+    case(
+        "group-norm",
+        lambda: from_net(
+            nn.Sequential(nn.Conv1d(1, 4, 2, bias=False), nn.GroupNorm(2, 4), nn.Tanh(), MeanPool(), nn.Linear(4, 2)),
+            (4, 1, 3),
+            "categorical",
+        ),
+        "blocks",
+    ),
+    case(
+        "tokens",
+        lambda: from_net(
+            nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3), Pool(), nn.Linear(3, 2)),
+            (5, 3),
+            "categorical",
+            vocabulary=4,
+        ),
+        "blocks",
+    ),
+    case(
+        "transformer",
+        lambda: from_net(Transformer(3, 2, hidden=2, fused=False), (3, 2), "categorical", vocabulary=3),
+        "blocks",
     ),
     case(
         "frozen-layer",

@@ -1,10 +1,18 @@
-"""Batch norm's affine part in evaluation mode: examples are independent, so per-example gradients are the oracle."""
+"""Batch norm. Evaluated, examples are independent and per-example gradients the oracle; in training they are not.
+
+Output-gradients are N · ∂(mean loss)/∂s then. The other norms: test_affine.py.
+"""
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import fisherfn as ff
+from tests.layers import unit_weights
+from tests.layers.checks import dense, kinds, normal, same
+from tests.nets import MeanPool
+from tests.oracles import close
 
 
 def evaluated_net() -> torch.nn.Module:
@@ -52,3 +60,70 @@ def test_other_couplings_are_refused_with_or_without_a_context(with_context):
     model = (lambda p, x, c: (centred(p, x), c)) if with_context else centred
     with pytest.raises(ff.errors.CoverageError, match="couples the examples"):
         ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
+
+
+# ------------------------------------------------------------------------------------------------ in a conv net
+
+
+def conv_net(momentum=0.1):
+    generator = torch.Generator().manual_seed(3)
+    body = [nn.Conv2d(2, 4, 2, bias=False, groups=2), nn.BatchNorm2d(4, momentum=momentum), nn.Tanh()]
+    head = [nn.ConvTranspose2d(4, 3, 2, 2), nn.BatchNorm2d(3, momentum=momentum), nn.Softplus(), MeanPool()]
+    net = nn.Sequential(*body, *head, nn.Linear(3, 2)).double().train()
+    with torch.no_grad():
+        for tensor in net.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+    return net
+
+
+KINDS = {"0": "conv", "1": "batch norm", "3": "conv transpose", "4": "batch norm", "7": "linear"}
+X, Y = normal(5, 2, 3, 3), torch.tensor([0, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_torch_moves_them(momentum):
+    """Once a step; neither the module's nor the given ones."""
+    net = conv_net(momentum)
+    model, params, context = ff.functional(net)
+    before = {name: leaf.clone() for name, leaf in context.items()}
+    ng = ff.natural_gradient(model, params, X, likelihood=ff.Categorical(), fisher="empirical", context=context)
+    assert kinds(ng) == KINDS
+    state = ng.init(params)
+    for k in range(2):
+        _, state, info = ng.step(params, state, (X + k, Y), context=context)
+        assert all(torch.equal(context[name], leaf) for name, leaf in before.items()), "the given context moved"
+        context = info.context
+        before = {name: leaf.clone() for name, leaf in context.items()}
+        net(X + k)
+        for name, buffer in net.named_buffers():
+            close(context[name].double(), buffer.double())
+
+
+def test_output_gradients_are_n_times_those_of_the_mean_loss():
+    """Of every layer, the cross-example terms included; and the rows are what each layer saw."""
+    net = conv_net()
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, X, likelihood=ff.Categorical(), fisher="empirical", context=context)
+    stats = ng.stats(params, (X, Y), context=context)
+    outputs = {}
+    for key in KINDS:
+        net[int(key)].register_forward_hook(lambda mod, args, out, key=key: outputs.__setitem__(key, (args[0], out)))
+    loss = nn.functional.cross_entropy(net(X), Y)
+    close(stats.loss, loss.detach())
+    grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    same(dict(stats.grads), dict(zip(dict(net.named_parameters()), grads, strict=True)))
+    for key, (x, out) in outputs.items():
+        (g,) = torch.autograd.grad(loss, out, retain_graph=True)
+        tap, module = stats.tap(key), net[int(key)]
+        expected = torch.stack([unit_weights.as_kto(module, len(X) * g[n : n + 1]) for n in range(len(X))], dim=1)
+        close(tap.g[:, 0], expected)
+        if KINDS[key] == "batch norm":
+            over = (0, 2, 3)
+            normalised = x - x.mean(over, keepdim=True)
+            normalised = normalised / (x.var(over, keepdim=True, correction=0) + module.eps).sqrt()
+            rows = normalised.detach().flatten(2).transpose(0, 1).unsqueeze(-1)
+        elif KINDS[key] == "conv transpose":
+            continue  # its columns may come in another order; the gradient above saw them
+        else:
+            rows = torch.stack([unit_weights.unit_rows(module, x[n : n + 1].detach()) for n in range(len(X))], dim=1)
+        close(dense(tap.a)[..., : rows.shape[-1]], rows)

@@ -8,7 +8,9 @@ import fisherfn as ff
 from tests import zoo
 
 METHODS = pytest.mark.parametrize("method", sorted(ff.METHODS))
-PROBLEMS = pytest.mark.parametrize("id", ["mlp-categorical", "sequence-pooled", "scale-vector"])
+PROBLEMS = pytest.mark.parametrize(
+    "id", ["mlp-categorical", "sequence-pooled", "scale-vector", "conv-groups", "conv-transpose", "tokens"]
+)
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 
 

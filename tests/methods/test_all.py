@@ -1,6 +1,7 @@
 """What every method owes, by name: a new line in `ff.METHODS` is tested from then on.
 
-The cases: a plain net, one with shared positions, one with a parameter that no layer claims.
+The cases: a plain net, one with shared positions, one with a parameter that no layer claims; grouped convolutions, a
+convolutional autoencoder, an embedding with a layer norm.
 """
 
 import torch

@@ -127,6 +127,7 @@ def test_a_traced_step_serves_other_values(method, id):
     traced = make_fx(step)(problem.params, warm, *problem.batch, noise)
     other = ff.tree.add(problem.params, zoo.random_tree(problem.params), scale=0.3)
     damped = warm._replace(damping=torch.tensor(2.0, dtype=torch.float64))
-    values = other, damped, problem.x.flip(0) * 1.5, problem.y, 1 - noise
+    x = problem.x.flip(0) * 1.5 if problem.x.is_floating_point() else problem.x.flip(0)
+    values = other, damped, x, problem.y, 1 - noise
     for got, want in zip(*map(pytree.tree_leaves, (traced(*values), step(*values))), strict=True):
         close(got, want, tol=1e-9)

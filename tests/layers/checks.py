@@ -1,0 +1,126 @@
+"""What every layer owes: its kind, per-example gradients, Fisher block, gradient, K-FAC. Each against a definition."""
+
+import torch
+from torch.func import grad, vmap
+
+import fisherfn as ff
+from tests import oracles, zoo
+from tests.layers import unit_weights
+from tests.oracles import close, unvec, vec
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)
+
+
+def twin(problem, net, params, x):
+    """Another net on the same batch, with these parameters."""
+    return zoo.replace(zoo.from_net(net, x.shape, "categorical"), params=params, x=x, y=problem.y)
+
+
+def apart_params(params, groups):
+    """A grouped layer's parameters (or step) as those of `Separate`: a group's part of each leads."""
+    parts = {name.removeprefix("0."): leaf.chunk(groups) for name, leaf in params.items()}
+    return {f"0.layers.{k}.{name}": part[k] for k in range(groups) for name, part in parts.items()}
+
+
+def kinds(ng):
+    """{block key: kind}."""
+    return {block.key: block.kind for block in ng.layout.blocks}
+
+
+def dense(a):
+    """A tap's inputs as a tensor."""
+    return a if isinstance(a, torch.Tensor) else a.dense()
+
+
+def example_gradients(problem):
+    """The oracle: {name: [N, …]} by vmap(grad)."""
+
+    def nll(params, x, y):
+        return oracles.nll(problem, problem.model(params, x[None]), y[None])
+
+    return vmap(grad(nll), in_dims=(None, 0, 0))(problem.params, problem.x, problem.y)
+
+
+def tapped_gradients(ng, stats, key):
+    """{name: [N, …]} from the block's loss tap, W_n = Σ_t g aᵀ."""
+    tap = stats.loss_tap(key)
+    W_n = torch.einsum("knto,knti->nkoi", tap.g[:, 0], dense(tap.a))
+    each = [ng.layout.block(key).tensors(W) for W in W_n]
+    return {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+
+
+def check_gradients(problem, ng, stats):
+    """Every layer's per-example gradients, and the gradient, are autograd's."""
+    expected = example_gradients(problem)
+    found = expected.copy()  # fallbacks have no layer to check
+    for block in ng.layout.layers:
+        found |= tapped_gradients(ng, stats, block.key)
+    same(found, expected, tol=1e-10)
+    same(dict(stats.grads), {name: leaf.mean(0) for name, leaf in expected.items()}, tol=1e-10)
+
+
+def same(found, expected, tol=1e-8):
+    """Trees, relative to the largest entry of all: some gradients vanish (a bias before a softmax over keys)."""
+    assert found.keys() == expected.keys()
+    assert all(found[name].shape == leaf.shape for name, leaf in expected.items())
+    close(vec({name: found[name] for name in expected}), vec(expected), tol)
+
+
+def check_fisher(problem, run, fisher):
+    """The Fisher, whole and block by block, is its definition."""
+    exact = oracles.fisher_matrix(problem, fisher, run.draws)
+    F = run.ng.fisher(run.stats)
+    close(F.dense(), exact)
+    where = unvec(problem.params, torch.arange(len(exact), dtype=torch.float64))
+    for key, matrix in run.ng.layout.matrices(where).items():
+        at = matrix.reshape(-1).long()
+        close(F.block(key), exact[at[:, None], at])
+
+
+def check_kfac(problem, run, fisher, damping=0.1, sharing="expand"):
+    """Factors by unit weights: matvec is W ↦ G W A, the step solves the damped system."""
+    layers = unit_weights.kfac_factors(problem, fisher, run.draws, sharing)
+    known = torch.cat([unit_weights.positions(problem, name).reshape(-1) for name in layers])
+    v = zoo.random_tree(problem.params)
+    kept = torch.zeros_like(vec(v)).index_fill(0, known, 1.0)
+    state = run.ng.update(run.ng.init(problem.params, damping=damping), run.stats)[0]
+    product = unit_weights.kfac_dense(problem, layers, oracles.kfac_block) @ vec(v)
+    close(vec(run.ng.matvec(state, v)) * kept, product)
+    if all(A.trace() * G.trace() > 1e-8 for groups in layers.values() for A, G in groups):  # else π is undefined
+        damped = unit_weights.kfac_dense(problem, layers, lambda A, G: oracles.kfac_damped(A, G, damping, "factored"))[
+            known[:, None], known
+        ]
+        nat = vec(run.ng.precondition(run.ng.invert(state)[0], v))
+        close(nat[known], torch.linalg.solve(damped, vec(v)[known]), tol=1e-7)
+
+
+def check(problem, expected, fisher="mc"):
+    """All of it; `expected` says the kind of every block. Returns the statistics for more."""
+    run = zoo.sampled(problem, fisher)
+    assert kinds(run.ng) == expected
+    check_gradients(problem, run.ng, run.stats)
+    check_fisher(problem, run, fisher)
+    if problem.net is not None:
+        check_kfac(problem, run, fisher)
+    return run
+
+
+def stepped(problem, method=None, fisher="type2", damping=0.1, **kwargs):
+    """The preconditioned gradient of one whole step."""
+    ng = problem.build(fisher=fisher, method=method or ff.kfac(), **kwargs)
+    return ng.step(problem.params, ng.init(problem.params, damping=damping), problem.batch)[0]
+
+
+def kfac_matrix(problem, method=None, fisher="type2"):
+    """The dense matrix of K-FAC's `matvec`, column by column, and the statistics that it is of."""
+    run = zoo.sampled(problem, fisher, method=method or ff.kfac())
+    state, _ = run.ng.update(run.ng.init(problem.params), run.stats)
+    eye = torch.eye(len(vec(problem.params)), dtype=torch.float64)
+    return torch.stack([vec(run.ng.matvec(state, unvec(problem.params, row))) for row in eye], dim=1), run
+
+
+def exact_blocks(problem, run, fisher="type2"):
+    """The block diagonal of the exact Fisher: what K-FAC aims at."""
+    return oracles.block_diagonal(problem.params, problem.blocks, oracles.fisher_matrix(problem, fisher, run.draws))
