@@ -40,6 +40,17 @@ def fishers():
     return st.sampled_from(zoo.FISHERS)
 
 
+def kfac_options():
+    """Sharing, damping form, and a width above which factors are diagonal: mostly none."""
+    return st.fixed_dictionaries(
+        {
+            "sharing": st.sampled_from(["expand", "reduce"]),
+            "damping_form": st.sampled_from(["factored", "eigen"]),
+            "diagonal_above": st.sampled_from([8192, 8192, 1, 3]),
+        }
+    )
+
+
 @st.composite
 def trees(draw, seed=0):
     shapes = draw(st.lists(st.lists(st.integers(1, 3), max_size=3).map(tuple), min_size=1, max_size=4))
@@ -126,3 +137,13 @@ def norms(draw):
     layer = [nn.InstanceNorm1d, nn.InstanceNorm2d][len(sizes) - 1]
     tracking = layer(channels, affine=True, track_running_stats=kind == "tracking instance")
     return tracking.eval() if kind == "tracking instance" else tracking, (channels, *sizes)
+
+
+@st.composite
+def embeddings(draw):
+    """A problem: vocabulary, width, positions (none, or some axes of them), padding index."""
+    vocabulary, width = draw(st.integers(2, 6)), draw(st.integers(1, 3))
+    padding = draw(st.none() | st.integers(-vocabulary, vocabulary - 1))
+    shape = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 3), max_size=2)))
+    net = nn.Sequential(nn.Embedding(vocabulary, width, padding_idx=padding), Readout(2))
+    return zoo.from_net(net, shape, "categorical", vocabulary=vocabulary, seed=draw(st.integers(0, 100)))

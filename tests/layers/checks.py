@@ -73,15 +73,21 @@ def check_fisher(problem, run, fisher):
     exact = oracles.fisher_matrix(problem, fisher, run.draws)
     F = run.ng.fisher(run.stats)
     close(F.dense(), exact)
+    v = zoo.random_tree(problem.params)
+    close(vec(F @ v), exact @ vec(v))
+    close(vec(F.solve(v, 0.1)), torch.linalg.solve(exact + 0.1 * torch.eye(len(exact)), vec(v)), tol=1e-7)
+    if fisher != "type2":
+        U = oracles.columns(problem, fisher, run.draws)
+        close(F.gram(), U.T @ U)
     where = unvec(problem.params, torch.arange(len(exact), dtype=torch.float64))
     for key, matrix in run.ng.layout.matrices(where).items():
         at = matrix.reshape(-1).long()
         close(F.block(key), exact[at[:, None], at])
 
 
-def check_kfac(problem, run, fisher, damping=0.1, sharing="expand"):
-    """Factors by unit weights: matvec is W ↦ G W A, the step solves the damped system."""
-    layers = unit_weights.kfac_factors(problem, fisher, run.draws, sharing)
+def check_kfac(problem, run, fisher, damping=0.1, damping_form="factored", **options):
+    """Factors by unit weights: matvec is W ↦ G W A, the step solves the damped system, from matrix and taps alike."""
+    layers = unit_weights.kfac_factors(problem, fisher, run.draws, **options)
     known = torch.cat([unit_weights.positions(problem, name).reshape(-1) for name in layers])
     v = zoo.random_tree(problem.params)
     kept = torch.zeros_like(vec(v)).index_fill(0, known, 1.0)
@@ -89,21 +95,30 @@ def check_kfac(problem, run, fisher, damping=0.1, sharing="expand"):
     product = unit_weights.kfac_dense(problem, layers, oracles.kfac_block) @ vec(v)
     close(vec(run.ng.matvec(state, v)) * kept, product)
     if all(A.trace() * G.trace() > 1e-8 for groups in layers.values() for A, G in groups):  # else π is undefined
-        damped = unit_weights.kfac_dense(problem, layers, lambda A, G: oracles.kfac_damped(A, G, damping, "factored"))[
-            known[:, None], known
-        ]
-        nat = vec(run.ng.precondition(run.ng.invert(state)[0], v))
-        close(nat[known], torch.linalg.solve(damped, vec(v)[known]), tol=1e-7)
+        state = run.ng.invert(state)[0]
+        damped = unit_weights.kfac_dense(problem, layers, lambda A, G: oracles.kfac_damped(A, G, damping, damping_form))
+        solved = torch.linalg.solve(damped[known[:, None], known], vec(v)[known])
+        close(vec(run.ng.precondition(state, v))[known], solved, tol=1e-7)
+        same(run.ng.precondition(state, run.stats), run.ng.precondition(state, run.stats.grads))
 
 
-def check(problem, expected, fisher="mc"):
-    """All of it; `expected` says the kind of every block. Returns the statistics for more."""
-    run = zoo.sampled(problem, fisher)
+def check_chunks(problem, run, size=2):
+    """Statistics made in chunks are the whole batch's, and give the same factors."""
+    parts = run.ng.stats(problem.params, problem.batch, noise=run.noise, chunk_size=size)
+    close(run.ng.fisher(parts).dense(), run.ng.fisher(run.stats).dense())
+    state = run.ng.init(problem.params)
+    whole, joined = (ff.tree.flatten(run.ng.update(state, stats)[0]) for stats in (run.stats, parts))
+    close(joined, whole)
+
+
+def check(problem, expected, fisher="mc", **options):
+    """All of it; `expected` says the kind of every block, `options` are K-FAC's. Returns the statistics for more."""
+    run = zoo.sampled(problem, fisher, method=ff.kfac(**options))
     assert kinds(run.ng) == expected
     check_gradients(problem, run.ng, run.stats)
     check_fisher(problem, run, fisher)
     if problem.net is not None:
-        check_kfac(problem, run, fisher)
+        check_kfac(problem, run, fisher, **options)
     return run
 
 

@@ -21,9 +21,9 @@ def kind_of(layer):
     return names.get(type(layer), name)
 
 
-@given(strategies.read_out(strategies.norms()), strategies.fishers())
-def test_drawn_norms_are_exact(problem, fisher):
-    check(problem, {"0": kind_of(problem.net[0])}, fisher)
+@given(strategies.read_out(strategies.norms()), strategies.fishers(), strategies.kfac_options())
+def test_drawn_norms_are_exact(problem, fisher, options):
+    check(problem, {"0": kind_of(problem.net[0])}, fisher, **options)
 
 
 NORMS = {

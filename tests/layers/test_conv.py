@@ -20,9 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@given(data=st.data(), fisher=strategies.fishers())
-def test_drawn_convolutions_are_exact(dims, data, fisher):
-    check(data.draw(strategies.read_out(strategies.convolutions(dims))), {"0": "conv"}, fisher)
+@given(data=st.data(), fisher=strategies.fishers(), options=strategies.kfac_options())
+def test_drawn_convolutions_are_exact(dims, data, fisher, options):
+    check(data.draw(strategies.read_out(strategies.convolutions(dims))), {"0": "conv"}, fisher, **options)
 
 
 CORNERS = {

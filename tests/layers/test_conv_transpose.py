@@ -9,7 +9,7 @@ from torch import nn
 
 import fisherfn as ff
 from tests import strategies, zoo
-from tests.layers.checks import apart_params, check, exact_blocks, kfac_matrix, normal, stepped, twin
+from tests.layers.checks import apart_params, check, check_chunks, exact_blocks, kfac_matrix, normal, stepped, twin
 from tests.nets import MeanPool, Readout, Separate
 from tests.oracles import close
 from tests.zoo import from_net, sampled
@@ -19,9 +19,10 @@ FORMS = pytest.mark.parametrize("form", ["factored", "eigen"])
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@given(data=st.data(), fisher=strategies.fishers())
-def test_drawn_transposed_convolutions_are_exact(dims, data, fisher):
-    check(data.draw(strategies.read_out(strategies.transposed_convolutions(dims))), KIND, fisher)
+@given(data=st.data(), fisher=strategies.fishers(), options=strategies.kfac_options())
+def test_drawn_transposed_convolutions_are_exact(dims, data, fisher, options):
+    problem = data.draw(strategies.read_out(strategies.transposed_convolutions(dims)))
+    check_chunks(problem, check(problem, KIND, fisher, **options))
 
 
 CORNERS = {

@@ -150,6 +150,63 @@ def test_chunks_slice_the_seeds(chunk_size):
     close(ng.fisher(parts).dense(), ng.fisher(whole).dense())
 
 
+class Drops(nn.Module):
+    """Dropout called as a function, no module for it: in most attention code."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.layer, self.call = nn.Linear(4, 4), call
+
+    def forward(self, x):
+        return Readout(2)(self.call(self.layer(x), x))
+
+
+CALLS = {
+    "F.dropout": lambda h, x: F.dropout(h, 0.5, True),
+    "in-place": lambda h, x: F.dropout(h, 0.5, True, True),
+    "keywords": lambda h, x: F.dropout(training=True, input=h, p=0.5),
+    "channels": lambda h, x: F.dropout1d(h, 0.5),
+    "alpha": lambda h, x: F.alpha_dropout(h, 0.5, True),
+    "merged": lambda h, x: F.dropout(h.flatten(0, 1), 0.5, True).unflatten(0, h.shape[:2]),
+    "attention": lambda h, x: F.scaled_dot_product_attention(h, x, x, dropout_p=0.5),
+    "every-position": lambda h, x: torch.stack([F.dropout(h_t, 0.5, True) for h_t in h.unbind(1)], 1),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="only nets that hold a dropout module are seeded")
+@pytest.mark.parametrize("name", CALLS)
+def test_dropout_called_as_a_function(name):
+    """Same function of the seeds whole, in chunks and alone; the Fisher is that of this function."""
+    x, y = normal(6, 3, 4), Y
+    model, params, context, ng = build(Drops(CALLS[name]).double().train(), x, seeds())
+    whole, parts = (ng.stats(params, (x, y), context=context, chunk_size=c) for c in (None, 4))
+    close(parts.outputs, whole.outputs)
+    other, _ = model(params, x, {**context, "dropout": seeds(seed=5)})
+    assert oracles.differs(other, whole.outputs, 1e-3), "nothing is dropped"
+
+    def alone(p, n):
+        return model(p, x[n : n + 1], {**context, "dropout": context["dropout"][n : n + 1]})[0]
+
+    close(whole.outputs, torch.cat([alone(params, n) for n in range(6)]))
+    nll = lambda p, n: F.cross_entropy(alone(p, n), y[n : n + 1])  # noqa: E731
+    U = torch.stack([oracles.vec(torch.func.grad(nll)(params, n)) for n in range(6)])
+    close(ng.fisher(whole).dense(), U.T @ U / 6)
+    close(ng.fisher(parts).dense(), U.T @ U / 6)
+
+
+WRONG_SEEDS = {"real": torch.zeros(6), "a-matrix": torch.zeros(6, 2, dtype=torch.int64), "too-few": seeds(5)}
+
+
+@pytest.mark.parametrize("kind", WRONG_SEEDS)
+def test_seeds_of_another_kind_are_refused(kind, request):
+    if kind != "too-few":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="torch's own errors come through"))
+    bad = WRONG_SEEDS[kind]
+    _, params, context, ng = build(net(), X, seeds())
+    with zoo.as_installed(), pytest.raises(ff.errors.FisherfnError):
+        ng.stats(params, (X, Y), context={**context, "dropout": bad})
+
+
 def test_a_step_takes_new_seeds_each_time():
     _, params, context, ng = build(net(), X, seeds())
     state = ng.init(params, damping=0.1)

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import fisherfn as ff
@@ -16,19 +15,9 @@ from tests.oracles import close
 from tests.zoo import from_net, sampled
 
 
-@st.composite
-def problems(draw):
-    """Vocabulary, width, positions (none, or some axes of them), padding index, seed."""
-    vocabulary, width = draw(st.integers(2, 6)), draw(st.integers(1, 3))
-    padding = draw(st.none() | st.integers(-vocabulary, vocabulary - 1))
-    shape = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 3), max_size=2)))
-    net = nn.Sequential(nn.Embedding(vocabulary, width, padding_idx=padding), Readout(2))
-    return from_net(net, shape, "categorical", vocabulary=vocabulary, seed=draw(st.integers(0, 100)))
-
-
-@given(problems(), strategies.fishers())
-def test_drawn_embeddings_are_exact(problem, fisher):
-    run = check(problem, {"0": "embedding"}, fisher)
+@given(strategies.embeddings(), strategies.fishers(), strategies.kfac_options())
+def test_drawn_embeddings_are_exact(problem, fisher, options):
+    run = check(problem, {"0": "embedding"}, fisher, **options)
     vocabulary, width = problem.params["0.weight"].shape
     assert run.ng.layout.block("0").shape == (1, width, vocabulary)
 
@@ -62,8 +51,9 @@ def test_reduce_keeps_the_diagonal_of_the_averaged_rows():
     """A mean of one-hot rows is not one-hot; the factor stays as long as the vocabulary all the same."""
     problem = from_net(nn.Sequential(nn.Embedding(5, 3), Readout(2)), (4, 3), "categorical", vocabulary=5)
     matrix, run = kfac_matrix(problem, ff.kfac(sharing="reduce"))
-    ((A, G),) = unit_weights.kfac_factors(problem, "type2", sharing="reduce")["0"]
-    assert oracles.differs(A, A.diagonal().diag(), 1e-3)
+    a, g = unit_weights.taps(problem, "type2")["0"]
+    A, G = unit_weights.factors(a[0], g[0], "reduce")
+    assert oracles.differs(A, A.diagonal().diag(), 1e-3), "the rows are averages of one token"
     close(matrix, unit_weights.kfac_dense(problem, {"0": [(A.diagonal().diag(), G)]}, oracles.kfac_block))
 
 

@@ -110,12 +110,20 @@ def factors(a_nti, g_nsto, sharing="expand"):
     return oracles.kfac_factors(a_nti, g_nsto)
 
 
-def kfac_factors(problem, fisher, draws=None, sharing="expand"):
-    """{layer: [(A, G) of each group]}."""
-    return {
-        name: [factors(a[k], g[k], sharing) for k in range(len(a))]
-        for name, (a, g) in taps(problem, fisher, draws).items()
-    }
+def kfac_factors(problem, fisher, draws=None, sharing="expand", diagonal_above=8192):
+    """{layer: [(A, G) of each group]}; a factor wider than the limit, or of an embedding's inputs, is its diagonal."""
+    found = {}
+    for name, (a, g) in taps(problem, fisher, draws).items():
+        words = isinstance(problem.net.get_submodule(name), nn.Embedding)
+        pairs = [factors(a[k], g[k], sharing) for k in range(len(a))]
+        found[name] = [
+            (
+                A.diagonal().diag() if words or len(A) > diagonal_above else A,
+                G.diagonal().diag() if len(G) > diagonal_above else G,
+            )
+            for A, G in pairs
+        ]
+    return found
 
 
 def kfac_dense(problem, layer_factors, block):
