@@ -69,7 +69,7 @@ class Scaled(nn.Module):
 
 
 class Matmul(nn.Module):
-    """`x @ W` is no F.linear."""
+    """`x @ W`: a linear layer without F.linear."""
 
     def __init__(self):
         super().__init__()

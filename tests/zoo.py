@@ -210,7 +210,7 @@ CASES = [
     ),
     case("callable", callable_problem, "blocks"),
     case("scale-vector", lambda: from_net(Scaled(), (5, 3), "categorical"), "blocks", "fallback"),
-    case("matmul", lambda: from_net(Matmul(), (5, 3), "gaussian"), "blocks", "fallback"),
+    case("matmul", lambda: from_net(Matmul(), (5, 3), "gaussian"), "blocks"),
     case("weight-elsewhere", lambda: from_net(Elsewhere(), (5, 3), "categorical"), "fallback"),
     case(
         "layer-norm",

@@ -18,7 +18,7 @@ LAYERS = [
 ]
 
 
-@given(strategies.read_out(st.one_of(LAYERS)))
+@given(strategies.read_out(st.one_of(LAYERS)) | strategies.embeddings())
 def test_rows_and_output_gradients_multiply_to_the_per_example_gradients(problem):
     U = oracles.columns(problem, "empirical") * len(problem.x) ** 0.5
     for name, (a, g) in unit_weights.taps(problem, "empirical").items():
