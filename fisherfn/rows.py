@@ -20,6 +20,9 @@ from torch import Tensor
 
 from fisherfn import tree
 
+WIDE = 256
+"""From this width on, a product of many rows with themselves is worth taking apart."""
+
 
 @dataclass(frozen=True)
 class OneHot:
@@ -162,15 +165,14 @@ def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
 def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
     """`Σ_nt a aᵀ`; of one-hot rows only the diagonal is not zero, so that `diagonal_moment` has it all."""
     if isinstance(a, Tensor):
-        flat = a.flatten(1, 2)
-        return flat.mT @ flat
+        return _square(a.flatten(1, 2))
     if isinstance(a, OneHot):
         return torch.diag_embed(diagonal_moment(a))
     k, _, _, i = sizes(a)
     out = a.parts[0].a.new_zeros(k, i, i)
     for part in a.parts:
         flat = part.a.flatten(1, 2)
-        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, flat.mT @ flat)
+        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, _square(flat))
         out = out.index_add(1, part.columns, rows)
     return out
 
@@ -220,6 +222,20 @@ def window(a: Rows, examples: slice) -> Rows:
     if isinstance(a, OneHot):
         return OneHot(a.index[:, examples], a.width, a.dtype)
     return Phases(tuple(part._replace(a=part.a[:, examples]) for part in a.parts), a.width)
+
+
+def _square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
+    """`flatᵀ flat`; of many rows only the blocks on and above the diagonal are multiplied out, 5/8 of the work."""
+    m, i = flat.shape[1:]
+    if i < WIDE or m < 4 * i:
+        return flat.mT @ flat
+    width = -(-i // 4)
+    square = flat.new_empty(flat.shape[0], i, i)
+    for start in range(0, i, width):
+        panel = flat[..., start : start + width].mT @ flat[..., start:]
+        square[:, start : start + width, start:] = panel
+        square[:, start:, start : start + width] = panel.mT
+    return square
 
 
 def _spread(part: Float[Tensor, "k n p j"], positions: Tensor | tuple[()], t: int) -> Float[Tensor, "k n t j"]:

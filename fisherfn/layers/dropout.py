@@ -23,19 +23,30 @@ from fisherfn.layers.composite import Elementary
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _ARGUMENTS = ("input", "p", "training", "inplace")
+_RRELU = ("input", "lower", "upper", "training")
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson",
     "multinomial", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "log_normal_",
-    "geometric_", "dropout", "alpha_dropout", "feature_dropout", "rrelu_with_noise",
+    "geometric_", "dropout", "alpha_dropout", "feature_dropout", "rrelu_with_noise", "gumbel_softmax",
 }  # fmt: skip
 
 
 def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """One seed for each example: the noise of every dropout in a step, as `context["dropout"]`.
 
+    Raises:
+        ShapeError: a negative number of examples.
+        NoiseError: no generator.
+
     >>> dropout_seeds(2, torch.Generator().manual_seed(0)).shape
     torch.Size([2])
     """
+    if examples < 0:
+        raise ShapeError(f"seeds are one for each example, got {examples} examples.")
+    if not isinstance(generator, torch.Generator):
+        raise NoiseError(
+            f"seeds are drawn by a torch.Generator, got {type(generator).__name__}; the global one is never used."
+        )
     return torch.randint(2**32, (examples,), generator=generator, device=generator.device)
 
 
@@ -43,6 +54,8 @@ def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     """Whether a call takes numbers from the global generator."""
     if function in _ENTRIES | _CHANNELS:
         return _active(args, kwargs)
+    if function is F.rrelu:
+        return bool(dict(zip(_RRELU, args, strict=False)).get("training", kwargs.get("training", False)))
     return getattr(function, "__name__", "") in _RANDOM and kwargs.get("generator") is None
 
 
@@ -95,7 +108,14 @@ def need_seeds(context: Any) -> Int[Tensor, " n"]:
             'context | {"dropout": ff.dropout_seeds(N, generator)} with a seed for each example, new ones every step; '
             "or call net.eval() first."
         )
-    return context["dropout"]  # type: ignore[no-any-return]
+    seeds = context["dropout"]
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
+        found = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise NoiseError(
+            f'context["dropout"] must be int64 seeds [N], one an example, got {found}: '
+            "make them with ff.dropout_seeds(N, generator)."
+        )
+    return seeds
 
 
 def drops(net: torch.nn.Module) -> bool:

@@ -35,9 +35,12 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     outputs, mode = _trace(model, params, x, context, examples)
     more, by_example = _trace_one_more(model, params, x, context, examples)
     _all_used(model, params, x, context)
+    candidates, why = _candidates(mode, more, params, examples)
+    if examples == 1:  # a single one shows neither order nor coupling
+        x, context = _and_another(x), _grown_context(context, by_example)
+        outputs, _ = _trace(model, params, x, context, 2)
     cotangent = _cotangent(outputs)
     truth = _gradients(model, params, x, context, cotangent)
-    candidates, why = _candidates(mode, more, params, examples)
 
     def layout(blocks: tuple[Block, ...]) -> Layout:
         return Layout(
@@ -96,10 +99,8 @@ def _trace_one_more(
     more = tree.map(_one_more, x)
     first: Exception | None = None
     for grown in dict.fromkeys([seeds, alike]):
-        pairs = zip(leaves, grown, strict=True)
-        extended = tree.replace_leaves(context, [_one_more(leaf) if own else leaf for leaf, own in pairs])
         try:
-            return _trace(model, params, more, extended, examples + 1)[1], grown
+            return _trace(model, params, more, _grown_context(context, grown), examples + 1)[1], grown
         except (RuntimeError, ShapeError) as error:
             first = first or error
     raise ShapeError(
@@ -107,6 +108,23 @@ def _trace_one_more(
         "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
         f"an entry for each example beside others that only happen to be {examples}."
     ) from first
+
+
+def _grown_context(context: PyTree, grown: tuple[bool, ...]) -> PyTree:
+    pairs = zip(tree.leaves(context), grown, strict=True)
+    return tree.replace_leaves(context, [_one_more(leaf) if own else leaf for leaf, own in pairs])
+
+
+def _and_another(x: PyTree) -> PyTree:
+    """One example, and another that differs from it: numbers scaled one by one, indices in another order."""
+
+    def other(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf.roll(1, -1) if leaf.ndim > 1 else leaf
+        generator = torch.Generator().manual_seed(1)
+        return leaf * (0.5 + torch.rand(leaf.shape, generator=generator, dtype=torch.float64)).to(leaf)
+
+    return tree.map(lambda leaf: torch.cat([leaf, other(leaf)]), x)
 
 
 def _one_more(leaf: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ def example_gradients(
             return outputs.squeeze(0)
 
         _, pull = vjp(forward, chosen)  # type: ignore[misc]
-        rows: Tree = vmap(lambda cot: pull(cot)[0])(cots_n)
+        # row by row: under a second vmap torch's backward of some functions (prelu) is wrong
+        rows: Tree = tree.map(lambda *each: torch.stack(each), *(pull(cot)[0] for cot in cots_n))
         return rows
 
     own = [leaf for leaf, mine in zip(leaves, layout.context_by_example, strict=True) if mine]

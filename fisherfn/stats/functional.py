@@ -34,7 +34,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
         inputs = x if isinstance(x, tuple) else (x,)
-        with SeededDropout(need_seeds(context)) if drops(net) else contextlib.nullcontext():
+        with SeededDropout(need_seeds(context)) if drops(net) or "dropout" in context else contextlib.nullcontext():
             outputs = functional_call(net, {**params, **fresh}, inputs)
         return outputs, {**context, **fresh}
 

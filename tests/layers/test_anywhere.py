@@ -199,8 +199,6 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
 
 # ----------------------------------------------------------------------------------------------- one traced example
 
-# delete the mark when the build verifies on more examples than it was given
-ONE = pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="one example shows neither order nor coupling"))
 INNER = {
     "linear": (lambda w, flat: F.linear(flat, w), (2, 3)),
     "matmul": (lambda w, flat: flat @ w, (3, 2)),
@@ -211,7 +209,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("kind", INNER)
-@pytest.mark.parametrize("traced", [ONE, 2])
+@pytest.mark.parametrize("traced", [1, 2])
 def test_one_traced_example_is_enough_to_see_positions_outermost(kind, traced):
     """`[T·N, d]`: with N = 1 it looks like examples outermost, and must not be taken for it."""
     layer, shape = INNER[kind]
@@ -236,7 +234,7 @@ COUPLINGS = {
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("layer", ["linear", "fallback"])
-@pytest.mark.parametrize("traced", [ONE, 2, 4])
+@pytest.mark.parametrize("traced", [1, 2, 4])
 def test_one_traced_example_is_enough_to_see_a_coupling(coupling, layer, traced):
     def model(p, x):
         return COUPLINGS[coupling](F.linear(x, p["w"]) if layer == "linear" else x * p["w"][0])
@@ -253,7 +251,6 @@ UNCLAIMED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="torch's prelu has a wrong backward under two vmaps, which the fallback nests")
 @pytest.mark.parametrize("name", UNCLAIMED)
 @pytest.mark.parametrize("fisher", zoo.FISHERS)
 def test_trained_activations_are_exact(name, fisher):

@@ -173,7 +173,6 @@ CALLS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="only nets that hold a dropout module are seeded")
 @pytest.mark.parametrize("name", CALLS)
 def test_dropout_called_as_a_function(name):
     """Same function of the seeds whole, in chunks and alone; the Fisher is that of this function."""
@@ -198,9 +197,7 @@ WRONG_SEEDS = {"real": torch.zeros(6), "a-matrix": torch.zeros(6, 2, dtype=torch
 
 
 @pytest.mark.parametrize("kind", WRONG_SEEDS)
-def test_seeds_of_another_kind_are_refused(kind, request):
-    if kind != "too-few":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="torch's own errors come through"))
+def test_seeds_of_another_kind_are_refused(kind):
     bad = WRONG_SEEDS[kind]
     _, params, context, ng = build(net(), X, seeds())
     with zoo.as_installed(), pytest.raises(ff.errors.FisherfnError):
