@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -23,14 +24,11 @@ from fisherfn.stats import (
     Sources,
     Stats,
     build,
-    carry,
     check_batch,
     check_noise,
     collect,
-    join,
-    join_contexts,
+    in_chunks,
     need,
-    window,
 )
 from fisherfn.taps import Mean, Tap
 from fisherfn.types import Info, Model, PyTree, Shape, Tree
@@ -134,10 +132,11 @@ class NaturalGradient:
                 noise = self.noise(batch, generator, samples=samples)
             if noise is not None:
                 check_noise(noise, examples, samples)
-        part = self._part(params, Sources(self.likelihood, kind, curvature))
+        part = partial(collect, self.model, self.layout, params, labels=Sources(self.likelihood, kind, curvature))
         if chunk_size is None or chunk_size >= examples:
-            return part(x, y, noise, context)[1]
-        return self._chunked(part, x, y, noise, context, chunk_size)
+            return part(x, y, noise, context)
+        _check_range("chunk_size", chunk_size, lambda v: v >= 1, "must be >= 1")
+        return in_chunks(part, self.layout, x, y, noise, context, chunk_size)
 
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
@@ -206,33 +205,6 @@ class NaturalGradient:
         return Fisher(taps, self.layout, structure)
 
     # ---------------------------------------------------------------------------------------------------------
-
-    def _part(self, params: Tree, labels: Sources) -> Callable[..., tuple[int, Stats]]:
-        def part(x: PyTree, y: Any, noise: Tensor | None, context: PyTree) -> tuple[int, Stats]:
-            size = tree.leaves(x)[0].shape[0]
-            return size, collect(self.model, self.layout, params, (x, y), context, noise, labels)
-
-        return part
-
-    def _chunked(
-        self,
-        part: Callable[..., tuple[int, Stats]],
-        x: PyTree,
-        y: Any,
-        noise: Tensor | None,
-        context: PyTree,
-        size: int,
-    ) -> Stats:
-        _check_range("chunk_size", size, lambda v: v >= 1, "must be >= 1")
-        parts = []
-        for start in range(0, tree.leaves(x)[0].shape[0], size):
-            chunk = slice(start, start + size)
-            x_c, y_c = tree.map(lambda leaf, c=chunk: leaf[c], (x, y))
-            noise_c = None if noise is None else noise[chunk]
-            parts.append(part(x_c, y_c, noise_c, window(self.layout, context, chunk)))
-            # a running statistic goes on from chunk to chunk, every example's own noise stays where it is
-            context = carry(self.layout, context, parts[-1][1].context)
-        return replace(join(parts), context=join_contexts(self.layout, [stats.context for _, stats in parts]))
 
     def _updated(self, state: State, stats: Stats) -> tuple[State, Info]:
         """The updated state whether sound or not, and the masks that say which."""

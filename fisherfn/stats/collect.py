@@ -36,13 +36,13 @@ def collect(
     model: Model,
     layout: Layout,
     params: Tree,
-    batch: Sequence[Any],
-    context: PyTree,
+    x: PyTree,
+    y: Any,
     noise: Tensor | None,
+    context: PyTree,
     labels: Sources,
 ) -> Stats:
     """Statistics of one batch (or chunk)."""
-    x, y = batch
     outputs, pull, inputs, new_context = tapped_run(model, layout, params, x, context)
     loss_cot, nll = loss_cotangent(labels.likelihood, outputs, y)
     cots = _fisher_rows(labels, outputs, loss_cot, noise)
@@ -136,24 +136,6 @@ def example_gradients(
     own = [leaf for leaf, mine in zip(leaves, layout.context_by_example, strict=True) if mine]
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
-
-
-def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
-    """A context for some of the examples: what it has for each of them goes along."""
-    pairs = zip(tree.leaves(context), layout.context_by_example, strict=True)
-    return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
-
-
-def carry(layout: Layout, whole: PyTree, new: PyTree) -> PyTree:
-    """What the next window starts from: the context after this one, but for what each example has."""
-    triples = zip(tree.leaves(whole), tree.leaves(new), layout.context_by_example, strict=True)
-    return tree.replace_leaves(whole, [old if mine else moved for old, moved, mine in triples])
-
-
-def join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
-    """The contexts of consecutive windows as one: the last one's, with every example's own."""
-    columns = zip(layout.context_by_example, *map(tree.leaves, parts), strict=True)
-    return tree.replace_leaves(parts[-1], [torch.cat(leaves) if mine else leaves[-1] for mine, *leaves in columns])
 
 
 def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:

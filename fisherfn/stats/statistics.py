@@ -158,24 +158,3 @@ def _one_example(x: Tensor, use: Use, axis: int) -> Tensor:
 
 def _readable(tap: Tap) -> Tap:
     return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
-
-
-def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
-    """Statistics of chunks, each with its number of examples, as those of the whole batch."""
-    chunks = [chunk for _, chunk in parts]
-    first = chunks[0]
-    total = sum(size for size, _ in parts)
-    loss = torch.stack([size / total * chunk.loss for size, chunk in parts]).sum()
-    layers = {
-        key: LayerStats(
-            *(_cat([chunk.layers[key][field] for chunk in chunks], axis) for field, axis in enumerate((0, 1, 0)))
-        )
-        for key in first.layers
-    }
-    checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
-    outputs = torch.cat([chunk.outputs for chunk in chunks])
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout)
-
-
-def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(use, axis) for use in zip(*parts, strict=True))

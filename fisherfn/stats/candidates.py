@@ -1,0 +1,90 @@
+"""From two traces to blocks: which weights look like layers, where their examples are, and why some cannot be one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor
+
+from fisherfn.layers import FAMILIES
+from fisherfn.stats.intercept import Intercept, Record
+from fisherfn.stats.layout import Block, Use
+from fisherfn.types import Tree
+
+
+def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
+    """A block for each weight that some layer family saw, and why some of them cannot be one."""
+    blocks: list[Block] = []
+    why: dict[str, str] = {}
+    claimed = set(mode.other_uses)
+    for name in (n for n in params if n in mode.records):
+        records = mode.records[name]
+        kinds = list(dict.fromkeys(r.kind for r in records))
+        biases = {r.bias for r in records if r.bias is not None}
+        axes = _example_axes(records, more.records.get(name, []), examples)
+        reason = None
+        if axes is None:
+            reason = f"{kinds[0]} layer whose first axis is not the example's"
+        elif name in mode.other_uses:
+            reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
+        elif len(kinds) > 1 or len({_matrix_shape(r, params[name]) for r in records}) > 1:
+            reason = f"{name!r} is the weight of different layers, {' and '.join(kinds)}"
+        if reason is not None or axes is None:
+            why |= dict.fromkeys({name, *biases}, str(reason))
+            continue
+        why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
+        bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
+        claimed |= {bias} if bias is not None else set()
+        uses = tuple(
+            Use(r.call.facts, _without(r.output.shape, axis), bias is not None and r.bias == bias, axis, repeats)
+            for r, (axis, repeats) in zip(records, axes, strict=True)
+        )
+        key = name.rpartition(".")[0] or name
+        bias_shape = Size() if bias is None else params[bias].shape
+        blocks.append(Block(key, kinds[0], name, params[name].shape, bias, bias_shape, uses, _seen(records, uses)))
+    return blocks, why
+
+
+def _example_axes(records: list[Record], more: list[Record], examples: int) -> list[tuple[int, int]] | None:
+    """For each use the axis that has the examples, and how many rows each has there; None if they are not to be found.
+
+    One example more makes exactly one axis longer, in the layer's input and output alike.
+    """
+    if len(records) != len(more):
+        return None
+    axes = []
+    for record, other in zip(records, more, strict=True):
+        grown = [
+            _grown(a.shape, b.shape) for a, b in ((record.call.input, other.call.input), (record.output, other.output))
+        ]
+        axis = grown[0]
+        if axis is None or grown[1] != axis or (axis > 0 and not FAMILIES[record.kind].any_axis):
+            return None
+        length, longer = record.output.shape[axis], other.output.shape[axis]
+        if length != record.call.input.shape[axis] or length * (examples + 1) != longer * examples:
+            return None
+        axes.append((axis, length // examples))
+    return axes
+
+
+def _grown(shape: Size, other: Size) -> int | None:
+    """The one axis in which two shapes differ."""
+    if len(shape) != len(other):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _without(shape: Size, axis: int) -> Size:
+    return Size((*shape[:axis], *shape[axis + 1 :]))
+
+
+def _matrix_shape(record: Record, weight: Tensor) -> Size:
+    return FAMILIES[record.kind].to_matrix(torch.empty(weight.shape, device="meta"), record.call.facts).shape
+
+
+def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
+    """What the trace found, for the report."""
+    times = f", used {len(uses)} times" if len(uses) > 1 else ""
+    g = torch.empty((1, uses[0].repeats, *uses[0].output_shape), device="meta")
+    shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.facts).shape[3]
+    return f"seen in the trace{times}" + (f", {shared} shared positions" if shared > 1 else "")

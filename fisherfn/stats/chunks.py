@@ -1,0 +1,77 @@
+"""A batch a few examples at a time, to bound memory: the statistics of the chunks are those of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.stats.layout import Layout
+from fisherfn.stats.statistics import LayerStats, Stats
+from fisherfn.types import PyTree
+
+
+def in_chunks(
+    part: Callable[[PyTree, Any, Tensor | None, PyTree], Stats],
+    layout: Layout,
+    x: PyTree,
+    y: Any,
+    noise: Tensor | None,
+    context: PyTree,
+    size: int,
+) -> Stats:
+    """`part(x, y, noise, context)` of consecutive chunks of `size` examples, joined."""
+    examples = tree.leaves(x)[0].shape[0]
+    parts: list[tuple[int, Stats]] = []
+    for start in range(0, examples, size):
+        chunk = slice(start, start + size)
+        x_c, y_c = tree.map(lambda leaf, c=chunk: leaf[c], (x, y))
+        noise_c = None if noise is None else noise[chunk]
+        stats = part(x_c, y_c, noise_c, window(layout, context, chunk))
+        parts.append((min(size, examples - start), stats))
+        # a running statistic goes on from chunk to chunk, every example's own noise stays where it is
+        context = _carry(layout, context, stats.context)
+    return replace(join(parts), context=_join_contexts(layout, [stats.context for _, stats in parts]))
+
+
+def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
+    """A context for some of the examples: what it has for each of them goes along."""
+    pairs = zip(tree.leaves(context), layout.context_by_example, strict=True)
+    return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
+
+
+def _carry(layout: Layout, whole: PyTree, new: PyTree) -> PyTree:
+    """What the next window starts from: the context after this one, but for what each example has."""
+    triples = zip(tree.leaves(whole), tree.leaves(new), layout.context_by_example, strict=True)
+    return tree.replace_leaves(whole, [old if mine else moved for old, moved, mine in triples])
+
+
+def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
+    """The contexts of consecutive windows as one: the last one's, with every example's own."""
+    columns = zip(layout.context_by_example, *map(tree.leaves, parts), strict=True)
+    return tree.replace_leaves(parts[-1], [torch.cat(leaves) if mine else leaves[-1] for mine, *leaves in columns])
+
+
+def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
+    """Statistics of chunks, each with its number of examples, as those of the whole batch."""
+    chunks = [chunk for _, chunk in parts]
+    first = chunks[0]
+    total = sum(size for size, _ in parts)
+    loss = torch.stack([size / total * chunk.loss for size, chunk in parts]).sum()
+    layers = {
+        key: LayerStats(
+            *(_cat([chunk.layers[key][field] for chunk in chunks], axis) for field, axis in enumerate((0, 1, 0)))
+        )
+        for key in first.layers
+    }
+    checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
+    outputs = torch.cat([chunk.outputs for chunk in chunks])
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout)
+
+
+def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(use, axis) for use in zip(*parts, strict=True))
