@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.errors import unknown
-from fisherfn.taps import AnyTap
+from fisherfn.taps import WINDOW, AnyTap
 from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]
@@ -41,12 +41,14 @@ class Fisher:
             raise unknown("structure", structure, STRUCTURES)
         self._taps, self._codec, self._structure = dict(taps), codec, structure
         self._examples = next(iter(self._taps.values())).sizes.n
+        self._dtype = next(iter(self._taps.values())).window(slice(0, 1)).whole().g.dtype
 
     def __matmul__(self, v: Tree) -> Tree:
         """`F v`: two passes over the taps, no per-example gradient is formed."""
-        matrices = self._codec.matrices(v)
+        matrices = self._codec.matrices({name: leaf.to(self._dtype) for name, leaf in v.items()})
         inner = self._total({key: inner_products(self._taps[key], V) for key, V in matrices.items()})
-        return self._codec.tree({key: combine(self._taps[key], c / self._examples) for key, c in inner.items()})
+        product = self._codec.tree({key: combine(self._taps[key], c / self._examples) for key, c in inner.items()})
+        return {name: leaf.to(v[name].dtype) for name, leaf in product.items()}
 
     def solve(self, v: Tree, damping: float | Tensor) -> Tree:
         r"""$(F + \lambda I)^{-1} v$, in the smaller of example space and parameter space, in float64.
@@ -81,11 +83,11 @@ class Fisher:
 
     def trace(self) -> Float[Tensor, ""]:
         """The sum of all eigenvalues: the mean over examples of the squared gradient norms."""
-        return torch.stack([example_matrices(tap).square().sum() for tap in self._taps.values()]).sum() / self._examples
+        return torch.stack([_squares(tap).sum() for tap in self._taps.values()]).sum() / self._examples
 
     def diag(self) -> Float[Tensor, " p"]:
         """The diagonal, `[P]`, in params order."""
-        squares = {key: example_matrices(tap).square().sum((0, 1)) for key, tap in self._taps.items()}
+        squares = {key: _squares(tap) for key, tap in self._taps.items()}
         return ravel(self._codec.tree(squares)) / self._examples
 
     def gram(self) -> Tensor | dict[str, Tensor]:
@@ -119,6 +121,14 @@ def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
     """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
     parts = [torch.einsum("ksnto,knti->snkoi", part.g, rows.dense(part.a)) for part in tap.windows()]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
+    """`Σ_sn W_sn²` entry by entry, a few examples at a time."""
+    k, s, n, _, o, i = tap.sizes
+    step = max(1, WINDOW // (s * k * o * i))
+    windows = [tap.window(slice(start, min(start + step, n))) for start in range(0, n, step)]
+    return torch.stack([example_matrices(part).square().sum((0, 1)) for part in windows]).sum(0)
 
 
 def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -201,7 +201,8 @@ class NaturalGradient:
 
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """The sampled Fisher of these statistics as an operator on trees like params."""
-        taps = {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
+        dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
+        taps = {block.key: stats.lazy_tap(block.key).to(dtype) for block in self.layout.blocks}
         return Fisher(taps, self.layout, structure)
 
     # ---------------------------------------------------------------------------------------------------------

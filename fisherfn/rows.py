@@ -205,6 +205,13 @@ def total(a: Rows) -> Float[Tensor, "k n i"]:
     return out
 
 
+def total_diagonal(a: OneHot) -> Float[Tensor, "k i"]:
+    """The diagonal of `Σ_n (Σ_t a)(Σ_t a)ᵀ`: a row counts once for each of its example's rows that are like it."""
+    k, n, t, i = sizes(a)
+    alike = (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)).sum(-1).to(a.dtype).reshape(k, n * t)
+    return alike.new_zeros(k, i + 1).scatter_add(1, a.index.reshape(k, n * t), alike)[:, :i]
+
+
 def gram(a: Rows) -> Float[Tensor, "k m m"]:
     """`a aᵀ` of all rows, examples outermost."""
     if isinstance(a, OneHot):

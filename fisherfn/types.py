@@ -44,7 +44,7 @@ class Product(NamedTuple):
 class Codec(Protocol):
     """What a tree of parameters looks like as one matrix a block, and back."""
 
-    def matrices(self, tree: Tree) -> dict[str, Tensor]:
+    def matrices(self, values: Tree) -> dict[str, Tensor]:
         """A tree like params as one matrix a block."""
         ...
 

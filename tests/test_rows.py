@@ -57,6 +57,8 @@ def test_structured_rows_are_dense_rows(kind, k, n, t, i, seed):
     close(rows.second_moment(a), torch.einsum("knti,kntj->kij", dense, dense))
     close(rows.diagonal_moment(a), torch.einsum("knti,knti->ki", dense, dense))
     close(rows.total(a), torch.einsum("knti->kni", dense))
+    if isinstance(a, OneHot):
+        close(rows.total_diagonal(a), torch.einsum("knti,knui->ki", dense, dense))
     flat = dense.flatten(1, 2)
     close(rows.gram(a), torch.einsum("kai,kbi->kab", flat, flat))
     close(rows.dense(rows.window(a, slice(1, 3))), dense[:, 1:3])

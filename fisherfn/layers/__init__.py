@@ -5,12 +5,12 @@ from fisherfn.layers.composite import Elementary, is_fused_recurrence
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
-from fisherfn.layers.embedding import EMBEDDING
+from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL
-from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, couples_examples
+from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
 _ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, FALLBACK)
@@ -25,6 +25,8 @@ __all__ = [
     "FallbackFacts",
     "Family",
     "SeededDropout",
+    "apart",
+    "changes_weight",
     "couples_examples",
     "draws_globally",
     "dropout_seeds",

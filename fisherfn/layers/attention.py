@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.errors import ShapeError
+
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,6 +51,10 @@ def multi_head_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What `F.multi_head_attention_forward` computes, for all its options but `static_k` and `static_v`."""
+    if is_causal and attn_mask is None:
+        raise ShapeError(
+            "is_causal=True says that attn_mask is the causal one: give attn_mask, too, as torch wants it."
+        )
     batched = query.ndim == 3
     if not batched:
         same = (query is key, query is value, key is value)
@@ -72,7 +78,6 @@ def multi_head_attention(
     heads = tuple(_split(x, num_heads) for x in (q, k, v))  # n, head, position, e / head
     mask = _mask(attn_mask, key_padding_mask, heads, added=k.shape[0] - key.shape[0])
     p = dropout_p if training else 0.0
-    q_heads, k_heads, v_heads = heads
     q_heads, k_heads, v_heads = heads
     shown = attention_weights(q_heads, k_heads, mask, p) if need_weights else None
     mixed = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, p) if shown is None else shown @ v_heads
@@ -116,8 +121,15 @@ def attention_weights(
     scale: float | None = None,
 ) -> Float[Tensor, "*n l s"]:
     """The softmax of the scores, with what is added to them as `mask`."""
-    scores: Tensor = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    weights: Tensor = (scores if mask is None else scores + mask).softmax(-1)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    root = math.sqrt(abs(scale))  # on both sides, or half precision overflows in the product
+    scores: Tensor = (query * root) @ (key * math.copysign(root, scale)).mT
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:  # a query that may attend to nothing gets nothing
+        scores = scores + mask
+        barred = scores.isneginf().all(-1, keepdim=True)
+        weights = scores.masked_fill(barred, 0.0).softmax(-1).masked_fill(barred, 0.0)
     return F.dropout(weights, dropout_p) if dropout_p > 0 else weights
 
 

@@ -7,15 +7,24 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
 from fisherfn.layers.recurrent import CELLS
 
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """By its definition: torch's backward of it is wrong under two nested `torch.vmap`."""
+    slope = weight if input.ndim < 2 else weight.reshape(-1, *(1,) * (input.ndim - 2))
+    return torch.where(input > 0, input, slope * input)
+
+
 _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.prelu: prelu,
     **CELLS,
 }
 _FUSED = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)

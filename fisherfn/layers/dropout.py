@@ -23,11 +23,12 @@ from fisherfn.layers.composite import Elementary
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _ARGUMENTS = ("input", "p", "training", "inplace")
+_BUILTIN = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 _RRELU = ("input", "lower", "upper", "training")
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson",
     "multinomial", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "log_normal_",
-    "geometric_", "dropout", "alpha_dropout", "feature_dropout", "rrelu_with_noise", "gumbel_softmax",
+    "geometric_", "binomial", "rrelu_with_noise", "gumbel_softmax",
 }  # fmt: skip
 
 
@@ -54,6 +55,8 @@ def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     """Whether a call takes numbers from the global generator."""
     if function in _ENTRIES | _CHANNELS:
         return _active(args, kwargs)
+    if function in _BUILTIN:
+        return bool((dict(zip(("input", "p", "train"), args, strict=False)) | kwargs).get("train", True))
     if function is F.rrelu:
         return bool(dict(zip(_RRELU, args, strict=False)).get("training", kwargs.get("training", False)))
     return getattr(function, "__name__", "") in _RANDOM and kwargs.get("generator") is None
@@ -70,7 +73,9 @@ class SeededDropout(Elementary):
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A dropout with its seeds; any other call as it is."""
         if func in _ENTRIES | _CHANNELS and _active(args, kwargs):
-            return self._dropped(func, _given(args, kwargs))
+            given = _given(args, kwargs)
+            dropped = self._dropped(func, given)
+            return given["input"].copy_(dropped) if given.get("inplace") else dropped
         return func(*args, **kwargs)
 
     def _dropped(self, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:

@@ -38,6 +38,11 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return Call(given["input"], weight, None, Facts(width, None if padding is None else padding % width, weight.dtype))
 
 
+def changes_weight(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call renormalises its weight in place."""
+    return function is F.embedding and (dict(zip(_ARGUMENTS, args, strict=False)) | kwargs).get("max_norm") is not None
+
+
 def rows(index: Int[Tensor, "n *t"], facts: Facts) -> OneHot:
     flat = index.long().reshape(1, index.shape[0], -1)
     if facts.padding is not None:

@@ -20,7 +20,8 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if function is not F.linear:
         return None
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    return Call(given["input"], given["weight"], given.get("bias"))
+    weight, bias = given["weight"], given.get("bias")
+    return Call(given["input"], weight, bias if bias is not None and bias.shape == weight.shape[:1] else None)
 
 
 def rows(x: Float[Tensor, "n *t i"], facts: None) -> Float[Tensor, "1 n positions i"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
@@ -36,6 +37,14 @@ _RMS = ("input", "normalized_shape", "weight", "eps")
 def couples_examples(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call mixes the examples of a batch, as batch norm in training mode does."""
     return function is F.batch_norm and bool(_given(_BATCH, args, kwargs).get("training", False))
+
+
+def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Batch norm in training mode with its batch's statistics held fixed: no example reaches another through it."""
+    given = _given(_BATCH, args, kwargs)
+    x: Tensor = given["input"]
+    var, mean = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
+    return F.batch_norm(x, mean, var, given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5))
 
 
 def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

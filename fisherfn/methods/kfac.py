@@ -123,9 +123,10 @@ def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Factors:
     n, t = tap.sizes.n, tap.sizes.t
 
     def of(part: Tap) -> Factors:
-        one_hot = isinstance(part.a, rows.OneHot)
-        a, g = (rows.total(part.a) / t).unsqueeze(2), part.g.sum(3, keepdim=True).flatten(1, 2)
-        return Factors(_moment(a, 0 if one_hot else limit), _moment(g, limit))
+        g = part.g.sum(3, keepdim=True).flatten(1, 2)
+        if isinstance(part.a, rows.OneHot):  # summed rows are not one-hot: here the diagonal is an approximation
+            return Factors(rows.total_diagonal(part.a) / t**2, _moment(g, limit))
+        return Factors(_moment((rows.total(part.a) / t).unsqueeze(2), limit), _moment(g, limit))
 
     A, G = _summed(of, tap)
     return Factors(A / n, G / n)

@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from torch.func import vjp
 
 from fisherfn import rows, tree
-from fisherfn.errors import CoverageError, EmptyBatchError, ShapeError, StructureError, UnusedParameterError
+from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
 from fisherfn.layers import FallbackFacts
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
@@ -38,6 +38,8 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     more, by_example = _trace_one_more(model, params, x, context, examples)
     _all_used(model, params, x, context)
     found, why = candidates(mode, more, params, examples)
+    if any(by_example) and not mode.couples:
+        _stands_alone(model, params, x, context, outputs, by_example)
     if examples == 1:  # a single one shows neither order nor coupling
         x, context = _and_another(x), _grown_context(context, by_example)
         outputs, _ = _trace(model, params, x, context, 2)
@@ -53,7 +55,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             dtypes=tuple(p.dtype for p in params.values()),
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
-            context_by_example=by_example,
+            context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples)
@@ -80,8 +82,15 @@ def _validate(params: Tree, x: PyTree) -> int:
 
 
 def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
+    before = torch.get_rng_state()
     with torch.no_grad(), Intercept(params) as mode:
         outputs, _ = run(model, params, x, context)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise NoiseError(
+            "the model draws from the global generator: a gradient would not be a function of its arguments. Draw its "
+            "noise outside, and pass it as an input like x or in the context."
+        )
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ShapeError(f"the model must return one tensor [N, …] for N = {examples} examples, got {found}.")
@@ -110,6 +119,21 @@ def _trace_one_more(
         "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
         f"an entry for each example beside others that only happen to be {examples}."
     ) from first
+
+
+def _stands_alone(
+    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor, by_example: tuple[bool, ...]
+) -> None:
+    """What the context has for the first example is all that this example needs of it."""
+    pairs = zip(tree.leaves(context), by_example, strict=True)
+    own = tree.replace_leaves(context, [leaf[:1] if mine else leaf for leaf, mine in pairs])
+    alone, _ = run(model, params, tree.map(lambda leaf: leaf[:1], x), own)
+    if not _close(alone, outputs[:1], outputs[:1].abs()):
+        raise ShapeError(
+            "an example's outputs change when it is alone with its part of the context: noise with an entry for each "
+            "example (dropout seeds, masks) must be used along the examples' axis, the first one of what is dropped; "
+            f"or a leaf of the context only happens to have {outputs.shape[0]} entries: build with another number."
+        )
 
 
 def _grown_context(context: PyTree, grown: tuple[bool, ...]) -> PyTree:
@@ -175,6 +199,8 @@ def _verify(
     grads = pull(cotangent)
     first = torch.zeros_like(cotangent)
     first[0] = cotangent[0]
+    if couples:  # what batch norm mixes by design must not hide another mixture
+        pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
     leaks = pull(first)
     kept: list[Block] = []
     why: dict[str, str] = {}
@@ -184,7 +210,7 @@ def _verify(
         wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n])]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
         leak = any(bool((g != 0).any()) for g in others)
-        if leak and not couples:  # batch norm in training mode mixes examples by design
+        if leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
         elif block.weight in wrong:
             why |= dict.fromkeys(block.names, f"{block.kind} layer of {block.weight!r} is used in other ways too")
@@ -228,7 +254,9 @@ def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> t
             facts = FallbackFacts(p.shape)
             form = "one dense block" if facts.dense else "a block for each entry"
             reason = f"{why.get(name, 'no layer family claims it')}; {form}"
-            blocks.append(Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False),), reason))
+            blocks.append(
+                Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
+            )
     return _unique_keys(blocks)
 
 

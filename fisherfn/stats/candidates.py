@@ -35,7 +35,14 @@ def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) ->
         bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
-            Use(r.call.facts, _without(r.output.shape, axis), bias is not None and r.bias == bias, axis, repeats)
+            Use(
+                r.call.facts,
+                _without(r.output.shape, axis),
+                bias is not None and r.bias == bias,
+                torch.promote_types(r.output.dtype, params[name].dtype),
+                axis,
+                repeats,
+            )
             for r, (axis, repeats) in zip(records, axes, strict=True)
         )
         key = name.rpartition(".")[0] or name

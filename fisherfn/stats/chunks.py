@@ -40,20 +40,23 @@ def in_chunks(
 
 def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
     """A context for some of the examples: what it has for each of them goes along."""
-    pairs = zip(tree.leaves(context), layout.context_by_example, strict=True)
+    pairs = zip(tree.leaves(context), layout.by_example(context), strict=True)
     return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
 
 
 def _carry(layout: Layout, whole: PyTree, new: PyTree) -> PyTree:
     """What the next window starts from: the context after this one, but for what each example has."""
-    triples = zip(tree.leaves(whole), tree.leaves(new), layout.context_by_example, strict=True)
-    return tree.replace_leaves(whole, [old if mine else moved for old, moved, mine in triples])
+    moved = tree.flatten(new)
+    pairs = zip(tree.flatten(whole).items(), layout.by_example(whole), strict=True)
+    return tree.replace_leaves(whole, [old if mine else moved.get(path, old) for (path, old), mine in pairs])
 
 
 def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
     """The contexts of consecutive windows as one: the last one's, with every example's own."""
-    columns = zip(layout.context_by_example, *map(tree.leaves, parts), strict=True)
-    return tree.replace_leaves(parts[-1], [torch.cat(leaves) if mine else leaves[-1] for mine, *leaves in columns])
+    mine = dict(layout.context_by_example)
+    flat = [tree.flatten(part) for part in parts]
+    leaves = [torch.cat([part[path] for part in flat]) if mine.get(path) else last for path, last in flat[-1].items()]
+    return tree.replace_leaves(parts[-1], leaves)
 
 
 def join(parts: Sequence[tuple[int, Stats]]) -> Stats:

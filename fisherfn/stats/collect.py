@@ -68,7 +68,7 @@ def collect(
 
 
 def tapped_run(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, uncoupled: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Taps], Taps, PyTree]:
     """One forward: outputs, the pullback to every layer's output, the layers' raw inputs and the new context.
 
@@ -76,7 +76,7 @@ def tapped_run(
     """
 
     def forward(taps: Taps) -> tuple[Tensor, tuple[Taps, PyTree]]:
-        with Intercept(params, taps) as mode:
+        with Intercept(params, taps, uncoupled) as mode:
             outputs, new_context = run(model, params, x, context)
         seen = {name: tuple(record.call.input for record in records) for name, records in mode.records.items()}
         return outputs, (seen, new_context)
@@ -114,14 +114,11 @@ def example_gradients(
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
     """Per-example gradients of some parameters for each row of cotangents, by `vmap` over single-example runs."""
     chosen = {name: params[name] for name in names}
-    leaves = tree.leaves(context)
+    leaves, by_example = tree.leaves(context), layout.by_example(context)
 
     def single(x_n: PyTree, own_n: list[Tensor], cots_n: Tensor) -> Tree:
         own = iter(own_n)
-        of_one = [
-            next(own).unsqueeze(0) if mine else leaf
-            for leaf, mine in zip(leaves, layout.context_by_example, strict=True)
-        ]
+        of_one = [next(own).unsqueeze(0) if mine else leaf for leaf, mine in zip(leaves, by_example, strict=True)]
 
         def forward(sub: Tree) -> Tensor:
             one = tree.map(lambda leaf: leaf.unsqueeze(0), x_n)
@@ -133,14 +130,16 @@ def example_gradients(
         rows: Tree = tree.map(lambda *each: torch.stack(each), *(pull(cot)[0] for cot in cots_n))
         return rows
 
-    own = [leaf for leaf, mine in zip(leaves, layout.context_by_example, strict=True) if mine]
+    own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
 
 
 def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:
-    zero = like.new_zeros(())
-    return {block.weight: tuple(zero.expand(use.full_shape(examples)) for use in block.uses) for block in layout.layers}
+    return {
+        block.weight: tuple(like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in block.uses)
+        for block in layout.layers
+    }
 
 
 def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
@@ -168,7 +167,7 @@ def _valid(likelihood: object, outputs: Tensor, y: Any) -> Tensor:
     )
 
 
-def check_batch(layout: Layout, x: PyTree, y: PyTree, context: PyTree = ()) -> int:
+def check_batch(layout: Layout, x: PyTree, y: PyTree, context: PyTree = None) -> int:
     """Raise unless the batch (and what the context has for each example) fits the trace; its number of examples."""
     inputs = tree.leaves(x)
     shapes = tuple(leaf.shape[1:] for leaf in inputs)
@@ -180,8 +179,8 @@ def check_batch(layout: Layout, x: PyTree, y: PyTree, context: PyTree = ()) -> i
     sizes = {
         leaf.shape[0] for leaf in [*inputs, *(leaf for leaf in tree.leaves(y) if isinstance(leaf, Tensor))] if leaf.ndim
     }
-    by_example = layout.context_by_example if tree.leaves(context) else ()
-    own = {leaf.shape[0] for leaf, mine in zip(tree.leaves(context), by_example, strict=True) if mine}
+    pairs = [] if context is None else zip(tree.leaves(context), layout.by_example(context), strict=True)
+    own = {leaf.shape[0] for leaf, mine in pairs if mine}
     if len(sizes) == 1 and not own <= sizes:
         raise ShapeError(
             f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has {sorted(sizes)}: draw "

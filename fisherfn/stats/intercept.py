@@ -13,7 +13,16 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
-from fisherfn.layers import FAMILIES, Call, Elementary, couples_examples, draws_globally, is_fused_recurrence
+from fisherfn.layers import (
+    FAMILIES,
+    Call,
+    Elementary,
+    apart,
+    changes_weight,
+    couples_examples,
+    draws_globally,
+    is_fused_recurrence,
+)
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -33,11 +42,13 @@ class Intercept(Elementary):
     """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use.
 
     Without taps (the build's trace) it also notes which parameters anything but a layer reads, and whether some call
-    couples examples.
+    couples examples. With `uncoupled`, batch norms keep their batch's statistics fixed, so that the coupling they are
+    known for does not hide another.
     """
 
-    def __init__(self, params: Tree, taps: Taps | None = None) -> None:
+    def __init__(self, params: Tree, taps: Taps | None = None, uncoupled: bool = False) -> None:
         super().__init__()
+        self._uncoupled = uncoupled
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._taps = taps
         self.records: dict[str, list[Record]] = {}
@@ -47,8 +58,9 @@ class Intercept(Elementary):
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call, and notes what it is to the parameters."""
         self._refuse(func, args, kwargs)
-        output = func(*args, **kwargs)
-        self.couples |= couples_examples(func, args, kwargs)
+        couples = couples_examples(func, args, kwargs)
+        self.couples |= couples
+        output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
         for family in FAMILIES.values():
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
@@ -63,6 +75,11 @@ class Intercept(Elementary):
                 f"the model calls {func.__name__}, which draws from the global generator: a gradient would not be a "
                 "function of its arguments. Call net.eval(), or make the model with ff.functional(net) and put "
                 'context["dropout"] = ff.dropout_seeds(N, generator); other noise is an input like x, or a context.'
+            )
+        if changes_weight(func, args, kwargs):
+            raise CoverageError(
+                "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
+                "drop max_norm and renormalise between steps."
             )
         if is_fused_recurrence(func) and any(id(leaf) in self._names for leaf in tree.leaves((args, kwargs))):
             raise CoverageError(

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 
+from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
 from fisherfn.layers import FAMILIES, Family
-from fisherfn.types import Tree
+from fisherfn.types import PyTree, Tree
 
 
 class Use(NamedTuple):
@@ -24,12 +25,14 @@ class Use(NamedTuple):
         output_shape: the output's axes but the examples'.
         biased: whether the block's bias was added.
         axis: where the examples are.
+        dtype: of the output-gradients: the output's, or the weight's where that is finer.
         repeats: rows an example has on that axis (examples and positions may be merged, examples outermost).
     """
 
     facts: Any
     output_shape: Size
     biased: bool
+    dtype: torch.dtype
     axis: int = 0
     repeats: int = 1
 
@@ -73,12 +76,12 @@ class Block:
         k, o, i = self.family.to_matrix(probe, self.facts).shape
         return k, o, i + (self.bias is not None)
 
-    def matrix(self, tree: Tree) -> Float[Tensor, "k o i"]:
+    def matrix(self, values: Tree) -> Float[Tensor, "k o i"]:
         """The block's matrix W, bias as last column, of a tree like params."""
-        weight = self.family.to_matrix(tree[self.weight], self.facts)
+        weight = self.family.to_matrix(values[self.weight], self.facts)
         if self.bias is None:
             return weight
-        bias = tree[self.bias].reshape(weight.shape[0], weight.shape[1], 1)
+        bias = values[self.bias].reshape(weight.shape[0], weight.shape[1], 1)
         return torch.cat([weight, bias], -1)
 
     def tensors(self, matrix: Float[Tensor, "k o i"]) -> Tree:
@@ -100,8 +103,8 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     output_dtype: torch.dtype
     has_context: bool
-    context_by_example: tuple[bool, ...] = ()
-    """Which leaves of the context have an entry for each example (dropout noise), and go with them."""
+    context_by_example: tuple[tuple[str, bool], ...] = ()
+    """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,6 +121,21 @@ class Layout:
         """Blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
 
+    def by_example(self, context: PyTree) -> list[bool]:
+        """For each leaf of a context whether it goes with the examples.
+
+        Raises:
+            StructureError: other leaves than at the build.
+        """
+        known, given = dict(self.context_by_example), tree.flatten(context)
+        if known.keys() != given.keys():
+            seeds = ' Dropout needs context["dropout"] = ff.dropout_seeds(N, generator).' if "dropout" in known else ""
+            raise StructureError(
+                f"the context is not that of the build: missing {sorted(known.keys() - given.keys())[:4]}, unexpected "
+                f"{sorted(given.keys() - known.keys())[:4]}.{seeds}"
+            )
+        return [known[path] for path in given]
+
     def block(self, key: str) -> Block:
         """The block of this key."""
         for block in self.blocks:
@@ -125,10 +143,10 @@ class Layout:
                 return block
         raise unknown("block", key, [block.key for block in self.blocks])
 
-    def matrices(self, tree: Tree) -> dict[str, Tensor]:
+    def matrices(self, values: Tree) -> dict[str, Tensor]:
         """A tree like params as one matrix a block."""
-        self.validate(tree)
-        return {block.key: block.matrix(tree) for block in self.blocks}
+        self.validate(values)
+        return {block.key: block.matrix(values) for block in self.blocks}
 
     def tree(self, matrices: Mapping[str, Tensor]) -> Tree:
         """One matrix a block as a tree like params, in params order."""
@@ -137,18 +155,18 @@ class Layout:
             tensors.update(block.tensors(matrices[block.key]))
         return {name: tensors[name] for name in self.names}
 
-    def validate(self, tree: Tree) -> None:
-        """Raise unless `tree` has the names and shapes of params."""
-        if not isinstance(tree, Mapping) or set(tree) != set(self.names):
-            given = set(tree) if isinstance(tree, Mapping) else {type(tree).__name__}
+    def validate(self, values: Tree) -> None:
+        """Raise unless `values` has the names and shapes of params."""
+        if not isinstance(values, Mapping) or set(values) != set(self.names):
+            given = set(values) if isinstance(values, Mapping) else {type(values).__name__}
             raise StructureError(
                 f"a tree like params is wanted: missing {sorted(set(self.names) - given)[:4]}, "
                 f"unexpected {sorted(given - set(self.names))[:4]}. Pass the same names as at the build."
             )
         for name, shape in self.shapes:
-            if tree[name].shape != shape:
+            if values[name].shape != shape:
                 raise ShapeError(
-                    f"{name!r} has shape {tuple(tree[name].shape)}, expected {tuple(shape)} as at the build."
+                    f"{name!r} has shape {tuple(values[name].shape)}, expected {tuple(shape)} as at the build."
                 )
 
     def __str__(self) -> str:
