@@ -288,8 +288,8 @@ def natural_gradient(
         fisher: "mc" draws labels from the model, "type2" takes the exact expectation over them, "empirical" uses the
             data's.
         samples: draws S for "mc".
-        context: anything else that the model reads and is not differentiated: buffers, another player's parameters; what
-            it has for each example (dropout seeds, masks) goes along with the examples.
+        context: anything else that the model reads and that is not differentiated: buffers, another player's
+            parameters; what it has for each example (dropout seeds, masks) goes along with the examples.
 
     Raises:
         UnusedParameterError, CoverageError, ShapeError, StructureError, LikelihoodError, UnknownNameError,

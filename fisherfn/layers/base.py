@@ -29,7 +29,8 @@ class Family(NamedTuple):
     Attributes:
         name: what the coverage report calls it.
         match: reads a torch function call: a `Call` if it is one of this family's, else None.
-        rows: the call's input `[N, …]` (a normalisation's is already normalised) and facts to `a: [K, N, T, d_in]` (without bias column), dense or with a structure.
+        rows: the call's input `[N, …]` (a normalisation's is already normalised) and facts to `a: [K, N, T, d_in]`,
+            without bias column, dense or with a structure.
         columns: raw output-gradients `[S, N, …]` and facts to `g: [K, S, N, T, d_out]`.
         to_matrix: weight to `[K, d_out, d_in]`.
         from_matrix: back, given the weight's shape.
