@@ -175,7 +175,8 @@ def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
         return
     axes.set_yscale("log")
     decades = math.log10(max(finite) / min(finite))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0)))
+    subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(range(1, 10))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
