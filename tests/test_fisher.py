@@ -157,3 +157,20 @@ def test_drawn_nets(problem, fisher):
     check_operator(problem, run.ng.fisher(run.stats), dense)
     blocks = oracles.block_diagonal(problem.params, problem.blocks, dense)
     check_operator(problem, run.ng.fisher(run.stats, structure="block"), blocks)
+
+
+@pytest.mark.parametrize("id", ["conv", "conv-transpose", "tokens"])
+def test_window_by_window_is_the_whole(id, monkeypatch):
+    """One example at a time: what large layers do, made small."""
+    problem = zoo.pick(id)
+    run = sampled(problem, "mc")
+    F, v = run.ng.fisher(run.stats), zoo.random_tree(problem.params)
+    whole = F @ v, F.diag(), F.trace(), F.dense(), run.stats.grads
+    monkeypatch.setattr("fisherfn.taps.WINDOW", 1)
+    monkeypatch.setattr("fisherfn.fisher.WINDOW", 1)
+    parts = F @ v, F.diag(), F.trace(), F.dense(), run.stats.grads
+    for part, expected in zip(parts, whole, strict=True):
+        close(part, expected)
+    state, _ = run.ng.update(run.ng.init(problem.params), run.stats)
+    monkeypatch.undo()
+    close(run.ng.matvec(state, v), run.ng.matvec(run.ng.update(run.ng.init(problem.params), run.stats)[0], v))

@@ -61,6 +61,13 @@ def test_a_query_that_may_attend_to_nothing_gets_nothing_as_in_torch():
     close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     assert torch.isfinite(found).all()
 
+    def total(x):
+        with Elementary():
+            return F.scaled_dot_product_attention(x, k, v, attn_mask=mask).square().sum()
+
+    gradient = torch.func.grad(total)(q)
+    assert gradient.isfinite().all() and gradient[0].abs().max() == 0 and gradient[1].abs().max() > 0
+
 
 def test_attention_in_half_precision_does_not_overflow():
     q = torch.full((1, 1, 2, 128), 30.0, dtype=torch.float16)
