@@ -19,11 +19,10 @@ from common.config import NON_NEGATIVE, POSITIVE, ConfigError, filled, option, p
 from common.data import load
 from common.plots import loss_curves
 from common.results import CHECKPOINT, default_name, read_metrics
-from common.train_config import APPS, OPTIMIZERS, TrainConfig
+from common.train_config import APPS, LABELS, OPTIMIZERS, TrainConfig
 from common.trainer import reported, run
 
 FOLDER = "study_seeds"
-LABELS = {"sgd": "SGD", "adam": "Adam", "kfac": "K-FAC"}
 COLUMNS = {
     "train_loss": "train loss",
     "test_loss": "test loss",

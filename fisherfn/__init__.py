@@ -7,7 +7,7 @@ from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
 from fisherfn.layers import dropout_seeds
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from fisherfn.methods import METHODS, kfac
+from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient
 from fisherfn.stats import Layout, Stats, functional
 from fisherfn.taps import Tap
@@ -31,12 +31,19 @@ __all__ = [
     "Stats",
     "Tap",
     "check",
+    "deflation",
     "dropout_seeds",
+    "ekfac",
     "errors",
+    "exact",
     "functional",
     "kfac",
+    "kfac_corrected",
     "kl_clip",
+    "kpsvd",
+    "lanczos",
     "likelihoods",
     "natural_gradient",
     "tree",
+    "two_level",
 ]

@@ -42,19 +42,22 @@ class Method(NamedTuple):
     Attributes:
         name: as in `ff.METHODS`.
         init: shapes, dtype, device and damping to empty factors and inverses; preconditioning with these is grad/λ.
-        update: (factors, taps, rho, mean) to factors blended with weight ρ on the old ones.
+        update: (factors, taps, rho, mean, inverting) to factors blended with weight ρ on the old ones; `inverting` says
+            that inverses are about to be refreshed, for what is worth doing only then.
         invert: (factors, damping) to inverses.
         precondition: (inverses, gradients, inner) to preconditioned gradients; a gradient is a matrix or a dense loss
             tap.
-        matvec: (factors, matrices) to the undamped approximate Fisher times them.
+        matvec: (factors, matrices) to the undamped approximate Fisher F̂ times them.
+        overlap: (factors, taps) to (⟨F, F̂⟩, ‖F̂‖²) of every block, F the sampled Fisher of the taps.
     """
 
     name: str
     init: Callable[[Mapping[str, Shape], torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    update: Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean], Estimated]
+    update: Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean, bool], Estimated]
     invert: Callable[[PyTree, Tensor], Estimated]
     precondition: Callable[[PyTree, Mapping[str, Tensor | Tap], bool], Preconditioned]
     matvec: Callable[[PyTree, Mapping[str, Tensor]], dict[str, Tensor]]
+    overlap: Callable[[PyTree, Mapping[str, AnyTap]], dict[str, tuple[Tensor, Tensor]]]
 
 
 class LayerMethod(NamedTuple):
@@ -62,22 +65,41 @@ class LayerMethod(NamedTuple):
 
     Attributes:
         init: (shape, dtype, device, damping) to empty factors and the inverse that stands for I/λ.
-        estimate: (tap, previous, mean) to factors in the method's canonical scale, and diagnostics; `previous` warm
-            starts iterations, and every additive moment goes through `mean`.
-        blend: (old, new, rho) to the method's own running average.
+        update: (old, tap, rho, mean, inverting) to factors in the method's canonical scale, blended with weight ρ on
+            the old ones, and diagnostics; every additive moment goes through `mean`. Mostly `estimate_then_blend`.
         invert: (factors, damping) to (inverse, ok, diagnostics).
         apply: (inverse, gradient matrix) to the preconditioned matrix.
         apply_tap: the same from a loss tap, with ⟨∇, nat⟩ when asked for.
-        matvec: (factors, matrix) to the undamped approximation times it.
+        matvec: (factors, matrix) to the undamped approximation F̂ times it.
+        overlap: (factors, tap) to (⟨F, F̂⟩, ‖F̂‖²).
     """
 
     init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]]
-    blend: Callable[[PyTree, PyTree, Tensor], PyTree]
+    update: Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]
     invert: Callable[[PyTree, Tensor], tuple[PyTree, Tensor, Diagnostics]]
     apply: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
     apply_tap: Callable[[PyTree, Tap, bool], Product]
     matvec: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
+    overlap: Callable[[PyTree, AnyTap], tuple[Tensor, Tensor]]
+
+
+def estimate_then_blend(
+    estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]],
+    blend: Callable[[PyTree, PyTree, Tensor], PyTree],
+) -> Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]:
+    """An update that looks at the batch alone, then averages.
+
+    Args:
+        estimate: (tap, previous, mean) to one batch's factors and diagnostics; `previous` warm starts iterations.
+        blend: (old, new, rho) to the method's own running average.
+    """
+
+    def update(old: PyTree, tap: AnyTap, rho: Tensor, mean: Mean, inverting: bool) -> tuple[PyTree, Diagnostics]:
+        del inverting
+        new, diagnostics = estimate(tap, old, mean)
+        return blend(old, new, rho), diagnostics
+
+    return update
 
 
 def whole_mean(moment: Moment, tap: AnyTap) -> PyTree:
@@ -114,11 +136,12 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
         pairs = {key: layer.init(shape, dtype, device, damping) for key, shape in shapes.items()}
         return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
-    def update(factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean) -> Estimated:
+    def update(
+        factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
+    ) -> Estimated:
         new, ok, diagnostics = {}, {}, {}
         for key, tap in taps.items():
-            estimate, diagnostics[key] = layer.estimate(tap, factors[key], mean)
-            new[key] = layer.blend(factors[key], estimate, rho)
+            new[key], diagnostics[key] = layer.update(factors[key], tap, rho, mean, inverting)
             ok[key] = tree.finite(new[key])
         return Estimated(new, ok, _by_name(diagnostics))
 
@@ -136,7 +159,10 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
     def matvec(factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: layer.matvec(factors[key], matrix) for key, matrix in matrices.items()}
 
-    return Method(name, init, update, invert, precondition, matvec)
+    def overlap(factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {key: layer.overlap(factors[key], tap) for key, tap in taps.items()}
+
+    return Method(name, init, update, invert, precondition, matvec, overlap)
 
 
 def _apply(layer: LayerMethod, inverse: PyTree, gradient: Tensor | Tap, inner: bool) -> Product:

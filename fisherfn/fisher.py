@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.errors import unknown
-from fisherfn.taps import WINDOW, AnyTap
+from fisherfn.taps import WINDOW, AnyTap, Tap, example_matrices, squares
 from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]
@@ -83,12 +83,12 @@ class Fisher:
 
     def trace(self) -> Float[Tensor, ""]:
         """The sum of all eigenvalues: the mean over examples of the squared gradient norms."""
-        return torch.stack([_squares(tap).sum() for tap in self._taps.values()]).sum() / self._examples
+        return torch.stack([squares(tap).sum() for tap in self._taps.values()]).sum() / self._examples
 
     def diag(self) -> Float[Tensor, " p"]:
         """The diagonal, `[P]`, in params order."""
-        squares = {key: _squares(tap) for key, tap in self._taps.items()}
-        return ravel(self._codec.tree(squares)) / self._examples
+        entries = {key: squares(tap) for key, tap in self._taps.items()}
+        return ravel(self._codec.tree(entries)) / self._examples
 
     def gram(self) -> Tensor | dict[str, Tensor]:
         """`UᵀU`, `[S·N, S·N]`: it has F's nonzero eigenvalues. One for each block where the structure is "block"."""
@@ -117,20 +117,6 @@ def ravel(params: Tree) -> Float[Tensor, " p"]:
     return torch.cat([leaf.reshape(-1) for leaf in params.values()])
 
 
-def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
-    """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
-    parts = [torch.einsum("ksnto,knti->snkoi", part.g, rows.dense(part.a)) for part in tap.windows()]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
-    """`Σ_sn W_sn²` entry by entry, a few examples at a time."""
-    k, s, n, _, o, i = tap.sizes
-    step = max(1, WINDOW // (s * k * o * i))
-    windows = [tap.window(slice(start, min(start + step, n))) for start in range(0, n, step)]
-    return torch.stack([example_matrices(part).square().sum((0, 1)) for part in windows]).sum(0)
-
-
 def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
     """`⟨W_sn, V⟩` without forming W."""
     parts = [torch.einsum("ksnto,knto->sn", part.g, rows.times(part.a, V.mT)) for part in tap.windows()]
@@ -147,16 +133,48 @@ def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
     return torch.stack(sums).sum(0)
 
 
-def gram(tap: AnyTap) -> Float[Tensor, "m m"]:
-    """`⟨W_sn, W_rm⟩`. One position, or one-hot rows: `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, no W formed."""
-    k, s, n, t, o, _ = tap.sizes
-    whole = tap.whole()
-    if t > 1 and not isinstance(whole.a, rows.OneHot):
-        W = example_matrices(whole).flatten(2).flatten(0, 1)
-        return W @ W.mT
-    g = whole.g.reshape(k, s * n * t, o)
-    inputs = rows.gram(whole.a).repeat(1, s, s)
-    return (g @ g.mT * inputs).sum(0).reshape(s * n, t, s * n, t).sum((1, 3))
+def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
+    """`⟨W_sn, W_rm⟩`, of a tap with itself or with another of the same layer; rows run over draws, then examples.
+
+    Few positions: `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, no W formed; else the W, some of their rows at a time. Neither asks for
+    memory of the order (N T)².
+    """
+    x = tap.whole()
+    y = x if other is None else other.whole()
+    k, s, n, t, o, i = x.sizes
+    u = y.sizes.t
+    if isinstance(x.a, rows.OneHot) or t * u * (o + i) < o * i:
+        step = max(1, WINDOW // max(1, k * s * t * y.sizes.s * y.sizes.n * u))
+        parts = [_pairs(x.window(slice(at, at + step)), y) for at in range(0, max(n, 1), step)]
+        return torch.cat(parts, 1).flatten(0, 1)
+    step = max(1, WINDOW // max(1, k * s * n * i))
+    pieces = [(_output_rows(x, at, step), _output_rows(y, at, step)) for at in range(0, o, step)]
+    return torch.stack([left @ right.mT for left, right in pieces]).sum(0)
+
+
+def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
+    """Rows of the Gram matrix: `Σ_k Σ_tu (g_t · g_u)(a_t · a_u)`."""
+    k, s, n, t, o, _ = x.sizes
+    _, r, m, u, _, _ = y.sizes
+    products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
+    inputs = rows.gram(x.a, y.a).repeat(1, s, r)
+    return (products * inputs).sum(0).reshape(s, n, t, r * m, u).sum((2, 4))
+
+
+def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:
+    """Some rows of every W, flat."""
+    return example_matrices(Tap(tap.a, tap.g[..., start : start + size])).flatten(2).flatten(0, 1)
+
+
+def square_norm(tap: AnyTap) -> Float[Tensor, ""]:
+    """`‖F‖²` of the layer's block, from the Gram matrix."""
+    return (gram(tap).double() / tap.sizes.n).square().sum()
+
+
+def relative_error(tap: AnyTap, cross: Float[Tensor, ""], square: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """`‖F − F̂‖ / ‖F‖` from `⟨F, F̂⟩` and `‖F̂‖²`."""
+    own = square_norm(tap)
+    return ((own - 2 * cross.double() + square.double()).clamp(min=0) / own).sqrt()
 
 
 def _solve(taps: dict[str, AnyTap], v: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherfn import likelihoods, tree
 from fisherfn.base import Method, Preconditioned, whole_mean
 from fisherfn.errors import HyperparameterError, StructureError, unknown
-from fisherfn.fisher import Fisher, Structure
+from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.linalg import kron
 from fisherfn.methods import METHODS
 from fisherfn.stats import (
@@ -30,7 +30,7 @@ from fisherfn.stats import (
     in_chunks,
     need,
 )
-from fisherfn.taps import Mean, Tap
+from fisherfn.taps import AnyTap, Mean, Tap
 from fisherfn.types import Info, Model, PyTree, Shape, Tree
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
@@ -156,6 +156,15 @@ class NaturalGradient:
         """The method's undamped approximate Fisher times a tree."""
         return self._cast(self.method.matvec(state.factors, self.layout.matrices(v)))
 
+    def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
+        r"""$\|F_l - \hat F_l\|_F / \|F_l\|_F$ of every block: how far the state is from the Fisher of these statistics.
+
+        Undamped, exact and without forming F, whatever the layer's size. NaN where the Fisher block is zero.
+        """
+        taps = self._taps(stats)
+        overlaps = self.method.overlap(state.factors, taps)
+        return {key: relative_error(taps[key], *overlaps[key]) for key in taps}
+
     def step(
         self,
         params: Tree,
@@ -184,7 +193,7 @@ class NaturalGradient:
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
         )  # fmt: skip
         new, info = state, self._info(stats.checks, loss=stats.loss, context=stats.context)
-        for wanted, act in ((update, lambda s: self._updated(s, stats)), (invert, self._inverted)):
+        for wanted, act in ((update, lambda s: self._updated(s, stats, invert)), (invert, self._inverted)):
             if wanted:
                 new, more = act(new)
                 info = self._merge(info, more)
@@ -202,17 +211,18 @@ class NaturalGradient:
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """The sampled Fisher of these statistics as an operator on trees like params."""
         dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
-        taps = {block.key: stats.lazy_tap(block.key).to(dtype) for block in self.layout.blocks}
-        return Fisher(taps, self.layout, structure)
+        return Fisher({key: tap.to(dtype) for key, tap in self._taps(stats).items()}, self.layout, structure)
 
     # ---------------------------------------------------------------------------------------------------------
 
-    def _updated(self, state: State, stats: Stats) -> tuple[State, Info]:
+    def _taps(self, stats: Stats) -> dict[str, AnyTap]:
+        return {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
+
+    def _updated(self, state: State, stats: Stats, inverting: bool = True) -> tuple[State, Info]:
         """The updated state whether sound or not, and the masks that say which."""
         count = state.count + 1
         rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
-        taps = {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
-        result = self.method.update(state.factors, taps, rho, self.mean)
+        result = self.method.update(state.factors, self._taps(stats), rho, self.mean, inverting)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
         return state._replace(factors=result.factors, count=count), info

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherfn import tree
@@ -28,7 +28,7 @@ WIDE = 256
 class OneHot:
     """Row t of example n is 1 in column `index[k, n, t]`; an index equal to `width` is an empty row."""
 
-    index: Int[Tensor, "k n t"]
+    index: Tensor  # Int "k n t"; not checked, as a tree map may stack it
     width: int
     dtype: torch.dtype
 
@@ -205,21 +205,34 @@ def total(a: Rows) -> Float[Tensor, "k n i"]:
     return out
 
 
+def squared(a: Rows) -> Rows:
+    """The rows, entry by entry squared."""
+    if isinstance(a, Tensor):
+        return a.square()
+    if isinstance(a, OneHot):
+        return a
+    return Phases(tuple(part._replace(a=part.a.square()) for part in a.parts), a.width)
+
+
+def alike(a: OneHot) -> Bool[Tensor, "k n t u"]:
+    """Which rows of an example are the same column of the identity; an empty row is like none."""
+    return (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)) & (a.index < a.width).unsqueeze(-1)
+
+
 def total_diagonal(a: OneHot) -> Float[Tensor, "k i"]:
     """The diagonal of `Σ_n (Σ_t a)(Σ_t a)ᵀ`: a row counts once for each of its example's rows that are like it."""
     k, n, t, i = sizes(a)
-    alike = (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)).sum(-1).to(a.dtype).reshape(k, n * t)
-    return alike.new_zeros(k, i + 1).scatter_add(1, a.index.reshape(k, n * t), alike)[:, :i]
+    count = alike(a).sum(-1).to(a.dtype).reshape(k, n * t)
+    return count.new_zeros(k, i + 1).scatter_add(1, a.index.reshape(k, n * t), count)[:, :i]
 
 
-def gram(a: Rows) -> Float[Tensor, "k m m"]:
-    """`a aᵀ` of all rows, examples outermost."""
-    if isinstance(a, OneHot):
-        index = a.index.flatten(1)
-        same = index.unsqueeze(-1) == index.unsqueeze(-2)
-        return (same & (index < a.width).unsqueeze(-1)).to(a.dtype)
-    flat = dense(a).flatten(1, 2)
-    return flat @ flat.mT
+def gram(a: Rows, b: Rows | None = None) -> Float[Tensor, "k m p"]:
+    """`a bᵀ` of all rows, examples outermost; of rows with themselves where no others are given."""
+    b = a if b is None else b
+    if isinstance(a, OneHot) and isinstance(b, OneHot):
+        index = a.index.flatten(1).unsqueeze(-1)
+        return ((index == b.index.flatten(1).unsqueeze(-2)) & (index < a.width)).to(a.dtype)
+    return dense(a).flatten(1, 2) @ dense(b).flatten(1, 2).mT
 
 
 def window(a: Rows, examples: slice) -> Rows:

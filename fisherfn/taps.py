@@ -107,6 +107,40 @@ class LazyTap:
 
 AnyTap: TypeAlias = Tap | LazyTap
 
+
+def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
+    """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
+    parts = [torch.einsum("ksnto,knti->snkoi", part.g, rows.dense(part.a)) for part in tap.windows()]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def matrix_windows(tap: AnyTap) -> Iterator[AnyTap]:
+    """Windows of so many examples that their `example_matrices` fit into memory that is quick to reach."""
+    k, s, n, _, o, i = tap.sizes
+    step = max(1, WINDOW // (s * k * o * i))
+    for start in range(0, n, step):
+        yield tap.window(slice(start, min(start + step, n)))
+
+
+def squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
+    """`Σ_sn W_sn²`, entry by entry."""
+    if tap.sizes.t == 1:  # a product of two entries: no W is formed
+        parts = [rows.outer(part.g.square().sum(1), rows.squared(part.a)) for part in tap.windows()]
+    elif isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
+        parts = [_one_hot_squares(part) for part in tap.windows()]
+    else:
+        parts = [example_matrices(part).square().sum((0, 1)) for part in matrix_windows(tap)]
+    return torch.stack(parts).sum(0)
+
+
+def _one_hot_squares(tap: Tap) -> Float[Tensor, "k o i"]:
+    """A column's gradient is the sum of `g` over the positions that have its index."""
+    assert isinstance(tap.a, rows.OneHot)
+    alike = rows.alike(tap.a).to(tap.g.dtype)
+    sums = torch.einsum("kntu,ksnuo->ksnto", alike, tap.g)
+    return rows.outer((tap.g * sums).sum(1), tap.a)
+
+
 Moment: TypeAlias = Callable[[AnyTap], PyTree]
 """A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
 

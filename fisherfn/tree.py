@@ -73,8 +73,17 @@ def norm(x: PyTree) -> Shaped[Tensor, ""]:
 
 
 def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
-    """`x` where the scalar mask is true, else `y`; `x` may hold NaN where it is not taken."""
-    return map(lambda a, b: a if a is b else torch.where(mask, a, b), x, y)
+    """`x` where the scalar mask is true, else `y`; `x` may hold NaN where it is not taken.
+
+    Where shapes differ (leaves that follow the batch's) the other cannot be kept and zeros of x's shape stand for it.
+    """
+
+    def chosen(a: Any, b: Any) -> Any:
+        if a is b:
+            return a
+        return torch.where(mask, a, b if a.shape == b.shape else torch.zeros_like(a))
+
+    return map(chosen, x, y)
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:
@@ -118,7 +127,17 @@ def register(
     cls: type[T], flatten_fn: Callable[[T], tuple[list[Any], Any]], unflatten_fn: Callable[[Any, Any], T]
 ) -> None:
     """Make instances of `cls` nodes of a tree: `flatten_fn` gives children and static facts."""
-    pytree.register_pytree_node(cls, flatten_fn, lambda children, static: unflatten_fn(list(children), static))
+
+    def with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
+        children, static = flatten_fn(node)
+        return [(pytree.SequenceKey(index), child) for index, child in enumerate(children)], static
+
+    pytree.register_pytree_node(
+        cls,
+        flatten_fn,
+        lambda children, static: unflatten_fn(list(children), static),
+        flatten_with_keys_fn=with_keys,
+    )
 
 
 def _name(step: Any) -> str:

@@ -255,7 +255,7 @@ def _reword(Config: type, message: str) -> NoReturn:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _accepts(hint: Any, value: Any) -> bool:

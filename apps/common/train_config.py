@@ -23,6 +23,20 @@ AUTOENCODER_DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "SVHN")
 OPTIMIZERS = ("sgd", "adam", *ff.METHODS)
 """Names of `--optim`: the first-order baselines and every method of the library."""
 
+LABELS = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "kfac": "K-FAC",
+    "ekfac": "E-KFAC",
+    "kpsvd": "KPSVD",
+    "deflation": "Deflation",
+    "kfac_cor": "K-FAC corrected",
+    "lanczos": "Lanczos",
+    "twolevel_kfac": "two-level K-FAC",
+    "exactNG": "exact NG",
+}
+"""What tables and pictures call them."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -57,7 +71,16 @@ class TrainConfig:
         None, "bound of the KL clip, 0 for no clip; null: as tuned", aliases=("kl_clip",), check=NON_NEGATIVE
     )
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
-    damping_form: Literal["factored", "eigen"] = option("factored", "how damping enters Kronecker factors")
+    damping_form: Literal["factored", "eigen"] | None = option(
+        None, "how damping enters Kronecker factors; null: factored (exactNG has λI alone)"
+    )
+    structure: Literal["full", "block"] | None = option(
+        None, "exactNG: all layers coupled, or one block a layer; null: full"
+    )
+    coarse_space: Literal["nicolaides", "residual", "tselepidis", "spectral", "tpselepedis"] | None = option(
+        None, "twolevel_kfac: space that couples the layers; null: nicolaides (tpselepedis is tselepidis)"
+    )
+    krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the rows' images under K-FAC; null: 0")
     fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)

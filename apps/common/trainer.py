@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
+
+
+METHOD_OPTIONS = {
+    "damping_form": "damping_form",
+    "structure": "structure",
+    "coarse_space": "coarse",
+    "krylov": "krylov",
+}
+"""Options that only some methods have, and what these call them."""
 
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
@@ -84,11 +94,23 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
     """The library's natural gradient for this task, as configured."""
-    method = ff.METHODS[config.optim](damping_form=config.damping_form)
     return ff.natural_gradient(
-        task.model, task.params, task.train[0][: config.batch_size], likelihood=task.likelihood, method=method,
+        task.model, task.params, task.train[0][: config.batch_size], likelihood=task.likelihood, method=method(config),
         fisher=config.fisher, samples=config.fisher_samples, context=task.context,
     )  # fmt: skip
+
+
+def method(config: TrainConfig) -> ff.Method:
+    """The method that `--optim` names, with those of its options that were given."""
+    build = ff.METHODS[config.optim]
+    known = inspect.signature(build).parameters
+    options = {}
+    for name, parameter in METHOD_OPTIONS.items():
+        if getattr(config, name) is not None:
+            if parameter not in known:
+                raise ConfigError(f"{name} is no option of {config.optim}: leave it out, or choose another optim")
+            options[parameter] = getattr(config, name)
+    return build(**options)
 
 
 def run(config: TrainConfig, app: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Kronecker products on matrices: `G ⊗ A` acts as `W ↦ G W A` (A and G symmetric).
+"""Kronecker products and their sums, on matrices: `G ⊗ A` acts as `W ↦ G W A` (A and G symmetric).
 
 A factor is a batch of matrices `[k d d]`, or where it is too wide for that, their diagonals `[k d]`.
 
@@ -8,7 +8,8 @@ A gradient is either a matrix `W` or, cheaper for wide layers, the loss tap whos
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,82 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.taps import Sizes, Tap
-from fisherfn.types import Product
+from fisherfn.types import Product, Shape
 
 Factor: TypeAlias = Tensor
 """`[k d d]`, or a diagonal `[k d]`."""
+
+
+DIAGONAL_ABOVE = 8192
+"""Width at which a factor and its inverse hold half a gigabyte in single precision."""
+
+
+class Pair(NamedTuple):
+    """One Kronecker product `G ⊗ A`."""
+
+    A: Factor  # input side, [k i i], or where it is wide its diagonal [k i]
+    G: Factor  # output side, likewise
+
+
+class Sum(NamedTuple):
+    """`G₁ ⊗ A₁ + G₂ ⊗ A₂`; the second term is indefinite in general."""
+
+    first: Pair
+    second: Pair
+
+
+class Forms(NamedTuple):
+    """Which factors of a block are kept as diagonals."""
+
+    A: bool
+    G: bool
+
+
+def forms(shape: Shape, limit: int = DIAGONAL_ABOVE) -> Forms:
+    """Diagonal where a factor is wider than the limit; the input factor of one-hot rows at any width."""
+    return Forms(shape.one_hot or shape.i > limit, shape.o > limit)
+
+
+def forms_of(pair: Pair) -> Forms:
+    """How the factors are kept."""
+    return Forms(is_diagonal(pair.A), is_diagonal(pair.G))
+
+
+def zeros(eye: Pair) -> Pair:
+    """A pair of zeros of the same shapes."""
+    return Pair(torch.zeros_like(eye.A), torch.zeros_like(eye.G))
+
+
+def identity(shape: Shape, form: Forms, dtype: torch.dtype, device: torch.device) -> Pair:
+    """`I ⊗ I` for a block."""
+
+    def eye(width: int, diagonal: bool) -> Tensor:
+        if diagonal:
+            return torch.ones(shape.k, width, dtype=dtype, device=device)
+        return torch.eye(width, dtype=dtype, device=device).repeat(shape.k, 1, 1)
+
+    return Pair(eye(shape.i, form.A), eye(shape.o, form.G))
+
+
+def apply(pairs: Sequence[Pair], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+    """`Σ_r G_r W A_r`."""
+    terms = [matvec(pair.G, pair.A, W) for pair in pairs]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def dot(x: Factor, y: Factor) -> Float[Tensor, " k"]:
+    """`⟨x, y⟩` of two factors kept in the same form; sums of rows in float64."""
+    return (x * y).sum(-1).double().reshape(x.shape[0], -1).sum(-1)
+
+
+def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:
+    """Frobenius inner product of two sums of Kronecker products: `Σ_rs ⟨A_r, A_s⟩ ⟨G_r, G_s⟩`."""
+    return torch.stack([dot(x.A, y.A) * dot(x.G, y.G) for x in xs for y in ys]).sum(0)
+
+
+def times(x: Factor, scalar: Float[Tensor, " k"]) -> Factor:
+    """Each group's factor by its own number."""
+    return x * scalar.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def matvec(G: Factor, A: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:

@@ -29,16 +29,19 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
     rounding cannot make it positive definite. The floor costs nothing, where a ladder of retries costs a
     factorisation a rung (and cannot stop early under vmap); what it added is reported as jitter.
     """
-    eps = torch.finfo(matrix.dtype).eps
-    floor = eps * diagonal(matrix).sum(-1)
-    shift = torch.maximum(damping.to(matrix.dtype), floor)
-    jitter = (shift - damping).amax()
+    shift, jitter = floored(matrix, damping)
     if is_diagonal(matrix):
         inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
         return Inverted(inverse, torch.isfinite(inverse.sum()), jitter)
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
     inverse = torch.cholesky_inverse(factor)
     return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter)
+
+
+def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
+    """The damping, at least the matrix's working precision; and the most that this added."""
+    shift = torch.maximum(damping.to(matrix.dtype), torch.finfo(matrix.dtype).eps * diagonal(matrix).sum(-1))
+    return shift, (shift - damping).amax()
 
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:

@@ -1,0 +1,298 @@
+r"""The rearranged Fisher block of a layer as a pair of maps (Van Loan & Pitsianis 1993), never formed.
+
+For a block $F = \frac1N \sum_{sn} \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$ the rearrangement Z(F) turns the
+distance to Kronecker products into the distance to matrices of rank one: $\|F - G \otimes A\| = \|Z - \mathrm{vec}(A)
+\mathrm{vec}(G)^\top\|$. As maps between symmetric matrices,
+
+$$Z\,V = \frac1N \sum_{sn} W_{sn}^\top V W_{sn}, \qquad Z^\top U = \frac1N \sum_{sn} W_{sn} U W_{sn}^\top .$$
+
+Three routes to the same maps; shapes alone choose:
+
+- **Gram** (one position): $Z = \frac1N \sum_n \mathrm{vec}(a_n a_n^\top) \mathrm{vec}(\Gamma_n)^\top$ with
+  $\Gamma_n = \sum_s g_{sn} g_{sn}^\top$ has rank N, so U and V are coefficients of these N matrices and Z is two N×N
+  Gram matrices, whatever the number of draws: an iteration costs next to nothing. In float64, as entries are fourth
+  powers.
+- **factored** (few positions): $W^\top V W = a^\top (g V g^\top) a$.
+- **matrices** (many positions): the $W_{sn}$ are made first.
+
+A factor that is kept as a diagonal makes its side diagonal: Z is then projected on such matrices, and what is found is
+best among them. Every iterate is symmetrised: F is symmetric, so its singular pairs are symmetric or antisymmetric, and
+the latter are no curvature (they do occur over shared positions).
+
+k group, s draw, n example, m example and draw, t and u positions, i input, o output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import rows
+from fisherfn.linalg import kron
+from fisherfn.linalg.kron import Factor, Forms, Pair
+from fisherfn.taps import AnyTap, Mean, Sizes, Tap, example_matrices, matrix_windows
+
+Element: TypeAlias = Tensor
+"""A symmetric matrix of one side: itself (or its diagonal), or its coefficients `[k n]` in the Gram route."""
+
+KEPT = 1 << 26
+"""Numbers that the per-example gradients of a layer may hold to be kept over the iterations: 256 MiB in float32."""
+
+
+class Rearranged(NamedTuple):
+    """Z as a pair of maps between elements, U on the input side and V on the output side.
+
+    Attributes:
+        left: V to `Z V`.
+        right: U to `Zᵀ U`.
+        left_metric: y to y' such that the sum of x·y' is the Frobenius inner product ⟨x, y⟩ on the input side.
+        right_metric: the same on the output side.
+        pair: (U, V) as matrices.
+        moments: K-FAC's A and G as elements, given as matrices.
+        start: a generic V.
+    """
+
+    left: Callable[[Element], Element]
+    right: Callable[[Element], Element]
+    left_metric: Callable[[Element], Element]
+    right_metric: Callable[[Element], Element]
+    pair: Callable[[Element, Element], Pair]
+    moments: Callable[[Pair], tuple[Element, Element]]
+    start: Element
+
+
+def rearranged(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -> Rearranged:
+    """Z of a layer's block.
+
+    Args:
+        tap: the layer's statistics.
+        form: which sides are diagonal.
+        guess: an output-side factor to start from.
+        mean: how a moment is taken over the examples.
+        whole: whether `mean` is that of one batch held as a whole, so that examples may meet each other.
+    """
+    _, _, _, t, o, i = tap.sizes
+    if whole and t == 1 and min(o, i) > 1:
+        return _by_gram(_float(tap.whole()), form)
+    return _by_maps(tap, form, guess, mean, whole)
+
+
+def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
+    """`Z − u vᵀ`: what is left of the block beside a Kronecker product."""
+
+    def left(V: Element) -> Element:
+        return Z.left(V) - kron.times(u, kron.dot(v, Z.right_metric(V)))
+
+    def right(U: Element) -> Element:
+        return Z.right(U) - kron.times(v, kron.dot(u, Z.left_metric(U)))
+
+    return Z._replace(left=left, right=right)
+
+
+# one position: Gram matrices -------------------------------------------------------------------------------------
+
+
+def _by_gram(tap: Tap, form: Forms) -> Rearranged:
+    n = tap.sizes.n
+    K_a, K_g = _input_gram(tap, form.A), _output_gram(tap, form.G)
+
+    def pair(c: Element, d: Element) -> Pair:
+        return Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G))
+
+    mean = K_a.new_full(K_a.shape[:2], 1 / n)
+    return Rearranged(
+        left=lambda d: _times(K_g, d) / n,
+        right=lambda c: _times(K_a, c) / n,
+        left_metric=lambda c: _times(K_a, c),
+        right_metric=lambda d: _times(K_g, d),
+        pair=pair,
+        moments=lambda _: (mean, mean),
+        start=mean * (1.25 + torch.cos(torch.arange(n, dtype=mean.dtype, device=mean.device))),  # positive, generic
+    )
+
+
+def _times(K: Float[Tensor, "k n n"], x: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    return (K @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _input_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
+    """`⟨a_n a_nᵀ, a_m a_mᵀ⟩`, or of the diagonals."""
+    if isinstance(tap.a, rows.OneHot):
+        return rows.gram(tap.a).double()
+    a = rows.dense(tap.a).squeeze(2)
+    return (a.square() @ a.square().mT).double() if diagonal else (a @ a.mT).double().square()
+
+
+def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
+    """`⟨Γ_n, Γ_m⟩` of `Γ_n = Σ_s g gᵀ`, or of the diagonals: by pairs of draws or by rows of Γ, as is cheaper."""
+    k, s, n, _, o, _ = tap.sizes
+    g = tap.g.squeeze(3)
+    if diagonal:
+        squares = g.square().sum(1)
+        return (squares @ squares.mT).double()
+    if s * s <= s * o + o:  # in units of n² o: the pairs against Γ's n s o² (n ~ o) and its own products
+        pairs = ((g[:, r] @ g[:, q].mT).double().square() for r in range(s) for q in range(s))
+        return reduce(operator.add, pairs)
+    step = max(1, KEPT // (k * n * o))
+    parts = (torch.einsum("ksnp,ksno->knpo", g[..., at : at + step], g).flatten(2) for at in range(0, o, step))
+    return reduce(operator.add, ((part @ part.mT).double() for part in parts))
+
+
+def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Factor:
+    """`Σ_n c_n a_n a_nᵀ`, or its diagonal."""
+    weights = c.to(tap.g.dtype)
+    if diagonal:
+        return rows.outer(weights[..., None, None], rows.squared(tap.a)).squeeze(1)
+    a = rows.dense(tap.a).squeeze(2)
+    return _symmetric((a * weights.unsqueeze(-1)).mT @ a, diagonal)
+
+
+def _weighted_outputs(tap: Tap, d: Float[Tensor, "k n"], diagonal: bool) -> Factor:
+    """`Σ_n d_n Γ_n`, or its diagonal."""
+    g, weights = tap.g.squeeze(3), d.to(tap.g.dtype)[:, None, :, None]
+    if diagonal:
+        return (weights * g.square()).sum((1, 2))
+    return _symmetric((weights * g).flatten(1, 2).mT @ g.flatten(1, 2), diagonal)
+
+
+# any positions: maps between matrices ----------------------------------------------------------------------------
+
+
+class _Maps(NamedTuple):
+    """A way to make the sums over examples: pieces of a tap, and both maps of one piece."""
+
+    pieces: Callable[[AnyTap], Iterable[Any]]
+    left: Callable[[Any, Factor, Forms], Factor]
+    right: Callable[[Any, Factor, Forms], Factor]
+
+
+def _by_maps(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -> Rearranged:
+    maps, numbers = (_FACTORED, _rows_of) if _factored_is_cheaper(tap) else (_MATRICES, _matrices_of)
+    pieces = maps.pieces
+    if whole and numbers(tap.sizes) <= KEPT:
+        made = list(maps.pieces(tap))
+        pieces = lambda _: made  # noqa: E731
+
+    def applied(one: Callable[[Any, Factor, Forms], Factor], X: Factor, diagonal: bool) -> Factor:
+        def moment(part: AnyTap) -> Factor:
+            return reduce(operator.add, (one(piece, X, form) for piece in pieces(part))) / part.sizes.n
+
+        return _symmetric(mean(moment, tap), diagonal)
+
+    return Rearranged(
+        left=lambda V: applied(maps.left, V, form.A),
+        right=lambda U: applied(maps.right, U, form.G),
+        left_metric=lambda U: U,
+        right_metric=lambda V: V,
+        pair=Pair,
+        moments=lambda pair: (pair.A, pair.G),
+        start=_start(guess),
+    )
+
+
+def _start(guess: Factor) -> Factor:
+    """The guess, the identity, and a little of every direction, so that no pair is out of reach."""
+    o = guess.shape[-1]
+    ramp = torch.arange(1, o + 1, dtype=guess.dtype, device=guess.device)
+    if kron.is_diagonal(guess):
+        generic = 1 + 0.25 * torch.cos(ramp * ramp)
+    else:
+        eye = torch.eye(o, dtype=guess.dtype, device=guess.device)
+        generic = eye + 0.25 / o**0.5 * torch.cos(ramp[:, None] * ramp)
+    norm = kron.dot(guess, guess).sqrt()
+    unit = kron.times(guess, torch.where(norm > 0, 1 / norm, 0.0))
+    return unit + 0.1 * generic / generic.square().sum().sqrt()
+
+
+def _factored_is_cheaper(tap: AnyTap) -> bool:
+    """Whether `aᵀ(gVgᵀ)a` costs less than `WᵀVW`, by multiplications; one-hot rows have no W to speak of."""
+    _, _, _, t, o, i = tap.sizes
+    if isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
+        return True
+    return t * (o * o + i * i) + t * t * (o + i) < o * i * (o + i)
+
+
+def _rows_of(sizes: Sizes) -> int:
+    k, s, n, t, o, i = sizes
+    return k * n * t * (i + s * o)
+
+
+def _matrices_of(sizes: Sizes) -> int:
+    k, s, n, _, o, i = sizes
+    return k * s * n * o * i
+
+
+def _made(tap: AnyTap) -> Iterable[Tap]:
+    """Windows with `a` as a tensor, or one-hot."""
+    for part in tap.windows():
+        made = _float(part)
+        yield made if isinstance(made.a, rows.OneHot) else Tap(rows.dense(made.a), made.g)
+
+
+def _left_factored(tap: Any, V: Factor, form: Forms) -> Factor:
+    """`Σ aᵀ (g V gᵀ) a`."""
+    gV = tap.g * V[:, None, None, None] if form.G else tap.g @ V[:, None, None]
+    M = torch.einsum("ksnto,ksnuo->kntu", gV, tap.g)
+    if isinstance(tap.a, rows.OneHot):
+        weights = (M * rows.alike(tap.a)).sum(-1, keepdim=True)
+        return rows.outer(weights, tap.a).squeeze(1)
+    a: Tensor = tap.a
+    Ma = M @ a
+    return (a * Ma).sum((1, 2)) if form.A else a.flatten(1, 2).mT @ Ma.flatten(1, 2)
+
+
+def _right_factored(tap: Any, U: Factor, form: Forms) -> Factor:
+    """`Σ gᵀ (a U aᵀ) g`."""
+    if isinstance(tap.a, rows.OneHot):
+        M = rows.times(tap.a, U.unsqueeze(-1)) * rows.alike(tap.a)
+    else:
+        aU = tap.a * U[:, None, None] if form.A else tap.a @ U[:, None]
+        M = aU @ tap.a.mT
+    g: Tensor = tap.g
+    Mg = M.unsqueeze(1) @ g
+    return (g * Mg).sum((1, 2, 3)) if form.G else g.flatten(1, 3).mT @ Mg.flatten(1, 3)
+
+
+def _matrices(tap: AnyTap) -> Iterable[Float[Tensor, "k o m i"]]:
+    """W of some examples, in the layout in which both maps are plain products."""
+    for part in matrix_windows(tap):
+        yield example_matrices(_float(part)).flatten(0, 1).permute(1, 2, 0, 3).contiguous()
+
+
+def _left_matrices(W: Float[Tensor, "k o m i"], V: Factor, form: Forms) -> Factor:
+    """`Σ Wᵀ V W`."""
+    VW = kron.left(V, W.flatten(2)).reshape(W.shape)
+    return (W * VW).sum((1, 2)) if form.A else W.flatten(1, 2).mT @ VW.flatten(1, 2)
+
+
+def _right_matrices(W: Float[Tensor, "k o m i"], U: Factor, form: Forms) -> Factor:
+    """`Σ W U Wᵀ`."""
+    WU = kron.right(W.flatten(1, 2), U).reshape(W.shape)
+    return (WU * W).sum((2, 3)) if form.G else WU.flatten(2) @ W.flatten(2).mT
+
+
+_FACTORED = _Maps(_made, _left_factored, _right_factored)
+_MATRICES = _Maps(_matrices, _left_matrices, _right_matrices)
+
+
+def _symmetric(x: Factor, diagonal: bool) -> Factor:
+    return x if diagonal else (x + x.mT) / 2
+
+
+def _float(tap: Any) -> Any:
+    """At least float32, whatever the model's dtype."""
+    dtype = tap.window(slice(0, 1)).whole().g.dtype
+    return tap.to(torch.promote_types(dtype, torch.float32))
+
+
+def overlap(pairs: Sequence[Pair], tap: AnyTap) -> tuple[Tensor, Tensor]:
+    """`⟨F, F̂⟩` and `‖F̂‖²` of a block and a sum of Kronecker products, neither of them formed."""
+    Z = _by_maps(tap, kron.forms_of(pairs[0]), pairs[0].G, lambda moment, whole: moment(whole), whole=True)
+    products = torch.stack([kron.dot(Z.left(pair.G), pair.A) for pair in pairs])
+    return products.sum(), kron.inner(pairs, pairs).sum()

@@ -1,0 +1,139 @@
+r"""Coarse spaces of two-level methods: a row or more a layer, and the matrix of the Fisher on them.
+
+**nicolaides**: ones (Nicolaides 1987), over equal parts of the layer's entries where several rows are asked for; the
+bias column is among them. **spectral**: eigenvectors $q_G q_A^\top$ of the smallest eigenvalues of the fine method's
+leading Kronecker product. **residual**: $M (\nabla - F_\bullet M \nabla)$, another one every step, so made in
+`two_level.py`. **tselepidis**: ones, with the published matrix of cross-layer Kronecker factors.
+
+Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports.
+
+k group, s draw, n example, m example and draw, t position, i input, o output, p row of a layer, q row of any.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import rows
+from fisherfn.errors import HyperparameterError
+from fisherfn.fisher import inner_products
+from fisherfn.linalg import kron
+from fisherfn.linalg.kron import Pair
+from fisherfn.linalg.solve import psd_eigh
+from fisherfn.methods.exact import Taps, examples
+from fisherfn.taps import Tap
+from fisherfn.types import PyTree
+
+COARSE = ("nicolaides", "residual", "tselepidis", "spectral")
+
+CUTOFF = 1e-5
+"""A row whose part outside the span of the rows before it is shorter than this share of it adds nothing."""
+
+Rows = dict[str, Float[Tensor, "p k o i"]]
+
+
+class Space(NamedTuple):
+    """A coarse space: orthonormal rows of every layer (zero where they were dependent), and the factor of F_c."""
+
+    rows: Rows
+    factor: Float[Tensor, "q q"]
+
+
+def ones(taps: Taps, vectors: int) -> Rows:
+    """Row p is 1 on the p-th part of the layer's entries."""
+
+    def of(tap: Tap) -> Float[Tensor, "p k o i"]:
+        k, _, _, _, o, i = tap.sizes
+        part = torch.arange(k * o * i, device=tap.g.device) * vectors // (k * o * i)
+        return torch.stack([part == p for p in range(vectors)]).to(tap.g.dtype).reshape(vectors, k, o, i)
+
+    return {key: of(tap) for key, tap in taps.items()}
+
+
+def spectral(factors: PyTree, vectors: int) -> Rows:
+    """`q_G q_Aᵀ` of the smallest eigenvalues `s r` of each layer's leading Kronecker product."""
+
+    def of(pair: Pair) -> Float[Tensor, "p k o i"]:
+        r, s = psd_eigh(pair.A), psd_eigh(pair.G)
+        values = s.values.unsqueeze(-1) * r.values.unsqueeze(-2)
+        smallest = values.flatten().topk(min(vectors, values.numel()), largest=False).indices
+        single = torch.zeros(vectors, values.numel(), dtype=values.dtype, device=values.device)
+        count = torch.arange(smallest.shape[0], device=values.device).unsqueeze(-1)
+        chosen = single.index_put((count.squeeze(-1), smallest), values.new_ones(()))
+        return torch.stack(
+            [
+                kron.right(kron.left(s.vectors, row), kron.transpose(r.vectors))
+                for row in chosen.reshape(vectors, *values.shape)
+            ]
+        )
+
+    return {key: of(_leading(factors, key)) for key in factors}
+
+
+def _leading(factors: PyTree, key: str) -> Pair:
+    found = getattr(factors[key], "first", factors[key])
+    if not hasattr(found, "A") or not hasattr(found, "G"):
+        raise HyperparameterError(
+            "the spectral coarse space is made of the fine method's Kronecker factors, and this one has none: "
+            'use coarse="nicolaides".'
+        )
+    return Pair(found.A, found.G)
+
+
+def orthonormal(R: Float[Tensor, "p k o i"]) -> Float[Tensor, "p k o i"]:
+    """Gram–Schmidt, twice; a row that depends on those before it becomes zero."""
+    found: list[Tensor] = []
+    for row in R.flatten(1):
+        length = row.norm()
+        rest = row
+        for _ in range(2):
+            for other in found:
+                rest = rest - (other * rest).sum() * other
+        norm = rest.norm()
+        found.append(torch.where(norm > CUTOFF * length, rest / norm, 0.0))
+    return torch.stack(found).reshape(R.shape)
+
+
+def space(vectors: Rows, taps: Taps, damping: Float[Tensor, ""]) -> Space:
+    """Orthonormal rows, and the factor of `F_c = CᵀC/N + λI`."""
+    basis = {key: orthonormal(R) for key, R in vectors.items()}
+    C = coefficients(taps, basis)
+    # a row that was dependent is zero; 1 in its place keeps F_c definite and its coefficient at zero
+    alive = torch.cat([R.flatten(1).square().sum(-1) > 0.5 for R in basis.values()])
+    return Space(basis, _cholesky(C.mT @ C / examples(taps), torch.where(alive, damping.double(), 1.0)))
+
+
+def coefficients(taps: Taps, basis: Rows) -> Float[Tensor, "m q"]:
+    """`⟨W_sn^l, R_{l,p}⟩`, in float64."""
+    columns = [inner_products(taps[key], row).flatten() for key, R in basis.items() for row in R]
+    return torch.stack(columns, -1).double()
+
+
+def _cholesky(matrix: Float[Tensor, "q q"], diagonal: Float[Tensor, " q"]) -> Float[Tensor, "q q"]:
+    """NaN where the matrix is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(diagonal))
+    return torch.where(failed == 0, factor, torch.nan)
+
+
+def published(taps: Taps, damping: Float[Tensor, ""]) -> Space:
+    """Rows of ones, not normalised, with `F_c[l, m] = (Σ E[a_l a_mᵀ]) (Σ E[g_l g_mᵀ]) + λ` for layers l, m.
+
+    Positions are averaged in a and summed in g, so that maps of different size need no interpolation; groups count as
+    one layer by their exact gradient.
+    """
+    inputs, outputs = zip(*(_sums(tap) for tap in taps.values()), strict=True)
+    a, g = torch.stack(inputs).double(), torch.stack(outputs).double()
+    n = examples(taps)
+    F_c = (a @ a.mT / n) * (torch.einsum("lsn,msn->lm", g, g) / n)
+    return Space(ones(taps, 1), _cholesky(F_c, damping.double().expand(len(taps))))
+
+
+def _sums(tap: Tap) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:
+    k, _, n, t, o, i = tap.sizes
+    if k == 1:
+        return rows.total(tap.a).sum((0, 2)) / t, tap.g.sum((0, 3, 4))
+    return tap.g.new_ones(n), inner_products(tap, tap.g.new_ones(k, o, i))

@@ -1,0 +1,246 @@
+r"""The exact natural gradient: $(F + \lambda I)^{-1} \nabla$ with the sampled Fisher itself, full or block-diagonal.
+
+With $U = \frac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots]$ the Fisher is $F = U U^\top$, and by the Woodbury
+identity
+
+$$(U U^\top + \lambda I)^{-1} v = \frac1\lambda \bigl(v - U (U^\top U + \lambda I)^{-1} U^\top v\bigr),$$
+
+a system with one unknown an example and draw. Its Gram matrix is a sum over layers, of the same examples and draws in
+each; no W is formed where a layer has few positions. Where parameters are fewer, the system is F + λI itself. Systems
+are factorised in float64.
+
+"full" couples all layers; "block" keeps one diagonal block a layer, with all its groups. There is nothing to average:
+the factors are the newest statistics, so the state's leaves follow the batch's shape. Damping is λI.
+
+Ren & Goldfarb 2019, *Efficient subsampled Gauss-Newton and natural gradient methods for training neural networks*,
+section 3.
+
+k group, s draw, n example, t position, i input, o output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import rows, tree
+from fisherfn.base import Estimated, Method, Preconditioned
+from fisherfn.errors import HyperparameterError, unknown
+from fisherfn.fisher import STRUCTURES, Structure, combine, gram, inner_products
+from fisherfn.linalg.solve import add_diagonal, floored
+from fisherfn.taps import AnyTap, Mean, Tap, example_matrices
+from fisherfn.types import Shape
+
+UNKNOWNS = 16384
+"""The largest system that is factorised: 2 GiB in float64."""
+
+Taps = dict[str, Tap]
+Matrices = Mapping[str, Tensor]
+
+
+class System(NamedTuple):
+    """A factorised system: `UᵀU + λI` in example space or `UUᵀ + λI` in parameter space, whichever is smaller."""
+
+    taps: Taps
+    factor: Float[Tensor, "m m"]
+    damping: Float[Tensor, ""]
+
+
+def exact(structure: Structure | str = "full") -> Method:
+    """The exact natural gradient.
+
+    Args:
+        structure: "full" or "block".
+
+    Raises:
+        UnknownNameError: another structure.
+    """
+    if structure not in STRUCTURES:
+        raise unknown("structure", structure, STRUCTURES)
+    grouped = _together if structure == "full" else _apart
+    return Method(
+        name="exactNG",
+        init=partial(init, grouped=grouped),
+        update=partial(update, grouped=grouped),
+        invert=partial(invert, grouped=grouped),
+        precondition=precondition,
+        matvec=partial(matvec, grouped=grouped),
+        overlap=overlap,
+    )
+
+
+def _together(blocks: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {"all": blocks}
+
+
+def _apart(blocks: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {key: {key: block} for key, block in blocks.items()}
+
+
+# statistics ------------------------------------------------------------------------------------------------------
+
+
+def init(
+    shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor, grouped: Any
+) -> tuple[Taps, dict[str, System]]:
+    """Taps of no example, whose Fisher is zero."""
+    taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
+    nothing = torch.zeros(0, 0, dtype=torch.float64, device=device)
+    return taps, {key: System(dict(group), nothing, damping.clone()) for key, group in grouped(taps).items()}
+
+
+def empty_tap(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tap:
+    """A block's tap without examples."""
+    k, o, i, one_hot = shape
+    g = torch.zeros(k, 1, 0, 1, o, dtype=dtype, device=device)
+    if one_hot:
+        return Tap(rows.OneHot(torch.zeros(k, 0, 1, dtype=torch.int64, device=device), i, dtype), g)
+    return Tap(torch.zeros(k, 0, 1, i, dtype=dtype, device=device), g)
+
+
+def update(
+    factors: Taps, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True, *, grouped: Any
+) -> Estimated:
+    """The newest statistics, at least in float32, in the state's precision."""
+    del rho, mean, inverting
+    dtypes = {key: tap.g.dtype for key, tap in factors.items()}
+    new = {key: plain(tap.to(dtypes[key]).whole()) for key, tap in taps.items()}
+    for group in grouped(new).values():
+        _check_size(group)
+    return Estimated(new, {key: tree.finite(tap) for key, tap in new.items()}, {})
+
+
+def plain(tap: Tap) -> Tap:
+    """The tap with `a` as a tensor, or one-hot: what a state of fixed structure can hold."""
+    return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
+
+
+def _check_size(taps: Taps) -> None:
+    smaller = min(_columns(taps), _parameters(taps))
+    if smaller > UNKNOWNS:
+        raise HyperparameterError(
+            f"the exact natural gradient needs a system of {smaller:,} unknowns ({_columns(taps):,} examples and "
+            f"draws, {_parameters(taps):,} parameters), and at most {UNKNOWNS:,} are factorised. Use fewer columns: "
+            'fisher="mc" with few samples instead of "type2", or a part of the batch.'
+        )
+
+
+def _columns(taps: Mapping[str, Tap]) -> int:
+    sizes = next(iter(taps.values())).sizes
+    return sizes.s * sizes.n
+
+
+def _parameters(taps: Mapping[str, Tap]) -> int:
+    return sum(tap.sizes.k * tap.sizes.o * tap.sizes.i for tap in taps.values())
+
+
+# systems ---------------------------------------------------------------------------------------------------------
+
+
+def invert(factors: Taps, damping: Float[Tensor, ""], *, grouped: Any) -> Estimated:
+    """Cholesky factors of the smaller system of every group of blocks."""
+    systems: dict[str, System] = {}
+    ok: dict[str, Tensor] = {}
+    jitter: dict[str, Tensor] = {}
+    for name, taps in grouped(factors).items():
+        systems[name], sound, added = _system(dict(taps), damping)
+        ok |= dict.fromkeys(taps, sound)
+        jitter |= dict.fromkeys(taps, added)
+    return Estimated(systems, ok, {"jitter": jitter})
+
+
+def _system(taps: Taps, damping: Float[Tensor, ""]) -> tuple[System, Tensor, Tensor]:
+    matrix = (_fisher(taps) if _few_parameters(taps) else _grams(taps)).unsqueeze(0)
+    # the floor is what the statistics' own precision makes of the matrix
+    shift, jitter = floored(matrix, damping.expand(1))
+    factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix.double(), shift.double()))
+    sound = (failed == 0).all() & torch.isfinite(factor.sum()) & (shift > 0).all()
+    return System(taps, factor.squeeze(0), shift.squeeze(0).to(damping.dtype)), sound, jitter
+
+
+def _few_parameters(taps: Mapping[str, Tap]) -> bool:
+    return _parameters(taps) <= _columns(taps)
+
+
+def _grams(taps: Mapping[str, Tap]) -> Float[Tensor, "m m"]:
+    return torch.stack([gram(tap) for tap in taps.values()]).sum(0) / examples(taps)
+
+
+def _fisher(taps: Mapping[str, Tap]) -> Float[Tensor, "p p"]:
+    U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in taps.values()], -1)
+    return U.mT @ U / examples(taps)
+
+
+def examples(taps: Mapping[str, Tap]) -> int:
+    """N, at least 1: the Fisher of no example is zero."""
+    return max(1, next(iter(taps.values())).sizes.n)
+
+
+def precondition(inverses: dict[str, System], gradients: Mapping[str, Tensor | Tap], inner: bool) -> Preconditioned:
+    """`(F + λI)⁻¹ ∇`, group by group."""
+    matrices = {key: as_matrix(gradient) for key, gradient in gradients.items()}
+    solved: dict[str, Tensor] = {}
+    for system in inverses.values():
+        solved |= _solve(system, {key: matrices[key] for key in system.taps})
+    product = torch.stack([(matrices[key] * solved[key]).sum() for key in matrices]).sum() if inner else ()
+    return Preconditioned(solved, product)
+
+
+def as_matrix(gradient: Tensor | Tap) -> Tensor:
+    """A gradient as its matrix, also where it comes as a loss tap."""
+    if isinstance(gradient, Tensor):
+        return gradient
+    _, s, n, _, _, _ = gradient.sizes
+    return combine(gradient, gradient.g.new_full((s, n), 1 / n))
+
+
+def _solve(system: System, v: Matrices) -> dict[str, Tensor]:
+    taps, factor, damping = system
+    dtype = next(iter(taps.values())).g.dtype
+    v = {key: V.to(dtype) for key, V in v.items()}
+    if _few_parameters(taps):
+        flat = torch.cat([V.reshape(-1) for V in v.values()]).double()
+        parts = _cholesky_solve(factor, flat).to(dtype).split([V.numel() for V in v.values()])
+        return {key: part.reshape(V.shape) for (key, V), part in zip(v.items(), parts, strict=True)}
+    root = math.sqrt(examples(taps))
+    rhs = total(taps, v) / root
+    c = _cholesky_solve(factor, rhs.reshape(-1).double()).to(dtype).reshape(rhs.shape) / root
+    return {key: (V - combine(taps[key], c)) / damping.to(dtype) for key, V in v.items()}
+
+
+def _cholesky_solve(factor: Float[Tensor, "m m"], rhs: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    return torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+
+
+def total(taps: Mapping[str, Tap], v: Matrices) -> Float[Tensor, "s n"]:
+    """`Σ_l ⟨W_sn, V⟩` over the layers of a group: the same examples and draws in each."""
+    return torch.stack([inner_products(tap, v[key].to(tap.g.dtype)) for key, tap in taps.items()]).sum(0)
+
+
+# the Fisher itself -----------------------------------------------------------------------------------------------
+
+
+def matvec(factors: Taps, v: Matrices, *, grouped: Any) -> dict[str, Tensor]:
+    """`F v`."""
+    product: dict[str, Tensor] = {}
+    for taps in grouped(factors).values():
+        c = total(taps, v) / examples(taps)
+        product |= {key: combine(tap, c) for key, tap in taps.items()}
+    return product
+
+
+def overlap(factors: Taps, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`⟨F, F̂⟩` and `‖F̂‖²` of every diagonal block, where F̂ is the Fisher of the state's statistics."""
+
+    def of(mine: Tap, other: AnyTap) -> tuple[Tensor, Tensor]:
+        n = max(1, mine.sizes.n)
+        cross = gram(mine, other.to(mine.g.dtype)).double().square().sum() / (n * other.sizes.n)
+        return cross, (gram(mine).double() / n).square().sum()
+
+    return {key: of(factors[key], tap) for key, tap in taps.items()}

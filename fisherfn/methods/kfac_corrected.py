@@ -1,0 +1,60 @@
+r"""K-FAC corrected: K-FAC plus the nearest Kronecker product to what it leaves, $F \approx G \otimes A + D \otimes C$.
+
+A and G are K-FAC's moments; $D \otimes C = \arg\min \|F - G \otimes A - D \otimes C\|_F$ is the leading triplet of the
+deflated rearrangement $Z'V = ZV - \langle G, V \rangle A$, with the A and G of the same batch. Indefinite in general.
+
+Scale: A and G as K-FAC's, C and D of Frobenius norm √σ. Running average: A and G factor by factor, as K-FAC's; the
+correction is the best single product for the average of the operators less $\bar G \otimes \bar A$, in which
+
+$$\rho\, G_o \otimes A_o + (1-\rho)\, G_n \otimes A_n - \bar G \otimes \bar A = \rho (1 - \rho)\, (G_o - G_n) \otimes
+(A_o - A_n) .$$
+
+Koroko et al. 2022, section 3.3.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from fisherfn.base import Diagnostics, Method, factorwise, whole_mean
+from fisherfn.linalg import kron
+from fisherfn.linalg.damped import FLOOR
+from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
+from fisherfn.linalg.rearranged import deflated, rearranged
+from fisherfn.linalg.vanloan import as_pair, leading, recompressed
+from fisherfn.methods.kfac import expand
+from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
+from fisherfn.taps import AnyTap, Mean, Moment
+
+ITERATIONS = 6
+
+
+def kfac_corrected(
+    damping_form: DampingForm | str = "factored",
+    iterations: int = ITERATIONS,
+    floor: float = FLOOR,
+    diagonal_above: int = DIAGONAL_ABOVE,
+) -> Method:
+    """K-FAC corrected; the arguments are those of `lanczos`."""
+    moments = partial(expand, limit=diagonal_above)
+    fit = partial(estimate, iterations=checked_steps(iterations, least=1), moments=moments)
+    return two_terms("kfac_cor", fit, blend, damping_form, floor, diagonal_above)
+
+
+def estimate(
+    tap: AnyTap, previous: Sum, mean: Mean = whole_mean, iterations: int = ITERATIONS, moments: Moment = expand
+) -> tuple[Sum, Diagnostics]:
+    """K-FAC's pair of one batch, and the leading triplet of the rest."""
+    pair = mean(moments, tap)
+    Z = rearranged(tap, kron.forms_of(previous.first), previous.second.G, mean, mean is whole_mean)
+    (rest,) = leading(deflated(Z, *Z.moments(pair)), iterations)
+    return Sum(pair, as_pair(Z, rest)), {"residual": rest.residual}
+
+
+def blend(old: Sum, new: Sum, rho: Tensor) -> Sum:
+    """K-FAC's average, and the best product for what it leaves of the average of the operators."""
+    shift = Pair(old.first.A - new.first.A, old.first.G - new.first.G)
+    (second,) = recompressed([old.second, new.second, shift], [rho, 1 - rho, rho * (1 - rho)], rank=1)
+    return Sum(factorwise(old.first, new.first, rho), second)

@@ -1,0 +1,240 @@
+r"""Two-level: a fine preconditioner of single layers, corrected on a coarse space that couples all layers.
+
+M is the fine method's inverse, $F_\bullet = F + \lambda I$ the exact damped sampled Fisher of all layers, and the rows
+of $R_0$ span a coarse space, each supported on one layer (`coarse_spaces.py`). With $F_c = R_0 F_\bullet R_0^\top$ and
+$Q = R_0^\top F_c^{-1} R_0$,
+
+- **multiplicative**: $z = M \nabla + Q (\nabla - F_\bullet M \nabla)$, of all corrections in the space the nearest to
+  $F_\bullet^{-1} \nabla$ in the norm of $F_\bullet$; not symmetric as an operator.
+- **balanced**: $Q + P M P^\top$ with $P = I - Q F_\bullet$; symmetric positive definite.
+- **additive**: $M \nabla + Q \nabla$; minimises nothing.
+
+Everything comes from one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from products with
+$F z = \frac1N \sum_n W_n \sum_l \langle W_n^l, z^l \rangle$: any mixture of layers, no interpolation between feature
+maps, no loop over pairs of layers. $F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew
+with every basis and never averaged. F is that of the newest statistics, so the state's leaves follow the batch's shape.
+
+Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
+Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.
+
+k group, s draw, n example, t position, i input, o output, q coarse row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.base import Estimated, Method, Preconditioned
+from fisherfn.errors import HyperparameterError, unknown
+from fisherfn.fisher import combine
+from fisherfn.methods.coarse_spaces import COARSE, Rows, Space, ones, published, space, spectral
+from fisherfn.methods.exact import Taps, as_matrix, empty_tap, examples, plain, total
+from fisherfn.methods.kfac import kfac
+from fisherfn.taps import AnyTap, Mean, Tap
+from fisherfn.types import PyTree, Shape
+
+FORMS = ("multiplicative", "balanced", "additive")
+ALIASES = {"tpselepedis": "tselepidis"}
+"""Spellings found in published commands."""
+
+Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
+Form = Literal["multiplicative", "balanced", "additive"]
+Matrices = Mapping[str, Tensor]
+
+
+class Factors(NamedTuple):
+    """The fine method's factors, and the newest statistics."""
+
+    fine: PyTree
+    taps: Taps
+
+
+class Inverse(NamedTuple):
+    """The fine inverse, the statistics that F is made of, and the space; `()` where every step makes its own."""
+
+    fine: PyTree
+    taps: Taps
+    damping: Float[Tensor, ""]
+    space: Space | tuple[()]
+
+
+class Settings(NamedTuple):
+    """What `two_level` was asked for."""
+
+    fine: Method
+    coarse: str
+    krylov: bool
+    form: str
+    vectors: int
+
+
+def two_level(
+    fine: Method | None = None,
+    coarse: Coarse | str = "nicolaides",
+    krylov: bool | int = False,
+    form: Form | str = "multiplicative",
+    vectors: int = 1,
+) -> Method:
+    """A coarse space over a fine method.
+
+    Args:
+        fine: any method; None for `kfac()`.
+        coarse: "nicolaides", "spectral", "residual" or "tselepidis".
+        krylov: whether M times each row is a row too.
+        form: "multiplicative", "balanced" or "additive"; tselepidis is additive, as published.
+        vectors: rows a layer, for nicolaides and spectral.
+
+    Raises:
+        UnknownNameError: another coarse space or form.
+        HyperparameterError: no vector, several for a space that has one, or a form that the space does not have.
+    """
+    coarse = ALIASES.get(coarse, coarse)
+    for what, name, known in (("coarse space", coarse, COARSE), ("form", form, FORMS)):
+        if name not in known:
+            raise unknown(what, name, known)
+    if vectors < 1 or (vectors > 1 and coarse in ("residual", "tselepidis")):
+        raise HyperparameterError(
+            f"{coarse} has {'one row' if vectors > 1 else 'rows'} a layer, got vectors={vectors}."
+        )
+    if coarse == "tselepidis" and krylov:
+        raise HyperparameterError("tselepidis is the published space of ones alone: leave krylov out.")
+    chosen = Settings(fine or kfac(), coarse, bool(krylov), "additive" if coarse == "tselepidis" else form, vectors)
+    return Method(
+        name="twolevel_kfac",
+        init=partial(init, chosen),
+        update=partial(update, chosen),
+        invert=partial(invert, chosen),
+        precondition=partial(precondition, chosen),
+        matvec=lambda factors, v: chosen.fine.matvec(factors.fine, v),
+        overlap=lambda factors, taps: chosen.fine.overlap(factors.fine, taps),
+    )
+
+
+# state -----------------------------------------------------------------------------------------------------------
+
+
+def init(
+    chosen: Settings, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
+) -> tuple[Factors, Inverse]:
+    """The fine method's empty state, statistics of no example, and a space of zeros."""
+    factors, inverses = chosen.fine.init(shapes, dtype, device, damping)
+    taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
+    nothing: Space | tuple[()] = ()
+    if chosen.coarse != "residual":
+        count = chosen.vectors * (2 if chosen.krylov else 1)
+        zeros = {key: torch.zeros(count, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
+        nothing = Space(zeros, torch.eye(count * len(shapes), dtype=torch.float64, device=device))
+    return Factors(factors, taps), Inverse(inverses, dict(taps), damping.clone(), nothing)
+
+
+def update(
+    chosen: Settings, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
+) -> Estimated:
+    """The fine method's update; the statistics are the newest."""
+    fine = chosen.fine.update(factors.fine, taps, rho, mean, inverting)
+    new = {key: plain(tap.to(factors.taps[key].g.dtype).whole()) for key, tap in taps.items()}
+    ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
+    return Estimated(Factors(fine.factors, new), ok, fine.diagnostics)
+
+
+def invert(chosen: Settings, factors: Factors, damping: Float[Tensor, ""]) -> Estimated:
+    """The fine method's inverses, and the coarse space where it does not depend on the gradient."""
+    fine = chosen.fine.invert(factors.fine, damping)
+    inverse = Inverse(fine.factors, factors.taps, damping, ())
+    if chosen.coarse == "residual":
+        return fine._replace(factors=inverse)
+    found = _fixed_space(chosen, factors, inverse)
+    sound = torch.isfinite(found.factor.sum())
+    ok = {key: mask & sound for key, mask in fine.ok.items()}
+    return Estimated(inverse._replace(space=found), ok, fine.diagnostics)
+
+
+def _fixed_space(chosen: Settings, factors: Factors, inverse: Inverse) -> Space:
+    if chosen.coarse == "tselepidis":
+        return published(factors.taps, inverse.damping)
+    if chosen.coarse == "spectral":
+        return _space(chosen, inverse, spectral(factors.fine, chosen.vectors))
+    return _space(chosen, inverse, ones(factors.taps, chosen.vectors))
+
+
+def _space(chosen: Settings, inverse: Inverse, first: Rows) -> Space:
+    """The space of these rows, with their images under M where Krylov is wanted."""
+    vectors = first
+    if chosen.krylov:
+        count = next(iter(first.values())).shape[0]
+        images = [_fine(chosen, inverse, {key: R[p] for key, R in first.items()}) for p in range(count)]
+        vectors = {key: torch.cat([R, torch.stack([image[key] for image in images])]) for key, R in first.items()}
+    return space(vectors, inverse.taps, inverse.damping)
+
+
+# the step --------------------------------------------------------------------------------------------------------
+
+
+def precondition(
+    chosen: Settings, inverse: Inverse, gradients: Mapping[str, Tensor | Tap], inner: bool
+) -> Preconditioned:
+    """The preconditioned gradient in the chosen form."""
+    dtypes = {key: tap.g.dtype for key, tap in inverse.taps.items()}
+    grad = {key: as_matrix(gradient).to(dtypes[key]) for key, gradient in gradients.items()}
+    nat = FORM[chosen.form](chosen, inverse, grad)
+    return Preconditioned(nat, torch.stack([(grad[key] * nat[key]).sum() for key in grad]).sum() if inner else ())
+
+
+def multiplicative(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+    """`z + Q (∇ − F_• z)` with `z = M ∇`."""
+    z = _fine(chosen, inverse, grad)
+    rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0)
+    return tree.add(z, corrected(_current(chosen, inverse, rest), rest))
+
+
+def balanced(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+    """`Q ∇ + P M Pᵀ ∇`."""
+    rest = tree.add(dict(grad), damped(inverse, _fine(chosen, inverse, grad)), scale=-1.0)
+    space = _current(chosen, inverse, rest)
+    coarse = corrected(space, grad)
+    y = _fine(chosen, inverse, tree.add(dict(grad), damped(inverse, coarse), scale=-1.0))
+    return tree.add(tree.add(coarse, y), corrected(space, damped(inverse, y)), scale=-1.0)
+
+
+def additive(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+    """`M ∇ + Q ∇`."""
+    z = _fine(chosen, inverse, grad)
+    rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0) if chosen.coarse == "residual" else dict(grad)
+    return tree.add(z, corrected(_current(chosen, inverse, rest), grad))
+
+
+FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": additive}
+
+
+def _current(chosen: Settings, inverse: Inverse, rest: Matrices) -> Space:
+    """The space of the state, or that of this step's residual."""
+    if isinstance(inverse.space, Space):
+        return inverse.space
+    first = {key: R.unsqueeze(0) for key, R in _fine(chosen, inverse, rest).items()}
+    return _space(chosen, inverse, first)
+
+
+def _fine(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+    return chosen.fine.precondition(inverse.fine, grad, False).matrices
+
+
+def damped(inverse: Inverse, z: Matrices) -> dict[str, Tensor]:
+    """`F_• z = F z + λ z`."""
+    c = total(inverse.taps, z) / examples(inverse.taps)
+    return {key: combine(tap, c) + inverse.damping.to(tap.g.dtype) * z[key] for key, tap in inverse.taps.items()}
+
+
+def corrected(space: Space, v: Matrices) -> dict[str, Tensor]:
+    """`Q v = R₀ᵀ F_c⁻¹ R₀ v`."""
+    restricted = torch.cat([(R * v[key]).flatten(1).sum(-1) for key, R in space.rows.items()]).double()
+    beta = torch.cholesky_solve(restricted.unsqueeze(-1), space.factor).squeeze(-1)
+    parts = beta.split([R.shape[0] for R in space.rows.values()])
+    pairs = zip(space.rows.items(), parts, strict=True)
+    return {key: (part.to(R.dtype).reshape(-1, 1, 1, 1) * R).sum(0) for (key, R), part in pairs}

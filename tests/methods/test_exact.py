@@ -1,0 +1,234 @@
+"""The exact natural gradient: the dense solve of the damped sampled Fisher, full or block by block."""
+
+import pytest
+import torch
+from hypothesis import given as drawn_given
+from torch.func import jacrev
+from torch.nn import functional as F
+
+import fisherfn as ff
+from tests import oracles, strategies, zoo
+from tests.methods.kronecker import fewer, given, taps_of
+from tests.oracles import close, differs, unvec, vec
+from tests.zoo import FISHERS, sampled
+
+KINDS = pytest.mark.parametrize("fisher", FISHERS)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+STRUCTURES = pytest.mark.parametrize("structure", ["full", "block"])
+
+
+def definition(problem, structure, fisher, draws=None):
+    dense = oracles.fisher_matrix(problem, fisher, draws)
+    return dense if structure == "full" else oracles.block_diagonal(problem.params, problem.blocks, dense)
+
+
+def dense_solve(dense, tree, damping):
+    eye = torch.eye(len(dense), dtype=dense.dtype)
+    return unvec(tree, torch.linalg.solve(dense + damping * eye, vec(tree)))
+
+
+def inverted(run, params, damping=0.1):
+    state, first = run.ng.update(run.ng.init(params, damping=damping), run.stats)
+    state, second = run.ng.invert(state)
+    assert all(first.ok.values()) and all(second.ok.values())
+    return state
+
+
+def check_step(problem, structure, fisher, damping=0.1, samples=2):
+    run = sampled(problem, fisher, samples=samples, method=ff.exact(structure=structure))
+    dense, v = definition(problem, structure, fisher, run.draws), zoo.random_tree(problem.params)
+    state = inverted(run, problem.params, damping)
+    close(run.ng.precondition(state, v), dense_solve(dense, v, damping), tol=1e-7)
+    close(run.ng.precondition(state, run.stats), dense_solve(dense, dict(run.stats.grads), damping), tol=1e-7)
+    close(run.ng.matvec(state, v), unvec(v, dense @ vec(v)))
+
+
+# ------------------------------------------------------------------------------------------------ the dense solve
+
+
+@pytest.mark.parametrize("make", zoo.cases())
+@KINDS
+def test_full_is_the_dense_solve(make, fisher):
+    """Over every layer, the fallback and every likelihood of the zoo; uncovered parameters have cross terms."""
+    check_step(make(), "full", fisher)
+
+
+@pytest.mark.parametrize("make", zoo.cases("blocks"))
+@KINDS
+def test_block_is_the_dense_solve_of_each_layer(make, fisher):
+    check_step(make(), "block", fisher)
+
+
+@STRUCTURES
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_any_number_of_draws_and_damping(structure, samples, damping):
+    check_step(zoo.pick("sequence-pooled"), structure, "mc", damping, samples)
+
+
+@STRUCTURES
+@fewer(0.4)
+@drawn_given(
+    problem=strategies.problems() | strategies.read_out(strategies.convolutions(1)), fisher=strategies.fishers()
+)
+def test_drawn_nets(structure, problem, fisher):
+    check_step(problem, structure, fisher)
+
+
+def test_full_is_the_default_structure_and_not_the_block_one():
+    problem = zoo.pick("mlp-categorical")
+    v, steps = zoo.random_tree(problem.params), []
+    for method in ("exactNG", ff.exact(), ff.exact(structure="block")):
+        run = sampled(problem, method=method)
+        steps.append(vec(run.ng.precondition(inverted(run, problem.params), v)))
+    close(steps[1], steps[0])
+    assert differs(steps[2], steps[0], 1e-3)
+
+
+@STRUCTURES
+@pytest.mark.parametrize("id", ["mlp-categorical", "conv", "conv-groups", "tokens", "scale-vector"])
+def test_both_routes_agree(structure, id):
+    """A batch repeated has the same Fisher: few examples are solved in their own space, many in the parameters'."""
+    problem = zoo.pick(id)
+    v, steps = zoo.random_tree(problem.params), []
+    total = sum(leaf.numel() for leaf in problem.params.values())
+    for repeats in (1, 2 + total // len(problem.x)):
+        x, y = torch.cat([problem.x] * repeats), torch.cat([problem.y] * repeats)
+        run = sampled(zoo.replace(problem, x=x, y=y), "empirical", method=ff.exact(structure=structure))
+        steps.append(run.ng.precondition(inverted(run, problem.params, 0.01), v))
+    assert len(problem.x) < total < len(x)
+    close(steps[1], steps[0], tol=1e-7)
+
+
+# --------------------------------------------------------------------------------- one sample, all its positions
+
+
+def test_all_layers_see_the_same_examples_and_draws():
+    """Had each layer its own order of samples, the cross terms of the Fisher would be others."""  # D19
+    problem = zoo.pick("mlp-categorical")
+    run = sampled(problem, method=ff.exact())
+    v, damping = zoo.random_tree(problem.params), 0.01
+    U = oracles.columns(problem, "mc", run.draws)
+    shuffled = U.clone()
+    last = oracles.positions(problem.params, problem.blocks["2"])
+    shuffled[last] = U[last].roll(1, dims=1)
+    right, wrong = (vec(dense_solve(columns @ columns.T, v, damping)) for columns in (U, shuffled))
+    close(vec(run.ng.precondition(inverted(run, problem.params, damping), v)), right, tol=1e-7)
+    assert differs(wrong, right, 1e-2), "the order does not matter here: choose another case"
+
+
+def woodbury(a, g, v, damping, order):
+    """One layer by Sherman, Morrison and Woodbury; coefficients laid out over (example, position) in some order."""
+    examples, length = a.shape[:2]
+    W = torch.einsum("nto,nti->noi", g, a)
+    gram = torch.einsum("noi,moi->nm", W, W) + damping * examples * torch.eye(examples, dtype=a.dtype)
+    c = order(torch.linalg.solve(gram, torch.einsum("noi,oi->n", W, v)), length)
+    return (v - torch.einsum("r,ro,ri->oi", c, g.flatten(0, 1), a.flatten(0, 1))) / damping
+
+
+def test_every_position_gets_its_examples_coefficient():
+    """Coefficients repeated example by example, not the whole list position by position."""  # D20
+    a, g = taps_of((1, 1, 5, 3, 2, 4))
+    problem = given(a, g, method=ff.exact())
+    v = zoo.random_tree(problem.params)
+    step = problem.run.ng.precondition(inverted(problem.run, problem.params, 0.1), v)["weight"]
+    right, wrong = (
+        woodbury(a[0], g[0, 0], v["weight"], 0.1, order)
+        for order in (lambda c, length: c.repeat_interleave(length), lambda c, length: c.repeat(length))
+    )
+    close(step, right)
+    assert differs(wrong, right, 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------- reparametrisation
+
+
+def affine(seed):
+    """An invertible map of two numbers and a shift, far from the identity."""
+    rng = zoo.generator(seed)
+    M, c = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((2, 2), (2,)))
+    return M + 2 * torch.eye(2, dtype=torch.float64), c
+
+
+IDENTITY = (torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+
+
+def chart(first, second):
+    """A net of two layers whose inputs pass through affine maps first."""
+
+    def model(params, x):
+        (M, c), (L, d) = first, second
+        h = torch.tanh(F.linear(x @ M.T + c, params["W"], params["b"]))
+        return F.linear(h @ L.T + d, params["V"], params["e"])
+
+    return model
+
+
+def charted(params, maps):
+    """The parameters that make the same function behind these maps: W M⁻¹, b − W M⁻¹ c."""
+    new = {}
+    for (weight, bias), (M, c) in zip((("W", "b"), ("V", "e")), maps, strict=True):
+        new[weight] = params[weight] @ torch.linalg.inv(M)
+        new[bias] = params[bias] - new[weight] @ c
+    return new
+
+
+def tangent(maps, params, x, y, method, damping):
+    """How the outputs change, to first order, along the step taken in a chart."""
+    model, p = chart(*maps), charted(params, maps)
+    ng = ff.natural_gradient(model, p, x, likelihood=ff.Gaussian(), method=method, fisher="type2")
+    nat = ng(p, ng.stats(p, (x, y)), damping=damping)
+    jacobian = jacrev(model)(p, x)
+    return sum((jacobian[name] * nat[name]).flatten(2).sum(-1) for name in nat)
+
+
+@pytest.mark.parametrize("method", [ff.exact(structure="full"), ff.exact(structure="block")], ids=["full", "block"])
+def test_the_step_does_not_depend_on_affine_charts_of_layer_inputs(method):
+    """λ → 0 and a nonsingular Fisher (80 columns, 12 parameters): outputs move alike in every chart."""
+    rng = zoo.generator(3)
+    x, y = (torch.randn(40, 2, generator=rng, dtype=torch.float64) for _ in range(2))
+    params = zoo.random_tree({"W": x[:2], "b": x[0], "V": x[:2], "e": x[0]}, seed=2)
+    plain, maps = (IDENTITY, IDENTITY), (affine(1), affine(2))
+    close(chart(*maps)(charted(params, maps), x), chart(*plain)(params, x))
+    moved, original = (tangent(chosen, params, x, y, method, 1e-10) for chosen in (maps, plain))
+    close(moved, original, tol=1e-6)
+    damped = [tangent(chosen, params, x, y, method, 1e3) for chosen in (maps, plain)]
+    assert differs(damped[0], damped[1], 1e-1), "the plain gradient is alike too: the maps do nothing"
+
+
+# ------------------------------------------------------------------------------------------------------ the state
+
+
+@STRUCTURES
+def test_only_the_newest_statistics_count_whatever_their_size(structure):
+    """Batches of 5, 2 and 40 examples: an average of the first kind has no place for others."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=ff.exact(structure=structure), fisher="empirical")
+    state, v = ng.init(problem.params, damping=0.1, ema=0.95), zoo.random_tree(problem.params)
+    for turn, size in enumerate((5, 2, 40)):
+        x = torch.randn(size, 3, generator=zoo.generator(turn), dtype=torch.float64)
+        batch = zoo.replace(problem, x=x, y=torch.arange(size) % 3)
+        state, _ = ng.invert(ng.update(state, ng.stats(problem.params, batch.batch))[0])
+        dense = definition(batch, structure, "empirical")
+        close(ng.precondition(state, v), dense_solve(dense, v, 0.1), tol=1e-7)
+        close(ng.matvec(state, v), unvec(v, dense @ vec(v)))
+
+
+@STRUCTURES
+def test_steps_change_at_invert_only(structure):
+    """Before the first, grad/λ; an update alone changes matvec, not the step."""
+    problem = zoo.pick("conv")
+    run = sampled(problem, "empirical", method=ff.exact(structure=structure))
+    v = zoo.random_tree(problem.params)
+    empty = run.ng.init(problem.params, damping=0.25)
+    for state in (empty, run.ng.update(empty, run.stats)[0]):
+        close(run.ng.precondition(state, v), ff.tree.scale(v, 4.0))
+    state = inverted(run, problem.params, 0.25)
+    moved, _ = run.ng.update(state, run.ng.stats(problem.params, (2 * problem.x, problem.y)))
+    close(run.ng.precondition(moved, v), run.ng.precondition(state, v))
+    assert differs(vec(run.ng.matvec(moved, v)), vec(run.ng.matvec(state, v)))
+
+
+def test_a_structure_of_another_name_is_refused():
+    with zoo.as_installed(), pytest.raises(ff.errors.FisherfnError, match="block"):
+        ff.exact(structure="diagonal")
