@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,7 @@ WIDE = 256
 class OneHot:
     """Row t of example n is 1 in column `index[k, n, t]`; an index equal to `width` is an empty row."""
 
-    index: Tensor  # Int "k n t"; not checked, as a tree map may stack it
+    index: Tensor | Any  # Int[Tensor, "k n t"], or what a map over a tree makes of it
     width: int
     dtype: torch.dtype
 
@@ -138,7 +138,7 @@ def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
     if isinstance(a, OneHot):
         padded = torch.cat([M, M.new_zeros(k, 1, M.shape[-1])], 1)
         index = a.index.reshape(k, n * t, 1).expand(-1, -1, M.shape[-1])
-        return padded.gather(1, index).reshape(k, n, t, -1)
+        return padded.gather(1, index).reshape(k, n, t, M.shape[-1])
     out = M.new_zeros(k, n, t, M.shape[-1])
     for part in a.parts:
         out = out + _spread(part.a @ M.index_select(1, part.columns).unsqueeze(1), part.positions, t)

@@ -106,6 +106,9 @@ def flatten(tree: PyTree) -> dict[str, Tensor]:
 def unflatten(like: T, flat: dict[str, Tensor]) -> T:
     """The inverse of `flatten`, in the structure of `like`.
 
+    A leaf without entries in `like` (one that follows the batch's shape, before the first batch) takes any shape of as
+    many axes.
+
     Raises:
         StructureError: paths or shapes that are not those of `like`.
     """
@@ -117,7 +120,8 @@ def unflatten(like: T, flat: dict[str, Tensor]) -> T:
             "Rebuild the model and method that it was saved from."
         )
     for path, leaf in expected.items():
-        if flat[path].shape != leaf.shape:
+        follows = leaf.numel() == 0 and flat[path].ndim == leaf.ndim
+        if flat[path].shape != leaf.shape and not follows:
             raise StructureError(f"{path!r} was saved as {tuple(flat[path].shape)}, expected {tuple(leaf.shape)}.")
     _, spec = pytree.tree_flatten(like)
     return pytree.tree_unflatten([flat[path] for path in expected], spec)  # type: ignore[no-any-return]

@@ -74,3 +74,19 @@ def test_the_oracle_agrees_on_order():
     tree = {"b": torch.arange(4.0).reshape(2, 2), "a": torch.ones(1)}
     assert list(ff.tree.flatten(tree)) == ["b", "a"]
     assert oracles.vec(tree).tolist() == [0, 1, 2, 3, 1]
+
+
+def test_an_empty_leaf_takes_the_shape_of_what_was_saved():
+    """Leaves that follow the batch's shape are empty before the first batch; others keep theirs."""
+    like = {"taps": torch.zeros(1, 0, 3), "fixed": torch.zeros(2)}
+    saved = {"taps": torch.ones(1, 4, 3), "fixed": torch.ones(2)}
+    close(ff.tree.unflatten(like, saved), saved)
+    for wrong in ({"taps": torch.ones(4, 3)}, {"fixed": torch.ones(3)}):
+        with pytest.raises(ff.errors.StructureError):
+            ff.tree.unflatten(like, {**saved, **wrong})
+
+
+def test_select_keeps_the_old_or_empties_what_cannot_be_kept():
+    new, old = {"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.full((5,), 7.0), "b": torch.full((2,), 7.0)}
+    close(ff.tree.select(torch.tensor(True), new, old), new)
+    close(ff.tree.select(torch.tensor(False), new, old), {"a": torch.zeros(3), "b": old["b"]})

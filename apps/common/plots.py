@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 Metrics = Sequence[Mapping[str, float]]
+Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind tell apart; without the yellow, which is faint on white."""
@@ -114,6 +115,41 @@ def heatmap(
     return _save(figure, path)
 
 
+def curve_grid(
+    groups: Sequence[tuple[str, Mapping[str, Mapping[str, Points]]]],
+    path: Path,
+    log: Sequence[bool],
+    strokes: Mapping[str, str],
+    columns: int = 4,
+) -> Figure:
+    """Groups of small panels over training steps, the same curves in each panel: one panel a layer, say.
+
+    Args:
+        groups: title of each, and points (step, value) by panel and name; NaN leaves a gap.
+        path: the PNG to write.
+        log: for each group whether its axes are logarithmic where that helps; else they start at zero and are shared.
+        strokes: line styles by name, where not solid.
+        columns: panels beside each other.
+    """
+    names = list(dict.fromkeys(name for _, panels in groups for curves in panels.values() for name in curves))
+    looks = {name: _look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
+    lines = [math.ceil(len(panels) / columns) for _, panels in groups]
+    figure = _figure(width=3.1 * columns, height=2.15 * sum(lines) + 0.6 * len(groups) + 0.4)
+    parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.25 for count in lines], squeeze=False)[:, 0]
+    for part, (title, panels), logarithmic, count in zip(parts, groups, log, lines, strict=False):
+        part.suptitle(title, color=INK, fontsize=12, fontweight="bold", x=0.01, ha="left")
+        grid = part.subplots(count, columns, squeeze=False, sharey=not logarithmic).flat
+        for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+            _panel(axes, name, curves, looks, logarithmic)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+            axes.set_xlabel("step", color=INK, fontsize=9)
+    handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, labelcolor=INK)
+    return _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
@@ -161,6 +197,17 @@ def _dress(axes: Axes, title: str, xlabel: str) -> None:
     axes.spines[["left", "bottom"]].set_color(INK)
 
 
+def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[str, Any], logarithmic: bool) -> None:
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **looks[name])
+    _dress(axes, title, "")
+    axes.title.set_fontsize(10)
+    if logarithmic:
+        _scale(axes, [y for points in curves.values() for _, y in points if y != 0])
+    else:
+        axes.set_ylim(bottom=0)
+
+
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
     """A logarithmic axis where losses allow one and span more than a factor of two, with ticks to read off."""
     losses = [
@@ -170,7 +217,11 @@ def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
         for name in ("train_loss", "test_loss")
         if name in m
     ]
-    finite = [loss for loss in losses if math.isfinite(loss)]
+    _scale(axes, losses)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)]
     if not finite or min(finite) <= 0 or max(finite) < 2 * min(finite):
         return
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-r"""How alike two Fisher blocks are beyond their distance: their leading eigenvalues, and where they send a gradient.
+r"""How near a method's Fisher is to the sampled one, layer by layer: distance, leading eigenvalues, angle of the step.
 
 An approximation is known by its action on matrices, $W \mapsto \hat F W$ with W `[k o i]`; its matrix is formed only
 where it is small. k group, o output, i input.
@@ -7,77 +7,156 @@ where it is small. k group, o output, i input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+import fisherfn as ff
+
 Action = Callable[[Tensor], Tensor]
 """A symmetric linear map of matrices `[k o i]`."""
 
+Layers = dict[str, float]
+"""A number for each layer."""
+
+Values = dict[str, dict[str, dict[str, float]]]
+"""By quantity, layer and method; NaN where there is no number."""
+
+GRADIENT = "gradient"
+"""What angles are compared with: no preconditioner at all."""
+
 FORMED = 512
-"""Unknowns up to which the matrix itself is formed."""
+"""Unknowns up to which an approximation's matrix is formed."""
 
 CYCLES = 30
 """Restarts of the Lanczos iteration, of which few blocks need more than three."""
 
 
-def leading(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
-    r"""The algebraically largest eigenvalues of $\hat F$, falling; as many as `count` or as there are.
-
-    NaN where the iteration does not converge.
+def compare(
+    nets: Mapping[str, ff.NaturalGradient],
+    params: dict[str, Tensor],
+    batch: tuple[Tensor, Tensor],
+    damping: float,
+    count: int,
+    labels: torch.Generator,
+    context: Any = None,
+) -> tuple[float, Values]:
+    """The loss, and how near every method comes, all from the same statistics.
 
     Args:
-        act: $W \mapsto \hat F W$.
-        like: a matrix `[k o i]`, for its shape and precision.
-        count: how many.
-        scale: the size of the largest, roughly.
+        nets: natural gradients of one model by method.
+        params: where.
+        batch: of which examples.
+        damping: λ.
+        count: eigenvalues that are compared; with 0, distances alone are measured.
+        labels: draws the Fisher's labels.
+        context: the model's buffers.
     """
-    count = min(count, like.numel())
-    if like.numel() <= FORMED:
-        return torch.linalg.eigvalsh(_formed(act, like)).flip(0)[:count]
-    return _lanczos(act, like, count, scale)
+    first = next(iter(nets.values()))
+    stats = first.stats(params, batch, generator=labels, context=context)
+    exact = exactly(first, stats, damping, count) if count else None
+    found = {name: of_method(ng, ng.init(params, damping=damping), stats, exact) for name, ng in nets.items()}
+    if exact:
+        plain = first.layout.matrices(stats.grads)
+        found[GRADIENT] = {"angle": {key: angle(plain[key], nat) for key, nat in exact.nat.items()}}
+    values: Values = {}
+    for name, quantities in found.items():
+        for quantity, layers in quantities.items():
+            for key, value in layers.items():
+                values.setdefault(quantity, {}).setdefault(key, {})[name] = value
+    return float(stats.loss), values
 
 
-def leading_of_gram(gram: Tensor, unknowns: int, count: int) -> Tensor:
-    """The same of `F = UUᵀ` on so many unknowns, from the small `UᵀU`: beside its eigenvalues there are only zeros."""
-    found = torch.linalg.eigvalsh(gram.double()).clamp(min=0).flip(0)[:unknowns]
-    return torch.cat([found, found.new_zeros(max(0, unknowns - len(found)))[:count]])[:count]
+class Exact(NamedTuple):
+    """What methods are compared with: F's leading eigenvalues, and the exact block natural gradient."""
+
+    eigenvalues: dict[str, Tensor]
+    nat: dict[str, Tensor]
 
 
-def relative_distance(found: Tensor, true: Tensor) -> float:
-    """`‖found − true‖ / ‖true‖`; NaN where there is nothing to compare with."""
-    return float((found - true).norm() / true.norm())
+def exactly(ng: ff.NaturalGradient, stats: ff.Stats, damping: float, count: int) -> Exact:
+    """Of the sampled Fisher itself, block by block."""
+    fisher, sizes = ng.fisher(stats, "block"), {block.key: math.prod(block.shape) for block in ng.layout.blocks}
+    grams = fisher.gram()
+    assert isinstance(grams, dict)
+    eigenvalues = {key: leading_of_gram(gram, sizes[key], count) for key, gram in grams.items()}
+    return Exact(eigenvalues, ng.layout.matrices(fisher.solve(stats.grads, damping)))
+
+
+def of_method(ng: ff.NaturalGradient, state: ff.State, stats: ff.Stats, exact: Exact | None) -> dict[str, Layers]:
+    """One method's values by quantity; NaN for all layers where an update or inversion was not ok."""
+    state, info = ng.update(state, stats)
+    values = {"error": sound(info, {key: float(error) for key, error in ng.fisher_error(state, stats).items()})}
+    if exact:
+        inverted, more = ng.invert(state)
+        nat = ng.layout.matrices(ng.precondition(inverted, stats.grads))
+        lines = {key: eigenvalue_error(ng, state, nat[key], key, true) for key, true in exact.eigenvalues.items()}
+        angles = {key: angle(nat[key], true) for key, true in exact.nat.items()}
+        values |= {"eigenvalues": sound(info, lines), "angle": sound(info, sound(more, angles))}
+    return values
+
+
+def sound(info: ff.Info, values: Layers) -> Layers:
+    """The values, or NaN where the call that they rest on left the state as it was."""
+    return values if all(bool(ok) for ok in info.ok.values()) else dict.fromkeys(values, math.nan)
+
+
+def eigenvalue_error(ng: ff.NaturalGradient, state: ff.State, like: Tensor, key: str, true: Tensor) -> float:
+    """`‖λ̂ − λ‖ / ‖λ‖` of one layer's undamped approximation; NaN where the Fisher is zero."""
+    if not true[0] > 0:
+        return math.nan
+
+    def act(W: Tensor) -> Tensor:
+        return ng.method.matvec({key: state.factors[key]}, {key: W})[key]
+
+    return float((leading(act, like, len(true), float(true[0])) - true).norm() / true.norm())
 
 
 def angle(x: Tensor, y: Tensor) -> float:
-    """Degrees between two tensors taken as vectors, exact for small ones; NaN where one of them is zero."""
+    """Degrees between two tensors taken as vectors, exact for small ones too; NaN where one of them is zero."""
     x, y = (v.double().flatten() / v.double().norm() for v in (x, y))
     return math.degrees(2 * math.atan2(float((x - y).norm()), float((x + y).norm())))
 
 
-# ------------------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------------------- eigenvalues
 
 
-def _formed(act: Action, like: Tensor) -> Tensor:
-    """The matrix `[d d]`, in double precision."""
+def leading_of_gram(gram: Tensor, unknowns: int, count: int) -> Tensor:
+    """The largest eigenvalues of `F = UUᵀ`, falling, from the small `UᵀU`: beside its own there are only zeros."""
+    found = torch.linalg.eigvalsh(gram.double()).clamp(min=0).flip(0)[: min(unknowns, count)]
+    return torch.cat([found, found.new_zeros(min(unknowns, count) - len(found))])
+
+
+def leading(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
+    r"""The algebraically largest eigenvalues of $\hat F$, falling; NaN where the iteration does not converge.
+
+    Args:
+        act: $W \mapsto \hat F W$.
+        like: a matrix `[k o i]`, for its shape and precision.
+        count: how many, at most as many as there are.
+        scale: the size of the largest, roughly.
+    """
+    if like.numel() > FORMED:
+        return _lanczos(act, like, count, scale)
     units = torch.eye(like.numel(), dtype=like.dtype).reshape(-1, *like.shape)
     matrix = torch.stack([act(unit).flatten() for unit in units]).double()
-    return (matrix + matrix.mT) / 2
+    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(0)[:count]
 
 
 def _lanczos(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
     """By implicitly restarted Lanczos, from a fixed start.
 
-    `I + F̂/scale` instead of F̂: an iteration asked for relative accuracy would otherwise never be done with
-    eigenvalues next to zero, and this is exact to the same share of the largest for all.
+    Of `I + F̂/scale` instead of F̂: an iteration asked for relative accuracy would never be done with eigenvalues next
+    to zero, and this finds all to the same share of the largest.
     """
     size, dtype = like.numel(), like.new_empty(0).numpy().dtype
 
     def shifted(v: np.ndarray) -> np.ndarray:
-        W = torch.from_numpy(np.ascontiguousarray(v, dtype=dtype)).reshape(like.shape)
+        W = torch.from_numpy(np.array(v, dtype=dtype)).reshape(like.shape)
         return v + act(W).flatten().numpy() / dtype.type(scale)
 
     start = np.random.default_rng(0).standard_normal(size).astype(dtype)
@@ -86,4 +165,4 @@ def _lanczos(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
         found = eigsh(operator, count, which="LA", v0=start, tol=1e-4, maxiter=CYCLES, return_eigenvectors=False)
     except ArpackNoConvergence:
         return torch.full((count,), math.nan, dtype=torch.float64)
-    return (torch.from_numpy(found.astype(np.float64)) - 1) * scale
+    return (torch.from_numpy(np.sort(found)[::-1].astype(np.float64)) - 1) * scale

@@ -84,8 +84,12 @@ class TrainConfig:
     fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)
-    update_every: int = option(5, "steps between statistics", aliases=("T_cov",), check=POSITIVE)
-    invert_every: int = option(10, "steps between inverses", aliases=("T_inv",), check=POSITIVE)
+    update_every: int | None = option(
+        None, "steps between statistics; null: 5, for exactNG 1", aliases=("T_cov",), check=POSITIVE
+    )
+    invert_every: int | None = option(
+        None, "steps between inverses; null: 10, for exactNG 1", aliases=("T_inv",), check=POSITIVE
+    )
 
     seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
     device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")

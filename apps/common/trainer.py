@@ -31,6 +31,9 @@ TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
 
 
+CADENCE = {"default": (5, 10), "exactNG": (1, 1)}
+"""Steps between statistics and between inverses; exactNG averages nothing, and a Fisher of an old batch is none."""
+
 METHOD_OPTIONS = {
     "damping_form": "damping_form",
     "structure": "structure",
@@ -78,6 +81,7 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         betas = (config.beta_1, config.beta_2)
         return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay)
     ng = natural_gradient(config, task)
+    update_every, invert_every = CADENCE.get(config.optim, CADENCE["default"])
     return optimizers.natural(
         ng,
         lr=lr,
@@ -86,8 +90,8 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,
-        update_every=config.update_every,
-        invert_every=config.invert_every,
+        update_every=config.update_every or update_every,
+        invert_every=config.invert_every or invert_every,
         fisher_batch_size=config.fisher_batch_size,
     )
 

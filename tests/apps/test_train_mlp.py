@@ -1,5 +1,6 @@
 """The trainer as a person runs it: results, resume, one's own model and data, and errors that leave nothing behind."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import torch
 
 import fisherfn as ff
 from common.config import read
+from common.data import load
 from common.results import load_checkpoint, read_metrics
 from common.train_config import TrainConfig
-from common.trainer import run
+from common.trainer import make_task, natural_gradient, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,3 +104,35 @@ def test_an_existing_name_is_refused_unless_overwritten(own):
     assert refused.returncode == 1 and "--overwrite" in refused.stderr
     assert (own / "results/train_mlp/one/metrics.jsonl").read_text() == before
     assert command(*args, "--overwrite", cwd=own).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "method"),
+    [
+        ("--optim exactNG --structure block", lambda: ff.exact("block")),
+        ("--optim ekfac --damping_form eigen", lambda: ff.ekfac("eigen")),
+        (
+            "--optim twolevel_kfac --coarse_space residual --krylov 1",
+            lambda: ff.two_level(coarse="residual", krylov=True),
+        ),
+        ("--optim twolevel_kfac --coarse_space tpselepedis", lambda: ff.two_level(coarse="tselepidis")),
+    ],
+)
+def test_a_methods_options_reach_it(own, args, method):
+    config = configured(*args.split(), "--damping", "1", "--clipping", "0.1")
+    task, _ = make_task(dataclasses.replace(config, model="own:build"), load("own:load"))
+    x, y = task.train[0][:10], task.train[1][:10]
+    steps = []
+    for chosen in (natural_gradient(config, task).method, method()):
+        ng = ff.natural_gradient(
+            task.model, task.params, x, likelihood=task.likelihood, method=chosen, fisher="type2", context=task.context
+        )
+        state = ng.init(task.params, damping=0.1)
+        steps.append(ng.step(task.params, state, (x, y), context=task.context)[0])
+    assert all(torch.equal(a, b) for a, b in zip(steps[0].values(), steps[1].values(), strict=True))
+
+
+def test_an_option_of_another_method_is_refused(own):
+    done = command("--data", "own:load", "--optim", "kfac", "--structure", "block", cwd=own)
+    assert done.returncode == 1 and "structure is no option of kfac" in done.stderr
+    assert not (own / "results").exists()

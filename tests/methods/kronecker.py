@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from hypothesis import given as given_by
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -17,17 +18,27 @@ from fisherfn import rows
 from tests import kron_oracles, zoo
 from tests.zoo import Sampled
 
-TIGHT = 16
+TIGHT = 10
 """More iterations than symmetric factors of these tests have dimensions: the methods have then converged."""
 
-ITERATIVE = {"kpsvd": ff.kpsvd, "deflation": ff.deflation, "lanczos": ff.lanczos, "kfac_cor": ff.kfac_corrected}
+# Built once each: at every call, run-time type checks would make a builder's inner functions anew.
+ITERATIVE = {
+    "kpsvd": cache(ff.kpsvd),
+    "deflation": cache(ff.deflation),
+    "lanczos": cache(ff.lanczos),
+    "kfac_cor": cache(ff.kfac_corrected),
+}
 TWO_TERMS = {name: ITERATIVE[name] for name in ("deflation", "lanczos", "kfac_cor")}
-FAMILY = {"kfac": ff.kfac, **ITERATIVE, "ekfac": ff.ekfac}
+FAMILY = {"kfac": cache(ff.kfac), **ITERATIVE, "ekfac": cache(ff.ekfac)}
 
 
-def fewer(share):
-    """For tests of many methods a draw: a share of the profile's examples."""
-    return settings(max_examples=max(1, int(settings().max_examples * share)))
+def drawn(share, *strategies, **named):
+    """Hypothesis for tests of many methods: a share of the profile's examples, and no type checks while they run.
+
+    The checks take nine tenths of the time; the fixed cases here and in test_all have them.
+    """
+    examples = max(1, int(settings().max_examples * share))
+    return lambda test: settings(max_examples=examples)(given_by(*strategies, **named)(zoo.as_installed()(test)))
 
 
 # ------------------------------------------------------------------------------------------- statistics by hand
@@ -62,11 +73,11 @@ def raw(a, g):
     return x, y * g.shape[1] ** 0.5  # a draw counts as 1/S
 
 
-def given(a, g, method="kfac"):
+def given(a, g, method=None):
     """A layer that sees these inputs and output-gradients: K groups of a 1×1 convolution, or a linear layer."""
     x, noise = raw(a, g)
     params, ng = layer(len(a), g.shape[-1], a.shape[-1], x.shape[-1], noise.shape[1])
-    ng = replace(ng, method=ff.METHODS[method]() if isinstance(method, str) else method)
+    ng = replace(ng, method=method or FAMILY["kfac"]())
     problem = Given(params, Sampled(ng, None, noise, None))
     return replace(problem, run=replace(problem.run, stats=problem.stats(a, g)))
 
@@ -172,11 +183,6 @@ def fit(run, params, method, **hyper):
     state, info = ng.update(ng.init(params, **hyper), run.stats)
     assert all(info.ok.values())
     return ng, state, info
-
-
-def factors_of(run, params, **methods):
-    """{method: {key: factors}}."""
-    return {name: fit(run, params, method)[1].factors for name, method in methods.items()}
 
 
 def solved(ng, state, params, v):

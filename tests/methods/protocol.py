@@ -1,5 +1,7 @@
 """What the tests over all methods share: the methods by name, the cases, and a few plain iterations."""
 
+import inspect
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -17,6 +19,12 @@ SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 def build(id, method, **kwargs):
     problem = zoo.pick(id)
     return problem, problem.build(method=method, **kwargs)
+
+
+def brief(method):
+    """The method with few iterations, where the graph is looked at and not the result."""
+    few = {"iterations": 2} if "iterations" in inspect.signature(ff.METHODS[method]).parameters else {}
+    return ff.METHODS[method](**few)
 
 
 def steps(problem, ng, count=3, **hyper):

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 import fisherfn as ff
 from tests import zoo
-from tests.methods.protocol import METHODS, PROBLEMS, at, build, stack, steps
+from tests.methods.protocol import METHODS, PROBLEMS, at, brief, build, stack, steps
 from tests.oracles import close, vec
 
 # ------------------------------------------------------------------------------------------------ purity, dtypes
@@ -116,7 +116,7 @@ def test_a_bad_member_does_not_touch_its_neighbours(method):
 @PROBLEMS
 def test_a_traced_step_serves_other_values(method, id):
     """make_fx records one path: were a tensor branched on in Python, other values would betray it."""
-    problem, ng = build(id, method)
+    problem, ng = build(id, brief(method))
     noise = ng.noise(problem.batch, zoo.generator())
     _, warm, _ = ng.step(problem.params, ng.init(problem.params, damping=0.1), problem.batch, noise=noise)
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given as drawn_given
 
 import fisherfn as ff
 from tests import kron_oracles, oracles, strategies, zoo
 from tests.methods.kronecker import (
+    FAMILY,
     blocks,
     dense,
+    drawn,
     drawn_taps,
-    fewer,
     fit,
     given,
     norm,
@@ -48,11 +48,11 @@ def check_diagonal(F_k, factors):
 # ----------------------------------------------------------------------------------------------------- the factors
 
 
-@drawn_given(NETS, strategies.fishers())
+@drawn(0.4, NETS, strategies.fishers())
 def test_scalings_are_the_fishers_diagonal_in_an_orthonormal_basis(problem, fisher):
     """diag(QᵀFQ), the nearest of all diagonals there; over shared positions too, and for one-hot inputs."""
     run = sampled(problem, fisher)
-    _, state, _ = fit(run, problem.params, ff.ekfac())
+    _, state, _ = fit(run, problem.params, FAMILY["ekfac"]())
     for key, F in blocks(run.stats).items():
         check_diagonal(F, state.factors[key])
 
@@ -61,8 +61,8 @@ def test_scalings_are_the_fishers_diagonal_in_an_orthonormal_basis(problem, fish
 def test_the_basis_is_kfacs(id):
     problem = zoo.pick(id)
     run = sampled(problem)
-    _, state, _ = fit(run, problem.params, ff.ekfac())
-    _, kfac, _ = fit(run, problem.params, ff.kfac())
+    _, state, _ = fit(run, problem.params, FAMILY["ekfac"]())
+    _, kfac, _ = fit(run, problem.params, FAMILY["kfac"]())
     for key, factors in state.factors.items():
         close(factors.A, kfac.factors[key].A)
         close(factors.G, kfac.factors[key].G)
@@ -72,10 +72,10 @@ def test_the_basis_is_kfacs(id):
             close(rotated, torch.diag(rotated.diagonal()))
 
 
-@drawn_given(NETS, strategies.fishers())
+@drawn(0.4, NETS, strategies.fishers())
 def test_the_error_is_never_above_kfacs(problem, fisher):
     run = sampled(problem, fisher)
-    ekfac, kfac = (fit(run, problem.params, method)[1].factors for method in (ff.ekfac(), ff.kfac()))
+    ekfac, kfac = (fit(run, problem.params, method)[1].factors for method in (FAMILY["ekfac"](), FAMILY["kfac"]()))
     for key, F in blocks(run.stats).items():
         assert norm(F - dense(ekfac[key])) <= norm(F - dense(kfac[key])) + 1e-9 * norm(F), key
 
@@ -84,16 +84,17 @@ def test_the_error_is_below_kfacs_where_inputs_and_gradients_depend():
     """The guard of the inequality above, and what E-KFAC is for."""
     problem = given(*taps_of((1, 1, 8, 1, 4, 4)))
     F = blocks(problem.run.stats)["weight"]
-    ekfac, kfac = (fit(problem.run, problem.params, method)[1].factors for method in (ff.ekfac(), ff.kfac()))
+    ekfac, kfac = (
+        fit(problem.run, problem.params, method)[1].factors for method in (FAMILY["ekfac"](), FAMILY["kfac"]())
+    )
     assert norm(F - dense(ekfac["weight"])) < 0.95 * norm(F - dense(kfac["weight"]))
 
 
-@fewer(0.6)
-@drawn_given(drawn_taps())
+@drawn(0.6, drawn_taps())
 def test_no_other_diagonal_is_nearer(taps):
     """⟨F − F̂, F̂'⟩ = 0 for every F̂' that is diagonal in the basis."""
     problem = given(*taps)
-    _, state, _ = fit(problem.run, problem.params, ff.ekfac())
+    _, state, _ = fit(problem.run, problem.params, FAMILY["ekfac"]())
     factors, F_k = state.factors["weight"], blocks(problem.run.stats)["weight"]
     for k, (F, fitted) in enumerate(zip(F_k, dense(factors), strict=True)):
         assert kron_oracles.diagonal_in(basis(factors, k), F - fitted).abs().max() <= 1e-9 * F.norm()
@@ -103,7 +104,7 @@ def test_no_other_diagonal_is_nearer(taps):
 def test_it_is_the_exact_block_where_kfac_is(id):
     problem = zoo.pick(id)
     run = sampled(problem, "type2")
-    _, state, _ = fit(run, problem.params, ff.ekfac())
+    _, state, _ = fit(run, problem.params, FAMILY["ekfac"]())
     for key, F in blocks(run.stats).items():
         close(dense(state.factors[key]), F)
 
@@ -112,7 +113,7 @@ def test_factors_above_the_width_keep_the_standard_basis():
     problem = given(*taps_of((2, 2, 5, 2, 3, 4)))
     F = blocks(problem.run.stats)["weight"]
     for limit, ndims in ((3, [2, 3]), (1, [2, 2])):
-        _, state, _ = fit(problem.run, problem.params, ff.ekfac(diagonal_above=limit))
+        _, state, _ = fit(problem.run, problem.params, FAMILY["ekfac"](diagonal_above=limit))
         factors = state.factors["weight"]
         assert [factors.A.ndim, factors.G.ndim] == ndims
         check_diagonal(F, factors)
@@ -128,7 +129,7 @@ def test_factors_above_the_width_keep_the_standard_basis():
 def test_precondition_solves_the_damped_system(id, form, damping):
     """Eigen: λ is added to the scalings; factored: what K-FAC's damped factors have more than its factors."""
     problem = zoo.pick(id)
-    ng, state, _ = fit(sampled(problem), problem.params, ff.ekfac(damping_form=form), damping=damping)
+    ng, state, _ = fit(sampled(problem), problem.params, FAMILY["ekfac"](damping_form=form), damping=damping)
     V, nat, _ = solved(ng, state, problem.params, zoo.random_tree(problem.params))
     for key, factors in state.factors.items():
         fitted, added = dense(factors), []
@@ -139,10 +140,10 @@ def test_precondition_solves_the_damped_system(id, form, damping):
 
 
 @FORMS
-@drawn_given(problem=NETS)
+@drawn(0.2, problem=NETS)
 def test_steps_are_positive_definite(form, problem):
     """No scaling is negative, so that no damping is too small."""
-    ng, state, _ = fit(sampled(problem), problem.params, ff.ekfac(damping_form=form), damping=1e-4)
+    ng, state, _ = fit(sampled(problem), problem.params, FAMILY["ekfac"](damping_form=form), damping=1e-4)
     assert all(factors.scale.min() >= 0 for factors in state.factors.values())
     v = zoo.random_tree(problem.params)
     assert ff.tree.dot(v, ng.precondition(ng.invert(state)[0], v)) > 0
@@ -171,7 +172,7 @@ def test_matvec_is_the_dense_operator_in_params_order():
     """Against gradients by definition, in a net whose kernels are stored transposed."""  # D12
     problem = zoo.pick("conv-transpose")
     run = sampled(problem)
-    ng, state, _ = fit(run, problem.params, ff.ekfac())
+    ng, state, _ = fit(run, problem.params, FAMILY["ekfac"]())
     exact = oracles.fisher_matrix(problem, "mc", run.draws)
     exact = oracles.block_diagonal(problem.params, problem.blocks, exact)
     eye = torch.eye(len(exact), dtype=exact.dtype)

@@ -7,9 +7,7 @@ best in a larger set is at least as good.
 
 import pytest
 import torch
-from hypothesis import given as drawn_given
 
-import fisherfn as ff
 from tests import kron_oracles, strategies, zoo
 from tests.methods.kronecker import (
     FAMILY,
@@ -17,10 +15,8 @@ from tests.methods.kronecker import (
     TIGHT,
     blocks,
     dense,
-    dense_taps,
+    drawn,
     drawn_taps,
-    factors_of,
-    fewer,
     fit,
     given,
     norm,
@@ -41,33 +37,15 @@ NETS = {
     "embedding": strategies.embeddings(),
 }
 EVERY_NET = pytest.mark.parametrize("nets", [pytest.param(nets, id=name) for name, nets in NETS.items()])
-RANK_TWO = pytest.mark.parametrize("method", ["deflation", "lanczos"])
 
 
-def target(name, F, factors):
-    """What the method's last term is the best fit of, and with how many terms."""
-    if name != "kfac_cor":
-        return F, 1 if name == "kpsvd" else 2
-    return F - dense(factors.first), 1
+def fitted(run, params, builders, **options):
+    """{key: {method: factors}}."""
+    fits = {name: fit(run, params, make(**options))[1].factors for name, make in builders.items()}
+    return {key: {name: fits[name][key] for name in fits} for key in run.stats.taps}
 
 
-def check_optimum(run, params, tol, **options):
-    Fs = blocks(run.stats)
-    for name, make in ITERATIVE.items():
-        for key, factors in fit(run, params, make(**options))[1].factors.items():
-            block, rank = target(name, Fs[key], factors)
-            least, error, noise = optimum(block, factors, rank), norm(Fs[key] - dense(factors)), 1e-7 * norm(Fs[key])
-            assert least - noise <= error <= (1 + tol) * least + noise, f"{name}, {key}"
-
-
-def errors(problem, fisher):
-    """{method: {key: ‖F − F̂‖}} at default iterations, and {key: ‖F‖}."""
-    run = sampled(problem, fisher)
-    Fs = blocks(run.stats)
-    fits = factors_of(run, problem.params, **{name: make() for name, make in FAMILY.items()})
-    found = {name: {key: norm(Fs[key] - dense(one[key])) for key in Fs} for name, one in fits.items()}
-    return found, {key: norm(F) for key, F in Fs.items()}
-
+# ------------------------------------------------------------------------------------------------- the order of errors
 
 ORDER = [
     ("kfac_cor", "kfac", 1e-9),
@@ -82,22 +60,21 @@ ORDER = [
 
 
 def check_order(problem, fisher):
-    found, norms = errors(problem, fisher)
-    for better, worse, slack in ORDER:
-        for key, size in norms.items():
-            limit = (1 + slack) * found[worse][key] + 1e-7 * size
-            assert found[better][key] <= limit, f"{better} > {worse} in {key}"
-
-
-# ------------------------------------------------------------------------------------------------- errors, optimum
+    """At default iterations."""
+    run = sampled(problem, fisher)
+    Fs = blocks(run.stats)
+    for key, fits in fitted(run, problem.params, FAMILY).items():
+        errors = {name: norm(Fs[key] - dense(factors)) for name, factors in fits.items()}
+        for better, worse, slack in ORDER:
+            limit = (1 + slack) * errors[worse] + 1e-7 * norm(Fs[key])
+            assert errors[better] <= limit, f"{better} > {worse} in {key}"
 
 
 @EVERY_NET
 def test_errors_are_ordered(nets):
     """deflation = lanczos ≤ kfac_cor ≤ kfac, lanczos ≤ kpsvd ≤ kfac, ekfac ≤ kfac, layer by layer."""
 
-    @fewer(0.4)
-    @drawn_given(nets, strategies.fishers())
+    @drawn(0.2, nets, strategies.fishers())
     def check(problem, fisher):
         check_order(problem, fisher)
 
@@ -109,39 +86,76 @@ def test_errors_are_ordered_in_the_zoo(id):
     check_order(zoo.pick(id), "mc")
 
 
-@EVERY_NET
-def test_converged_methods_attain_the_optimum(nets):
-    """Each of them the error of the dense SVD."""
+# -------------------------------------------------------------------------------------------------------- the optimum
 
-    @fewer(0.4)
-    @drawn_given(nets, strategies.fishers())
+
+def check_optimum(F, fits, tol):
+    """Each method's error is that of the dense SVD."""
+    for name, factors in fits.items():
+        target, rank = (F - dense(factors.first), 1) if name == "kfac_cor" else (F, 1 if name == "kpsvd" else 2)
+        least, error, noise = optimum(target, factors, rank), norm(F - dense(factors)), 1e-7 * norm(F)
+        assert least - noise <= error <= (1 + tol) * least + noise, name
+
+
+def check_factors(F, fits):
+    """Leading factors are PSD, all are symmetric: neither sign of a singular vector is taken for granted."""
+    for factors in fits.values():
+        for rank, pair in enumerate(pairs_of(factors)):
+            for M in (kron_oracles.matrix(m) for factor in pair for m in factor):
+                close(M, M.T, tol=1e-12)
+                assert rank or torch.linalg.eigvalsh(M)[0] >= -1e-8 * M.norm()
+
+
+def check_orthogonal(F, fits):
+    """⟨A₁,A₂⟩ = ⟨G₁,G₂⟩ = 0: a second term that repeats the first would double it."""  # D1
+    for name in ("deflation", "lanczos"):
+        (A1, G1), (A2, G2) = pairs_of(fits[name])
+        for k in range(len(A1)):
+            strong = A2[k].norm() * G2[k].norm() > 1e-5 * A1[k].norm() * G1[k].norm()
+            for x, y in ((A1[k], A2[k]), (G1[k], G2[k])):
+                assert not strong or abs((x * y).sum()) <= 1e-5 * x.norm() * y.norm(), name
+
+
+def check_projections(F, fits):
+    """⟨F − F̂, F̂⟩ = 0: no multiple is nearer, so that sums over positions are counted once, without a factor T."""  # D8
+    for name in ("kpsvd", "deflation", "lanczos"):
+        assert abs(((F - dense(fits[name])) * dense(fits[name])).sum()) <= 1e-6 * F.square().sum(), name
+
+
+@EVERY_NET
+def test_converged_fits_are_those_of_the_dense_svd(nets):
+    @drawn(0.3, nets, strategies.fishers())
     def check(problem, fisher):
         run = sampled(problem, fisher)
-        check_optimum(run, problem.params, 1e-6, iterations=TIGHT)
+        Fs = blocks(run.stats)
+        for key, fits in fitted(run, problem.params, ITERATIVE, iterations=TIGHT).items():
+            check_optimum(Fs[key], fits, 1e-6)
+            check_factors(Fs[key], fits)
+            check_orthogonal(Fs[key], fits)
+            check_projections(Fs[key], fits)
 
     check()
 
 
-@fewer(0.4)
-@drawn_given(drawn_taps())
+@drawn(0.2, drawn_taps())
 def test_iterating_far_beyond_the_dimension_does_no_harm(taps):
     """A space that is exhausted must neither end in 0/0 nor bring a pair back as another one."""
     problem = given(*taps)
-    check_optimum(problem.run, problem.params, 1e-6, iterations=60)
+    F, fits = blocks(problem.run.stats)["weight"], fitted(problem.run, problem.params, ITERATIVE, iterations=60)
+    check_optimum(F, fits["weight"], 1e-6)
+    check_orthogonal(F, fits["weight"])
 
 
-@fewer(0.4)
-@drawn_given(drawn_taps(draws=3, examples=24, positions=3, width=8))
+@drawn(0.4, drawn_taps(groups=1, draws=3, examples=24, positions=3, width=8))
 def test_default_iterations_attain_the_optimum_within_a_hundredth(taps):
     problem = given(*taps)
-    check_optimum(problem.run, problem.params, 1e-2)
+    check_optimum(blocks(problem.run.stats)["weight"], fitted(problem.run, problem.params, ITERATIVE)["weight"], 1e-2)
 
 
 @pytest.mark.parametrize("positions", [1, 2])
 def test_the_second_singular_value_of_a_larger_layer_is_found(positions):
     """128 examples: too few steps, or steps without orthogonalisation, give a σ₂ too small or σ₁ again."""  # D5
-    a, g = taps_of((1, 1, 128, positions, 10, 12))
-    problem = given(a, g)
+    problem = given(*taps_of((1, 1, 128, positions, 10, 12)))
     F = blocks(problem.run.stats)["weight"]
     sigma = kron_oracles.spectrum(F[0], 10, 12, "symmetric")[0]
     assert sigma[2] < 0.95 * sigma[1], "no gap: the second pair is not defined well enough to compare"
@@ -158,61 +172,27 @@ def test_two_equal_singular_values_are_two_pairs(positions):
     F = blocks(problem.run.stats)["weight"]
     sigma = kron_oracles.spectrum(F[0], 3, 4, "symmetric")[0]
     close(sigma[1], sigma[0])
-    check_optimum(problem.run, problem.params, 1e-6)
+    check_optimum(F, fitted(problem.run, problem.params, ITERATIVE)["weight"], 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- particular pairs
 
 
 def test_lanczos_and_deflation_find_the_very_same_sum():
     problem = given(*taps_of((2, 2, 6, 2, 3, 4)))
-    fits = [fit(problem.run, problem.params, ITERATIVE[name](iterations=TIGHT)) for name in ("deflation", "lanczos")]
-    close(*(dense(state.factors["weight"]) for _, state, _ in fits), tol=1e-6)
+    fits = fitted(problem.run, problem.params, ITERATIVE, iterations=TIGHT)["weight"]
+    close(dense(fits["lanczos"]), dense(fits["deflation"]), tol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- structure of terms
-
-
-@EVERY_NET
-def test_leading_factors_are_positive_and_all_are_symmetric(nets):
-    @fewer(0.2)
-    @drawn_given(nets, strategies.fishers())
-    def check(problem, fisher):
-        fits = factors_of(sampled(problem, fisher), problem.params, **{n: make() for n, make in ITERATIVE.items()})
-        for factors in (one for fit_ in fits.values() for one in fit_.values()):
-            for rank, pair in enumerate(pairs_of(factors)):
-                for M in (kron_oracles.matrix(m) for factor in pair for m in factor):
-                    close(M, M.T, tol=1e-12)
-                    assert rank or torch.linalg.eigvalsh(M)[0] >= -1e-8 * M.norm()
-
-    check()
-
-
-@RANK_TWO
-@fewer(0.5)
-@drawn_given(problem=strategies.problems(max_shared=1) | NETS["conv"])
-def test_the_second_term_is_orthogonal_to_the_first(method, problem):
-    """⟨A₁,A₂⟩ = ⟨G₁,G₂⟩ = 0: a second term that repeats the first doubles it instead."""  # D1
-    factors = fit(sampled(problem), problem.params, ITERATIVE[method](iterations=TIGHT))[1].factors
-    for key in factors:
-        (A1, G1), (A2, G2) = pairs_of(factors[key])
-        for first, second in ((A1, A2), (G1, G2)):
-            for x, y in zip(first, second, strict=True):
-                strong = (A2.norm() * G2.norm()) > 1e-6 * (A1.norm() * G1.norm())
-                assert not strong or abs((x * y).sum()) <= 1e-5 * x.norm() * y.norm(), key
-
-
-@drawn_given(strategies.problems(max_shared=1))
-def test_what_kfac_corrected_leaves_has_nothing_along_its_second_term(problem):
+@drawn(0.4, drawn_taps())
+def test_what_kfac_corrected_leaves_has_nothing_along_its_second_term(taps):
     """⟨F − F̂, G₂ ⊗ A₂⟩ = 0 with K-FAC's own pair first: the correction is of F − K-FAC, not of F."""  # D1
-    run = sampled(problem)
-    Fs, taps = blocks(run.stats), dense_taps(run.stats)
-    factors = fit(run, problem.params, ff.kfac_corrected(iterations=TIGHT))[1].factors
-    for key, F in Fs.items():
-        for k, one in enumerate(F):
-            A, G = kron_oracles.kfac_pair(*(side[k] for side in taps[key]))
-            (A1, G1), (A2, G2) = pairs_of(factors[key])
-            close(kron_oracles.kron(A1[k], G1[k]), kron_oracles.kron(A, G))
-            second = kron_oracles.kron(A2[k], G2[k])
-            left = one - kron_oracles.kron(A, G) - second
-            assert abs((left * second).sum()) <= 1e-8 * one.square().sum(), key
+    problem = given(*taps)
+    factors = fit(problem.run, problem.params, ITERATIVE["kfac_cor"]())[1].factors["weight"]
+    F_k, second = blocks(problem.run.stats)["weight"], dense(factors.second)
+    first = torch.stack([kron_oracles.kron(*kron_oracles.kfac_pair(*one)) for one in zip(*taps, strict=True)])
+    close(dense(factors.first), first)
+    assert abs(((F_k - first - second) * second).sum()) <= 1e-8 * F_k.square().sum()
 
 
 def antisymmetric_taps():
@@ -228,20 +208,25 @@ def test_an_antisymmetric_second_pair_is_passed_over():
     F = blocks(problem.run.stats)["weight"]
     sigma, A, _, _ = kron_oracles.spectrum(F[0], 2, 2, "all")
     assert (A[1] + A[1].T).norm() < 1e-8 and sigma[1] > sigma[2] > 0.1 * sigma[0], "not the case that is meant"
+    fits = fitted(problem.run, problem.params, ITERATIVE, iterations=TIGHT)["weight"]
+    check_factors(F, fits)
     for name in ("deflation", "lanczos"):
-        factors = fit(problem.run, problem.params, ITERATIVE[name](iterations=TIGHT))[1].factors["weight"]
-        for M in (M for pair in pairs_of(factors) for M in pair):
-            close(M, M.mT, tol=1e-12)
-        close(norm(F - dense(factors)), kron_oracles.optimum(F[0], 2, 2, 2, "symmetric"), tol=1e-6)
-        assert norm(F - dense(factors)) > 1.1 * kron_oracles.optimum(F[0], 2, 2, 2, "all")
+        close(norm(F - dense(fits[name])), kron_oracles.optimum(F[0], 2, 2, 2, "symmetric"), tol=1e-6)
+        assert norm(F - dense(fits[name])) > 1.1 * kron_oracles.optimum(F[0], 2, 2, 2, "all")
 
 
-def test_factors_above_the_width_are_the_best_diagonals():
+@pytest.mark.parametrize(("limit", "ndims"), [(3, [2, 3]), (1, [2, 2])])
+def test_factors_above_the_width_are_the_best_diagonals(limit, ndims):
     problem = given(*taps_of((2, 2, 5, 2, 3, 4)))
     F = blocks(problem.run.stats)["weight"]
-    for limit, ndims in ((3, (2, 3)), (1, (2, 2))):
-        for name, make in ITERATIVE.items():
-            factors = fit(problem.run, problem.params, make(iterations=TIGHT, diagonal_above=limit))[1].factors
-            assert [M.ndim for M in pairs_of(factors["weight"])[0]] == list(ndims)
-            block, rank = target(name, F, factors["weight"])
-            close(norm(F - dense(factors["weight"])), optimum(block, factors["weight"], rank), tol=1e-6)
+    fits = fitted(problem.run, problem.params, ITERATIVE, iterations=TIGHT, diagonal_above=limit)["weight"]
+    assert all([M.ndim for M in pair] == ndims for factors in fits.values() for pair in pairs_of(factors))
+    check_optimum(F, fits, 1e-6)
+
+
+def test_the_residual_says_how_far_the_leading_pair_has_converged():
+    problem = given(*taps_of((1, 1, 24, 2, 7, 8)))
+    for name, make in ITERATIVE.items():
+        few, many = (fit(problem.run, problem.params, make(iterations=steps))[2] for steps in (2, 30))
+        assert 1e-6 < few.diagnostics["residual"]["weight"] < 1, name
+        assert many.diagnostics["residual"]["weight"] < 1e-8, name

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import assume
-from hypothesis import given as drawn_given
 from hypothesis import strategies as st
 
 import fisherfn as ff
@@ -19,8 +18,8 @@ from tests.methods.kronecker import (
     ITERATIVE,
     TWO_TERMS,
     dense,
+    drawn,
     drawn_taps,
-    fewer,
     fit,
     given,
     pairs_of,
@@ -81,8 +80,7 @@ def inverse(ng, state, params):
 
 
 @DRAWN
-@fewer(0.5)
-@drawn_given(taps=drawn_taps(), damping=DAMPINGS)
+@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
 def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
     """By `torch.linalg.solve` of the dense sum: no absolute values, λ shared out over both factors by π."""  # D4, D15
     problem = given(*taps)
@@ -96,8 +94,7 @@ def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
 
 
 @DRAWN
-@fewer(0.5)
-@drawn_given(taps=drawn_taps(), damping=DAMPINGS)
+@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
 def test_any_sum_is_solved_with_its_spectrum_floored(method, taps, damping):
     problem = given(*taps)
     ng, state, _ = fit(problem.run, problem.params, TWO_TERMS[method](floor=FLOOR), damping=damping)
@@ -164,8 +161,7 @@ def rotated(found):
 
 
 @DRAWN
-@fewer(0.5)
-@drawn_given(taps=drawn_taps(), damping=DAMPINGS)
+@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
 def test_eigen_damping_adds_to_the_leading_terms_eigenvalues(method, taps, damping):
     """The second term's diagonal in the leading eigenbasis, and λ; floored relative to the leading term's."""
     problem = given(*taps)
@@ -203,7 +199,7 @@ def test_every_layer_is_solved_at_the_same_damping(method, form, id):
 def test_one_term_is_solved_like_kfac(form, id):
     """KPSVD's pair in K-FAC's formula, with its own π."""
     problem, damping = zoo.pick(id), 0.1
-    ng, state, _ = fit(sampled(problem), problem.params, ff.kpsvd(damping_form=form), damping=damping)
+    ng, state, _ = fit(sampled(problem), problem.params, FAMILY["kpsvd"](damping_form=form), damping=damping)
     V, nat, _ = solved(ng, state, problem.params, zoo.random_tree(problem.params))
     for key, (A, G) in ((key, pairs_of(factors)[0]) for key, factors in state.factors.items()):
         eye = damping * torch.eye(A.shape[-1] * G.shape[-1], dtype=A.dtype)

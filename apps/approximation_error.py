@@ -1,0 +1,266 @@
+"""How near each method comes to the Fisher of every layer, along a run of Adam: the published comparison, on any net.
+
+`python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder and measures, at every `--every`-th
+step and for every method, on the sampled Fisher F of that step's batch:
+
+error        ‖F − F̂‖ / ‖F‖ of each layer's block, exact for any size
+eigenvalues  relative ℓ2 error of F̂'s leading eigenvalues against F's, both undamped
+angle        degrees between the method's step and the exact block natural gradient at the same λ
+
+The last two cost more and have their own interval. Each method starts afresh from the same statistics, one batch and
+no average. `result.json` holds all of it; tables of the means over the last half, and two pictures, sum it up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import fisherfn as ff
+from common.config import NON_NEGATIVE, POSITIVE, Check, ConfigError, filled, option, parse, validate
+from common.data import load
+from common.loop import Task
+from common.plots import Points, curve_grid
+from common.results import ResultExistsError, default_name
+from common.spectra import GRADIENT, Values, compare
+from common.train_config import APPS, LABELS, TrainConfig
+from common.trainer import make_optimizer, make_task, natural_gradient, reported, tuned
+
+FOLDER = "approximation_error"
+
+METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "ekfac")
+"""Those that approximate a layer's block."""
+
+NAMES = LABELS | {GRADIENT: "plain gradient"}
+STROKES = {NAMES["lanczos"]: "--", NAMES[GRADIENT]: ":"}
+"""Lanczos and Deflation find the same: dashes let both be seen."""
+
+COLUMNS = 8192
+"""Examples times draws, of which the errors need a square matrix: half a gigabyte."""
+
+TITLES = {
+    "error": "Relative Frobenius error ‖F − F̂‖ / ‖F‖",
+    "eigenvalues": "Relative ℓ2 error of the {eigenvalues} leading eigenvalues",
+    "angle": "Degrees between the step and the exact block natural gradient, λ = {damping:g}",
+}
+
+
+def named(methods: str) -> list[str]:
+    """The methods of the option, each once."""
+    return list(dict.fromkeys(name.strip() for name in methods.split(",")))
+
+
+KNOWN = Check(f"names among {', '.join(METHODS)}, with commas", lambda text: set(named(text)) <= set(METHODS))
+PLAIN = Check("a folder's name, without /", lambda name: name.strip(". ") != "" and Path(name).name == name)
+
+
+@dataclass(frozen=True)
+class ErrorConfig:
+    """What is trained, and what is measured on the way."""
+
+    app: str = option("train_mlp", "trainer whose nets and data these are", choices=APPS)
+    data: str | None = option(None, "data set; null: the trainer's default", aliases=("dataset",))
+    data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
+    download: bool = option(False, "fetch published files that are missing")
+    model: str | None = option(None, "net; null: the one that suits the data")
+    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
+    steps: int = option(1200, "of Adam", check=NON_NEGATIVE)
+    lr: float | None = option(None, "Adam's rate; null: as tuned", aliases=("learning_rate",), check=POSITIVE)
+
+    every: int = option(25, "steps between measurements of the error", check=POSITIVE)
+    spectra_every: int = option(200, "steps between those of eigenvalues and angle; 0: never", check=NON_NEGATIVE)
+    methods: str = option(",".join(METHODS), "methods, with commas between them", check=KNOWN)
+    fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
+    fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
+    damping: float | None = option(None, "λ of the steps that are compared; null: as tuned for kfac", check=POSITIVE)
+    damping_form: Literal["factored", "eigen"] = option("factored", "how damping enters Kronecker factors")
+    eigenvalues: int = option(50, "how many", check=Check("from 1 to 200", lambda count: 1 <= count <= 200))
+
+    seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
+    result_dir: str = option("results", "folder of results")
+    result_name: str | None = option(None, "the result's own folder; null: from data, model and seed", check=PLAIN)
+    overwrite: bool = option(False, "replace an existing result of that name")
+    quiet: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class Record(NamedTuple):
+    """One step's measurements: by quantity, layer and method."""
+
+    step: int
+    loss: float
+    values: Values
+
+
+def run(config: ErrorConfig) -> Path:
+    """Train, measure, and write what was measured, also of a run that is cut short; returns the result's folder."""
+    config, full, task = prepared(config)
+    folder = Path(config.result_dir) / FOLDER / (config.result_name or default_name(config))
+    if folder.exists() and not config.overwrite:
+        raise ResultExistsError(f"{folder} exists already: give --overwrite, or another --result_name")
+    nets = {name: natural_gradient(dataclasses.replace(full, optim=name), task) for name in named(config.methods)}
+    first = next(iter(nets.values()))
+    check_size(first, full, len(task.train[0]))
+    records: list[Record] = []
+    try:
+        for record in measurements(config, full, task, nets):
+            records.append(record)
+    finally:
+        if records:
+            report(folder, config, {block.key: block.shape for block in first.layout.blocks}, records)
+    return folder
+
+
+def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
+    """Both configurations with what they had left open, and model and data."""
+    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(TrainConfig)}
+    full = APPS[config.app](**{name: value for name, value in given.items() if value is not None} | {"optim": "adam"})
+    data = load(full.data, data_path=full.data_path, seed=full.seed, download=full.download)
+    model = full.model or full.model_for(data)
+    rate, damping = (tuned(full.app, model, data.name, optim) for optim in ("adam", "kfac"))
+    full = filled(full, {"model": model, "lr": rate["lr"], "damping": damping["damping"]})
+    found = {name: getattr(full, name) for name in ("data", "model", "batch_size", "lr", "damping")}
+    return dataclasses.replace(config, **found), full, make_task(full, data)[0]
+
+
+def check_size(ng: ff.NaturalGradient, full: TrainConfig, examples: int) -> None:
+    """Whether the Fisher has so few columns that all pairs of them fit into memory."""
+    draws = {"mc": full.fisher_samples, "type2": math.prod(ng.layout.output_shape), "empirical": 1}[full.fisher]
+    columns = draws * min(full.batch_size, examples)
+    if columns > COLUMNS:
+        raise ConfigError(
+            f"a Fisher of {columns:,} columns (examples times draws, or times outputs with type2) is too large to "
+            f"compare with, {COLUMNS:,} are not: give a smaller --batch_size, or --fisher mc with few --fisher_samples"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def measurements(
+    config: ErrorConfig, full: TrainConfig, task: Task, nets: Mapping[str, ff.NaturalGradient]
+) -> Iterator[Record]:
+    """Adam's run, measured before the first step and wherever it is due, the end included."""
+    adam = make_optimizer(full, task)
+    params, context, state = task.params, task.context, adam.init(task.params)
+    bar = tqdm(range(config.steps + 1), desc=f"{config.data} adam", disable=True if config.quiet else None, unit="step")
+    for step, batch in zip(bar, batches(task, full.batch_size, config.seed), strict=False):
+        wide = config.spectra_every > 0 and step % config.spectra_every == 0
+        if wide or step % config.every == 0:
+            labels, count = seeded(config.seed, step, stream=1), config.eigenvalues if wide else 0
+            loss, values = compare(nets, params, batch, full.damping or 0.0, count, labels, context)
+            yield Record(step, loss / task.per_output, values)
+        new = adam.step(params, state, batch, context, (), step)
+        ff.check(new.info)
+        params, context, state = new.params, new.context, new.state
+        bar.set_postfix_str(f"loss {float(new.info.loss) / task.per_output:.4g}", refresh=False)
+
+
+def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches without end, all of one size: how near one comes to a Fisher depends on its examples' number."""
+    examples = task.train[0].shape[0]
+    for epoch in itertools.count():
+        order = torch.randperm(examples, generator=seeded(seed, epoch, stream=0))
+        for chosen in order.split(min(size, examples))[: max(1, examples // size)]:
+            yield task.train[0][chosen], task.train[1][chosen]
+
+
+def seeded(seed: int, index: int, stream: int) -> torch.Generator:
+    """The generator of one epoch's order or one step's labels, whatever was measured before."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + stream)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def report(folder: Path, config: ErrorConfig, shapes: dict[str, tuple[int, int, int]], records: list[Record]) -> None:
+    """Everything as JSON, the tables, the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = {q: title.format(**vars(config)) for q, title in TITLES.items() if any(q in r.values for r in records)}
+    means = {quantity: last_half(records, quantity) for quantity in measured}
+    whole = {"config": dataclasses.asdict(config), "layers": shapes, "last_half": means, "records": records}
+    (folder / "result.json").write_text(json.dumps(plain(whole), indent=1, allow_nan=False), encoding="utf-8")
+    layers = {key: f"{key} · {'×'.join(map(str, shape[shape[0] == 1 :]))}" for key, shape in shapes.items()}
+    for quantity, title in measured.items():
+        print(f"\n{title}; mean over the last half\n{table(means[quantity], layers)}")
+    groups = [(title, curves(records, quantity, layers)) for quantity, title in measured.items()]
+    curve_grid(groups[:1], folder / "errors.png", log=[True], strokes=STROKES)
+    if groups[1:]:
+        curve_grid(groups[1:], folder / "spectra.png", log=[True, False], strokes=STROKES)
+    print(f"\nresult.json and the pictures are in {folder}.")
+
+
+class Mean(NamedTuple):
+    """Of the numbers that there are, NaN of none; and of how many there might have been."""
+
+    value: float
+    numbers: int
+    of: int
+
+
+def last_half(records: list[Record], quantity: str) -> dict[str, dict[str, Mean]]:
+    """Means over the records of the last half of the run, by layer and method."""
+    there = [record for record in records if quantity in record.values]
+    late = [record.values[quantity] for record in there if 2 * record.step >= there[-1].step]
+
+    def mean(key: str, name: str) -> Mean:
+        numbers = [values[key][name] for values in late if math.isfinite(values[key][name])]
+        return Mean(statistics.fmean(numbers) if numbers else math.nan, len(numbers), len(late))
+
+    return {key: {name: mean(key, name) for name in methods} for key, methods in late[0].items()}
+
+
+def table(means: dict[str, dict[str, Mean]], layers: dict[str, str]) -> str:
+    """A line a layer, a column a method; how many of the records have a number stands beside where not all do."""
+    names = next(iter(means.values()))
+    lines = [["", *(NAMES[name] for name in names)]]
+    lines += [[layers[key], *(cell(mean) for mean in methods.values())] for key, methods in means.items()]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        f"{label:{wide[0]}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, wide[1:], strict=True))
+        for label, *cells in lines
+    )
+
+
+def cell(mean: Mean) -> str:
+    """Three digits, or a dash."""
+    number = f"{mean.value:.3g}" if mean.numbers else "–"
+    return number if mean.numbers == mean.of else f"{number} ({mean.numbers} of {mean.of})"
+
+
+def curves(records: list[Record], quantity: str, layers: dict[str, str]) -> dict[str, dict[str, Points]]:
+    """What a picture shows: points (step, value) by layer and method."""
+    there = [(record.step, record.values[quantity]) for record in records if quantity in record.values]
+    return {
+        label: {NAMES[name]: [(step, values[key][name]) for step, values in there] for name in there[0][1][key]}
+        for key, label in layers.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: named tuples as objects, and null for a number that is not finite."""
+    if isinstance(value, Record | Mean):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    with reported():
+        run(parse(ErrorConfig, description=__doc__ or ""))
