@@ -1,14 +1,11 @@
 """How near each method comes to the Fisher of every layer, along a run of Adam: the published comparison, on any net.
 
-`python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder and measures, at every `--every`-th
-step and for every method, on the sampled Fisher F of that step's batch:
-
-error        ‖F − F̂‖ / ‖F‖ of each layer's block, exact for any size
-eigenvalues  relative ℓ2 error of F̂'s leading eigenvalues against F's, both undamped
-angle        degrees between the method's step and the exact block natural gradient at the same λ
-
-The last two cost more and have their own interval. Each method starts afresh from the same statistics, one batch and
-no average. `result.json` holds all of it; tables of the means over the last half, and two pictures, sum it up.
+`python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder. At every `--every`-th step it measures,
+for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that step's batch;
+and at every `--spectra_every`-th, as these cost more, the relative error of F̂'s leading eigenvalues, and the degrees
+between the method's step and the exact block natural gradient at the same λ. Each method starts afresh from the same
+statistics, one batch and no average. `result.json` holds all of it; tables of the means over the last half of the run,
+and two pictures, sum it up.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "ekfac")
 """Those that approximate a layer's block."""
 
 NAMES = LABELS | {GRADIENT: "plain gradient"}
-STROKES = {NAMES["lanczos"]: "--", NAMES[GRADIENT]: ":"}
+STROKES = {NAMES["lanczos"]: (0, (3, 3)), NAMES[GRADIENT]: ":"}
 """Lanczos and Deflation find the same: dashes let both be seen."""
 
 COLUMNS = 8192
@@ -111,16 +108,15 @@ def run(config: ErrorConfig) -> Path:
     folder = Path(config.result_dir) / FOLDER / (config.result_name or default_name(config))
     if folder.exists() and not config.overwrite:
         raise ResultExistsError(f"{folder} exists already: give --overwrite, or another --result_name")
-    nets = {name: natural_gradient(dataclasses.replace(full, optim=name), task) for name in named(config.methods)}
-    first = next(iter(nets.values()))
-    check_size(first, full, len(task.train[0]))
+    nets = natural_gradients(config, full, task)
     records: list[Record] = []
     try:
         for record in measurements(config, full, task, nets):
             records.append(record)
     finally:
         if records:
-            report(folder, config, {block.key: block.shape for block in first.layout.blocks}, records)
+            layout = next(iter(nets.values())).layout
+            report(folder, config, {block.key: block.shape for block in layout.blocks}, records)
     return folder
 
 
@@ -136,15 +132,18 @@ def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
     return dataclasses.replace(config, **found), full, make_task(full, data)[0]
 
 
-def check_size(ng: ff.NaturalGradient, full: TrainConfig, examples: int) -> None:
-    """Whether the Fisher has so few columns that all pairs of them fit into memory."""
+def natural_gradients(config: ErrorConfig, full: TrainConfig, task: Task) -> dict[str, ff.NaturalGradient]:
+    """One a method, of the same model; the Fisher must have so few columns that all pairs of them fit into memory."""
+    ng = natural_gradient(dataclasses.replace(full, optim="kfac"), task)
     draws = {"mc": full.fisher_samples, "type2": math.prod(ng.layout.output_shape), "empirical": 1}[full.fisher]
-    columns = draws * min(full.batch_size, examples)
+    columns = draws * min(full.batch_size, len(task.train[0]))
     if columns > COLUMNS:
         raise ConfigError(
             f"a Fisher of {columns:,} columns (examples times draws, or times outputs with type2) is too large to "
             f"compare with, {COLUMNS:,} are not: give a smaller --batch_size, or --fisher mc with few --fisher_samples"
         )
+    methods = {name: ff.METHODS[name](damping_form=config.damping_form) for name in named(config.methods)}
+    return {name: dataclasses.replace(ng, method=method) for name, method in methods.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the run

@@ -1,7 +1,8 @@
 """What a step costs, in SGD steps of the same model in the same run: interleaved rounds, medians.
 
-`python apps/benchmark.py` times the parts of a K-FAC step on the CURVES and MNIST autoencoders at batch 256, and puts
-them together as the mean step of a cycle. Timings are noisy; the ratios of one run are what to read.
+`python apps/benchmark.py` times the parts of a K-FAC step on the CURVES and MNIST autoencoders (batch 256) and on
+cuda_convnet (batch 128), puts them together as the mean step of a cycle, and what every method's refresh of statistics
+and factors costs beside K-FAC's. Timings are noisy; the ratios of one run are what to read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -23,9 +24,12 @@ from common.data import Data, Split
 from common.models import initialise, resolve
 from common.trainer import reported
 
-MODELS = {"CURVES": "AE_CURVES", "MNIST": "AE_MNIST"}
+MODELS = {"CURVES": "AE_CURVES", "MNIST": "AE_MNIST", "CIFAR10": "cuda_convnet"}
 CYCLES = ((5, 10), (10, 100))
 """Steps between statistics and between inverses."""
+
+REFRESH = "refresh "
+"""Before a method's name: its statistics and factors, without a gradient or a step."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,53 @@ class BenchmarkConfig:
     """How carefully to measure."""
 
     rounds: int = option(30, "interleaved rounds; medians are taken over them", check=POSITIVE)
-    batch_size: int = option(256, "examples a step", check=POSITIVE)
+    batch_size: int | None = option(None, "examples a step; null: 256, for cuda_convnet 128", check=POSITIVE)
     threads: int = option(2, "threads of torch", check=POSITIVE)
+    refresh: bool = option(True, "time every method's refresh too")
     result_dir: str = option("results", "folder of results")
 
 
-def steps(name: str, batch_size: int) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: each a whole training step of one kind."""
+class Problem(NamedTuple):
+    """A net and a batch of random images."""
+
+    model: Any
+    params: dict[str, torch.Tensor]
+    context: Any
+    batch: tuple[torch.Tensor, torch.Tensor]
+    likelihood: Any
+
+
+def problem(name: str, batch_size: int | None) -> Problem:
+    """The net for this data; autoencoders on flat images, the convolutional one with labels."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch_size, 1, 28, 28, generator=generator)
-    data = Data(name, Split(x, None), Split(x, None), MODELS[name], ff.Bernoulli(), None)
-    net = initialise(resolve(MODELS[name]).build(data), "xavier_uniform", generator)
-    model, params, context = ff.functional(net)
-    batch = (x.flatten(1), x.flatten(1))
-    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Bernoulli(), method=ff.kfac(), context=context)
-    _, state, _ = ng.step(params, ng.init(params, damping=1.0), batch, generator=generator, context=context)
+    convolutional = MODELS[name] == "cuda_convnet"
+    shape = (3, 32, 32) if convolutional else (1, 28, 28)
+    x = torch.rand(batch_size or (128 if convolutional else 256), *shape, generator=generator)
+    y = torch.randint(10, x.shape[:1], generator=generator) if convolutional else None
+    likelihood = ff.Categorical() if convolutional else ff.Bernoulli()
+    data = Data(name, Split(x, y), Split(x, y), MODELS[name], likelihood, likelihood)
+    spec = resolve(MODELS[name], data, inputs="images" if convolutional else "flat")
+    net = initialise(spec.build(data), "kaiming_normal" if convolutional else "xavier_uniform", generator)
+    model, params, context = ff.functional(net.train())
+    batch = (x, y) if y is not None else (x.flatten(1), x.flatten(1))
+    return Problem(model, params, context, batch, likelihood)
+
+
+def steps(name: str, config: BenchmarkConfig) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name: whole training steps of one kind, then refreshes."""
+    model, params, context, batch, likelihood = problem(name, config.batch_size)
+    generator = torch.Generator().manual_seed(0)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
 
+    def warm(method: str) -> tuple[ff.NaturalGradient, ff.State]:
+        ng = ff.natural_gradient(model, params, batch[0], likelihood=likelihood, method=method, context=context)
+        _, state, _ = ng.step(params, ng.init(params, damping=1.0), batch, generator=generator, context=context)
+        return ng, state
+
+    ng, state = warm("kfac")
+
     def sgd() -> Any:
-        logits, _ = model(leaves, batch[0], context)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch[1], reduction="sum") / batch_size
+        loss = likelihood.nll(model(leaves, batch[0], context)[0], batch[1]).mean()
         grads = torch.autograd.grad(loss, list(leaves.values()))
         return [p.detach() - 1e-3 * g for p, g in zip(leaves.values(), grads, strict=True)]
 
@@ -63,18 +94,24 @@ def steps(name: str, batch_size: int) -> dict[str, Callable[[], Any]]:
         nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if clip else nat
         return ff.tree.add(params, nat, scale=-1.0)
 
-    return {
+    def refresh(ng: ff.NaturalGradient, state: ff.State) -> Callable[[], Any]:
+        return lambda: ng.update(state, ng.stats(params, batch, generator=generator, context=context))
+
+    timed: dict[str, Callable[[], Any]] = {
         "sgd": sgd,
         "plain": lambda: kfac(False, False),
         "plain, no clip": lambda: kfac(False, False, clip=False),
         "with statistics": lambda: kfac(True, False),
         "with statistics and inverses": lambda: kfac(True, True),
     }
+    if config.refresh:
+        timed |= {REFRESH + method: refresh(*warm(method)) for method in ff.METHODS}
+    return timed
 
 
 def measure(name: str, config: BenchmarkConfig) -> dict[str, float]:
     """Median milliseconds of each kind of step."""
-    timed = steps(name, config.batch_size)
+    timed = steps(name, config)
     times: dict[str, list[float]] = {kind: [] for kind in timed}
     for round_ in tqdm(range(config.rounds + 2), desc=name, disable=None, leave=False):
         for kind, step in timed.items():
@@ -98,16 +135,19 @@ def cycle(medians: dict[str, float], update_every: int, invert_every: int) -> fl
 
 def report(name: str, medians: dict[str, float]) -> str:
     """Milliseconds and ratios, to read."""
-    lines = [f"\n{name} autoencoder: an SGD step takes {medians['sgd']:.1f} ms"]
+    lines = [f"\n{MODELS[name]}: an SGD step takes {medians['sgd']:.1f} ms"]
     lines += [f"  K-FAC step, {kind:28} {ms:7.1f} ms  {ms / medians['sgd']:5.2f} SGD steps"
-              for kind, ms in medians.items() if kind != "sgd"]  # fmt: skip
+              for kind, ms in medians.items() if kind != "sgd" and not kind.startswith(REFRESH)]  # fmt: skip
     lines += [f"  mean step, statistics every {update}, inverses every {invert}: {cycle(medians, update, invert):.2f}"
               " SGD steps" for update, invert in CYCLES]  # fmt: skip
+    kfac = medians.get(REFRESH + "kfac", 1.0)
+    lines += [f"  {kind:28} {ms:7.1f} ms  {ms / medians['sgd']:5.2f} SGD steps  {ms / kfac:5.2f} of K-FAC's"
+              for kind, ms in medians.items() if kind.startswith(REFRESH)]  # fmt: skip
     return "\n".join(lines)
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Both nets; the numbers as JSON."""
+    """All nets; the numbers as JSON."""
     torch.set_num_threads(config.threads)
     found = {name: measure(name, config) for name in MODELS}
     for name, medians in found.items():

@@ -159,10 +159,12 @@ class NaturalGradient:
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
         r"""$\|F_l - \hat F_l\|_F / \|F_l\|_F$ of every block: how far the state is from the Fisher of these statistics.
 
-        Undamped, exact and without forming F, whatever the layer's size. NaN where the Fisher block is zero.
+        Undamped, exact and without forming F, whatever the layer's size; in float64, as it is a difference of squares.
+        NaN where the Fisher block is zero.
         """
-        taps = self._taps(stats)
-        overlaps = self.method.overlap(state.factors, taps)
+        taps = {key: tap.to(torch.float64) for key, tap in self._taps(stats).items()}
+        factors = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state.factors)
+        overlaps = self.method.overlap(factors, taps)
         return {key: relative_error(taps[key], *overlaps[key]) for key in taps}
 
     def step(

@@ -111,9 +111,10 @@ def best(F, o, i, rank, kind="symmetric", kind_o=None):
 
 
 def damped_pair(A, G, damping):
-    """A + π√λ I and G + √λ/π I, with π = √((tr A / i) / (tr G / o))."""
+    """A + π√λ I and G + √λ/π I, with π = √((tr A / i) / (tr G / o)); π = 1 where a factor is zero."""
     A, G = matrix(A), matrix(G)
-    pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
+    a, g = A.trace() / len(A), G.trace() / len(G)
+    pi = (a / g).sqrt() if a > 0 and g > 0 else 1.0
     eye_i, eye_o = torch.eye(len(A), dtype=A.dtype), torch.eye(len(G), dtype=G.dtype)
     return A + pi * damping**0.5 * eye_i, G + damping**0.5 / pi * eye_o
 

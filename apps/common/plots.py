@@ -119,7 +119,7 @@ def curve_grid(
     groups: Sequence[tuple[str, Mapping[str, Mapping[str, Points]]]],
     path: Path,
     log: Sequence[bool],
-    strokes: Mapping[str, str],
+    strokes: Mapping[str, Any],
     columns: int = 4,
 ) -> Figure:
     """Groups of small panels over training steps, the same curves in each panel: one panel a layer, say.
@@ -132,7 +132,8 @@ def curve_grid(
         columns: panels beside each other.
     """
     names = list(dict.fromkeys(name for _, panels in groups for curves in panels.values() for name in curves))
-    looks = {name: _look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
+    dots = {"marker": ".", "markersize": 4}  # or a number between two gaps would not be seen
+    looks = {name: _look(index) | dots | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
     lines = [math.ceil(len(panels) / columns) for _, panels in groups]
     figure = _figure(width=3.1 * columns, height=2.15 * sum(lines) + 0.6 * len(groups) + 0.4)
     parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.25 for count in lines], squeeze=False)[:, 0]
@@ -141,6 +142,8 @@ def curve_grid(
         grid = part.subplots(count, columns, squeeze=False, sharey=not logarithmic).flat
         for axes, (name, curves) in zip(grid, panels.items(), strict=False):
             _panel(axes, name, curves, looks, logarithmic)
+        if not logarithmic:
+            axes.set_ylim(bottom=0)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         for axes in grid[max(0, len(panels) - columns) : len(panels)]:
@@ -204,8 +207,6 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[
     axes.title.set_fontsize(10)
     if logarithmic:
         _scale(axes, [y for points in curves.values() for _, y in points if y != 0])
-    else:
-        axes.set_ylim(bottom=0)
 
 
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:

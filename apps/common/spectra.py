@@ -143,7 +143,7 @@ def leading(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
     if like.numel() > FORMED:
         return _lanczos(act, like, count, scale)
     units = torch.eye(like.numel(), dtype=like.dtype).reshape(-1, *like.shape)
-    matrix = torch.stack([act(unit).flatten() for unit in units]).double()
+    matrix = torch.vmap(act)(units).flatten(1).double()
     return torch.linalg.eigvalsh((matrix + matrix.mT) / 2).flip(0)[:count]
 
 
@@ -162,7 +162,7 @@ def _lanczos(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
     start = np.random.default_rng(0).standard_normal(size).astype(dtype)
     operator = LinearOperator((size, size), matvec=shifted, dtype=dtype)
     try:
-        found = eigsh(operator, count, which="LA", v0=start, tol=1e-4, maxiter=CYCLES, return_eigenvectors=False)
+        found = eigsh(operator, count, which="LA", v0=start, tol=1e-5, maxiter=CYCLES, return_eigenvectors=False)
     except ArpackNoConvergence:
         return torch.full((count,), math.nan, dtype=torch.float64)
     return (torch.from_numpy(np.sort(found)[::-1].astype(np.float64)) - 1) * scale

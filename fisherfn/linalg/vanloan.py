@@ -33,16 +33,15 @@ class Triplet(NamedTuple):
 
 
 def leading(Z: Rearranged, steps: int, rank: int = 1) -> tuple[Triplet, ...]:
-    """The `rank` leading triplets by so many steps of Golub–Kahan."""
+    """The `rank` leading triplets by so many steps of Golub–Kahan, at least as many as triplets."""
     alphas, betas, Q = _bidiagonal(Z, steps)
     B = torch.diag_embed(torch.stack(alphas, -1)) + torch.diag_embed(torch.stack(betas[:-1], -1), 1)
     sound = torch.isfinite(B).all()
     P_B, sigma, Q_Bt = torch.linalg.svd(torch.where(sound, B, torch.eye(steps, dtype=B.dtype, device=B.device)))
     triplets = []
     for r in range(rank):
-        v = _combined(Q, Q_Bt[:, min(r, steps - 1)])
-        residual = betas[-1] * P_B[:, -1, min(r, steps - 1)].abs() * _inverse(sigma[:, min(r, steps - 1)], sigma[:, 0])
-        v = v if r < steps else torch.zeros_like(v)
+        v = _combined(Q, Q_Bt[:, r])
+        residual = betas[-1] * P_B[:, -1, r].abs() * _inverse(sigma[:, r], sigma[:, 0])
         triplets.append(Triplet(torch.where(sound, Z.left(v), torch.nan), v, residual.amax()))
     return tuple(triplets)
 
@@ -98,7 +97,8 @@ def _mixed(factors: Sequence[Factor], c: Float[Tensor, "k r"]) -> Factor:
 
 def _bidiagonal(Z: Rearranged, steps: int) -> tuple[list[Tensor], list[Tensor], list[Element]]:
     """α, β and the q of so many steps; α and β in float64."""
-    q = kron.times(Z.start, 1 / _norm(Z.start, Z.right_metric))
+    length = _norm(Z.start, Z.right_metric)
+    q = kron.times(Z.start, _inverse(length, length))  # zero for zero statistics
     Q, alphas, betas = [q], [], []
     p = largest = None
     for _ in range(steps):

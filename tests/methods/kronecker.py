@@ -7,6 +7,7 @@ and a likelihood whose gradient in the outputs is its target.
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given as given_by
@@ -19,7 +20,7 @@ from tests import kron_oracles, zoo
 from tests.zoo import Sampled
 
 TIGHT = 10
-"""More iterations than symmetric factors of these tests have dimensions: the methods have then converged."""
+"""As many iterations as the symmetric factors of most of these tests have dimensions: the methods have converged."""
 
 # Built once each: at every call, run-time type checks would make a builder's inner functions anew.
 ITERATIVE = {
@@ -33,12 +34,16 @@ FAMILY = {"kfac": cache(ff.kfac), **ITERATIVE, "ekfac": cache(ff.ekfac)}
 
 
 def drawn(share, *strategies, **named):
-    """Hypothesis for tests of many methods: a share of the profile's examples, and no type checks while they run.
-
-    The checks take nine tenths of the time; the fixed cases here and in test_all have them.
-    """
+    """Hypothesis for tests of many methods: a share of the profile's examples."""
     examples = max(1, int(settings().max_examples * share))
-    return lambda test: settings(max_examples=examples)(given_by(*strategies, **named)(zoo.as_installed()(test)))
+    return lambda test: settings(max_examples=examples)(given_by(*strategies, **named)(test))
+
+
+@pytest.fixture(autouse=True)
+def as_installed():
+    """In the modules that import it: no type checks at run time, which take nine tenths of it (test_all has them)."""
+    with zoo.as_installed():
+        yield
 
 
 # ------------------------------------------------------------------------------------------- statistics by hand

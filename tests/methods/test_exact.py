@@ -9,7 +9,12 @@ from torch.nn import functional as F
 
 import fisherfn as ff
 from tests import oracles, strategies, zoo
-from tests.methods.kronecker import drawn, given, taps_of
+from tests.methods.kronecker import (
+    as_installed,  # noqa: F401
+    drawn,
+    given,
+    taps_of,
+)
 from tests.oracles import close, differs, unvec, vec
 from tests.zoo import FISHERS, sampled
 

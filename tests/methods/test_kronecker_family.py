@@ -13,6 +13,7 @@ from tests.methods.kronecker import (
     FAMILY,
     ITERATIVE,
     TIGHT,
+    as_installed,  # noqa: F401
     blocks,
     dense,
     drawn,
@@ -74,14 +75,14 @@ def check_order(problem, fisher):
 def test_errors_are_ordered(nets):
     """deflation = lanczos ≤ kfac_cor ≤ kfac, lanczos ≤ kpsvd ≤ kfac, ekfac ≤ kfac, layer by layer."""
 
-    @drawn(0.2, nets, strategies.fishers())
+    @drawn(0.12, nets, strategies.fishers())
     def check(problem, fisher):
         check_order(problem, fisher)
 
     check()
 
 
-@pytest.mark.parametrize("id", ["mlp-categorical", "sequence-pooled", "scale-vector", "conv-groups", "tokens"])
+@pytest.mark.parametrize("id", ["sequence-pooled", "scale-vector", "conv-groups", "tokens"])
 def test_errors_are_ordered_in_the_zoo(id):
     check_order(zoo.pick(id), "mc")
 
@@ -124,7 +125,7 @@ def check_projections(F, fits):
 
 @EVERY_NET
 def test_converged_fits_are_those_of_the_dense_svd(nets):
-    @drawn(0.3, nets, strategies.fishers())
+    @drawn(0.2, nets, strategies.fishers())
     def check(problem, fisher):
         run = sampled(problem, fisher)
         Fs = blocks(run.stats)
@@ -137,16 +138,16 @@ def test_converged_fits_are_those_of_the_dense_svd(nets):
     check()
 
 
-@drawn(0.2, drawn_taps())
+@drawn(0.12, drawn_taps())
 def test_iterating_far_beyond_the_dimension_does_no_harm(taps):
     """A space that is exhausted must neither end in 0/0 nor bring a pair back as another one."""
     problem = given(*taps)
-    F, fits = blocks(problem.run.stats)["weight"], fitted(problem.run, problem.params, ITERATIVE, iterations=60)
+    F, fits = blocks(problem.run.stats)["weight"], fitted(problem.run, problem.params, ITERATIVE, iterations=40)
     check_optimum(F, fits["weight"], 1e-6)
     check_orthogonal(F, fits["weight"])
 
 
-@drawn(0.4, drawn_taps(groups=1, draws=3, examples=24, positions=3, width=8))
+@drawn(0.25, drawn_taps(groups=1, draws=3, examples=24, positions=3, width=8))
 def test_default_iterations_attain_the_optimum_within_a_hundredth(taps):
     problem = given(*taps)
     check_optimum(blocks(problem.run.stats)["weight"], fitted(problem.run, problem.params, ITERATIVE)["weight"], 1e-2)
@@ -184,7 +185,7 @@ def test_lanczos_and_deflation_find_the_very_same_sum():
     close(dense(fits["lanczos"]), dense(fits["deflation"]), tol=1e-6)
 
 
-@drawn(0.4, drawn_taps())
+@drawn(0.25, drawn_taps())
 def test_what_kfac_corrected_leaves_has_nothing_along_its_second_term(taps):
     """⟨F − F̂, G₂ ⊗ A₂⟩ = 0 with K-FAC's own pair first: the correction is of F − K-FAC, not of F."""  # D1
     problem = given(*taps)

@@ -17,6 +17,7 @@ from tests.methods.kronecker import (
     FAMILY,
     ITERATIVE,
     TWO_TERMS,
+    as_installed,  # noqa: F401
     dense,
     drawn,
     drawn_taps,
@@ -31,7 +32,7 @@ from tests.oracles import close, differs, unvec, vec
 from tests.zoo import sampled
 
 EVERY = pytest.mark.parametrize("method", TWO_TERMS)
-DRAWN = pytest.mark.parametrize("method", ["lanczos", "kfac_cor"])  # to solve, Deflation's sum is Lanczos's
+BOTH = pytest.mark.parametrize("method", ["lanczos", "kfac_cor"])  # to solve, Deflation's sum is as Lanczos's
 FORMS = pytest.mark.parametrize("form", ["factored", "eigen"])
 FLOOR = 0.05
 DAMPINGS = st.sampled_from([1e-4, 1e-2, 1.0])
@@ -79,8 +80,8 @@ def inverse(ng, state, params):
 # ----------------------------------------------------------------------------------------------- factored damping
 
 
-@DRAWN
-@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
+@BOTH
+@drawn(0.3, taps=drawn_taps(), damping=DAMPINGS)
 def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
     """By `torch.linalg.solve` of the dense sum: no absolute values, λ shared out over both factors by π."""  # D4, D15
     problem = given(*taps)
@@ -93,8 +94,8 @@ def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
     assert info.diagnostics["clipped"]["weight"] == 0
 
 
-@DRAWN
-@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
+@BOTH
+@drawn(0.3, taps=drawn_taps(), damping=DAMPINGS)
 def test_any_sum_is_solved_with_its_spectrum_floored(method, taps, damping):
     problem = given(*taps)
     ng, state, _ = fit(problem.run, problem.params, TWO_TERMS[method](floor=FLOOR), damping=damping)
@@ -160,8 +161,8 @@ def rotated(found):
     return torch.stack([(Q * values) @ Q.T for Q, _, values in found])
 
 
-@DRAWN
-@drawn(0.4, taps=drawn_taps(), damping=DAMPINGS)
+@BOTH
+@drawn(0.3, taps=drawn_taps(), damping=DAMPINGS)
 def test_eigen_damping_adds_to_the_leading_terms_eigenvalues(method, taps, damping):
     """The second term's diagonal in the leading eigenbasis, and λ; floored relative to the leading term's."""
     problem = given(*taps)
@@ -177,9 +178,9 @@ def test_eigen_damping_adds_to_the_leading_terms_eigenvalues(method, taps, dampi
 # --------------------------------------------------------------------------------------------- layers of a network
 
 
-@EVERY
+@BOTH
 @FORMS
-@pytest.mark.parametrize("id", ["mlp-categorical", "sequence-pooled", "conv", "conv-groups", "conv-transpose"])
+@pytest.mark.parametrize("id", ["sequence-pooled", "conv", "conv-groups", "conv-transpose"])
 def test_every_layer_is_solved_at_the_same_damping(method, form, id):
     """Shared positions change neither λ nor the step by a factor T; kernels come back in their own order."""  # D8, D12
     problem, damping = zoo.pick(id), 1.0

@@ -47,19 +47,23 @@ class Case:
     damping: float = 0.1
     earlier: tuple = ()
 
-    def ready(self, method):
-        """(ng, state) after every update and one inversion."""
+    def updated(self, method):
+        """(ng, state) before the inversion."""
         ng = replace(self.run.ng, method=method)
         state = ng.init(self.problem.params, damping=self.damping, ema=0.5)
         for stats in (*self.earlier, self.run.stats):
             state, info = ng.update(state, stats)
             assert all(info.ok.values())
-        state, info = ng.invert(state)
-        assert all(info.ok.values())
         return ng, state
 
+    @cached_property
+    def state(self):
+        """All spaces and forms have the same factors: they differ from the inversion on."""
+        return self.updated(method(self.fine))[1]
+
     def two_level(self, *args, **kwargs):
-        return self.ready(method(self.fine, *args, **kwargs))
+        """(ng, state) after the inversion."""
+        return inverted(replace(self.run.ng, method=method(self.fine, *args, **kwargs)), self.state)
 
     def step(self, v, *args, **kwargs):
         ng, state = self.two_level(*args, **kwargs)
@@ -67,7 +71,11 @@ class Case:
 
     @property
     def v(self):
-        return vec(zoo.random_tree(self.problem.params))
+        return vec(self.v_tree)
+
+    @property
+    def v_tree(self):
+        return zoo.random_tree(self.problem.params)
 
     @property
     def damped(self):
@@ -75,7 +83,7 @@ class Case:
 
     @cached_property
     def M(self):
-        return operator(*self.ready(FINE[self.fine]), self.problem.params)
+        return operator(*inverted(*self.updated(FINE[self.fine])), self.problem.params)
 
     @property
     def exact(self):
@@ -97,6 +105,13 @@ class Case:
         else:
             first = self.layers(torch.ones_like(v))
         return torch.cat([first, first @ self.M.T]) if krylov else first
+
+
+def inverted(ng, state):
+    """As `ng.invert`, but from a state of any space."""
+    result = ng.method.invert(state.factors, state.damping)
+    assert all(result.ok.values())
+    return ng, state._replace(inverses=result.factors)
 
 
 def case(problem, fine="kfac", fisher="mc", damping=0.1):

@@ -1,0 +1,390 @@
+"""The comparison of methods with the Fisher: every number by brute force, and what a run leaves behind."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import approximation_error as app
+import fisherfn as ff
+from common import spectra
+from common.config import parse
+from common.loop import Task
+from common.plots import curve_grid
+from common.results import ResultExistsError
+from common.trainer import reported
+from tests import zoo
+
+DAMPING = 0.1
+
+
+def nets_of(problem, methods=app.METHODS):
+    ng = problem.build()
+    return {name: dataclasses.replace(ng, method=ff.METHODS[name]()) for name in methods}
+
+
+def compared(problem, nets, count=3, params=None):
+    return spectra.compare(nets, params or problem.params, problem.batch, DAMPING, count, zoo.generator(3))
+
+
+def dense(ng, state, key):
+    """The matrix of a method's block, from its action on trees."""
+    zeros = {block.key: torch.zeros(block.shape, dtype=zoo.DTYPE) for block in ng.layout.blocks}
+    units = torch.eye(zeros[key].numel(), dtype=zoo.DTYPE).reshape(-1, *zeros[key].shape)
+    act = torch.vmap(lambda unit: ng.layout.matrices(ng.matvec(state, ng.layout.tree(zeros | {key: unit})))[key])
+    return act(units).flatten(1)
+
+
+def vec(W):
+    return W.flatten()
+
+
+def cosine(x, y):
+    return float(x @ y / x.norm() / y.norm())
+
+
+def cosine_of(values, key, name):
+    return math.cos(math.radians(values["angle"][key][name]))
+
+
+# --------------------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize(
+    ("id", "count"), [("mlp-categorical", 3), ("conv", 50), ("conv-groups", 3), ("scale-vector", 50)]
+)
+def test_errors_eigenvalues_and_angles_are_those_of_the_dense_matrices(id, count):
+    problem = zoo.pick(id)
+    nets = nets_of(problem, ("kfac", "deflation", "ekfac"))
+    loss, values = compared(problem, nets, count)
+    ng = nets["kfac"]
+    stats = ng.stats(problem.params, problem.batch, generator=zoo.generator(3))
+    assert math.isclose(loss, float(stats.loss))
+    gradient, fisher = ng.layout.matrices(stats.grads), ng.fisher(stats, "block")
+    blocks = {key: fisher.block(key) for key in gradient}
+    exact = {key: torch.linalg.solve(F + DAMPING * torch.eye(len(F)), vec(gradient[key])) for key, F in blocks.items()}
+    for key, nat in exact.items():
+        assert cosine_of(values, key, spectra.GRADIENT) == pytest.approx(cosine(vec(gradient[key]), nat), abs=1e-8)
+    for name, ng in nets.items():
+        state, _ = ng.invert(ng.update(ng.init(problem.params, damping=DAMPING), stats)[0])
+        step = ng.layout.matrices(ng.precondition(state, stats))
+        for key, F in blocks.items():
+            approximate = dense(ng, state, key)
+            true, found = (torch.linalg.eigvalsh(M).flip(0)[:count] for M in (F, approximate))
+            distances = [(F - approximate).norm() / F.norm(), (found - true).norm() / true.norm()]
+            measured = [values["error"][key][name], values["eigenvalues"][key][name]]
+            assert measured == pytest.approx([float(d) for d in distances], rel=1e-6, abs=1e-7)
+            assert cosine_of(values, key, name) == pytest.approx(cosine(vec(step[key]), exact[key]), abs=1e-8)
+
+
+def test_two_terms_come_nearer_than_one_and_the_nearest_nearer_than_kfac():
+    problem = zoo.pick("mlp-categorical")
+    _, values = compared(problem, nets_of(problem), count=0)
+    assert values.keys() == {"error"}
+    for errors in values["error"].values():
+        assert errors["deflation"] == pytest.approx(errors["lanczos"], abs=1e-6)
+        assert errors["lanczos"] < errors["kfac_cor"] < errors["kfac"]
+        assert errors["lanczos"] < errors["kpsvd"] < errors["kfac"]
+        assert errors["ekfac"] < errors["kfac"]
+
+
+def test_a_block_without_curvature_has_no_numbers_and_the_others_do():
+    problem = zoo.pick("mlp-categorical")
+    first, *_, last = (block.key for block in nets_of(problem)["kfac"].layout.blocks)
+    params = {name: leaf * (name != f"{last}.weight") for name, leaf in problem.params.items()}
+    _, values = compared(problem, nets_of(problem), params=params)
+    for quantity in app.TITLES:
+        assert all(math.isnan(number) for number in values[quantity][first].values())
+        assert all(math.isfinite(number) for number in values[quantity][last].values())
+
+
+def test_a_method_that_was_not_ok_has_no_numbers_and_the_others_do():
+    problem = zoo.pick("mlp-categorical")
+    nets = nets_of(problem, ("kfac", "ekfac"))
+
+    def failing(call):
+        def act(*args):
+            result = call(*args)
+            return result._replace(ok=dict.fromkeys(result.ok, torch.tensor(False)))
+
+        return act
+
+    for part, lost in (("update", {"error", "eigenvalues", "angle"}), ("invert", {"angle"})):
+        method = nets["kfac"].method._replace(**{part: failing(getattr(nets["kfac"].method, part))})
+        _, values = compared(problem, nets | {"kfac": dataclasses.replace(nets["kfac"], method=method)})
+        for quantity, layers in values.items():
+            for numbers in layers.values():
+                assert math.isnan(numbers["kfac"]) == (quantity in lost)
+                assert math.isfinite(numbers["ekfac"])
+
+
+# ------------------------------------------------------------------------------------------- eigenvalues and angles
+
+
+def symmetric(d, seed, dtype=torch.float64):
+    M = torch.randn(d, d, generator=zoo.generator(seed), dtype=dtype)
+    return (M + M.mT) / 2
+
+
+def kronecker_sum(dtype, ranks=(20, 9)):
+    """An indefinite sum on matrices `[1 20 36]`, of the given ranks on either side: its action and its matrix."""
+    pairs = [[symmetric(d, seed + d, dtype) for d in (20, 36)] for seed in (0, 1)]
+    for pair in pairs:
+        for side, (M, rank) in enumerate(zip(pair, ranks, strict=True)):
+            pair[side] = M[:, :rank] @ M[:, :rank].mT if pair is pairs[0] else M[:, :rank] @ M[:rank, :rank] @ M[:rank]
+    matrix = sum(torch.kron(S.double(), R.double()) for S, R in pairs)
+    return (lambda W: sum(S @ W @ R for S, R in pairs)), (matrix + matrix.mT) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [(20, 36), (20, 9), (3, 2)])
+@pytest.mark.parametrize("wrong", [1.0, 3.0])
+def test_eigenvalues_of_a_large_operator_are_those_of_its_matrix(dtype, ranks, wrong):
+    act, matrix = kronecker_sum(dtype, ranks)
+    true = torch.linalg.eigvalsh(matrix).flip(0)
+    assert len(true) > spectra.FORMED and true[-1] < -1e-3 * true[0]
+    found = spectra.leading(act, torch.zeros(1, 20, 36, dtype=dtype), 50, float(true[0]) * wrong)
+    assert len(found) == 50
+    assert (found - true[:50]).abs().max() < 1e-4 * true[0] * wrong
+
+
+def test_an_iteration_without_end_is_given_up_as_not_a_number(monkeypatch):
+    monkeypatch.setattr(spectra, "CYCLES", 1)
+    ramp = torch.linspace(0, 1, 720, dtype=torch.float64).reshape(1, 20, 36)
+    found = spectra.leading(lambda W: ramp * W, ramp, 5, 1.0)
+    assert found.shape == (5,) and found.isnan().all()
+
+
+@pytest.mark.parametrize("columns", [3, 6, 9])
+@pytest.mark.parametrize("count", [2, 6, 50])
+def test_eigenvalues_from_the_gram_matrix_are_those_of_the_fisher(columns, count):
+    U = torch.randn(6, columns, generator=zoo.generator(), dtype=torch.float64)
+    found = spectra.leading_of_gram(U.mT @ U, 6, count)
+    assert torch.allclose(found, torch.linalg.eigvalsh(U @ U.mT).flip(0)[:count], atol=1e-12)
+
+
+def test_angles_are_exact_also_where_a_cosine_is_not():
+    x, y = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.1]])
+    assert spectra.angle(x, 2 * x) == 0
+    assert spectra.angle(x, -x) == pytest.approx(180)
+    assert spectra.angle(x, y) == pytest.approx(90)
+    assert spectra.angle(x, x + 1e-5 * y) == pytest.approx(math.degrees(1e-6 / 3), rel=1e-4)
+    assert math.isnan(spectra.angle(x, 0 * x))
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def config(**options):
+    small = {"data": "own:load", "model": "own:autoencoder", "batch_size": 16, "lr": 0.01, "damping": 0.5}
+    return app.ErrorConfig(**small | {"methods": "kfac", "quiet": True} | options)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take longer than all the rest of a small run."""
+    monkeypatch.setattr(app, "curve_grid", lambda groups, path, **_: path.write_text(groups[0][0]))
+
+
+def test_a_run_leaves_its_numbers_two_pictures_and_tables(own, capsys):
+    folder = app.run(config(steps=6, every=2, spectra_every=3, eigenvalues=4, methods="kfac, lanczos"))
+    assert folder.relative_to("results/approximation_error").name == "own-load-own-autoencoder-0"
+    whole = result(folder)
+    assert [record["step"] for record in whole["records"]] == [0, 2, 3, 4, 6]
+    assert [len(record["values"]) for record in whole["records"]] == [3, 1, 3, 1, 3]
+    assert whole["layers"] == {"0": [1, 5, 13], "2": [1, 12, 6]}
+    resolved = {"model": "own:autoencoder", "batch_size": 16, "lr": 0.01, "damping": 0.5, "fisher": "mc"}
+    assert resolved.items() <= whole["config"].items()
+    tables = capsys.readouterr().out.split("\n\n")
+    for quantity, steps, text in zip(app.TITLES, ((3, 4, 6), (3, 6), (3, 6)), tables, strict=False):
+        late = [r["values"][quantity]["2"]["lanczos"] for r in whole["records"] if r["step"] in steps]
+        mean = whole["last_half"][quantity]["2"]["lanczos"]
+        assert mean == {"value": pytest.approx(sum(late) / len(late)), "numbers": len(late), "of": len(late)}
+        title, head, *_, line = text.strip().splitlines()
+        assert title.startswith(app.TITLES[quantity].split("{")[0]) and head.split()[:2] == ["K-FAC", "Lanczos"]
+        assert line.startswith("2 · 12×6") and line.split()[4] == f"{mean['value']:.3g}"
+    for name in ("errors.png", "spectra.png"):
+        with Image.open(folder / name) as image:
+            assert image.format == "PNG"
+
+
+def test_losses_are_reported_as_the_trainers_do_and_fall(own, undrawn):
+    records = result(app.run(config(steps=40, every=20, spectra_every=0)))["records"]
+    assert [len(record["values"]) for record in records] == [1, 1, 1]
+    assert 0.6 < records[-1]["loss"] < records[0]["loss"] < 0.9  # nats an output: about log 2
+
+
+def test_what_is_measured_at_a_step_does_not_depend_on_what_was_measured_before(own, undrawn):
+    often, seldom, other = (
+        result(app.run(config(steps=4, every=every, spectra_every=4, seed=seed, result_name=f"every {every} {seed}")))
+        for every, seed in ((1, 0), (4, 0), (4, 1))
+    )
+    assert often["records"][4] == seldom["records"][1]
+    assert seldom["records"][1]["values"] != other["records"][1]["values"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "model", "layers"),
+    [
+        ("train_mlp", "own:build", {"0", "1", "3"}),
+        ("train_cnn", "own:convolutional", {"0", "1", "4"}),
+        ("train_autoencoder", "own:transposed", {"0", "2"}),
+    ],
+)
+def test_every_trainers_nets_are_compared(own, undrawn, trainer, model, layers):
+    folder = app.run(config(app=trainer, model=model, steps=1, every=1, spectra_every=1, methods="kfac,kfac_cor"))
+    values = result(folder)["records"][1]["values"]
+    for quantity in app.TITLES:
+        assert values[quantity].keys() == layers
+        assert all(number is not None for numbers in values[quantity].values() for number in numbers.values())
+
+
+def test_the_fisher_and_its_damping_are_as_asked_for(own, undrawn):
+    options = ({}, {"fisher": "empirical"}, {"fisher": "type2"}, {"fisher_samples": 2}, {"damping_form": "eigen"})
+    runs = [result(app.run(config(steps=0, overwrite=True, **each)))["records"][0]["values"] for each in options]
+    errors, angles = ([run[quantity]["0"]["kfac"] for run in runs] for quantity in ("error", "angle"))
+    assert len(set(errors[:4])) == 4 and errors[4] == errors[0]
+    assert len(set(angles)) == 5
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_measured(own, undrawn, monkeypatch):
+    def compare(nets, params, batch, damping, count, labels, context):
+        if labels.initial_seed() > 6:  # step 3
+            raise KeyboardInterrupt
+        return spectra.compare(nets, params, batch, damping, count, labels, context)
+
+    monkeypatch.setattr(app, "compare", compare)
+    with pytest.raises(KeyboardInterrupt):
+        app.run(config(steps=9, every=1, result_name="short"))
+    assert [r["step"] for r in result(own / "results/approximation_error/short")["records"]] == [0, 1, 2]
+
+
+def test_a_run_that_diverges_stops_with_the_reason(own, undrawn, capsys):
+    with pytest.raises(SystemExit), reported():
+        app.run(config(steps=50, every=50, lr=1e30, spectra_every=0))
+    error = capsys.readouterr().err
+    assert error.startswith("NonFiniteError: ") and error.count("\n") == 1
+
+
+def test_a_result_is_not_overwritten_by_chance(own, undrawn):
+    folder = app.run(config(steps=0, spectra_every=0))
+    assert not (folder / "spectra.png").exists()
+    with pytest.raises(ResultExistsError, match="--overwrite"):
+        app.run(config(steps=0))
+    app.run(config(steps=0, overwrite=True))
+    assert (folder / "spectra.png").read_text().startswith("Relative ℓ2 error of the 50 leading")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--methods=kfac,kfax", "methods must be names among kfac, kpsvd, .*, got kfac,kfax"),
+        ("--methods=exactNG", "methods must be names among"),
+        ("--every=0", "every must be > 0, got 0"),
+        ("--spectra_every=-1", "spectra_every must be >= 0"),
+        ("--eigenvalues=0", "eigenvalues must be from 1 to 200, got 0"),
+        ("--damping=0", "damping must be > 0"),
+        ("--damping_form=both", "damping_form must be one of factored, eigen"),
+        ("--fisher=true", "fisher must be one of mc, type2, empirical"),
+        ("--result_name=a/b", "result_name must be a folder's name"),
+        ("--result_name=..", "result_name must be a folder's name"),
+        ("--app=train_gan", "app must be one of train_mlp"),
+        ("--step=3", "unknown option --step; did you mean --steps"),
+    ],
+)
+def test_a_bad_option_is_one_line(argument, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(app.ErrorConfig, [argument], description=None)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fisher_samples": 600}, "9,600 columns"),
+        ({"data": "CURVE"}, "data must be one of .*did you mean CURVES"),
+        ({"model": "own:nothing"}, "own"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_before_anything_is_written(own, options, message):
+    with pytest.raises(ff.FisherfnError, match=message):
+        app.run(config(**options))
+    assert not (own / "results").exists()
+
+
+# ------------------------------------------------------------------------------------------------- batches and means
+
+
+def test_batches_are_of_one_size_and_an_epoch_repeats_nothing():
+    x = torch.arange(10.0)
+    task = Task(None, None, {}, {}, ff.Bernoulli(), (x, -x), (x, x), 1)
+    drawn = [pair for pair, _ in zip(app.batches(task, 4, seed=0), range(4), strict=False)]
+    assert all(len(x) == 4 and torch.equal(y, -x) for x, y in drawn)
+    epochs = [torch.cat([drawn[i][0], drawn[i + 1][0]]).tolist() for i in (0, 2)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs) and epochs[0] != epochs[1]
+    assert len(next(app.batches(task, 99, seed=0))[0]) == 10
+
+
+def record(step, kfac, lanczos):
+    return app.Record(step, 1.0, {"error": {"0": {"kfac": kfac, "lanczos": lanczos}}})
+
+
+def test_means_are_of_the_last_half_and_of_the_numbers_that_there_are():
+    records = [record(0, 9.0, 9.0), record(4, 9.0, 9.0), record(5, 1.0, math.nan), record(10, 3.0, 0.5)]
+    records.append(app.Record(12, 1.0, {}))
+    means = app.last_half(records, "error")
+    assert means == {"0": {"kfac": (2.0, 2, 2), "lanczos": (0.5, 1, 2)}}
+    head, line = app.table(means, {"0": "0 · 2×3"}).splitlines()
+    assert head.split() == ["K-FAC", "Lanczos"]
+    assert line == "0 · 2×3      2  0.5 (1 of 2)"
+
+
+def test_nothing_at_all_is_a_dash_and_null():
+    means = app.last_half([record(0, math.nan, 1.0)], "error")
+    assert app.table(means, {"0": "0"}).splitlines()[1].split() == ["0", "–", "(0", "of", "1)", "1"]
+    assert app.plain(means)["0"]["kfac"] == {"value": None, "numbers": 0, "of": 1}
+
+
+# -------------------------------------------------------------------------------------------------------- the picture
+
+
+def grid(path, *panels, log=True):
+    named = {f"layer {i}": curves for i, curves in enumerate(panels)}
+    figure = curve_grid([("Error", named)], path / "grid.png", log=[log], strokes={"Lanczos": "--"}, columns=2)
+    return figure.subfigs[0].axes
+
+
+def test_every_layer_has_a_panel_with_every_method(tmp_path):
+    axes = grid(tmp_path, *[{"K-FAC": [(0, 0.5), (2, 1.0)], "Lanczos": [(0, 0.1), (2, 0.02)]}] * 3)
+    assert [a.get_visible() for a in axes] == [True, True, True, False]
+    assert [a.get_title(loc="left") for a in axes[:3]] == ["layer 0", "layer 1", "layer 2"]
+    assert [a.get_xlabel() for a in axes[:3]] == ["", "step", "step"]  # below every column
+    for panel in axes[:3]:
+        kfac, lanczos = panel.lines
+        assert list(kfac.get_xdata()) == [0, 2] and list(kfac.get_ydata()) == [0.5, 1.0]
+        assert list(lanczos.get_ydata()) == [0.1, 0.02] and lanczos.get_linestyle() == "--"
+    [legend] = axes[0].figure.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["K-FAC", "Lanczos"]
+    colours = [[line.get_color() for line in lines] for lines in (axes[0].lines, legend.get_lines())]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 2
+
+
+def test_axes_are_logarithmic_where_it_helps(tmp_path):
+    wide, narrow = {"K-FAC": [(0, 0.5), (1, 0.001), (2, 0.0)]}, {"K-FAC": [(0, 0.5), (1, 0.4)]}
+    axes = grid(tmp_path, wide, narrow, {"K-FAC": [(0, math.nan)]})  # a zero is rounding, and not drawn
+    assert [a.get_yscale() for a in axes[:3]] == ["log", "linear", "linear"]
+
+
+def test_axes_that_are_not_are_shared_and_start_at_zero(tmp_path):
+    first, second, *_ = grid(tmp_path, {"K-FAC": [(0, 20.0), (1, 40.0)]}, {"K-FAC": [(0, 80.0)]}, log=False)
+    assert first.get_ylim() == second.get_ylim() and first.get_ylim()[0] == 0 and first.get_ylim()[1] > 80

@@ -1,0 +1,298 @@
+"""Two-level: the rows of the coarse spaces, their matrix, the state, and what is refused."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import fisherfn as ff
+from tests import kron_oracles, oracles, zoo
+from tests.methods.kronecker import drawn, pairs_of
+from tests.methods.protocol import at, stack
+from tests.methods.two_level import (
+    COARSE,
+    FORMS,
+    Case,
+    case,
+    coarse_inverse,
+    combined,
+    full_rank,
+    method,
+    operator,
+    rows_of,
+    settings,
+)
+from tests.oracles import close, differs, unvec, vec
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+KRYLOV = pytest.mark.parametrize("krylov", [False, True])
+SPACES = pytest.mark.parametrize("coarse", COARSE)
+ANY = [(coarse, False, form) for coarse in COARSE for form in FORMS] + [
+    ("residual", True, "multiplicative"),
+    ("spectral", True, "multiplicative"),
+    ("tselepidis", False, "additive"),
+]
+EVERY = pytest.mark.parametrize(("coarse", "krylov", "form"), ANY)
+
+
+def placed(problem, rows):
+    """Rows of every layer, given over its matrix [weight | bias] row-major, over all parameters."""
+    total = sum(leaf.numel() for leaf in problem.params.values())
+    where = {key: oracles.matrix_positions(problem.params, names) for key, names in problem.blocks.items()}
+    parts = [torch.zeros(len(R), total, dtype=R.dtype).index_copy(1, where[key], R) for key, R in rows.items()]
+    return torch.cat(parts)
+
+
+def check_rows(one, coarse, vectors, rows, wrong):
+    """The additive operator less M is Q of these rows; that of others is not."""
+    Q = operator(*one.two_level(coarse, False, "additive", vectors), one.problem.params) - one.M
+    close(Q, coarse_inverse(rows, one.damped))
+    assert differs(coarse_inverse(wrong, one.damped), Q, 1e-3), "these rows would do as well"
+
+
+# ------------------------------------------------------------------------------------------------------- the rows
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3])
+def test_rows_of_ones_include_the_bias_and_follow_the_matrix(vectors):
+    """Parts of [weight | bias], row by row; not of the weights with the biases behind, nor of the weights alone."""
+    # D24
+    one = full_rank()
+    params = one.problem.params
+
+    def ones(count):
+        return torch.stack([(torch.arange(count) * vectors // count == p).double() for p in range(vectors)])
+
+    sizes = {key: len(oracles.positions(params, names)) for key, names in one.problem.blocks.items()}
+    rows = placed(one.problem, {key: ones(count) for key, count in sizes.items()})
+    bias = oracles.positions(params, [name for name in params if name.endswith("bias")])
+    check_rows(one, "nicolaides", vectors, rows, rows.index_fill(1, bias, 0.0))
+    if vectors > 1:
+        behind = {key: oracles.positions(params, names) for key, names in one.problem.blocks.items()}
+        wrong = [torch.zeros(vectors, len(one.v)).double().index_copy(1, behind[k], ones(n)) for k, n in sizes.items()]
+        check_rows(one, "nicolaides", vectors, rows, torch.cat(wrong))
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_spectral_rows_are_the_smallest_eigenvectors_of_the_dense_block(vectors):
+    """Of kron(G, A); not those of kron(A, G), nor the largest."""  # D26
+    one = full_rank()
+    factors = oracles.kfac_of(one.problem, "mc", one.run.draws)
+
+    def vectors_of(dense):
+        values, found = torch.linalg.eigh(dense)
+        assert values[vectors] - values[vectors - 1] > 1e-6 * values[-1], "several span the space as well"
+        return found.T[:vectors]
+
+    rows = {key: vectors_of(torch.kron(G, A)) for key, (A, G) in factors.items()}
+    scrambled = {key: vectors_of(torch.kron(A, G)) for key, (A, G) in factors.items()}
+    largest = {key: vectors_of(-torch.kron(G, A)) for key, (A, G) in factors.items()}
+    for wrong in (scrambled, largest):
+        check_rows(one, "spectral", vectors, placed(one.problem, rows), placed(one.problem, wrong))
+
+
+@drawn(0.6, settings())
+def test_spectral_rows_of_drawn_nets(setting):
+    """q_G q_Aᵀ of the leading Kronecker product, group by group, whatever the fine method."""
+    one = case(*setting)
+    _, state = one.two_level("spectral", vectors=3)
+    for key, R in state.inverses.space.rows.items():
+        A, G = pairs_of(state.factors.fine[key])[0]
+        dense = torch.block_diag(*(kron_oracles.kron(*group) for group in zip(A, G, strict=True)))
+        found = R.flatten(1)
+        length = found.norm(dim=1)
+        count = min(3, found.shape[1])
+        close(length, torch.tensor([1.0] * count + [0.0] * (3 - count)).double())
+        values, scale = torch.linalg.eigvalsh(dense)[:count], dense.norm()
+        rayleigh = torch.stack([row @ dense @ row for row in found[:count]])
+        assert (rayleigh - values).abs().max() <= 1e-9 * scale
+        assert (found[:count] @ dense - rayleigh[:, None] * found[:count]).norm() <= 1e-8 * scale
+        for row in R[:count]:  # one product of vectors, in one group
+            close(torch.linalg.svdvals(row).flatten().sort().values[-1], torch.tensor(1.0))
+
+
+@drawn(0.4, settings())
+def test_rows_are_orthonormal_and_the_coarse_matrix_is_the_fishers(setting):
+    """R₀ R₀ᵀ = I where a row is not zero, and F_c = R₀ F R₀ᵀ + λ R₀ R₀ᵀ."""  # D28
+    one = case(*setting)
+    for coarse, krylov, vectors in (("nicolaides", True, 2), ("spectral", True, 1), ("nicolaides", False, 5)):
+        ng, state = one.two_level(coarse, krylov, vectors=vectors)
+        R, factor = rows_of(ng, state), state.inverses.space.factor
+        alive = R.norm(dim=1) > 0
+        close(R @ R.T, torch.diag(alive.double()), tol=1e-9)
+        close((factor @ factor.T)[alive][:, alive], (R @ one.damped @ R.T)[alive][:, alive])
+        for row in R:
+            assert (one.layers(row).norm(dim=1) > 0).sum() <= 1, "a row of two layers"
+
+
+# ------------------------------------------------------------------------------------------------- dependent rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_krylov_adds_nothing_to_eigenvectors(form):
+    """M times an eigenvector of M is none: a second row would be rounding."""
+    one = full_rank(fine="kfac-eigen")
+    close(one.step(one.v, "spectral", True, form), one.step(one.v, "spectral", False, form))
+
+
+@SPACES
+@KRYLOV
+def test_layers_of_one_entry(coarse, krylov):
+    """More rows than entries: what depends on others is left out, and the rest is as if it had not been there."""
+    one = case(zoo.from_net(zoo.mlp(1, 1, 2, bias=False), (4, 1), "gaussian"))
+    Q = coarse_inverse(one.rows(coarse, krylov), one.damped)
+    vectors = 1 if coarse == "residual" else 3
+    if vectors == 3:  # as many as there are entries in all
+        Q = torch.linalg.inv(one.damped)
+    for form in FORMS:
+        close(one.step(one.v, coarse, krylov, form, vectors), combined(form, one.M, one.damped, Q) @ one.v)
+
+
+# ------------------------------------------------------------------------------------------------------ the state
+
+
+@SPACES
+@KRYLOV
+def test_the_fisher_is_the_newest_and_the_fine_method_averages(coarse, krylov):
+    """Batches of 5, 2 and 7 examples; F_c is never an average over other bases."""  # D28
+    problem = zoo.pick("mlp-categorical")
+    run = zoo.sampled(problem, "empirical")
+    batches = []
+    for seed, size in enumerate((5, 2, 7)):
+        x = torch.randn(size, 3, generator=zoo.generator(seed), dtype=torch.float64)
+        batches.append(zoo.replace(problem, x=x, y=torch.arange(size) % 3))
+    *earlier, last = (run.ng.stats(problem.params, batch.batch) for batch in batches)
+    F = oracles.fisher_matrix(batches[-1], "empirical")
+    one = Case(problem, replace(run, stats=last), F, "kfac", 0.1, tuple(earlier))
+    Q = coarse_inverse(one.rows(coarse, krylov), one.damped)
+    close(one.step(one.v, coarse, krylov), combined("multiplicative", one.M, one.damped, Q) @ one.v)
+    alone = Case(problem, replace(run, stats=last), F)
+    assert differs(one.M, alone.M, 1e-3), "no average at all"
+
+
+@EVERY
+def test_steps_change_at_invert_only(coarse, krylov, form):
+    """Before the first, grad/λ; an update alone changes matvec, not the step, also with a batch of another size."""
+    problem = zoo.pick("conv")
+    run = zoo.sampled(problem, "empirical", method=method("kfac", coarse, krylov, form))
+    v = zoo.random_tree(problem.params)
+    empty = run.ng.init(problem.params, damping=0.3)
+    first, _ = run.ng.update(empty, run.stats)
+    for state in (empty, first):
+        close(run.ng.precondition(state, v), ff.tree.scale(v, 1 / 0.3))
+    state, _ = run.ng.invert(first)
+    other = run.ng.stats(problem.params, (2 * problem.x[:3], problem.y[:3]))
+    moved, info = run.ng.update(state, other)
+    assert all(info.ok.values())
+    close(run.ng.precondition(moved, v), run.ng.precondition(state, v))
+    assert differs(vec(run.ng.matvec(moved, v)), vec(run.ng.matvec(state, v)))
+    again, info = run.ng.invert(moved)
+    assert all(info.ok.values())
+    assert differs(vec(run.ng.precondition(again, v)), vec(run.ng.precondition(state, v)), 1e-3)
+
+
+def test_matvec_and_error_are_the_fine_methods():
+    one = full_rank(fine="lanczos")
+    ng, state = one.two_level()
+    fine, alone = one.updated(ff.lanczos())
+    v = unvec(one.problem.params, one.v)
+    close(ng.matvec(state, v), fine.matvec(alone, v))
+    close(ng.fisher_error(state, one.run.stats), fine.fisher_error(alone, one.run.stats))
+
+
+@EVERY
+def test_vmap_over_models_and_dampings_is_the_loop(coarse, krylov, form):
+    one = full_rank()
+    problem, ng = one.problem, replace(one.run.ng, method=method("kfac", coarse, krylov, form))
+    members = [ff.tree.add(problem.params, zoo.random_tree(problem.params, m), scale=0.1) for m in range(3)]
+
+    def two_steps(params, damping):
+        state = ng.init(params, damping=damping)
+        for _ in range(2):
+            nat, state, info = ng.step(params, state, problem.batch, noise=one.run.noise, inner=True)
+            params = ff.tree.add(params, nat, scale=-0.1)
+        return nat, info.inner
+
+    dampings = torch.tensor([0.05, 0.5, 5.0], dtype=torch.float64)
+    nats, inners = torch.vmap(two_steps)(stack(members), dampings)
+    for m in range(3):
+        nat, inner = two_steps(members[m], dampings[m])
+        close(at(nats, m), nat, tol=1e-9)
+        close(inners[m], inner, tol=1e-9)
+    assert differs(at(nats, 0)["0.weight"], at(nats, 2)["0.weight"], 1e-2)
+
+
+@EVERY
+def test_saved_and_resumed_and_nothing_mutated(coarse, krylov, form, tmp_path):
+    one = full_rank()
+    ng, stats, v = replace(one.run.ng, method=method("kfac", coarse, krylov, form)), one.run.stats, dict(one.v_tree)
+    state, _ = ng.invert(ng.update(ng.init(one.problem.params, damping=0.1), stats)[0])
+    arguments = (state, stats, v)
+    before = copy.deepcopy(pytree.tree_leaves(arguments))
+    torch.save(ff.tree.flatten(state), tmp_path / "state.pt")
+    again = ff.tree.unflatten(state, torch.load(tmp_path / "state.pt", weights_only=True))
+
+    def everything(state):
+        new, _ = ng.invert(ng.update(state, stats)[0])
+        return new, ng.precondition(state, v), ng.precondition(new, stats), ng(one.problem.params, stats)
+
+    results = [everything(s) for s in (state, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*map(pytree.tree_leaves, results), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(arguments), before, strict=True))
+
+
+@SPACES
+@KRYLOV
+def test_single_precision_keeps_the_direction(coarse, krylov):
+    exact = full_rank().problem
+    steps = []
+    for problem in (exact, zoo.to(exact, torch.float32)):
+        run = zoo.sampled(problem, "type2", method=method("kfac", coarse, krylov))
+        steps.append(vec(run.ng(problem.params, run.stats, damping=0.01)))
+    close(steps[1], steps[0], tol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_coarse_matrix_that_is_not_definite_leaves_the_state_as_it_was():
+    """No damping, and as many rows as parameters: F_c is singular."""
+    one = case(zoo.pick("mlp-gaussian"))
+    ng = replace(one.run.ng, method=ff.two_level(vectors=24))
+    good, _ = ng.invert(ng.update(ng.init(one.problem.params, damping=0.1), one.run.stats)[0])
+    after, info = ng.invert(good._replace(damping=torch.zeros_like(good.damping)))
+    close(ng.precondition(after, one.v_tree), ng.precondition(good, one.v_tree), tol=1e-14)
+    with pytest.raises(ff.errors.NotPositiveDefiniteError):
+        ff.check(info)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"coarse": "nicolaide"}, "UnknownNameError", "did you mean 'nicolaides'.*residual, tselepidis, spectral"),
+        ({"form": "additiv"}, "UnknownNameError", "multiplicative, balanced, additive"),
+        ({"vectors": 0}, "HyperparameterError", "vectors=0"),
+        ({"coarse": "residual", "vectors": 2}, "HyperparameterError", "one row"),
+        ({"coarse": "tselepidis", "vectors": 2}, "HyperparameterError", "one row"),
+        ({"coarse": "tselepidis", "krylov": True}, "HyperparameterError", "krylov"),
+        ({"coarse": "tselepidis", "form": "balanced"}, "HyperparameterError", "additive"),
+    ],
+)
+def test_what_does_not_exist_is_refused_when_it_is_asked_for(arguments, error, says):
+    with zoo.as_installed(), pytest.raises(getattr(ff.errors, error), match=says):
+        ff.two_level(**arguments)
+
+
+@pytest.mark.parametrize("fine", [ff.exact(), ff.exact("block"), ff.two_level()], ids=["exact", "block", "two-level"])
+def test_spectral_needs_kronecker_factors(fine):
+    one = full_rank()
+    ng, state = one.updated(ff.two_level(fine, "spectral"))
+    with pytest.raises(ff.errors.HyperparameterError, match="nicolaides"):
+        ng.invert(state)
+
+
+def test_the_other_spelling():
+    one = full_rank()
+    close(one.step(one.v, "tpselepedis"), one.step(one.v, "tselepidis"))
