@@ -1,11 +1,11 @@
 """How near each method comes to the Fisher of every layer, along a run of Adam: the published comparison, on any net.
 
-`python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder. At every `--every`-th step it measures,
-for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that step's batch;
-and at every `--spectra_every`-th, as these cost more, the relative error of F̂'s leading eigenvalues, and the degrees
-between the method's step and the exact block natural gradient at the same λ. Each method starts afresh from the same
-statistics, one batch and no average. `result.json` holds all of it; tables of the means over the last half of the run,
-and two pictures, sum it up.
+`python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder. At every `--every`-th step it
+measures, for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that
+step's batch; and at every `--spectra_every`-th, as these cost more, the relative error of F̂'s leading eigenvalues, and
+the degrees between the method's step and the exact block natural gradient at the same λ. Each method starts afresh from
+the same statistics, one batch and no average. `result.json` holds all of it; tables of the means over the last half of
+the run, and two pictures, sum it up.
 """
 
 from __future__ import annotations

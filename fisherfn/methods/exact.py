@@ -110,7 +110,7 @@ def update(
     """The newest statistics, at least in float32, in the state's precision."""
     del rho, mean, inverting
     dtypes = {key: tap.g.dtype for key, tap in factors.items()}
-    new = {key: plain(tap.to(dtypes[key]).whole()) for key, tap in taps.items()}
+    new = {key: compact(tap.to(dtypes[key])) for key, tap in taps.items()}
     for group in grouped(new).values():
         _check_size(group)
     return Estimated(new, {key: tree.finite(tap) for key, tap in new.items()}, {})
@@ -119,6 +119,18 @@ def update(
 def plain(tap: Tap) -> Tap:
     """The tap with `a` as a tensor, or one-hot: what a state of fixed structure can hold."""
     return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
+
+
+def compact(tap: AnyTap) -> Tap:
+    """The smaller of rows and per-example gradients; the latter as a tap of one output, `a = vec(W)` and `g = 1`.
+
+    Of several draws the rows are kept: they share their `a`.
+    """
+    k, s, n, t, o, i = tap.sizes
+    if s > 1 or o * i >= t * (o + i) or isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
+        return plain(tap.whole())
+    W = example_matrices(tap).reshape(1, n, 1, k * o * i)
+    return Tap(W, W.new_ones(1, 1, n, 1, 1))
 
 
 def _check_size(taps: Taps) -> None:
@@ -211,7 +223,7 @@ def _solve(system: System, v: Matrices) -> dict[str, Tensor]:
     root = math.sqrt(examples(taps))
     rhs = total(taps, v) / root
     c = _cholesky_solve(factor, rhs.reshape(-1).double()).to(dtype).reshape(rhs.shape) / root
-    return {key: (V - combine(taps[key], c)) / damping.to(dtype) for key, V in v.items()}
+    return {key: (V - combine(taps[key], c).reshape(V.shape)) / damping.to(dtype) for key, V in v.items()}
 
 
 def _cholesky_solve(factor: Float[Tensor, "m m"], rhs: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
@@ -220,7 +232,14 @@ def _cholesky_solve(factor: Float[Tensor, "m m"], rhs: Float[Tensor, " m"]) -> F
 
 def total(taps: Mapping[str, Tap], v: Matrices) -> Float[Tensor, "s n"]:
     """`Σ_l ⟨W_sn, V⟩` over the layers of a group: the same examples and draws in each."""
-    return torch.stack([inner_products(tap, v[key].to(tap.g.dtype)) for key, tap in taps.items()]).sum(0)
+    parts = [inner_products(tap, _shaped(v[key], tap).to(tap.g.dtype)) for key, tap in taps.items()]
+    return torch.stack(parts).sum(0)
+
+
+def _shaped(V: Tensor, tap: Tap) -> Float[Tensor, "k o i"]:
+    """A matrix in the shape of a tap that may be compact."""
+    sizes = tap.sizes
+    return V.reshape(sizes.k, sizes.o, sizes.i)
 
 
 # the Fisher itself -----------------------------------------------------------------------------------------------
@@ -231,7 +250,7 @@ def matvec(factors: Taps, v: Matrices, *, grouped: Any) -> dict[str, Tensor]:
     product: dict[str, Tensor] = {}
     for taps in grouped(factors).values():
         c = total(taps, v) / examples(taps)
-        product |= {key: combine(tap, c) for key, tap in taps.items()}
+        product |= {key: combine(tap, c).reshape(v[key].shape) for key, tap in taps.items()}
     return product
 
 
@@ -240,7 +259,16 @@ def overlap(factors: Taps, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor
 
     def of(mine: Tap, other: AnyTap) -> tuple[Tensor, Tensor]:
         n = max(1, mine.sizes.n)
-        cross = gram(mine, other.to(mine.g.dtype)).double().square().sum() / (n * other.sizes.n)
+        cross = gram(mine, _like(mine, other.to(mine.g.dtype))).double().square().sum() / (n * other.sizes.n)
         return cross, (gram(mine).double() / n).square().sum()
 
     return {key: of(factors[key], tap) for key, tap in taps.items()}
+
+
+def _like(mine: Tap, other: AnyTap) -> AnyTap:
+    """Other statistics of the layer in the form that the state's have."""
+    k, s, n, _, o, i = other.sizes
+    if (k, o, i) == (mine.sizes.k, mine.sizes.o, mine.sizes.i):
+        return other
+    W = example_matrices(other).reshape(1, s * n, 1, k * o * i)
+    return Tap(W, W.new_ones(1, 1, s * n, 1, 1))

@@ -130,26 +130,32 @@ def symmetric(d, seed, dtype=torch.float64):
     return (M + M.mT) / 2
 
 
-def kronecker_sum(dtype, ranks=(20, 9)):
-    """An indefinite sum on matrices `[1 20 36]`, of the given ranks on either side: its action and its matrix."""
-    pairs = [[symmetric(d, seed + d, dtype) for d in (20, 36)] for seed in (0, 1)]
-    for pair in pairs:
-        for side, (M, rank) in enumerate(zip(pair, ranks, strict=True)):
-            pair[side] = M[:, :rank] @ M[:, :rank].mT if pair is pairs[0] else M[:, :rank] @ M[:rank, :rank] @ M[:rank]
-    matrix = sum(torch.kron(S.double(), R.double()) for S, R in pairs)
-    return (lambda W: sum(S @ W @ R for S, R in pairs)), (matrix + matrix.mT) / 2
+def kronecker_sum(dtype, ranks, weight):
+    """A PSD term and an indefinite one on matrices `[1 20 36]`: their action and their matrix."""
+    parts = [[symmetric(d, seed + d, dtype) for d in (20, 36)] for seed in (0, 1)]
+    first = [M[:, :rank] @ M[:, :rank].mT for M, rank in zip(parts[0], ranks, strict=True)]
+    second = [M[:, :rank] @ M[:rank, :rank] @ M[:rank] for M, rank in zip(parts[1], ranks, strict=True)]
+    second[0] = second[0] * weight
+    matrix = sum(torch.kron(S.double(), R.double()) for S, R in (first, second))
+    return (lambda W: first[0] @ W @ first[1] + second[0] @ W @ second[1]), (matrix + matrix.mT) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("ranks", [(20, 36), (20, 9), (3, 2)])
+@pytest.mark.parametrize(("ranks", "weight"), [((20, 36), 0.01), ((20, 9), 1.0), ((3, 2), 10.0)])
 @pytest.mark.parametrize("wrong", [1.0, 3.0])
-def test_eigenvalues_of_a_large_operator_are_those_of_its_matrix(dtype, ranks, wrong):
-    act, matrix = kronecker_sum(dtype, ranks)
+def test_eigenvalues_of_a_large_operator_are_those_of_its_matrix(dtype, ranks, weight, wrong):
+    act, matrix = kronecker_sum(dtype, ranks, weight)
     true = torch.linalg.eigvalsh(matrix).flip(0)
-    assert len(true) > spectra.FORMED and true[-1] < -1e-3 * true[0]
+    assert len(true) > spectra.FORMED and true[-1] < 0 < true[0]
     found = spectra.leading(act, torch.zeros(1, 20, 36, dtype=dtype), 50, float(true[0]) * wrong)
     assert len(found) == 50
     assert (found - true[:50]).abs().max() < 1e-4 * true[0] * wrong
+
+
+def test_the_largest_eigenvalues_are_not_those_of_largest_magnitude():
+    ramp = torch.linspace(-9, 1, 720, dtype=torch.float64)
+    found = spectra.leading(lambda W: ramp.reshape(W.shape) * W, torch.zeros(1, 20, 36, dtype=torch.float64), 5, 1.0)
+    assert torch.allclose(found, ramp.flip(0)[:5], atol=1e-4)
 
 
 def test_an_iteration_without_end_is_given_up_as_not_a_number(monkeypatch):

@@ -48,7 +48,7 @@ def rounding(case):
     return bool((case.layers(residual).norm(dim=1) < 1e-10 * case.v.norm()).any())
 
 
-@drawn(0.8, settings())
+@drawn(0.6, settings())
 def test_drawn_nets_take_the_step_of_the_definition(setting):
     """Chains, convolutions, embeddings, and mixtures of them."""  # D23, D25
     one = case(*setting)
