@@ -132,8 +132,7 @@ def curve_grid(
         columns: panels beside each other.
     """
     names = list(dict.fromkeys(name for _, panels in groups for curves in panels.values() for name in curves))
-    dots = {"marker": ".", "markersize": 4}  # or a number between two gaps would not be seen
-    looks = {name: _look(index) | dots | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
+    looks = {name: _look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
     lines = [math.ceil(len(panels) / columns) for _, panels in groups]
     figure = _figure(width=3.1 * columns, height=2.15 * sum(lines) + 0.6 * len(groups) + 0.4)
     parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.25 for count in lines], squeeze=False)[:, 0]
@@ -202,11 +201,20 @@ def _dress(axes: Axes, title: str, xlabel: str) -> None:
 
 def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[str, Any], logarithmic: bool) -> None:
     for name, points in curves.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **looks[name])
+        # a zero is rounding: a logarithmic axis has no place for it
+        y = [math.nan if logarithmic and value == 0 else value for _, value in points]
+        dots = {"marker": ".", "markersize": 4, "markevery": _dotted(y)}
+        axes.plot([x for x, _ in points], y, label=name, **{**looks[name], **dots})
     _dress(axes, title, "")
     axes.title.set_fontsize(10)
     if logarithmic:
         _scale(axes, [y for points in curves.values() for _, y in points if y != 0])
+
+
+def _dotted(y: Sequence[float]) -> list[int]:
+    """All of a few points; of many those that stand alone between gaps, where a line would not show them."""
+    gaps = [True, *(not math.isfinite(value) for value in y), True]
+    return [i for i in range(len(y)) if len(y) <= 20 or (gaps[i] and gaps[i + 2])]
 
 
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
@@ -227,7 +235,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         return
     axes.set_yscale("log")
     decades = math.log10(max(finite) / min(finite))
-    subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(range(1, 10))
+    subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -29,7 +29,7 @@ from torch import Tensor
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
-from fisherfn.linalg.solve import add_diagonal, damped_inverse, floored, psd_eigh
+from fisherfn.linalg.solve import add_diagonal, damped_inverse, eigh, floored, psd_eigh
 from fisherfn.taps import Tap
 from fisherfn.types import Product
 
@@ -187,7 +187,7 @@ def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pen
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     ok = (failed == 0).all() & torch.isfinite(whitened.sum())
     eye = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
-    values, Q = torch.linalg.eigh(torch.where(ok, (whitened + whitened.mT) / 2, eye))
+    values, Q = eigh(torch.where(ok, (whitened + whitened.mT) / 2, eye))
     return _Pencil(values, torch.linalg.solve_triangular(L.mT, Q, upper=True), ok, jitter)
 
 

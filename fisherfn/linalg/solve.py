@@ -61,6 +61,16 @@ class Spectrum(NamedTuple):
     ok: Bool[Tensor, ""]
 
 
+def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
+    """Eigenvalues (ascending) and eigenvectors of finite symmetric matrices, computed in float64.
+
+    In float32 LAPACK's divide and conquer now and then returns NaN for sound matrices of low rank with rows of zeros,
+    which is what dead units make of a layer's factors.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
 def psd_eigh(matrix: Factor) -> Spectrum:
     r"""Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead.
 
@@ -71,6 +81,6 @@ def psd_eigh(matrix: Factor) -> Spectrum:
     if is_diagonal(matrix):
         return Spectrum(torch.where(ok, matrix, 1.0), torch.ones_like(matrix), ok)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    values, vectors = torch.linalg.eigh(torch.where(ok, matrix, eye))
+    values, vectors = eigh(torch.where(ok, matrix, eye))
     noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]
     return Spectrum(torch.where(values > noise, values, 0.0), vectors, ok)

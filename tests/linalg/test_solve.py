@@ -2,7 +2,7 @@
 
 import torch
 
-from fisherfn.linalg.solve import damped_inverse, psd_eigh
+from fisherfn.linalg.solve import damped_inverse, eigh, psd_eigh
 
 
 def psd(rank: int, size: int = 6, groups: int = 2) -> torch.Tensor:
@@ -37,3 +37,15 @@ def test_eigenvalues_that_are_rounding_are_zero():
     assert (spectrum.values[:, :-1] == 0).all() and (spectrum.values[:, -1] > 0).all()
     rebuilt = (spectrum.vectors * spectrum.values.unsqueeze(-2)) @ spectrum.vectors.mT
     torch.testing.assert_close(rebuilt, psd(1), rtol=1e-10, atol=1e-10)
+
+
+def test_eigenvectors_of_dead_units_are_finite():
+    """Low rank, half of the rows zero: float32 routines were seen to return NaN for some of these."""
+    for seed in range(300):
+        rng = torch.Generator().manual_seed(seed)
+        x = torch.randn(100, 8, generator=rng) * torch.logspace(0, -4, 8)
+        x[torch.randperm(100, generator=rng)[:50]] = 0
+        matrix = ((x * torch.sign(torch.randn(8, generator=rng))) @ x.mT).unsqueeze(0)
+        values, vectors = eigh((matrix + matrix.mT) / 2)
+        assert torch.isfinite(values).all() and torch.isfinite(vectors).all()
+        assert ((vectors * values.unsqueeze(-2)) @ vectors.mT - matrix).norm() < 1e-5 * matrix.norm()

@@ -233,6 +233,20 @@ def test_steps_change_at_invert_only(structure):
     assert differs(vec(run.ng.matvec(moved, v)), vec(run.ng.matvec(state, v)))
 
 
+@STRUCTURES
+def test_its_own_fisher_is_at_no_distance(structure):
+    """And that of another draw at the distance of the two, block by block."""
+    problem = zoo.pick("conv")
+    run = sampled(problem, method=ff.exact(structure=structure))
+    state, other = inverted(run, problem.params), sampled(problem, seed=1)
+    assert max(run.ng.fisher_error(state, run.stats).values()) < 1e-6
+    mine, theirs = (oracles.fisher_matrix(problem, "mc", one.draws) for one in (run, other))
+    for key, error in run.ng.fisher_error(state, other.stats).items():
+        at = oracles.positions(problem.params, problem.blocks[key])
+        F, F_hat = (dense[at[:, None], at] for dense in (theirs, mine))
+        close(error, (F - F_hat).norm() / F.norm())
+
+
 def test_a_structure_of_another_name_is_refused():
     with zoo.as_installed(), pytest.raises(ff.errors.FisherfnError, match="block"):
         ff.exact(structure="diagonal")
