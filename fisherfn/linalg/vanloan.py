@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.linalg import kron
-from fisherfn.linalg.kron import Factor, Pair
+from fisherfn.linalg.kron import Pair
 from fisherfn.linalg.rearranged import Element, Rearranged
 from fisherfn.linalg.solve import psd_eigh
 
@@ -67,32 +67,35 @@ def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) ->
     $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair would
     cancel it.
     """
-    K_A, K_G = (_gram([getattr(pair, side) for pair in pairs]) for side in ("A", "G"))
+    A, G = (torch.stack([getattr(pair, side) for pair in pairs], 1) for side in ("A", "G"))
+    K_A, K_G = _gram(A), _gram(G)
     M = torch.stack([w.to(K_A.dtype).expand(K_A.shape[0]) for w in weights], -1)
     root = psd_eigh(K_G)
     H = (root.vectors * root.values.sqrt().unsqueeze(-2)) @ root.vectors.mT
     MH = M.unsqueeze(-1) * H
     squares = psd_eigh(MH.mT @ K_A @ MH)
     sound = torch.where(root.ok & squares.ok, 1.0, torch.nan)
-    found = []
-    for r in range(1, rank + 1):
-        sigma, y = squares.values[:, -r].sqrt(), squares.vectors[..., -r]
-        inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
-        c = (MH @ y.unsqueeze(-1)).squeeze(-1) * inverse.unsqueeze(-1)
-        d = M * (K_A @ c.unsqueeze(-1)).squeeze(-1) * inverse.unsqueeze(-1)
-        half = (sigma.sqrt() * sound).unsqueeze(-1)
-        found.append(oriented(Pair(_mixed([p.A for p in pairs], c * half), _mixed([p.G for p in pairs], d * half))))
-    return tuple(found)
+    sigma, y = squares.values[:, -rank:].sqrt(), squares.vectors[..., -rank:]
+    inverse = torch.where(sigma > 0, 1 / sigma, 0.0).unsqueeze(-2)
+    c = (MH @ y) * inverse
+    d = M.unsqueeze(-1) * (K_A @ c) * inverse
+    half = (sigma.sqrt() * sound).unsqueeze(-2)
+    mixed_A, mixed_G = _mixed(A, c * half), _mixed(G, d * half)
+    return tuple(oriented(Pair(mixed_A[:, -r], mixed_G[:, -r])) for r in range(1, rank + 1))
 
 
-def _gram(factors: Sequence[Factor]) -> Float[Tensor, "k r q"]:
-    dots = {(r, q): kron.dot(factors[r], factors[q]) for r in range(len(factors)) for q in range(r + 1)}
-    rows = [[dots[max(r, q), min(r, q)] for q in range(len(factors))] for r in range(len(factors))]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
+    """`⟨F_r, F_q⟩`, the sums of rows in float64."""
+    if factors.ndim == 3:
+        return factors.double() @ factors.double().mT
+    by_row = factors.transpose(1, 2)
+    return (by_row @ by_row.mT).double().sum(1)
 
 
-def _mixed(factors: Sequence[Factor], c: Float[Tensor, "k r"]) -> Factor:
-    return torch.stack([kron.times(factor, c[:, r]) for r, factor in enumerate(factors)]).sum(0)
+def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float[Tensor, "k q *d"]:
+    """`Σ_r c_rq F_r`."""
+    flat = c.mT.to(factors.dtype) @ factors.flatten(2)
+    return flat.reshape(*flat.shape[:2], *factors.shape[2:])
 
 
 def _bidiagonal(Z: Rearranged, steps: int) -> tuple[list[Tensor], list[Tensor], list[Element]]:
