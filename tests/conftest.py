@@ -29,7 +29,6 @@ def untouched_torch_globals():
 
 # Open ends, each with its reason; an entry goes when its test passes.
 OPEN = {
-    "test_two_equal_singular_values_are_two_pairs": "one Krylov sequence finds one of two equal singular values",
     "test_nothing_is_added_where_nothing_is_left[additive]": "additive form with the residual space is to be settled",
     "test_steps_change_at_invert_only[residual-False-additive]": "the same",
     "test_what_does_not_exist_is_refused_when_it_is_asked_for[arguments6-HyperparameterError-additive]": "the same",

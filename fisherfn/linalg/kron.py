@@ -82,7 +82,8 @@ def apply(pairs: Sequence[Pair], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k 
 
 def dot(x: Factor, y: Factor) -> Float[Tensor, " k"]:
     """`⟨x, y⟩` of two factors kept in the same form; sums of rows in float64."""
-    return (x * y).sum(-1).double().reshape(x.shape[0], -1).sum(-1)
+    by_row = (x * y).sum(-1).double()
+    return by_row if is_diagonal(x) else by_row.sum(-1)
 
 
 def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:

@@ -48,23 +48,26 @@ KEPT = 1 << 26
 class Rearranged(NamedTuple):
     """Z as a pair of maps between elements, U on the input side and V on the output side.
 
+    The dual y' of an element makes the Frobenius inner product ⟨x, y⟩ a sum of x·y': matrices are their own. The maps
+    take duals, which an iteration needs anyway.
+
     Attributes:
-        left: V to `Z V`.
-        right: U to `Zᵀ U`.
-        left_metric: y to y' such that the sum of x·y' is the Frobenius inner product ⟨x, y⟩ on the input side.
-        right_metric: the same on the output side.
+        left: V' to `Z V`.
+        right: U' to `Zᵀ U`.
+        left_dual: U to U'.
+        right_dual: V to V'.
         pair: (U, V) as matrices.
         moments: K-FAC's A and G as elements, given as matrices.
-        start: a generic V.
+        start: 0 or 1 to a generic V.
     """
 
     left: Callable[[Element], Element]
     right: Callable[[Element], Element]
-    left_metric: Callable[[Element], Element]
-    right_metric: Callable[[Element], Element]
+    left_dual: Callable[[Element], Element]
+    right_dual: Callable[[Element], Element]
     pair: Callable[[Element, Element], Pair]
     moments: Callable[[Pair], tuple[Element, Element]]
-    start: Element
+    start: Callable[[int], Element]
 
 
 def rearranged(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -> Rearranged:
@@ -86,11 +89,11 @@ def rearranged(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool)
 def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
     """`Z − u vᵀ`: what is left of the block beside a Kronecker product."""
 
-    def left(V: Element) -> Element:
-        return Z.left(V) - kron.times(u, kron.dot(v, Z.right_metric(V)))
+    def left(dual_V: Element) -> Element:
+        return Z.left(dual_V) - kron.times(u, kron.dot(v, dual_V))
 
-    def right(U: Element) -> Element:
-        return Z.right(U) - kron.times(v, kron.dot(u, Z.left_metric(U)))
+    def right(dual_U: Element) -> Element:
+        return Z.right(dual_U) - kron.times(v, kron.dot(u, dual_U))
 
     return Z._replace(left=left, right=right)
 
@@ -99,21 +102,20 @@ def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
 
 
 def _by_gram(tap: Tap, form: Forms) -> Rearranged:
+    """In coefficients of `a_n a_nᵀ` and of `Γ_n/n` both maps are the identity: all is in the duals."""
     n = tap.sizes.n
+    tap = Tap(tap.a, tap.g / n**0.5)
     K_a, K_g = _input_gram(tap, form.A), _output_gram(tap, form.G)
-
-    def pair(c: Element, d: Element) -> Pair:
-        return Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G))
-
-    mean = K_a.new_full(K_a.shape[:2], 1 / n)
+    ones = torch.ones_like(K_a[..., 0])
+    count = torch.arange(n, dtype=ones.dtype, device=ones.device)
     return Rearranged(
-        left=lambda d: _times(K_g, d) / n,
-        right=lambda c: _times(K_a, c) / n,
-        left_metric=lambda c: _times(K_a, c),
-        right_metric=lambda d: _times(K_g, d),
-        pair=pair,
-        moments=lambda _: (mean, mean),
-        start=mean * (1.25 + torch.cos(torch.arange(n, dtype=mean.dtype, device=mean.device))),  # positive, generic
+        left=lambda dual: dual,
+        right=lambda dual: dual,
+        left_dual=lambda c: _times(K_a, c),
+        right_dual=lambda d: _times(K_g, d),
+        pair=lambda c, d: Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G)),
+        moments=lambda _: (ones / n, ones),
+        start=lambda which: ones * (1.25 + torch.cos((1 + which) * count)),  # positive, generic
     )
 
 
@@ -125,23 +127,23 @@ def _input_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
     """`⟨a_n a_nᵀ, a_m a_mᵀ⟩`, or of the diagonals."""
     if isinstance(tap.a, rows.OneHot):
         return rows.gram(tap.a).double()
-    a = rows.dense(tap.a).squeeze(2)
-    return (a.square() @ a.square().mT).double() if diagonal else (a @ a.mT).double().square()
+    a = rows.dense(tap.a).squeeze(2).double()  # exact, so that no rounding makes the matrix indefinite
+    return a.square() @ a.square().mT if diagonal else (a @ a.mT).square()
 
 
 def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
     """`⟨Γ_n, Γ_m⟩` of `Γ_n = Σ_s g gᵀ`, or of the diagonals: by pairs of draws or by rows of Γ, as is cheaper."""
     k, s, n, _, o, _ = tap.sizes
-    g = tap.g.squeeze(3)
+    g = tap.g.squeeze(3).double()
     if diagonal:
         squares = g.square().sum(1)
-        return (squares @ squares.mT).double()
+        return squares @ squares.mT
     if s * s <= s * o + o:  # in units of n² o: the pairs against Γ's n s o² (n ~ o) and its own products
-        pairs = ((g[:, r] @ g[:, q].mT).double().square() for r in range(s) for q in range(s))
+        pairs = ((g[:, r] @ g[:, q].mT).square() for r in range(s) for q in range(s))
         return reduce(operator.add, pairs)
     step = max(1, KEPT // (k * n * o))
     parts = (torch.einsum("ksnp,ksno->knpo", g[..., at : at + step], g).flatten(2) for at in range(0, o, step))
-    return reduce(operator.add, ((part @ part.mT).double() for part in parts))
+    return reduce(operator.add, ((part @ part.mT) for part in parts))
 
 
 def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Factor:
@@ -150,7 +152,7 @@ def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Facto
     if diagonal:
         return rows.outer(weights[..., None, None], rows.squared(tap.a)).squeeze(1)
     a = rows.dense(tap.a).squeeze(2)
-    return _symmetric((a * weights.unsqueeze(-1)).mT @ a, diagonal)
+    return (a * weights.unsqueeze(-1)).mT @ a
 
 
 def _weighted_outputs(tap: Tap, d: Float[Tensor, "k n"], diagonal: bool) -> Factor:
@@ -158,7 +160,7 @@ def _weighted_outputs(tap: Tap, d: Float[Tensor, "k n"], diagonal: bool) -> Fact
     g, weights = tap.g.squeeze(3), d.to(tap.g.dtype)[:, None, :, None]
     if diagonal:
         return (weights * g.square()).sum((1, 2))
-    return _symmetric((weights * g).flatten(1, 2).mT @ g.flatten(1, 2), diagonal)
+    return (weights * g).flatten(1, 2).mT @ g.flatten(1, 2)
 
 
 # any positions: maps between matrices ----------------------------------------------------------------------------
@@ -188,26 +190,26 @@ def _by_maps(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -
     return Rearranged(
         left=lambda V: applied(maps.left, V, form.A),
         right=lambda U: applied(maps.right, U, form.G),
-        left_metric=lambda U: U,
-        right_metric=lambda V: V,
+        left_dual=lambda U: U,
+        right_dual=lambda V: V,
         pair=Pair,
         moments=lambda pair: (pair.A, pair.G),
-        start=_start(guess),
+        start=lambda which: _start(guess, which),
     )
 
 
-def _start(guess: Factor) -> Factor:
-    """The guess, the identity, and a little of every direction, so that no pair is out of reach."""
+def _start(guess: Factor, which: int) -> Factor:
+    """The guess, and a little of every direction, so that no pair is out of reach; the second is generic alone."""
     o = guess.shape[-1]
     ramp = torch.arange(1, o + 1, dtype=guess.dtype, device=guess.device)
     if kron.is_diagonal(guess):
-        generic = 1 + 0.25 * torch.cos(ramp * ramp)
+        generic = 1 + 0.25 * torch.cos((1 + which) * ramp * ramp)
     else:
         eye = torch.eye(o, dtype=guess.dtype, device=guess.device)
-        generic = eye + 0.25 / o**0.5 * torch.cos(ramp[:, None] * ramp)
+        generic = eye + 0.25 / o**0.5 * torch.cos((1 + which) * ramp[:, None] * ramp)
+    generic = generic / generic.square().sum().sqrt()
     norm = kron.dot(guess, guess).sqrt()
-    unit = kron.times(guess, torch.where(norm > 0, 1 / norm, 0.0))
-    return unit + 0.1 * generic / generic.square().sum().sqrt()
+    return kron.times(guess, torch.where((norm > 0) & (which == 0), 1 / norm, 0.0)) + 0.1 * generic
 
 
 def _factored_is_cheaper(tap: AnyTap) -> bool:

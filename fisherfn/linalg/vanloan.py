@@ -1,12 +1,15 @@
 r"""Nearest Kronecker products and sums, in the Frobenius norm: leading singular triplets of the rearranged block.
 
-Golub & Kahan 1965: from a start v the bidiagonalisation $Z q_j = \beta_{j-1} p_{j-1} + \alpha_j p_j$,
-$Z^\top p_j = \alpha_j q_j + \beta_j q_{j+1}$ spans the same space as power iteration and uses all of it. Without
-reorthogonalisation converged triplets come back as copies; it is done in full on the q, where orthogonality of the p
-follows (Simon & Zha 2000), and only the q are kept. Steps are a fixed number, as nothing may depend on values; a space
-that is exhausted before goes on as zeros.
+From a start $q_1$ the vectors $q_j$ are $Z^\top Z\, q_{j-1}$, orthonormalised against all before: the right vectors of
+Golub & Kahan's bidiagonalisation (1965), whose span holds what power iteration finds and all that it throws away.
+Without reorthogonalisation converged triplets come back as copies; against the q it is enough (Simon & Zha 2000). The
+eigenpairs (σ², y) of $T = (ZQ)^\top ZQ$ give the best triplets of the space, $v = Q y$ and $\sigma u = Z Q y$.
 
-k group, r term.
+One start finds one direction of every singular value: where its space is exhausted, a second start goes on, so that two
+equal singular values are two triplets. Steps are a fixed number, as nothing may depend on values; what is exhausted for
+good goes on as zeros.
+
+k group, j step, r term.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from torch import Tensor
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Pair
 from fisherfn.linalg.rearranged import Element, Rearranged
-from fisherfn.linalg.solve import psd_eigh
 
 
 class Triplet(NamedTuple):
@@ -32,56 +34,66 @@ class Triplet(NamedTuple):
     residual: Float[Tensor, ""]
 
 
-def leading(Z: Rearranged, steps: int, rank: int = 1) -> tuple[Triplet, ...]:
-    """The `rank` leading triplets by so many steps of Golub–Kahan, at least as many as triplets."""
-    alphas, betas, Q = _bidiagonal(Z, steps)
-    B = torch.diag_embed(torch.stack(alphas, -1)) + torch.diag_embed(torch.stack(betas[:-1], -1), 1)
-    sound = torch.isfinite(B).all()
-    P_B, sigma, Q_Bt = torch.linalg.svd(torch.where(sound, B, torch.eye(steps, dtype=B.dtype, device=B.device)))
+def leading(
+    Z: Rearranged, steps: int, rank: int = 1, beside: Triplet | None = None, start: Element | None = None
+) -> tuple[Triplet, ...]:
+    """The `rank` (one or two) leading triplets by so many steps, at least as many as triplets.
+
+    Args:
+        Z: the block.
+        steps: how often Z and its transpose are applied.
+        rank: how many are wanted.
+        beside: a triplet that is known; the others are sought orthogonal to it.
+        start: to start from, of length 1, or zero where nothing is left; None for a generic one.
+    """
+    space = _krylov(Z, steps, rank > 1, beside, start)
+    T = space.images.flatten(2).double() @ space.image_duals.flatten(2).double().mT
+    sound = torch.isfinite(T).all()
+    values, Y = torch.linalg.eigh(torch.where(sound, (T + T.mT) / 2, torch.eye(steps, dtype=T.dtype, device=T.device)))
     triplets = []
-    for r in range(rank):
-        v = _combined(Q, Q_Bt[:, r])
-        residual = betas[-1] * P_B[:, -1, r].abs() * _inverse(sigma[:, r], sigma[:, 0])
-        triplets.append(Triplet(torch.where(sound, Z.left(v), torch.nan), v, residual.amax()))
+    for r in range(1, rank + 1):
+        y = torch.where(sound, Y[..., -r], torch.nan)
+        residual = space.beyond * y[:, -1].abs() * _inverse(values[:, -r], values[:, -1])
+        triplets.append(Triplet(_combined(space.images, y), _combined(space.basis, y), residual.amax()))
     return tuple(triplets)
 
 
 def as_pair(Z: Rearranged, triplet: Triplet) -> Pair:
-    """`u vᵀ` as a Kronecker product in canonical scale: both factors of norm √σ, their sign such that tr G ≥ 0."""
-    sigma = _norm(triplet.u, Z.left_metric)
+    """`u vᵀ` as a Kronecker product, both factors of norm √σ; their common sign is left to `recompressed`."""
+    sigma = _norm(triplet.u, Z.left_dual(triplet.u))
     share = torch.where(sigma > 0, sigma.rsqrt(), 0.0)
-    return oriented(Z.pair(kron.times(triplet.u, share), kron.times(triplet.v, share * sigma)))
-
-
-def oriented(pair: Pair) -> Pair:
-    """The sign that makes a leading pair PSD: neither factor alone has one."""
-    sign = torch.where(kron.diagonal(pair.G).sum(-1) < 0, -1.0, 1.0)
-    return Pair(kron.times(pair.A, sign), kron.times(pair.G, sign))
+    return Z.pair(kron.times(triplet.u, share), kron.times(triplet.v, share * sigma))
 
 
 def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) -> tuple[Pair, ...]:
     r"""The best sum of `rank` Kronecker products for $\sum_r w_r\, G_r \otimes A_r$: an average of operators, exactly.
 
-    With the Gram matrices of the A and of the G, as many rows as there are terms, $H = K_G^{1/2}$ and
-    $M = \mathrm{diag}(w)$: eigenpairs (σ², y) of $H M K_A M H$ give the coefficients $c = M H y / \sigma$ of the A and
-    $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair would
-    cancel it.
+    With the Gram matrices of the A and of the G, as many rows as there are terms, $K_G = H H^\top$ and
+    $M = \mathrm{diag}(w)$: eigenpairs (σ², y) of $H^\top M K_A M H$ give the coefficients $c = M H y / \sigma$ of the A
+    and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair would
+    cancel it. The sign is that of tr G ≥ 0, which makes a leading pair PSD: neither factor alone has one.
     """
     A, G = (torch.stack([getattr(pair, side) for pair in pairs], 1) for side in ("A", "G"))
     K_A, K_G = _gram(A), _gram(G)
-    M = torch.stack([w.to(K_A.dtype).expand(K_A.shape[0]) for w in weights], -1)
-    root = psd_eigh(K_G)
-    H = (root.vectors * root.values.sqrt().unsqueeze(-2)) @ root.vectors.mT
-    MH = M.unsqueeze(-1) * H
-    squares = psd_eigh(MH.mT @ K_A @ MH)
-    sound = torch.where(root.ok & squares.ok, 1.0, torch.nan)
-    sigma, y = squares.values[:, -rank:].sqrt(), squares.vectors[..., -rank:]
-    inverse = torch.where(sigma > 0, 1 / sigma, 0.0).unsqueeze(-2)
-    c = (MH @ y) * inverse
-    d = M.unsqueeze(-1) * (K_A @ c) * inverse
-    half = (sigma.sqrt() * sound).unsqueeze(-2)
+    M = torch.stack(list(weights)).to(K_A.dtype).unsqueeze(-1)
+    sound = torch.isfinite(K_A.sum() + K_G.sum() + M.sum())
+    squares, vectors = _psd(torch.where(sound, K_G, 0.0))
+    MH = M * vectors * squares.sqrt().unsqueeze(-2)
+    squares, y = _psd(torch.where(sound, MH.mT @ K_A @ MH, 0.0))
+    sigma = squares[..., -rank:].sqrt().unsqueeze(-2)
+    inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
+    c = MH @ y[..., -rank:] * inverse
+    d = M * (K_A @ c) * inverse
+    traces = (G if G.ndim == 3 else G.diagonal(dim1=-2, dim2=-1)).sum(-1).unsqueeze(1)
+    half = torch.where(traces.double() @ d < 0, -1.0, 1.0) * torch.where(sound, sigma.sqrt(), torch.nan)
     mixed_A, mixed_G = _mixed(A, c * half), _mixed(G, d * half)
-    return tuple(oriented(Pair(mixed_A[:, -r], mixed_G[:, -r])) for r in range(1, rank + 1))
+    return tuple(Pair(mixed_A[:, -r], mixed_G[:, -r]) for r in range(1, rank + 1))
+
+
+def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Tensor, "k r r"]]:
+    """Eigenvalues (zero where they are rounding) and eigenvectors of small finite PSD matrices in float64."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.where(values > 1e-15 * values[..., -1:], values, 0.0), vectors
 
 
 def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
@@ -98,38 +110,73 @@ def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float
     return flat.reshape(*flat.shape[:2], *factors.shape[2:])
 
 
-def _bidiagonal(Z: Rearranged, steps: int) -> tuple[list[Tensor], list[Tensor], list[Element]]:
-    """α, β and the q of so many steps; α and β in float64."""
-    length = _norm(Z.start, Z.right_metric)
-    q = kron.times(Z.start, _inverse(length, length))  # zero for zero statistics
-    Q, alphas, betas = [q], [], []
-    p = largest = None
-    for _ in range(steps):
-        p = Z.left(q) if p is None else Z.left(q) - kron.times(p, betas[-1])
-        alpha = _norm(p, Z.left_metric)
-        largest = alpha if largest is None else torch.maximum(largest, alpha)
-        p = kron.times(p, _inverse(alpha, largest))
-        r = Z.right(p)
-        basis = torch.stack(Q)
-        for _ in range(2):  # against all q, the last one among them; twice is enough
-            parts = (basis * Z.right_metric(r)).double().flatten(2).sum(-1).to(basis.dtype)
-            r = r - (basis * parts.reshape(*parts.shape, *[1] * (r.ndim - 1))).sum(0)
-        beta = _norm(r, Z.right_metric)
-        q = kron.times(r, _inverse(beta, largest))
-        alphas.append(alpha)
-        betas.append(beta)
-        Q.append(q)
-    return alphas, betas, Q[:-1]
+class _Krylov(NamedTuple):
+    """An orthonormal basis q, Z q, their duals, and the length of what comes after the last q."""
+
+    basis: Float[Tensor, "k j *d"]
+    images: Float[Tensor, "k j *e"]
+    image_duals: Float[Tensor, "k j *e"]
+    beyond: Float[Tensor, " k"]
 
 
-def _norm(x: Element, metric: Callable[[Element], Element]) -> Float[Tensor, " k"]:
-    return kron.dot(x, metric(x)).clamp(min=0).sqrt()
+def _krylov(Z: Rearranged, steps: int, restart: bool, beside: Triplet | None, start: Element | None) -> _Krylov:
+    """The space of so many steps; in the basis, what is known stands before it."""
+    r = _unit(Z, Z.start(0))[0] if start is None else start
+    Q, D = (r[:, None][:, :0].flatten(2),) * 2 if beside is None else _column(beside.v, Z.right_dual(beside.v))
+    known = Q.shape[1]
+    r = _orthogonal(r, Q, D)[0]
+    q, dual, length = _unit(Z, r, r.new_ones(r.shape[0], dtype=torch.float64))
+    second = _unit(Z, Z.start(1))[0] if restart else None
+    largest = torch.zeros_like(length) if beside is None else kron.dot(beside.u, Z.left_dual(beside.u))
+    images, image_duals = [], []
+    for step in range(steps):
+        Q, D = (torch.cat(pair, 1) for pair in zip((Q, D), _column(q, dual), strict=True))
+        images.append(Z.left(dual))
+        image_duals.append(Z.left_dual(images[-1]))
+        r = Z.right(image_duals[-1])
+        if second is not None and step:
+            r = r + kron.times(second, largest * (length == 0))
+        r, quotient = _orthogonal(r, Q, D)
+        largest = torch.maximum(largest, quotient)
+        q, dual, length = _unit(Z, r, largest)
+    basis = Q[:, known:].reshape(Q.shape[0], steps, *r.shape[1:])
+    return _Krylov(basis, torch.stack(images, 1), torch.stack(image_duals, 1), beyond=length)
+
+
+def _orthogonal(
+    r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"]
+) -> tuple[Element, Float[Tensor, " k"]]:
+    """What of r is orthogonal to the q, whose duals are D; and ⟨q, r⟩ of the last of them, if there is one."""
+    rest = r.flatten(1).unsqueeze(-1)
+    quotient = rest.new_zeros(r.shape[0], dtype=torch.float64)
+    for _ in range(0 if Q.shape[1] == 0 else 1 if r.dtype == torch.float64 else 2):  # what cancels at most is 1e6
+        parts = D @ rest
+        rest = torch.baddbmm(rest, Q.mT, parts, alpha=-1)
+        quotient = torch.maximum(quotient, parts[:, -1, 0])
+    return rest.reshape(r.shape), quotient
+
+
+def _column(*elements: Element) -> tuple[Float[Tensor, "k 1 d"], ...]:
+    return tuple(x.flatten(1).unsqueeze(1) for x in elements)
+
+
+def _unit(Z: Rearranged, x: Element, largest: Tensor | None = None) -> tuple[Element, Element, Float[Tensor, " k"]]:
+    """An element of the output side and its dual at length 1, and the length; zeros where it is rounding."""
+    dual = Z.right_dual(x)
+    length = _norm(x, dual)
+    inverse = _inverse(length, length if largest is None else largest)
+    return kron.times(x, inverse), kron.times(dual, inverse), length * (inverse > 0)
+
+
+def _norm(x: Element, dual: Element) -> Float[Tensor, " k"]:
+    return kron.dot(x, dual).clamp(min=0).sqrt()
 
 
 def _inverse(x: Tensor, largest: Tensor) -> Tensor:
-    """1/x, and 0 where x is rounding beside the largest: there the space is exhausted."""
+    """1/x, and 0 where x is rounding beside the largest."""
     return torch.where(x > 1e-6 * largest, 1 / x, 0.0)
 
 
-def _combined(Q: Sequence[Element], y: Float[Tensor, "k j"]) -> Element:
-    return torch.stack([kron.times(q, y[:, j]) for j, q in enumerate(Q)]).sum(0)
+def _combined(basis: Float[Tensor, "k j *d"], y: Float[Tensor, "k j"]) -> Float[Tensor, "k *d"]:
+    """`Σ_j y_j q_j`."""
+    return (y.to(basis.dtype).unsqueeze(1) @ basis.flatten(2)).reshape(basis.shape[0], *basis.shape[2:])

@@ -1,8 +1,9 @@
 r"""Deflation: the nearest sum of two Kronecker products, one after the other.
 
 KPSVD of F gives the first term; KPSVD of what is left, $F - G_1 \otimes A_1$, the second. In exact arithmetic these
-are the two leading singular triplets of the rearranged block, the same as Lanczos finds at once; the residual block is
-never formed: $Z'V = Z V - \langle G_1, V \rangle A_1$.
+are the two leading singular triplets of the rearranged block, the same as Lanczos finds at once. The residual block is
+never formed: as $\sigma u = Z v$, it is $Z' = Z (I - v v^\top)$, which is Z among all that is orthogonal to v. The
+second iteration starts from the first one's runner-up.
 
 Scale and running average: as Lanczos.
 
@@ -17,13 +18,13 @@ from fisherfn.base import Diagnostics, Method, whole_mean
 from fisherfn.linalg import kron
 from fisherfn.linalg.damped import FLOOR
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Sum
-from fisherfn.linalg.rearranged import deflated, rearranged
+from fisherfn.linalg.rearranged import rearranged
 from fisherfn.linalg.vanloan import as_pair, leading
 from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
 from fisherfn.methods.lanczos import blend
 from fisherfn.taps import AnyTap, Mean
 
-ITERATIONS = 6
+ITERATIONS = 5
 
 
 def deflation(
@@ -33,7 +34,7 @@ def deflation(
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
     """Deflation; the arguments are those of `lanczos`, `iterations` those of each of the two terms."""
-    steps = checked_steps(iterations, least=1)
+    steps = checked_steps(iterations, least=2)
     return two_terms("deflation", partial(estimate, iterations=steps), blend, damping_form, floor, diagonal_above)
 
 
@@ -43,7 +44,7 @@ def estimate(
     """Two leading triplets, the second of the deflated block."""
     guess = previous.first.G + previous.second.G
     Z = rearranged(tap, kron.forms_of(previous.first), guess, mean, mean is whole_mean)
-    (first,) = leading(Z, iterations)
-    (second,) = leading(deflated(Z, first.u, first.v), iterations)
+    first, runner_up = leading(Z, iterations, rank=2)
+    (second,) = leading(Z, iterations, beside=first, start=runner_up.v)
     residuals = {"residual": first.residual, "second_residual": second.residual}
     return Sum(as_pair(Z, first), as_pair(Z, second)), residuals

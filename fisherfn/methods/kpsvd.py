@@ -26,7 +26,7 @@ from fisherfn.linalg.vanloan import as_pair, leading, recompressed
 from fisherfn.methods.kronecker import DampingForm, checked_steps, one_term
 from fisherfn.taps import AnyTap, Mean
 
-ITERATIONS = 6
+ITERATIONS = 4
 
 
 def kpsvd(

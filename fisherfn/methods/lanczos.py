@@ -25,7 +25,7 @@ from fisherfn.linalg.vanloan import as_pair, leading, recompressed
 from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
 from fisherfn.taps import AnyTap, Mean
 
-ITERATIONS = 10
+ITERATIONS = 8
 
 
 def lanczos(
