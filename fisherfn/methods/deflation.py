@@ -3,7 +3,7 @@ r"""Deflation: the nearest sum of two Kronecker products, one after the other.
 KPSVD of F gives the first term; KPSVD of what is left, $F - G_1 \otimes A_1$, the second. In exact arithmetic these
 are the two leading singular triplets of the rearranged block, the same as Lanczos finds at once. The residual block is
 never formed: as $\sigma u = Z v$, it is $Z' = Z (I - v v^\top)$, which is Z among all that is orthogonal to v. The
-second iteration starts from the first one's runner-up.
+second iteration starts from the first one's runner-up and takes half as many steps.
 
 Scale and running average: as Lanczos.
 
@@ -33,7 +33,7 @@ def deflation(
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
-    """Deflation; the arguments are those of `lanczos`, `iterations` those of each of the two terms."""
+    """Deflation; the arguments are those of `lanczos`, `iterations` those of the first term."""
     steps = checked_steps(iterations, least=2)
     return two_terms("deflation", partial(estimate, iterations=steps), blend, damping_form, floor, diagonal_above)
 
@@ -45,6 +45,6 @@ def estimate(
     guess = previous.first.G + previous.second.G
     Z = rearranged(tap, kron.forms_of(previous.first), guess, mean, mean is whole_mean)
     first, runner_up = leading(Z, iterations, rank=2)
-    (second,) = leading(Z, iterations, beside=first, start=runner_up.v)
+    (second,) = leading(Z, (iterations + 1) // 2, beside=first, start=runner_up.v)
     residuals = {"residual": first.residual, "second_residual": second.residual}
     return Sum(as_pair(Z, first), as_pair(Z, second)), residuals
