@@ -25,19 +25,3 @@ def untouched_torch_globals():
     after = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.set_default_dtype(before[0])
     assert after == before, "a test or the code under test changed torch's default dtype or grad mode"
-
-
-# Open ends, each with its reason; an entry goes when its test passes.
-OPEN = {
-    "test_nothing_is_added_where_nothing_is_left[additive]": "additive form with the residual space is to be settled",
-    "test_steps_change_at_invert_only[residual-False-additive]": "the same",
-    "test_what_does_not_exist_is_refused_when_it_is_asked_for[arguments6-HyperparameterError-additive]": "the same",
-    "test_spectral_needs_kronecker_factors[two-level]": "two-level over two-level with the spectral space",
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name, reason in OPEN.items():
-            if item.name == name or item.name.split("[")[0] == name:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))

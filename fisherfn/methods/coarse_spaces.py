@@ -12,6 +12,7 @@ k group, s draw, n example, m example and draw, t position, i input, o output, p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,11 +72,15 @@ def spectral(factors: PyTree, vectors: int) -> Rows:
             ]
         )
 
-    return {key: of(_leading(factors, key)) for key in factors}
+    return {key: of(_leading(block)) for key, block in _by_layer(factors).items()}
 
 
-def _leading(factors: PyTree, key: str) -> Pair:
-    found = getattr(factors[key], "first", factors[key])
+def _by_layer(factors: PyTree) -> Mapping[str, PyTree]:
+    return factors if isinstance(factors, Mapping) else {"all": factors}
+
+
+def _leading(block: PyTree) -> Pair:
+    found = getattr(block, "first", block)
     if not hasattr(found, "A") or not hasattr(found, "G"):
         raise HyperparameterError(
             "the spectral coarse space is made of the fine method's Kronecker factors, and this one has none: "

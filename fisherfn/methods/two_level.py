@@ -79,7 +79,7 @@ def two_level(
     fine: Method | None = None,
     coarse: Coarse | str = "nicolaides",
     krylov: bool | int = False,
-    form: Form | str = "multiplicative",
+    form: Form | str | None = None,
     vectors: int = 1,
 ) -> Method:
     """A coarse space over a fine method.
@@ -88,7 +88,7 @@ def two_level(
         fine: any method; None for `kfac()`.
         coarse: "nicolaides", "spectral", "residual" or "tselepidis".
         krylov: whether M times each row is a row too.
-        form: "multiplicative", "balanced" or "additive"; tselepidis is additive, as published.
+        form: "multiplicative", "balanced" or "additive"; None for the first, and for tselepidis the last, as published.
         vectors: rows a layer, for nicolaides and spectral.
 
     Raises:
@@ -96,6 +96,7 @@ def two_level(
         HyperparameterError: no vector, several for a space that has one, or a form that the space does not have.
     """
     coarse = ALIASES.get(coarse, coarse)
+    form = form or ("additive" if coarse == "tselepidis" else "multiplicative")
     for what, name, known in (("coarse space", coarse, COARSE), ("form", form, FORMS)):
         if name not in known:
             raise unknown(what, name, known)
@@ -105,7 +106,9 @@ def two_level(
         )
     if coarse == "tselepidis" and krylov:
         raise HyperparameterError("tselepidis is the published space of ones alone: leave krylov out.")
-    chosen = Settings(fine or kfac(), coarse, bool(krylov), "additive" if coarse == "tselepidis" else form, vectors)
+    if coarse == "tselepidis" and form != "additive":
+        raise HyperparameterError(f'tselepidis is additive, as published: leave form out, got "{form}".')
+    chosen = Settings(fine or kfac(), coarse, bool(krylov), form, vectors)
     return Method(
         name="twolevel_kfac",
         init=partial(init, chosen),
@@ -191,13 +194,13 @@ def multiplicative(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[s
     """`z + Q (∇ − F_• z)` with `z = M ∇`."""
     z = _fine(chosen, inverse, grad)
     rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0)
-    return tree.add(z, corrected(_current(chosen, inverse, rest), rest))
+    return tree.add(z, corrected(_current(chosen, inverse, rest, grad), rest))
 
 
 def balanced(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
     """`Q ∇ + P M Pᵀ ∇`."""
     rest = tree.add(dict(grad), damped(inverse, _fine(chosen, inverse, grad)), scale=-1.0)
-    space = _current(chosen, inverse, rest)
+    space = _current(chosen, inverse, rest, grad)
     coarse = corrected(space, grad)
     y = _fine(chosen, inverse, tree.add(dict(grad), damped(inverse, coarse), scale=-1.0))
     return tree.add(tree.add(coarse, y), corrected(space, damped(inverse, y)), scale=-1.0)
@@ -207,17 +210,19 @@ def additive(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Te
     """`M ∇ + Q ∇`."""
     z = _fine(chosen, inverse, grad)
     rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0) if chosen.coarse == "residual" else dict(grad)
-    return tree.add(z, corrected(_current(chosen, inverse, rest), grad))
+    return tree.add(z, corrected(_current(chosen, inverse, rest, grad), grad))
 
 
 FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": additive}
 
 
-def _current(chosen: Settings, inverse: Inverse, rest: Matrices) -> Space:
-    """The space of the state, or that of this step's residual."""
+def _current(chosen: Settings, inverse: Inverse, rest: Matrices, grad: Matrices) -> Space:
+    """The space of the state, or that of this step's residual; a residual that is rounding spans nothing."""
     if isinstance(inverse.space, Space):
         return inverse.space
-    first = {key: R.unsqueeze(0) for key, R in _fine(chosen, inverse, rest).items()}
+    length = tree.norm(dict(grad))
+    left = {key: torch.where(r.norm() > torch.finfo(r.dtype).eps ** 0.75 * length, r, 0.0) for key, r in rest.items()}
+    first = {key: R.unsqueeze(0) for key, R in _fine(chosen, inverse, left).items()}
     return _space(chosen, inverse, first)
 
 
