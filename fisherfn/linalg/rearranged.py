@@ -59,6 +59,7 @@ class Rearranged(NamedTuple):
         pair: (U, V) as matrices.
         moments: K-FAC's A and G as elements, given as matrices.
         start: 0 or 1 to a generic V.
+        rounding: relative length at which an element is rounding.
     """
 
     left: Callable[[Element], Element]
@@ -68,6 +69,7 @@ class Rearranged(NamedTuple):
     pair: Callable[[Element, Element], Pair]
     moments: Callable[[Pair], tuple[Element, Element]]
     start: Callable[[int], Element]
+    rounding: float
 
 
 def rearranged(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -> Rearranged:
@@ -116,6 +118,7 @@ def _by_gram(tap: Tap, form: Forms) -> Rearranged:
         pair=lambda c, d: Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G)),
         moments=lambda _: (ones / n, ones),
         start=lambda which: ones * (1.25 + torch.cos((1 + which) * count)),  # positive, generic
+        rounding=1e-7,  # lengths are roots of quadratic forms of a matrix that may be singular
     )
 
 
@@ -195,6 +198,7 @@ def _by_maps(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -
         pair=Pair,
         moments=lambda pair: (pair.A, pair.G),
         start=lambda which: _start(guess, which),
+        rounding=64 * torch.finfo(guess.dtype).eps,
     )
 
 

@@ -35,7 +35,7 @@ class Triplet(NamedTuple):
 
 
 def leading(
-    Z: Rearranged, steps: int, rank: int = 1, beside: Triplet | None = None, start: Element | None = None
+    Z: Rearranged, steps: int, rank: int = 1, after: tuple[Triplet, Triplet] | None = None
 ) -> tuple[Triplet, ...]:
     """The `rank` (one or two) leading triplets by so many steps, at least as many as triplets.
 
@@ -43,17 +43,16 @@ def leading(
         Z: the block.
         steps: how often Z and its transpose are applied.
         rank: how many are wanted.
-        beside: a triplet that is known; the others are sought orthogonal to it.
-        start: to start from, of length 1, or zero where nothing is left; None for a generic one.
+        after: a triplet that is known, to which the others are orthogonal, and a guess of the next, to start from.
     """
-    space = _krylov(Z, steps, rank > 1, beside, start)
+    space = _krylov(Z, steps, rank > 1, after)
     T = space.images.flatten(2).double() @ space.image_duals.flatten(2).double().mT
     sound = torch.isfinite(T).all()
     values, Y = torch.linalg.eigh(torch.where(sound, (T + T.mT) / 2, torch.eye(steps, dtype=T.dtype, device=T.device)))
     triplets = []
     for r in range(1, rank + 1):
         y = torch.where(sound, Y[..., -r], torch.nan)
-        residual = space.beyond * y[:, -1].abs() * _inverse(values[:, -r], values[:, -1])
+        residual = space.beyond * y[:, -1].abs() * _inverse(values[:, -r], 1e-15 * values[:, -1])
         triplets.append(Triplet(_combined(space.images, y), _combined(space.basis, y), residual.amax()))
     return tuple(triplets)
 
@@ -119,52 +118,59 @@ class _Krylov(NamedTuple):
     beyond: Float[Tensor, " k"]
 
 
-def _krylov(Z: Rearranged, steps: int, restart: bool, beside: Triplet | None, start: Element | None) -> _Krylov:
-    """The space of so many steps; in the basis, what is known stands before it."""
-    r = _unit(Z, Z.start(0))[0] if start is None else start
-    Q, D = (r[:, None][:, :0].flatten(2),) * 2 if beside is None else _column(beside.v, Z.right_dual(beside.v))
-    known = Q.shape[1]
-    r = _orthogonal(r, Q, D)[0]
-    q, dual, length = _unit(Z, r, r.new_ones(r.shape[0], dtype=torch.float64))
-    second = _unit(Z, Z.start(1))[0] if restart else None
-    largest = torch.zeros_like(length) if beside is None else kron.dot(beside.u, Z.left_dual(beside.u))
+def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Triplet] | None) -> _Krylov:
+    """The space of so many steps; among the q, what is known stands before it."""
+    if after is None:
+        q, dual, length = _unit(Z, Z.start(0), 0.0)
+        largest = torch.zeros_like(length)
+        Q = D = q[:, None][:, :0].flatten(2)
+    else:
+        known, guess = after
+        largest = kron.dot(known.u, Z.left_dual(known.u))
+        Q, D = _column(known.v), _column(Z.right_dual(known.v))
+        q, dual, length = _unit(Z, _orthogonal(guess.v, Q, D, Z.rounding)[0], 1e-6)
+    before = Q.shape[1]
+    second = _unit(Z, Z.start(1), 0.0)[0] if restart else None
     images, image_duals = [], []
     for step in range(steps):
-        Q, D = (torch.cat(pair, 1) for pair in zip((Q, D), _column(q, dual), strict=True))
+        Q, D = torch.cat([Q, _column(q)], 1), torch.cat([D, _column(dual)], 1)
         images.append(Z.left(dual))
         image_duals.append(Z.left_dual(images[-1]))
         r = Z.right(image_duals[-1])
-        if second is not None and step:
-            r = r + kron.times(second, largest * (length == 0))
-        r, quotient = _orthogonal(r, Q, D)
-        largest = torch.maximum(largest, quotient)
-        q, dual, length = _unit(Z, r, largest)
-    basis = Q[:, known:].reshape(Q.shape[0], steps, *r.shape[1:])
+        again = largest * (length == 0) if second is not None and step else None
+        if second is not None and again is not None:
+            r = r + kron.times(second, again)
+        r, square = _orthogonal(r, Q, D, Z.rounding)
+        largest = torch.maximum(largest, square)
+        # what rounding leaves of σ₁u₁ in Z q comes back through Zᵀ
+        square = square if again is None else square + again
+        q, dual, length = _unit(Z, r, Z.rounding * (largest * square.clamp(min=0)).sqrt())
+    basis = Q[:, before:].reshape(Q.shape[0], steps, *q.shape[1:])
     return _Krylov(basis, torch.stack(images, 1), torch.stack(image_duals, 1), beyond=length)
 
 
 def _orthogonal(
-    r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"]
+    r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float
 ) -> tuple[Element, Float[Tensor, " k"]]:
-    """What of r is orthogonal to the q, whose duals are D; and ⟨q, r⟩ of the last of them, if there is one."""
+    """What of r is orthogonal to the q, whose duals are D; and ⟨q, r⟩ of the last of them."""
     rest = r.flatten(1).unsqueeze(-1)
-    quotient = rest.new_zeros(r.shape[0], dtype=torch.float64)
-    for _ in range(0 if Q.shape[1] == 0 else 1 if r.dtype == torch.float64 else 2):  # what cancels at most is 1e6
-        parts = D @ rest
-        rest = torch.baddbmm(rest, Q.mT, parts, alpha=-1)
-        quotient = torch.maximum(quotient, parts[:, -1, 0])
-    return rest.reshape(r.shape), quotient
+    parts = D @ rest
+    square = parts[:, -1, 0].double()
+    rest = torch.baddbmm(rest, Q.mT, parts, alpha=-1)
+    if torch.finfo(r.dtype).eps > 1e-8 * rounding:  # else once is enough: what is left is never so short
+        rest = torch.baddbmm(rest, Q.mT, D @ rest, alpha=-1)
+    return rest.reshape(r.shape), square
 
 
-def _column(*elements: Element) -> tuple[Float[Tensor, "k 1 d"], ...]:
-    return tuple(x.flatten(1).unsqueeze(1) for x in elements)
+def _column(x: Element) -> Float[Tensor, "k 1 d"]:
+    return x.flatten(1).unsqueeze(1)
 
 
-def _unit(Z: Rearranged, x: Element, largest: Tensor | None = None) -> tuple[Element, Element, Float[Tensor, " k"]]:
-    """An element of the output side and its dual at length 1, and the length; zeros where it is rounding."""
+def _unit(Z: Rearranged, x: Element, floor: Tensor | float) -> tuple[Element, Element, Float[Tensor, " k"]]:
+    """An element of the output side and its dual at length 1, and the length; zeros where it is not above the floor."""
     dual = Z.right_dual(x)
     length = _norm(x, dual)
-    inverse = _inverse(length, length if largest is None else largest)
+    inverse = _inverse(length, floor)
     return kron.times(x, inverse), kron.times(dual, inverse), length * (inverse > 0)
 
 
@@ -172,9 +178,9 @@ def _norm(x: Element, dual: Element) -> Float[Tensor, " k"]:
     return kron.dot(x, dual).clamp(min=0).sqrt()
 
 
-def _inverse(x: Tensor, largest: Tensor) -> Tensor:
-    """1/x, and 0 where x is rounding beside the largest."""
-    return torch.where(x > 1e-6 * largest, 1 / x, 0.0)
+def _inverse(x: Tensor, floor: Tensor | float) -> Tensor:
+    """1/x, and 0 where x is not above the floor."""
+    return torch.where(x > floor, 1 / x, 0.0)
 
 
 def _combined(basis: Float[Tensor, "k j *d"], y: Float[Tensor, "k j"]) -> Float[Tensor, "k *d"]:

@@ -5,9 +5,10 @@ bias column is among them. **spectral**: eigenvectors $q_G q_A^\top$ of the smal
 leading Kronecker product. **residual**: $M (\nabla - F_\bullet M \nabla)$, another one every step, so made in
 `two_level.py`. **tselepidis**: ones, with the published matrix of cross-layer Kronecker factors.
 
-Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports.
+Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports. A row is kept flat, groups first
+and then row-major.
 
-k group, s draw, n example, m example and draw, t position, i input, o output, p row of a layer, q row of any.
+k group, s draw, n example, m example and draw, t position, i input, o output, p row of a layer, q row of any, d entry.
 """
 
 from __future__ import annotations
@@ -34,23 +35,47 @@ COARSE = ("nicolaides", "residual", "tselepidis", "spectral")
 CUTOFF = 1e-5
 """A row whose part outside the span of the rows before it is shorter than this share of it adds nothing."""
 
-Rows = dict[str, Float[Tensor, "p k o i"]]
+Rows = dict[str, Float[Tensor, "p d"]]
 
 
 class Space(NamedTuple):
-    """A coarse space: orthonormal rows of every layer (zero where they were dependent), and the factor of F_c."""
+    """A coarse space.
+
+    Attributes:
+        rows: of every layer, orthonormal, zero where they were dependent.
+        C: `⟨W_sn, R_p⟩` of every example and row, which is all of F that the space sees; empty where it is not used.
+        factor: Cholesky's, of F_c.
+    """
 
     rows: Rows
+    C: Float[Tensor, "m q"]
     factor: Float[Tensor, "q q"]
+
+
+def restricted(space: Space, v: Mapping[str, Tensor]) -> Float[Tensor, " q"]:
+    """`R₀ v`."""
+    return torch.cat([R @ v[key].flatten() for key, R in space.rows.items()]).double()
+
+
+def lifted(space: Space, beta: Float[Tensor, " q"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`R₀ᵀ β`, in the shapes of `like`."""
+    parts = beta.split([R.shape[0] for R in space.rows.values()])
+    pairs = zip(space.rows.items(), parts, strict=True)
+    return {key: (part.to(R.dtype) @ R).reshape(like[key].shape) for (key, R), part in pairs}
+
+
+def solved(space: Space, rhs: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
+    """`F_c⁻¹ rhs`."""
+    return torch.cholesky_solve(rhs.unsqueeze(-1), space.factor).squeeze(-1)
 
 
 def ones(taps: Taps, vectors: int) -> Rows:
     """Row p is 1 on the p-th part of the layer's entries."""
 
-    def of(tap: Tap) -> Float[Tensor, "p k o i"]:
+    def of(tap: Tap) -> Float[Tensor, "p d"]:
         k, _, _, _, o, i = tap.sizes
         part = torch.arange(k * o * i, device=tap.g.device) * vectors // (k * o * i)
-        return torch.stack([part == p for p in range(vectors)]).to(tap.g.dtype).reshape(vectors, k, o, i)
+        return torch.stack([part == p for p in range(vectors)]).to(tap.g.dtype)
 
     return {key: of(tap) for key, tap in taps.items()}
 
@@ -58,7 +83,7 @@ def ones(taps: Taps, vectors: int) -> Rows:
 def spectral(factors: PyTree, vectors: int) -> Rows:
     """`q_G q_Aᵀ` of the smallest eigenvalues `s r` of each layer's leading Kronecker product."""
 
-    def of(pair: Pair) -> Float[Tensor, "p k o i"]:
+    def of(pair: Pair) -> Float[Tensor, "p d"]:
         r, s = psd_eigh(pair.A), psd_eigh(pair.G)
         values = s.values.unsqueeze(-1) * r.values.unsqueeze(-2)
         smallest = values.flatten().topk(min(vectors, values.numel()), largest=False).indices
@@ -67,7 +92,7 @@ def spectral(factors: PyTree, vectors: int) -> Rows:
         chosen = single.index_put((count.squeeze(-1), smallest), values.new_ones(()))
         return torch.stack(
             [
-                kron.right(kron.left(s.vectors, row), kron.transpose(r.vectors))
+                kron.right(kron.left(s.vectors, row), kron.transpose(r.vectors)).flatten()
                 for row in chosen.reshape(vectors, *values.shape)
             ]
         )
@@ -89,10 +114,10 @@ def _leading(block: PyTree) -> Pair:
     return Pair(found.A, found.G)
 
 
-def orthonormal(R: Float[Tensor, "p k o i"]) -> Float[Tensor, "p k o i"]:
+def orthonormal(R: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
     """Gram–Schmidt, twice; a row that depends on those before it becomes zero."""
     found: list[Tensor] = []
-    for row in R.flatten(1):
+    for row in R:
         length = row.norm()
         rest = row
         for _ in range(2):
@@ -100,7 +125,7 @@ def orthonormal(R: Float[Tensor, "p k o i"]) -> Float[Tensor, "p k o i"]:
                 rest = rest - (other * rest).sum() * other
         norm = rest.norm()
         found.append(torch.where(norm > CUTOFF * length, rest / norm, 0.0))
-    return torch.stack(found).reshape(R.shape)
+    return torch.stack(found)
 
 
 def space(vectors: Rows, taps: Taps, damping: Float[Tensor, ""]) -> Space:
@@ -108,13 +133,14 @@ def space(vectors: Rows, taps: Taps, damping: Float[Tensor, ""]) -> Space:
     basis = {key: orthonormal(R) for key, R in vectors.items()}
     C = coefficients(taps, basis)
     # a row that was dependent is zero; 1 in its place keeps F_c definite and its coefficient at zero
-    alive = torch.cat([R.flatten(1).square().sum(-1) > 0.5 for R in basis.values()])
-    return Space(basis, _cholesky(C.mT @ C / examples(taps), torch.where(alive, damping.double(), 1.0)))
+    alive = torch.cat([R.square().sum(-1) > 0.5 for R in basis.values()])
+    return Space(basis, C, _cholesky(C.mT @ C / examples(taps), torch.where(alive, damping.double(), 1.0)))
 
 
 def coefficients(taps: Taps, basis: Rows) -> Float[Tensor, "m q"]:
     """`⟨W_sn^l, R_{l,p}⟩`, in float64."""
-    columns = [inner_products(taps[key], row).flatten() for key, R in basis.items() for row in R]
+    shapes = {key: (tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in taps.items()}
+    columns = [inner_products(taps[key], row.reshape(shapes[key])).flatten() for key, R in basis.items() for row in R]
     return torch.stack(columns, -1).double()
 
 
@@ -134,7 +160,7 @@ def published(taps: Taps, damping: Float[Tensor, ""]) -> Space:
     a, g = torch.stack(inputs).double(), torch.stack(outputs).double()
     n = examples(taps)
     F_c = (a @ a.mT / n) * (torch.einsum("lsn,msn->lm", g, g) / n)
-    return Space(ones(taps, 1), _cholesky(F_c, damping.double().expand(len(taps))))
+    return Space(ones(taps, 1), a.new_zeros(0, len(taps)), _cholesky(F_c, damping.double().expand(len(taps))))
 
 
 def _sums(tap: Tap) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:

@@ -45,6 +45,6 @@ def estimate(
     guess = previous.first.G + previous.second.G
     Z = rearranged(tap, kron.forms_of(previous.first), guess, mean, mean is whole_mean)
     first, runner_up = leading(Z, iterations, rank=2)
-    (second,) = leading(Z, (iterations + 1) // 2, beside=first, start=runner_up.v)
+    (second,) = leading(Z, (iterations + 1) // 2, after=(first, runner_up))
     residuals = {"residual": first.residual, "second_residual": second.residual}
     return Sum(as_pair(Z, first), as_pair(Z, second)), residuals

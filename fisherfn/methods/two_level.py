@@ -9,10 +9,10 @@ $Q = R_0^\top F_c^{-1} R_0$,
 - **balanced**: $Q + P M P^\top$ with $P = I - Q F_\bullet$; symmetric positive definite.
 - **additive**: $M \nabla + Q \nabla$; minimises nothing.
 
-Everything comes from one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from products with
-$F z = \frac1N \sum_n W_n \sum_l \langle W_n^l, z^l \rangle$: any mixture of layers, no interpolation between feature
-maps, no loop over pairs of layers. $F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew
-with every basis and never averaged. F is that of the newest statistics, so the state's leaves follow the batch's shape.
+Everything comes from one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from the numbers
+$c_n = \sum_l \langle W_n^l, z^l \rangle$: $R_0 F z = \frac1N C^\top c$ and $F R_0^\top \beta = \frac1N \sum_n W_n
+(C \beta)_n$, for any mixture of layers, no interpolation between feature maps, no loop over pairs of layers.
+$F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew with every basis and never averaged. F is that of the newest statistics, so the state's leaves follow the batch's shape.
 
 Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
 Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.
@@ -34,8 +34,19 @@ from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import combine
-from fisherfn.methods.coarse_spaces import COARSE, Rows, Space, ones, published, space, spectral
-from fisherfn.methods.exact import Taps, as_matrix, empty_tap, examples, plain, total
+from fisherfn.methods.coarse_spaces import (
+    COARSE,
+    Rows,
+    Space,
+    lifted,
+    ones,
+    published,
+    restricted,
+    solved,
+    space,
+    spectral,
+)
+from fisherfn.methods.exact import Taps, as_matrix, compact, empty_tap, examples, plain, total
 from fisherfn.methods.kfac import kfac
 from fisherfn.taps import AnyTap, Mean, Tap
 from fisherfn.types import PyTree, Shape
@@ -50,10 +61,11 @@ Matrices = Mapping[str, Tensor]
 
 
 class Factors(NamedTuple):
-    """The fine method's factors, and the newest statistics."""
+    """The fine method's factors, the newest statistics, and the layers' shapes, which statistics need not show."""
 
     fine: PyTree
     taps: Taps
+    shapes: dict[str, Float[Tensor, "0 k o i"]]
 
 
 class Inverse(NamedTuple):
@@ -132,9 +144,12 @@ def init(
     nothing: Space | tuple[()] = ()
     if chosen.coarse != "residual":
         count = chosen.vectors * (2 if chosen.krylov else 1)
-        zeros = {key: torch.zeros(count, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
-        nothing = Space(zeros, torch.eye(count * len(shapes), dtype=torch.float64, device=device))
-    return Factors(factors, taps), Inverse(inverses, dict(taps), damping.clone(), nothing)
+        zeros = {key: torch.zeros(count, shape.k * shape.o * shape.i, dtype=dtype, device=device)
+                 for key, shape in shapes.items()}  # fmt: skip
+        eye = torch.eye(count * len(shapes), dtype=torch.float64, device=device)
+        nothing = Space(zeros, eye[:0], eye)
+    like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
+    return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
 
 
 def update(
@@ -142,9 +157,10 @@ def update(
 ) -> Estimated:
     """The fine method's update; the statistics are the newest."""
     fine = chosen.fine.update(factors.fine, taps, rho, mean, inverting)
-    new = {key: plain(tap.to(factors.taps[key].g.dtype).whole()) for key, tap in taps.items()}
+    kept = (lambda tap: plain(tap.whole())) if chosen.coarse == "tselepidis" else compact
+    new = {key: kept(tap.to(factors.taps[key].g.dtype)) for key, tap in taps.items()}
     ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
-    return Estimated(Factors(fine.factors, new), ok, fine.diagnostics)
+    return Estimated(Factors(fine.factors, new, factors.shapes), ok, fine.diagnostics)
 
 
 def invert(chosen: Settings, factors: Factors, damping: Float[Tensor, ""]) -> Estimated:
@@ -163,17 +179,20 @@ def _fixed_space(chosen: Settings, factors: Factors, inverse: Inverse) -> Space:
     if chosen.coarse == "tselepidis":
         return published(factors.taps, inverse.damping)
     if chosen.coarse == "spectral":
-        return _space(chosen, inverse, spectral(factors.fine, chosen.vectors))
-    return _space(chosen, inverse, ones(factors.taps, chosen.vectors))
+        return _space(chosen, inverse, spectral(factors.fine, chosen.vectors), factors.shapes)
+    return _space(chosen, inverse, ones(factors.taps, chosen.vectors), factors.shapes)
 
 
-def _space(chosen: Settings, inverse: Inverse, first: Rows) -> Space:
-    """The space of these rows, with their images under M where Krylov is wanted."""
+def _space(chosen: Settings, inverse: Inverse, first: Rows, like: Matrices) -> Space:
+    """The space of these rows, with their images under M where Krylov is wanted; `like` has the layers' shapes."""
     vectors = first
     if chosen.krylov:
         count = next(iter(first.values())).shape[0]
-        images = [_fine(chosen, inverse, {key: R[p] for key, R in first.items()}) for p in range(count)]
-        vectors = {key: torch.cat([R, torch.stack([image[key] for image in images])]) for key, R in first.items()}
+        matrices = ({key: R[p].reshape(like[key].shape[-3:]) for key, R in first.items()} for p in range(count))
+        images = [_fine(chosen, inverse, row) for row in matrices]
+        vectors = {
+            key: torch.cat([R, torch.stack([image[key].flatten() for image in images])]) for key, R in first.items()
+        }
     return space(vectors, inverse.taps, inverse.damping)
 
 
@@ -192,54 +211,58 @@ def precondition(
 
 def multiplicative(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
     """`z + Q (∇ − F_• z)` with `z = M ∇`."""
-    z = _fine(chosen, inverse, grad)
-    rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0)
-    return tree.add(z, corrected(_current(chosen, inverse, rest, grad), rest))
+    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, grad)
+    rest = restricted(space, grad) - _restricted_damped(inverse, space, z)
+    return tree.add(z, lifted(space, solved(space, rest), z))
 
 
 def balanced(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
     """`Q ∇ + P M Pᵀ ∇`."""
-    rest = tree.add(dict(grad), damped(inverse, _fine(chosen, inverse, grad)), scale=-1.0)
-    space = _current(chosen, inverse, rest, grad)
-    coarse = corrected(space, grad)
-    y = _fine(chosen, inverse, tree.add(dict(grad), damped(inverse, coarse), scale=-1.0))
-    return tree.add(tree.add(coarse, y), corrected(space, damped(inverse, y)), scale=-1.0)
+    space = _current(chosen, inverse, grad)
+    beta = solved(space, restricted(space, grad))
+    coarse = lifted(space, beta, grad)
+    y = _fine(chosen, inverse, tree.add(dict(grad), _damped(inverse, space.C @ beta, coarse), scale=-1.0))
+    back = solved(space, _restricted_damped(inverse, space, y))
+    return tree.add(y, lifted(space, beta - back, y))
 
 
 def additive(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
     """`M ∇ + Q ∇`."""
-    z = _fine(chosen, inverse, grad)
-    rest = tree.add(dict(grad), damped(inverse, z), scale=-1.0) if chosen.coarse == "residual" else dict(grad)
-    return tree.add(z, corrected(_current(chosen, inverse, rest, grad), grad))
+    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, grad)
+    return tree.add(z, lifted(space, solved(space, restricted(space, grad)), z))
 
 
 FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": additive}
 
 
-def _current(chosen: Settings, inverse: Inverse, rest: Matrices, grad: Matrices) -> Space:
+def _current(chosen: Settings, inverse: Inverse, grad: Matrices) -> Space:
     """The space of the state, or that of this step's residual; a residual that is rounding spans nothing."""
     if isinstance(inverse.space, Space):
         return inverse.space
+    z = _fine(chosen, inverse, grad)
+    rest = tree.add(dict(grad), _damped(inverse, total(inverse.taps, z).flatten(), z), scale=-1.0)
     length = tree.norm(dict(grad))
     left = {key: torch.where(r.norm() > torch.finfo(r.dtype).eps ** 0.75 * length, r, 0.0) for key, r in rest.items()}
-    first = {key: R.unsqueeze(0) for key, R in _fine(chosen, inverse, left).items()}
-    return _space(chosen, inverse, first)
+    first = {key: R.reshape(1, -1) for key, R in _fine(chosen, inverse, left).items()}
+    return _space(chosen, inverse, first, z)
 
 
 def _fine(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
     return chosen.fine.precondition(inverse.fine, grad, False).matrices
 
 
-def damped(inverse: Inverse, z: Matrices) -> dict[str, Tensor]:
-    """`F_• z = F z + λ z`."""
-    c = total(inverse.taps, z) / examples(inverse.taps)
-    return {key: combine(tap, c) + inverse.damping.to(tap.g.dtype) * z[key] for key, tap in inverse.taps.items()}
+def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, Tensor]:
+    """`F_• z = F z + λ z`, given `c = Σ_l ⟨W, z^l⟩` of every draw and example."""
+    n = examples(inverse.taps)
+
+    def of(tap: Tap, v: Tensor) -> Tensor:
+        weights = (c / n).to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
+        return combine(tap, weights).reshape(v.shape) + inverse.damping.to(v.dtype) * v
+
+    return {key: of(tap, z[key]) for key, tap in inverse.taps.items()}
 
 
-def corrected(space: Space, v: Matrices) -> dict[str, Tensor]:
-    """`Q v = R₀ᵀ F_c⁻¹ R₀ v`."""
-    restricted = torch.cat([(R * v[key]).flatten(1).sum(-1) for key, R in space.rows.items()]).double()
-    beta = torch.cholesky_solve(restricted.unsqueeze(-1), space.factor).squeeze(-1)
-    parts = beta.split([R.shape[0] for R in space.rows.values()])
-    pairs = zip(space.rows.items(), parts, strict=True)
-    return {key: (part.to(R.dtype).reshape(-1, 1, 1, 1) * R).sum(0) for (key, R), part in pairs}
+def _restricted_damped(inverse: Inverse, space: Space, z: Matrices) -> Float[Tensor, " q"]:
+    """`R₀ F_• z`."""
+    c = total(inverse.taps, z).flatten().double()
+    return space.C.mT @ c / examples(inverse.taps) + inverse.damping.double() * restricted(space, z)

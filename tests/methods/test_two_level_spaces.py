@@ -97,8 +97,10 @@ def test_spectral_rows_are_the_smallest_eigenvectors_of_the_dense_block(vectors)
 def test_spectral_rows_of_drawn_nets(setting):
     """q_G q_Aᵀ of the leading Kronecker product, group by group, whatever the fine method."""
     one = case(*setting)
-    _, state = one.two_level("spectral", vectors=3)
-    for key, R in state.inverses.space.rows.items():
+    ng, state = one.two_level("spectral", vectors=3)
+    shapes = {block.key: block.shape for block in ng.layout.blocks}
+    for key, flat in state.inverses.space.rows.items():
+        R = flat.reshape(-1, *shapes[key])
         A, G = pairs_of(state.factors.fine[key])[0]
         dense = torch.block_diag(*(kron_oracles.kron(*group) for group in zip(A, G, strict=True)))
         found = R.flatten(1)

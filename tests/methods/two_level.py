@@ -58,12 +58,15 @@ class Case:
 
     @cached_property
     def state(self):
-        """All spaces and forms have the same factors: they differ from the inversion on."""
+        """All spaces but tselepidis have the same factors: they differ from the inversion on."""
         return self.updated(method(self.fine))[1]
 
     def two_level(self, *args, **kwargs):
         """(ng, state) after the inversion."""
-        return inverted(replace(self.run.ng, method=method(self.fine, *args, **kwargs)), self.state)
+        chosen = method(self.fine, *args, **kwargs)
+        published = "tselepidis" in (*args, *kwargs.values()) or "tpselepedis" in args
+        state = self.updated(chosen)[1] if published else self.state
+        return inverted(replace(self.run.ng, method=chosen), state)
 
     def step(self, v, *args, **kwargs):
         ng, state = self.two_level(*args, **kwargs)
@@ -132,9 +135,12 @@ def operator(ng, state, params):
 
 def rows_of(ng, state):
     """The rows that a state holds, layer after layer."""
-    found = state.inverses.space.rows
-    zeros = {key: torch.zeros_like(R[0]) for key, R in found.items()}
-    return torch.stack([vec(ng.layout.tree({**zeros, key: row})) for key, R in found.items() for row in R])
+    shapes = {block.key: block.shape for block in ng.layout.blocks}
+    zeros = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
+    rows = state.inverses.space.rows
+    return torch.stack(
+        [vec(ng.layout.tree({**zeros, key: row.reshape(shapes[key])})) for key, R in rows.items() for row in R]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- definitions
