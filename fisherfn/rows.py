@@ -132,16 +132,17 @@ def cat(parts: Sequence[Rows]) -> Rows:
 
 def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
     """`a M`, row by row."""
-    if isinstance(a, Tensor):
-        return a @ M.unsqueeze(1)
     k, n, t, _ = sizes(a)
+    if isinstance(a, Tensor):  # flat: a broadcast product would read M once an example
+        return (a.flatten(1, 2) @ M).reshape(k, n, t, M.shape[-1])
     if isinstance(a, OneHot):
         padded = torch.cat([M, M.new_zeros(k, 1, M.shape[-1])], 1)
         index = a.index.reshape(k, n * t, 1).expand(-1, -1, M.shape[-1])
         return padded.gather(1, index).reshape(k, n, t, M.shape[-1])
     out = M.new_zeros(k, n, t, M.shape[-1])
     for part in a.parts:
-        out = out + _spread(part.a @ M.index_select(1, part.columns).unsqueeze(1), part.positions, t)
+        product = part.a.flatten(1, 2) @ M.index_select(1, part.columns)
+        out = out + _spread(product.reshape(*part.a.shape[:3], M.shape[-1]), part.positions, t)
     return out
 
 

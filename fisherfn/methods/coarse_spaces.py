@@ -14,7 +14,7 @@ k group, s draw, n example, m example and draw, t position, i input, o output, p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -45,11 +45,13 @@ class Space(NamedTuple):
         rows: of every layer, orthonormal, zero where they were dependent.
         C: `⟨W_sn, R_p⟩` of every example and row, which is all of F that the space sees; empty where it is not used.
         factor: Cholesky's, of F_c.
+        images: M times the rows, for the balanced form.
     """
 
     rows: Rows
     C: Float[Tensor, "m q"]
     factor: Float[Tensor, "q q"]
+    images: Rows | tuple[()] = ()
 
 
 def restricted(space: Space, v: Mapping[str, Tensor]) -> Float[Tensor, " q"]:
@@ -57,10 +59,10 @@ def restricted(space: Space, v: Mapping[str, Tensor]) -> Float[Tensor, " q"]:
     return torch.cat([R @ v[key].flatten() for key, R in space.rows.items()]).double()
 
 
-def lifted(space: Space, beta: Float[Tensor, " q"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def lifted(rows: Rows, beta: Float[Tensor, " q"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`R₀ᵀ β`, in the shapes of `like`."""
-    parts = beta.split([R.shape[0] for R in space.rows.values()])
-    pairs = zip(space.rows.items(), parts, strict=True)
+    parts = beta.split([R.shape[0] for R in rows.values()])
+    pairs = zip(rows.items(), parts, strict=True)
     return {key: (part.to(R.dtype) @ R).reshape(like[key].shape) for (key, R), part in pairs}
 
 
@@ -105,7 +107,7 @@ def _by_layer(factors: PyTree) -> Mapping[str, PyTree]:
 
 
 def _leading(block: PyTree) -> Pair:
-    found = getattr(block, "first", block)
+    found: Any = getattr(block, "first", block)
     if not hasattr(found, "A") or not hasattr(found, "G"):
         raise HyperparameterError(
             "the spectral coarse space is made of the fine method's Kronecker factors, and this one has none: "

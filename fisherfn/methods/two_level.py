@@ -34,6 +34,7 @@ from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import combine
+from fisherfn.linalg.kron import factored_is_cheaper
 from fisherfn.methods.coarse_spaces import (
     COARSE,
     Rows,
@@ -58,6 +59,7 @@ ALIASES = {"tpselepedis": "tselepidis"}
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 Form = Literal["multiplicative", "balanced", "additive"]
 Matrices = Mapping[str, Tensor]
+Gradients = Mapping[str, Tensor] | Mapping[str, Tensor | Tap]
 
 
 class Factors(NamedTuple):
@@ -147,7 +149,7 @@ def init(
         zeros = {key: torch.zeros(count, shape.k * shape.o * shape.i, dtype=dtype, device=device)
                  for key, shape in shapes.items()}  # fmt: skip
         eye = torch.eye(count * len(shapes), dtype=torch.float64, device=device)
-        nothing = Space(zeros, eye[:0], eye)
+        nothing = Space(zeros, eye[:0], eye, dict(zeros) if chosen.form == "balanced" else ())
     like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
     return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
 
@@ -155,8 +157,10 @@ def init(
 def update(
     chosen: Settings, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
 ) -> Estimated:
-    """The fine method's update; the statistics are the newest."""
+    """The fine method's update; the statistics are the newest that an inversion follows."""
     fine = chosen.fine.update(factors.fine, taps, rho, mean, inverting)
+    if not inverting:
+        return fine._replace(factors=factors._replace(fine=fine.factors))
     kept = (lambda tap: plain(tap.whole())) if chosen.coarse == "tselepidis" else compact
     new = {key: kept(tap.to(factors.taps[key].g.dtype)) for key, tap in taps.items()}
     ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
@@ -187,13 +191,18 @@ def _space(chosen: Settings, inverse: Inverse, first: Rows, like: Matrices) -> S
     """The space of these rows, with their images under M where Krylov is wanted; `like` has the layers' shapes."""
     vectors = first
     if chosen.krylov:
-        count = next(iter(first.values())).shape[0]
-        matrices = ({key: R[p].reshape(like[key].shape[-3:]) for key, R in first.items()} for p in range(count))
-        images = [_fine(chosen, inverse, row) for row in matrices]
-        vectors = {
-            key: torch.cat([R, torch.stack([image[key].flatten() for image in images])]) for key, R in first.items()
-        }
-    return space(vectors, inverse.taps, inverse.damping)
+        images = _images(chosen, inverse, first, like)
+        vectors = {key: torch.cat([R, images[key]]) for key, R in first.items()}
+    made = space(vectors, inverse.taps, inverse.damping)
+    return made._replace(images=_images(chosen, inverse, made.rows, like)) if chosen.form == "balanced" else made
+
+
+def _images(chosen: Settings, inverse: Inverse, R: Rows, like: Matrices) -> Rows:
+    """M times every row."""
+    count = next(iter(R.values())).shape[0]
+    matrices = ({key: rows[p].reshape(like[key].shape[-3:]) for key, rows in R.items()} for p in range(count))
+    images = [_fine(chosen, inverse, row) for row in matrices]
+    return {key: torch.stack([image[key].flatten() for image in images]) for key in R}
 
 
 # the step --------------------------------------------------------------------------------------------------------
@@ -204,32 +213,32 @@ def precondition(
 ) -> Preconditioned:
     """The preconditioned gradient in the chosen form."""
     dtypes = {key: tap.g.dtype for key, tap in inverse.taps.items()}
-    grad = {key: as_matrix(gradient).to(dtypes[key]) for key, gradient in gradients.items()}
-    nat = FORM[chosen.form](chosen, inverse, grad)
-    return Preconditioned(nat, torch.stack([(grad[key] * nat[key]).sum() for key in grad]).sum() if inner else ())
+    given = {key: gradient.to(dtypes[key]) for key, gradient in gradients.items()}
+    grad = {key: as_matrix(gradient) for key, gradient in given.items()}
+    nat = FORM[chosen.form](chosen, inverse, given, grad)
+    return Preconditioned(nat, tree.dot(grad, nat) if inner else ())
 
 
-def multiplicative(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+def multiplicative(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
     """`z + Q (∇ − F_• z)` with `z = M ∇`."""
-    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, grad)
+    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
     rest = restricted(space, grad) - _restricted_damped(inverse, space, z)
-    return tree.add(z, lifted(space, solved(space, rest), z))
+    return tree.add(z, lifted(space.rows, solved(space, rest), z))
 
 
-def balanced(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+def balanced(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
     """`Q ∇ + P M Pᵀ ∇`."""
     space = _current(chosen, inverse, grad)
     beta = solved(space, restricted(space, grad))
-    coarse = lifted(space, beta, grad)
-    y = _fine(chosen, inverse, tree.add(dict(grad), _damped(inverse, space.C @ beta, coarse), scale=-1.0))
+    y = tree.add(_fine(chosen, inverse, given), _fine_damped(chosen, inverse, space, beta, grad), scale=-1.0)
     back = solved(space, _restricted_damped(inverse, space, y))
-    return tree.add(y, lifted(space, beta - back, y))
+    return tree.add(y, lifted(space.rows, beta - back, y))
 
 
-def additive(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+def additive(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
     """`M ∇ + Q ∇`."""
-    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, grad)
-    return tree.add(z, lifted(space, solved(space, restricted(space, grad)), z))
+    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
+    return tree.add(z, lifted(space.rows, solved(space, restricted(space, grad)), z))
 
 
 FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": additive}
@@ -247,7 +256,7 @@ def _current(chosen: Settings, inverse: Inverse, grad: Matrices) -> Space:
     return _space(chosen, inverse, first, z)
 
 
-def _fine(chosen: Settings, inverse: Inverse, grad: Matrices) -> dict[str, Tensor]:
+def _fine(chosen: Settings, inverse: Inverse, grad: Gradients) -> dict[str, Tensor]:
     return chosen.fine.precondition(inverse.fine, grad, False).matrices
 
 
@@ -260,6 +269,24 @@ def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, 
         return combine(tap, weights).reshape(v.shape) + inverse.damping.to(v.dtype) * v
 
     return {key: of(tap, z[key]) for key, tap in inverse.taps.items()}
+
+
+def _fine_damped(
+    chosen: Settings, inverse: Inverse, space: Space, beta: Float[Tensor, " q"], like: Matrices
+) -> dict[str, Tensor]:
+    """`M F_• R₀ᵀ β`: of F's part as a tap where that is cheaper, of λ's part by the images of the rows."""
+    n, c = examples(inverse.taps), space.C @ beta
+
+    def of(key: str, tap: Tap) -> Tensor | Tap:
+        weights = c.to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
+        k, s, _, _, o, i = tap.sizes
+        if isinstance(tap.a, Tensor) and (k, o, i) == like[key].shape and factored_is_cheaper(tap.sizes):
+            return Tap(tap.a, torch.einsum("sn,ksnto->knto", weights, tap.g).unsqueeze(1))
+        return combine(tap, weights / n).reshape(like[key].shape)
+
+    of_F = _fine(chosen, inverse, {key: of(key, tap) for key, tap in inverse.taps.items()})
+    of_damping = lifted(dict(space.images), beta * inverse.damping.double(), like)
+    return tree.add(of_F, of_damping)
 
 
 def _restricted_damped(inverse: Inverse, space: Space, z: Matrices) -> Float[Tensor, " q"]:
