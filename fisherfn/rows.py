@@ -163,6 +163,18 @@ def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
     return out
 
 
+def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o i"]:
+    """`Σ_t g aᵀ` of every draw and example."""
+    if not isinstance(a, Phases):
+        return torch.einsum("ksnto,knti->ksnoi", g, dense(a))
+    k, s, n, _, o = g.shape
+    out = g.new_zeros(k, s, n, o, a.width)
+    for part in a.parts:
+        g_part = g if isinstance(part.positions, tuple) else g.index_select(3, part.positions)
+        out = out.index_add(4, part.columns, torch.einsum("ksnto,knti->ksnoi", g_part, part.a))
+    return out
+
+
 def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
     """`Σ_nt a aᵀ`; of one-hot rows only the diagonal is not zero, so that `diagonal_moment` has it all."""
     if isinstance(a, Tensor):

@@ -110,7 +110,7 @@ AnyTap: TypeAlias = Tap | LazyTap
 
 def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
     """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
-    parts = [torch.einsum("ksnto,knti->snkoi", part.g, rows.dense(part.a)) for part in tap.windows()]
+    parts = [rows.outer_each(part.g, part.a).permute(1, 2, 0, 3, 4) for part in tap.windows()]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 

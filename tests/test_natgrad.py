@@ -232,6 +232,7 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     with torch.no_grad():
         silent = ng.step(problem.params, state, problem.batch, inner=True)
     recorded = ng.step(leaves, state, problem.batch, inner=True)
-    for other in (silent, recorded):
-        assert equal(other, plain)
+    assert equal(silent, plain)
+    # torch may fold the products of recorded tensors in another way, so that the last bit differs
+    close(ff.tree.flatten(recorded), ff.tree.flatten(plain), tol=1e-14)
     assert all(leaf.grad is None for leaf in leaves.values())
