@@ -81,6 +81,9 @@ class TrainConfig:
         None, "twolevel_kfac: space that couples the layers; null: nicolaides (tpselepedis is tselepidis)"
     )
     krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the rows' images under K-FAC; null: 0")
+    coarse_form: Literal["multiplicative", "balanced", "additive"] | None = option(
+        None, "twolevel_kfac: how both levels combine; null: balanced, the one that momentum and KL clip can rely on"
+    )
     fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)

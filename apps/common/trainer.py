@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ METHOD_OPTIONS = {
     "structure": "structure",
     "coarse_space": "coarse",
     "krylov": "krylov",
+    "coarse_form": "form",
 }
 """Options that only some methods have, and what these call them."""
 
@@ -108,7 +110,13 @@ def method(config: TrainConfig) -> ff.Method:
     """The method that `--optim` names, with those of its options that were given."""
     build = ff.METHODS[config.optim]
     known = inspect.signature(build).parameters
-    options = {}
+    options: dict[str, Any] = {}
+    if config.optim == "twolevel_kfac":
+        published = config.coarse_space in ("tselepidis", "tpselepedis")
+        options = {"form": "additive" if published else "balanced"}
+        if config.damping_form is not None:
+            options["fine"] = ff.kfac(damping_form=config.damping_form)
+            config = dataclasses.replace(config, damping_form=None)
     for name, parameter in METHOD_OPTIONS.items():
         if getattr(config, name) is not None:
             if parameter not in known:

@@ -128,7 +128,7 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
         known, guess = after
         largest = kron.dot(known.u, Z.left_dual(known.u))
         Q, D = _column(known.v), _column(Z.right_dual(known.v))
-        q, dual, length = _unit(Z, _orthogonal(guess.v, Q, D, Z.rounding)[0], 1e-6)
+        q, dual, length = _unit(Z, _orthogonal(guess.v, Q, D, Z.rounding), 1e-6)
     before = Q.shape[1]
     second = _unit(Z, Z.start(1), 0.0)[0] if restart else None
     images, image_duals = [], []
@@ -140,26 +140,22 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
         again = largest * (length == 0) if second is not None and step else None
         if second is not None and again is not None:
             r = r + kron.times(second, again)
-        r, square = _orthogonal(r, Q, D, Z.rounding)
+        square = kron.dot(images[-1], image_duals[-1]).clamp(min=0)
         largest = torch.maximum(largest, square)
-        # what rounding leaves of σ₁u₁ in Z q comes back through Zᵀ
+        # rounding in Z q, for the most part along u₁, comes back through Zᵀ as σ₁
         square = square if again is None else square + again
-        q, dual, length = _unit(Z, r, Z.rounding * (largest * square.clamp(min=0)).sqrt())
+        q, dual, length = _unit(Z, _orthogonal(r, Q, D, Z.rounding), Z.rounding * (largest * square).sqrt())
     basis = Q[:, before:].reshape(Q.shape[0], steps, *q.shape[1:])
     return _Krylov(basis, torch.stack(images, 1), torch.stack(image_duals, 1), beyond=length)
 
 
-def _orthogonal(
-    r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float
-) -> tuple[Element, Float[Tensor, " k"]]:
-    """What of r is orthogonal to the q, whose duals are D; and ⟨q, r⟩ of the last of them."""
+def _orthogonal(r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float) -> Element:
+    """What of r is orthogonal to the q, whose duals are D."""
     rest = r.flatten(1).unsqueeze(-1)
-    parts = D @ rest
-    square = parts[:, -1, 0].double()
-    rest = torch.baddbmm(rest, Q.mT, parts, alpha=-1)
-    if torch.finfo(r.dtype).eps > 1e-8 * rounding:  # else once is enough: what is left is never so short
+    once = torch.finfo(r.dtype).eps <= 1e-8 * rounding  # enough where what is left is never much shorter
+    for _ in range(1 if once else 2):
         rest = torch.baddbmm(rest, Q.mT, D @ rest, alpha=-1)
-    return rest.reshape(r.shape), square
+    return rest.reshape(r.shape)
 
 
 def _column(x: Element) -> Float[Tensor, "k 1 d"]:

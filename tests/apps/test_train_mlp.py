@@ -113,7 +113,7 @@ def test_an_existing_name_is_refused_unless_overwritten(own):
         ("--optim ekfac --damping_form eigen", lambda: ff.ekfac("eigen")),
         (
             "--optim twolevel_kfac --coarse_space residual --krylov 1",
-            lambda: ff.two_level(coarse="residual", krylov=True),
+            lambda: ff.two_level(coarse="residual", krylov=True, form="balanced"),
         ),
         ("--optim twolevel_kfac --coarse_space tpselepedis", lambda: ff.two_level(coarse="tselepidis")),
     ],
