@@ -1,8 +1,8 @@
 """What a coarse space adds to K-FAC: distance to the exact step, training loss and cost, at the same damping.
 
-`python apps/study_two_level.py --data CURVES` measures three things, all at the λ that is tuned for K-FAC. K-FAC and the
-fine method of every two-level one are damped by λI, as the exact natural gradient is, so that all approximate the same
-step.
+`python apps/study_two_level.py --data CURVES` measures three things, all at the λ that is tuned for K-FAC. K-FAC and
+the fine method of every two-level one are damped by λI, as the exact natural gradient is, so that all approximate the
+same step.
 
 1. Along K-FAC's run, on single batches: the energy ‖z − z*‖² / ‖z*‖² of the step z in the norm of F + λI, z* the exact
    solution (0 for no step at all would be 1), and the conjugate-gradient steps on (F + λI) z = ∇ to an energy of 1 %,

@@ -1,13 +1,15 @@
 """The training loop that all trainers share: a generator of epochs, resumable because nothing in it is hidden.
 
-Every random number derives from (seed, epoch): the order of the examples and the Fisher's labels. So a run that goes on
-from the end of an epoch is the straight run.
+Every random number derives from (seed, epoch): the order of the examples and the Fisher's labels, whose generator is
+part of a snapshot. So a run that goes on from any step is the straight run.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +49,20 @@ class Task(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Where a run stands at the end of an epoch: all that a checkpoint needs."""
+    """Where a run stands, after any step: all that a checkpoint needs.
+
+    Attributes:
+        params: the parameters.
+        context: buffers.
+        state: the optimizer's.
+        epoch: epochs that are finished.
+        step: steps that were made, skipped ones included.
+        seconds: of training.
+        batches: steps of the epoch that is not finished.
+        skipped: how many of these were not ok.
+        in_a_row: how many of these came last.
+        draws: state of the generator of the Fisher's labels; empty between epochs.
+    """
 
     params: Tree
     context: Tree
@@ -55,6 +70,14 @@ class Snapshot(NamedTuple):
     epoch: int
     step: int
     seconds: float
+    batches: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    draws: Tensor = torch.empty(0, dtype=torch.uint8)
+
+
+Watch = Callable[[int, Callable[[], Snapshot]], None]
+"""Called after every step with its number and a way to the snapshot; it may save it, or raise to end the run."""
 
 
 class Epoch(NamedTuple):
@@ -80,16 +103,18 @@ def start(task: Task, optimizer: Optimizer) -> Snapshot:
     return Snapshot(task.params, task.context, optimizer.init(task.params), 0, 0, 0.0)
 
 
-def train(task: Task, optimizer: Optimizer, snapshot: Snapshot, settings: Settings) -> Iterator[Epoch]:
+def train(
+    task: Task, optimizer: Optimizer, snapshot: Snapshot, settings: Settings, watch: Watch = lambda step, at: None
+) -> Iterator[Epoch]:
     """Train from `snapshot` on, yielding each epoch; a fresh run yields its starting point first.
 
     `seconds` counts training only, not evaluation. A step that is not ok is skipped, params and state as they were;
     after `PATIENCE` in a row the typed error that explains it is raised.
     """
-    if snapshot.epoch == 0:
+    if snapshot.step == 0:
         yield Epoch(snapshot, measure(task, snapshot, skipped=0))
     while snapshot.epoch < settings.num_epochs:
-        snapshot, skipped = _epoch(task, optimizer, snapshot, settings)
+        snapshot, skipped = _epoch(task, optimizer, snapshot, settings, watch)
         yield Epoch(snapshot, measure(task, snapshot, skipped))
 
 
@@ -117,33 +142,47 @@ def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tup
     return total / examples / task.per_output, right / examples if classes else None
 
 
-def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings) -> tuple[Snapshot, int]:
-    params, context, state, epoch, step, seconds = at
-    draws = _generator(settings.seed, epoch, stream=1)
-    batches = _batches(task, settings, _generator(settings.seed, epoch, stream=0))
-    title = f"{settings.label} epoch {epoch + 1}/{settings.num_epochs}"
+def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, watch: Watch) -> tuple[Snapshot, int]:
+    """What is left of an epoch: the snapshot at its end, and how many steps were skipped."""
+    draws = _generator(settings.seed, at.epoch, stream=1)
+    if at.draws.numel():
+        draws.set_state(at.draws)
+    total = math.ceil(task.train[0].shape[0] / settings.batch_size)
+    batches = _batches(task, settings, _generator(settings.seed, at.epoch, stream=0), at.batches)
+    title = f"{settings.label} epoch {at.epoch + 1}/{settings.num_epochs}"
     # None: no bar where nobody watches (output that is not a terminal)
-    bar = tqdm(batches, desc=title, disable=None if settings.progress else True, leave=False, unit="step")
-    skipped = in_a_row = 0
-    began = time.perf_counter()
+    quiet = None if settings.progress else True
+    bar = tqdm(batches, desc=title, disable=quiet, leave=False, unit="step", initial=at.batches, total=total)
+    began, first = time.perf_counter(), at
     for batch in bar:
-        new = optimizer.step(params, state, batch, context, optimizer.draw(batch, draws), step)
-        step += 1
+        new = optimizer.step(at.params, at.state, batch, at.context, optimizer.draw(batch, draws), at.step)
+        at = at._replace(step=at.step + 1, batches=at.batches + 1)
         if all(bool(ok) for ok in new.info.ok.values()):
-            params, state, context, in_a_row = new.params, new.state, new.context, 0
+            at = at._replace(params=new.params, state=new.state, context=new.context, in_a_row=0)
         else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        if in_a_row >= min(PATIENCE, len(batches)):
+            at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
+        if at.in_a_row >= min(PATIENCE, total):
             bar.close()
             ff.check(new.info)
-        rate = (step - at.step) * settings.batch_size / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        rate = (at.step - first.step) * settings.batch_size / seconds
         bar.set_postfix_str(f"loss {float(new.info.loss) / task.per_output:.4g}, {rate:,.0f} examples/s", refresh=False)
-    return Snapshot(params, context, state, epoch + 1, step, seconds + time.perf_counter() - began), skipped
+        now = at._replace(seconds=first.seconds + seconds)
+        watch(at.step, partial(_with_draws, now, draws))
+    done = Snapshot(at.params, at.context, at.state, at.epoch + 1, at.step, first.seconds + time.perf_counter() - began)
+    return done, at.skipped
 
 
-def _batches(task: Task, settings: Settings, generator: torch.Generator) -> DataLoader[Any]:
-    """Shuffled batches; the last one may be shorter. A batch is one indexing operation, not one an example."""
-    order = torch.randperm(task.train[0].shape[0], generator=generator).tolist()
+def _with_draws(at: Snapshot, draws: torch.Generator) -> Snapshot:
+    return at._replace(draws=draws.get_state())
+
+
+def _batches(task: Task, settings: Settings, generator: torch.Generator, done: int) -> DataLoader[Any]:
+    """Shuffled batches less those that are done; the last one may be shorter.
+
+    A batch is one indexing operation, not one an example.
+    """
+    order = torch.randperm(task.train[0].shape[0], generator=generator).tolist()[done * settings.batch_size :]
     sampler = BatchSampler(order, settings.batch_size, drop_last=False)
     # a generator of its own: the loader would take its base seed from the global one
     own = torch.Generator().manual_seed(0)

@@ -7,13 +7,16 @@ replaced is replaced in one step: a run that is killed leaves the old file or th
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import itertools
 import json
+import logging
 import math
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,12 +29,17 @@ from fisherfn.errors import FisherfnError
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
 
-VERSION = 1
+KEPT = ("checkpoint.1.pt",)
+"""The checkpoints before the last one, newest first: what a damaged file falls back on."""
+
+VERSION = 2
 """Of the checkpoint's format; raised when an older reader would misread a newer file."""
+
+log = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "num_epochs", "data_path", "download", "device", "num_workers", "quiet", "overwrite", "resume", "result_dir",
-    "result_name",
+    "result_name", "save_every",
 }  # fmt: skip
 """Options that a resumed run may have otherwise than the run it goes on from; the others define the result."""
 
@@ -42,6 +50,10 @@ class ResultExistsError(FisherfnError, FileExistsError):
 
 class CheckpointError(FisherfnError, ValueError):
     """A checkpoint that is not there, not whole, or of another format."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not whole."""
 
 
 class MetricsError(FisherfnError, ValueError):
@@ -55,6 +67,7 @@ class Results:
         self.path = path
         self._config = config
         self._ready = False
+        self._lock: int | None = None
 
     @classmethod
     def open(cls, config: Any, app: str) -> Results:
@@ -73,13 +86,23 @@ class Results:
         name = config.result_name or default_name(config)
         path = Path(config.result_dir) / app / _plain(name)
         config = dataclasses.replace(config, result_name=name)
+        lock = None
         if config.resume:
             _check_resumable(path, config)
+            lock = _locked(path)
         elif config.overwrite:
             _check_replaceable(path)
         elif path.exists():
             raise ResultExistsError(f"{path} exists already: give --overwrite, --resume, or another --result_name")
-        return cls(path, config)
+        results = cls(path, config)
+        results._lock = lock
+        return results
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Append one epoch's metrics, on the disk when this returns; a number that is not finite becomes null."""
@@ -93,12 +116,19 @@ class Results:
         return read_metrics(self.path)
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Replace the checkpoint: tensors by path, and whatever JSON can hold. `meta["epoch"]` is what resume needs."""
-        save_checkpoint(self._folder() / CHECKPOINT, tensors, meta)
+        """Replace the checkpoint: tensors by path, and whatever JSON can hold. `meta["epoch"]` is what resume needs.
+
+        The one before is kept beside it.
+        """
+        path = self._folder() / CHECKPOINT
+        save_checkpoint(path, tensors, meta, kept=[path.with_name(name) for name in KEPT])
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The checkpoint to go on from, tensors on the CPU; a resumed run forgets the epochs recorded after it."""
-        tensors, meta = load_checkpoint(self.path / CHECKPOINT)
+        """The checkpoint to go on from, tensors on the CPU; a resumed run forgets the epochs recorded after it.
+
+        One that is damaged is passed over for the one before, and a warning says so.
+        """
+        tensors, meta = _first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
         if self._config.resume and (self.path / METRICS).exists():
             kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
             _replace_text(self.path / METRICS, "".join(map(_line, kept)))
@@ -108,8 +138,11 @@ class Results:
         """The folder, made or emptied at the first call; the configuration is the first thing in it."""
         if not self._ready:
             if self._config.overwrite and self.path.exists():
+                os.close(_locked(self.path))
                 shutil.rmtree(self.path)
             self._make()
+            if self._lock is None:
+                self._lock = _locked(self.path)
             self._ready = True
         return self.path
 
@@ -128,6 +161,18 @@ def default_name(config: Any) -> str:
     """Data, model, optimizer and seed; of one's own `pkg.module:function` with dashes for dots and colons."""
     parts = (str(getattr(config, name)) for name in ("data", "model", "optim", "seed") if hasattr(config, name))
     return "-".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
+
+
+def _locked(path: Path) -> int:
+    """A handle of the folder that keeps other runs out until it is closed, at the latest with the process."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        message = f"another run is writing to {path}: wait for it, or give this one another --result_name"
+        raise ResultExistsError(message) from None
+    return handle
 
 
 def _plain(name: str) -> str:
@@ -189,12 +234,19 @@ def _line(metrics: Mapping[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors by path and JSON-able facts as one file, in one step."""
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kept: Sequence[Path] = ()
+) -> None:
+    """Write tensors by path and JSON-able facts as one file, in one step; files before it are kept as `kept`."""
     # a clone, because a view would be saved with all of the storage it looks into
     own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     content = {"version": VERSION, "meta": json.dumps(dict(meta)), "tensors": own}
-    _replace(path, lambda file: torch.save(content, file))
+
+    def keep() -> None:
+        for newer, older in reversed(list(itertools.pairwise((path, *kept)))):
+            _keep(newer, older)
+
+    _replace(path, lambda file: torch.save(content, file), before=keep)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,11 +260,31 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint; start again with --overwrite") from error
+        raise DamagedError(f"{path} is damaged or no checkpoint; start again with --overwrite") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else None
         raise CheckpointError(f"{path} has format version {found}, this program reads version {VERSION}")
     return content["tensors"], json.loads(content["meta"])
+
+
+def _first_sound(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    for path, before in itertools.pairwise(paths):
+        try:
+            return load_checkpoint(path)
+        except DamagedError:
+            if not before.exists():
+                raise
+            log.warning("%s is damaged: going on from the one before, %s", path, before.name)
+    return load_checkpoint(paths[-1])
+
+
+def _keep(path: Path, older: Path) -> None:
+    """A second name for the file, in the place of an older one; at no moment is either missing."""
+    if path.exists():
+        beside = older.with_name(f".{older.name}.{os.getpid()}")
+        beside.unlink(missing_ok=True)
+        os.link(path, beside)
+        beside.replace(older)
 
 
 # ------------------------------------------------------------------------------------------------------ in one step
@@ -222,14 +294,15 @@ def _replace_text(path: Path, text: str) -> None:
     _replace(path, lambda file: file.write(text.encode()))
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file beside `path` and move it there once it is on the disk."""
+def _replace(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[], None] = lambda: None) -> None:
+    """Write a file beside `path` and move it there once it is on the disk and `before` has been called."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before()
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

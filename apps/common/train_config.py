@@ -101,6 +101,9 @@ class TrainConfig:
     result_name: str | None = option(None, "the result's own folder; null: from data, model, optimizer and seed")
     overwrite: bool = option(False, "replace an existing result of that name")
     resume: bool = option(False, "go on from an existing result's checkpoint")
+    save_every: int | None = option(
+        None, "steps between checkpoints, beside those of every epoch; null: none", check=POSITIVE
+    )
     quiet: bool = option(False, "no progress bar and no line an epoch")
 
     def __post_init__(self) -> None:

@@ -9,8 +9,11 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 
 CADENCE = {"default": (5, 10), "exactNG": (1, 1)}
 """Steps between statistics and between inverses; exactNG averages nothing, and a Fisher of an old batch is none."""
+
+COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
+"""What a checkpoint's facts say of a snapshot beside its tensors."""
 
 METHOD_OPTIONS = {
     "damping_form": "damping_form",
@@ -133,24 +139,33 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     model = config.model or config.model_for(data)
     config = filled(config, tuned(config.app, model, data.name, config.optim) | {"model": model})
-    results = Results.open(config, app or config.app)
-    _check_device(config.device)
-    task, net = make_task(config, data)
-    optimizer = make_optimizer(config, task)
-    snapshot = start(task, optimizer)
-    if config.resume:
-        snapshot = restore(results, snapshot)
-    label = f"{data.name} {config.optim}"
-    settings = Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
-    for epoch in train(task, optimizer, snapshot, settings):
-        snapshot = epoch.snapshot
-        results.record(epoch.metrics)
-        save(results, snapshot)
-        if not config.quiet:
-            print(line(epoch.metrics), flush=True)
-    pictures(results, task, data, snapshot)
+    with contextlib.closing(Results.open(config, app or config.app)) as results, stopped() as signals:
+        _check_device(config.device)
+        task, _ = make_task(config, data)
+        optimizer = make_optimizer(config, task)
+        snapshot = start(task, optimizer)
+        recorded: list[dict[str, float]] = []
+        if config.resume:
+            snapshot = restore(results, snapshot)
+            recorded = results.metrics()
+        for epoch in train(
+            task, optimizer, snapshot, settings(config, data), partial(watched, results, config.save_every, signals)
+        ):
+            snapshot = epoch.snapshot
+            if all(metrics["epoch"] != snapshot.epoch for metrics in recorded):
+                results.record(epoch.metrics)
+            save(results, snapshot)
+            if not config.quiet:
+                print(line(epoch.metrics), flush=True)
+        pictures(results, task, data, snapshot)
     print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
     return results.path
+
+
+def settings(config: TrainConfig, data: Data) -> Settings:
+    """How the run goes through the data."""
+    label = f"{data.name} {config.optim}"
+    return Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -166,16 +181,57 @@ def line(metrics: dict[str, float]) -> str:
 def save(results: Results, snapshot: Snapshot) -> None:
     """The snapshot as a flat checkpoint."""
     trees = {"params": snapshot.params, "context": snapshot.context, "state": snapshot.state}
-    meta = {"epoch": snapshot.epoch, "step": snapshot.step, "seconds": snapshot.seconds}
-    results.save_checkpoint(ff.tree.flatten(trees), meta)
+    meta = {name: getattr(snapshot, name) for name in COUNTS}
+    results.save_checkpoint(ff.tree.flatten(trees) | {"draws": snapshot.draws}, meta)
 
 
 def restore(results: Results, like: Snapshot) -> Snapshot:
     """The checkpoint as a snapshot, in the structure of a fresh one."""
     flat, meta = results.load_checkpoint()
+    draws = flat.pop("draws")
     trees = {"params": like.params, "context": like.context, "state": like.state}
     trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), ff.tree.unflatten(trees, flat), trees)
-    return Snapshot(trees["params"], trees["context"], trees["state"], meta["epoch"], meta["step"], meta["seconds"])
+    return Snapshot(**trees, **{name: meta[name] for name in COUNTS}, draws=draws)
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop and has saved where it stands; the exit code is the convention's, 128 + signal."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
+
+
+@contextlib.contextmanager
+def stopped() -> Iterator[list[int]]:
+    """The signals SIGINT and SIGTERM as they come, for the loop to end at the next step; a second one ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise Stopped(number)
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watched(
+    results: Results, save_every: int | None, signals: list[int], step: int, at: Callable[[], Snapshot]
+) -> None:
+    """After a step: save where it is due, and leave where a signal asks for it."""
+    if signals or (save_every and step % save_every == 0):
+        save(results, at())
+    if signals:
+        name = signal.Signals(signals[0]).name
+        print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
+        raise Stopped(signals[0])
 
 
 def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> None:

@@ -14,7 +14,7 @@ k group, j step, r term.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,8 +69,8 @@ def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) ->
 
     With the Gram matrices of the A and of the G, as many rows as there are terms, $K_G = H H^\top$ and
     $M = \mathrm{diag}(w)$: eigenpairs (σ², y) of $H^\top M K_A M H$ give the coefficients $c = M H y / \sigma$ of the A
-    and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair would
-    cancel it. The sign is that of tr G ≥ 0, which makes a leading pair PSD: neither factor alone has one.
+    and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair
+    would cancel it. The sign is that of tr G ≥ 0, which makes a leading pair PSD: neither factor alone has one.
     """
     A, G = (torch.stack([getattr(pair, side) for pair in pairs], 1) for side in ("A", "G"))
     K_A, K_G = _gram(A), _gram(G)

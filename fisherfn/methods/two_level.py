@@ -12,7 +12,8 @@ $Q = R_0^\top F_c^{-1} R_0$,
 Everything comes from one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from the numbers
 $c_n = \sum_l \langle W_n^l, z^l \rangle$: $R_0 F z = \frac1N C^\top c$ and $F R_0^\top \beta = \frac1N \sum_n W_n
 (C \beta)_n$, for any mixture of layers, no interpolation between feature maps, no loop over pairs of layers.
-$F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew with every basis and never averaged. F is that of the newest statistics, so the state's leaves follow the batch's shape.
+$F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew with every basis and never
+averaged. F is that of the newest statistics that an inversion followed, so the state's leaves follow the batch's shape.
 
 Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
 Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import fisherfn as ff
+from common import trainer
 from common.config import read
 from common.data import load
 from common.results import load_checkpoint, read_metrics
 from common.train_config import TrainConfig
-from common.trainer import make_task, natural_gradient, run
+from common.trainer import make_task, natural_gradient, run, watched
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +60,49 @@ def test_resumed_is_the_straight_run(own, optim):
     assert all(torch.equal(one[path], two[path]) for path in one)
     losses = [[m["train_loss"] for m in read_metrics(folder)] for folder in (straight, parts)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("optim", ["adam", "kfac", "lanczos", "twolevel_kfac"])
+def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(own, optim, monkeypatch):
+    """Killed after the seventh step, of which the sixth is on the disk."""
+    common = ("--optim", optim, "--damping", "1", "--clipping", "0.1", "--save_every", "3")
+    straight = quiet_run(*common, "--result_name", "straight")
+
+    def killed(results, save_every, signals, step, at):
+        watched(results, save_every, signals, step, at)
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "watched", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(*common, "--result_name", "parts")
+    assert load_checkpoint(own / "results/train_mlp/parts/checkpoint.pt")[1]["step"] == 6
+    parts = quiet_run(*common, "--result_name", "parts", "--resume")
+    one, two = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in (straight, parts))
+    assert all(torch.equal(one[path], two[path]) for path in one)
+    lines = [[(m["epoch"], m["step"], m["train_loss"]) for m in read_metrics(folder)] for folder in (straight, parts)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_code(own, number):
+    args = ("--data", "own:load", "--num_epochs", "100000", "--optim", "kfac", "--damping", "1", "--clipping", "0.1")
+    script = str(ROOT / "apps" / "train_mlp.py")
+    process = subprocess.Popen(
+        [sys.executable, script, *args, "--result_name", "one", "--quiet", "true"], cwd=own, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    path = own / "results/train_mlp/one/checkpoint.pt"
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    assert number.name in printed and "--resume" in printed
+    epochs = load_checkpoint(path)[1]["epoch"] + 1
+    done = command(*args[:2], "--num_epochs", str(epochs), *args[4:], "--result_name", "one", "--resume", cwd=own)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_diverged_run_stops_with_the_reason(own):

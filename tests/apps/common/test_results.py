@@ -44,6 +44,7 @@ def finished(config, epochs=3):
     for number in range(epochs):
         results.record(epoch(number))
     results.save_checkpoint({"w": torch.arange(3.0)}, {"epoch": epochs - 1})
+    results.close()
     return results
 
 
@@ -267,6 +268,35 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(config):
     assert results.metrics()[-1]["train_loss"] == 9.0
     recorded = read(Config, ["--config", str(results.path / "config.yaml")])
     assert recorded == dataclasses.replace(config, num_epochs=5)
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before_and_says_so(config, caplog):
+    results = finished(config)
+    results.save_checkpoint({"w": torch.arange(4.0)}, {"epoch": 3})
+    newest = results.path / r.CHECKPOINT
+    newest.write_bytes(newest.read_bytes()[:-200])
+    resumed = Results.open(dataclasses.replace(config, resume=True), "app")
+    tensors, meta = resumed.load_checkpoint()
+    assert torch.equal(tensors["w"], torch.arange(3.0)) and meta == {"epoch": 2}
+    assert "damaged" in caplog.text and "checkpoint.1.pt" in caplog.text
+    (results.path / r.KEPT[0]).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.1\.pt is damaged"):
+        resumed.load_checkpoint()
+
+
+def test_two_runs_of_one_name(config):
+    first = Results.open(config, "app")
+    first.record(epoch(0))
+    first.save_checkpoint({}, {"epoch": 0})
+    kept = all_files(first.path)
+    with pytest.raises(ResultExistsError, match="another run is writing"):
+        Results.open(dataclasses.replace(config, resume=True), "app")
+    second = Results.open(dataclasses.replace(config, overwrite=True), "app")
+    with pytest.raises(ResultExistsError, match="another run is writing"):
+        second.record(epoch(0))
+    assert all_files(first.path) == kept
+    first.close()
+    second.record(epoch(0))
 
 
 def test_reading_a_checkpoint_of_a_run_that_is_not_resumed_changes_nothing(config):
