@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format demo search clean
+.PHONY: help install test test-deep lint format demo soak search clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
@@ -32,6 +32,9 @@ lint: .venv/installed-dev  ## ruff and mypy
 format: .venv/installed-dev  ## put the sources into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
+	$(BIN)/python apps/soak.py
 
 search: .venv/installed  ## run the recorded hyper-parameter search again (hours)
 	$(BIN)/python apps/search.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import itertools
 import json
 import logging
@@ -50,6 +51,10 @@ class ResultExistsError(FisherfnError, FileExistsError):
 
 class CheckpointError(FisherfnError, ValueError):
     """A checkpoint that is not there, not whole, or of another format."""
+
+
+class WriteError(FisherfnError, OSError):
+    """A file that cannot be written: a full disk, a folder without permission."""
 
 
 class DamagedError(CheckpointError):
@@ -106,10 +111,14 @@ class Results:
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Append one epoch's metrics, on the disk when this returns; a number that is not finite becomes null."""
-        with (self._folder() / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_line(metrics))
-            file.flush()
-            os.fsync(file.fileno())
+        path = self._folder() / METRICS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(metrics))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
     def metrics(self) -> list[dict[str, float]]:
         """The epochs recorded so far; null reads as NaN."""
@@ -152,6 +161,8 @@ class Results:
         except FileExistsError:
             message = f"{self.path} was made by another run meanwhile: give this one another --result_name"
             raise ResultExistsError(message) from None
+        except OSError as error:
+            raise WriteError(f"cannot make {self.path}: {error.strerror}; give another --result_dir") from error
         # what the file says is done again by --config alone: it must neither overwrite nor resume by itself
         config = dataclasses.replace(self._config, overwrite=False, resume=False)
         _replace_text(self.path / CONFIG, as_yaml(config))
@@ -246,7 +257,10 @@ def save_checkpoint(
         for newer, older in reversed(list(itertools.pairwise((path, *kept)))):
             _keep(newer, older)
 
-    _replace(path, lambda file: torch.save(content, file), before=keep)
+    # by way of memory: on a full disk torch's writer fails with an error that does not say so
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    _replace(path, lambda file: file.write(whole.getbuffer()), before=keep)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -304,6 +318,8 @@ def _replace(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[],
             os.fsync(file.fileno())
         before()
         beside.replace(path)
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
     finally:
         beside.unlink(missing_ok=True)
     _sync_folder(path.parent)

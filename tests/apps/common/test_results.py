@@ -1,6 +1,7 @@
 """Result folders: nothing by accident, nothing by halves, nothing outside."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import torch
 
 from common import results as r
 from common.config import ConfigError, read
-from common.results import CheckpointError, MetricsError, ResultExistsError, Results
+from common.results import CheckpointError, MetricsError, ResultExistsError, Results, WriteError
 
 
 @dataclass(frozen=True)
@@ -234,12 +235,11 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_litter(config, monke
     results = finished(config)
     kept = all_files(results.path)
 
-    def half(content, file):
-        file.write(b"half of it")
-        raise OSError("disk full")
+    def full(handle):
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match="checkpoint.pt: disk full"):
         results.save_checkpoint({"w": torch.zeros(3)}, {"epoch": 3})
     assert all_files(results.path) == kept
 

@@ -1,0 +1,174 @@
+"""Runs that are killed, stopped, starved of disk and robbed of a checkpoint, resumed, and compared with straight ones.
+
+`python apps/soak.py` goes through all optimizers for ten minutes. Each round trains a small net with a checkpoint every
+few steps, strikes at a random moment, resumes until the run is finished, and compares the last checkpoint and the
+metrics with those of an undisturbed run, bit by bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.config import NON_NEGATIVE, POSITIVE, option, parse
+from common.results import CHECKPOINT, CheckpointError, load_checkpoint, read_metrics
+from common.train_config import OPTIMIZERS
+from common.trainer import reported
+
+TRAINER = Path(__file__).parent / "train_mlp.py"
+RUN = ("--data", "DIGITS", "--model", "ToyNet", "--num_epochs", "3", "--damping", "1", "--clipping", "0.01", "--lr",
+       "0.1", "--save_every", "2", "--quiet", "true")  # fmt: skip
+ATTEMPTS = 20
+"""Times that a run is resumed before it counts as lost."""
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """How long, and what."""
+
+    minutes: float = option(10.0, "how long to go on", check=POSITIVE)
+    optims: str = option(",".join(OPTIMIZERS), "optimizers, with commas between them")
+    seed: int = option(0, "of the moments and the faults", check=NON_NEGATIVE)
+    result: str = option("results/soak.json", "file of the counts")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens to a running trainer.
+
+    Attributes:
+        strike: what is done to the process at its moment; None for nothing.
+        codes: the exit codes that are right afterwards; 0 where it may have been finished before.
+        after: what is done to the result folder once the process is gone.
+        limit: bytes that a file may have.
+    """
+
+    strike: signal.Signals | None
+    codes: tuple[int, ...]
+    after: Callable[[Path, random.Random], None] = lambda folder, dice: None
+    limit: int | None = None
+
+
+def truncate(folder: Path, dice: random.Random) -> None:
+    """Cut the newest checkpoint short, where there is one before it."""
+    path = folder / CHECKPOINT
+    if (folder / "checkpoint.1.pt").exists():
+        content = path.read_bytes()
+        path.unlink()  # the one before may be the same file by another name
+        path.write_bytes(content[: dice.randrange(len(content))])
+
+
+FAULTS = {
+    "kill -9": Fault(signal.SIGKILL, (-signal.SIGKILL, 0)),
+    "SIGTERM": Fault(signal.SIGTERM, (128 + signal.SIGTERM, -signal.SIGTERM, 0)),
+    "SIGINT": Fault(signal.SIGINT, (128 + signal.SIGINT, -signal.SIGINT, 1, 0)),
+    "kill -9, checkpoint truncated": Fault(signal.SIGKILL, (-signal.SIGKILL, 0), truncate),
+    "full disk": Fault(None, (1,), limit=4096),
+}
+
+
+def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
+    """Rounds until the time is over; counts by fault: injected, survived, lost."""
+    dice = random.Random(config.seed)
+    counts: dict[str, Counter[str]] = {name: Counter(injected=0, survived=0, lost=0) for name in FAULTS}
+    ends = time.monotonic() + 60 * config.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        for optim, name in itertools.cycle(itertools.product(config.optims.split(","), FAULTS)):
+            if time.monotonic() > ends:
+                break
+            problem = disturbed(Path(folder), optim, FAULTS[name], dice)
+            counts[name]["injected"] += 1
+            counts[name]["lost" if problem else "survived"] += 1
+            print(f"{optim:14} {name:32} {problem or 'equals the straight run'}", flush=True)
+    path = Path(config.result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(counts, indent=1))
+    print("\n" + "\n".join(f"{name:32} {dict(count)}" for name, count in counts.items()))
+    return {name: dict(count) for name, count in counts.items()}
+
+
+def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str | None:
+    """One round; what is wrong with its result, or None."""
+    straight = root / "train_mlp" / f"{optim}-straight"
+    if not straight.exists():
+        began = time.monotonic()
+        code, printed = command(root, optim, straight.name)
+        (straight / "seconds").write_text(str(time.monotonic() - began))
+        if code:
+            return f"the straight run failed: {printed}"
+    seconds = float((straight / "seconds").read_text())
+    folder = straight.with_name(f"{optim}-disturbed")
+    code, printed = command(root, optim, folder.name, "--overwrite", fault=fault, moment=dice.uniform(0, seconds))
+    if code not in fault.codes:
+        return f"exit code {code}: {printed}"
+    if folder.exists():
+        fault.after(folder, dice)
+    for _ in range(ATTEMPTS):
+        again = "--resume" if (folder / CHECKPOINT).exists() else "--overwrite"
+        code, printed = command(root, optim, folder.name, again)
+        if code == 0:
+            return difference(straight, folder)
+    return f"cannot be resumed: {printed}"
+
+
+def command(
+    root: Path, optim: str, name: str, *more: str, fault: Fault | None = None, moment: float = 0.0
+) -> tuple[int, str]:
+    """Train; the exit code and the last line of errors."""
+
+    def limited() -> None:
+        if fault and fault.limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, fault.limit))
+
+    args = [
+        sys.executable,
+        str(TRAINER),
+        *RUN,
+        "--optim",
+        optim,
+        "--result_dir",
+        str(root),
+        "--result_name",
+        name,
+        *more,
+    ]
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
+    if fault and fault.strike:
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(fault.strike)
+    _, printed = process.communicate()
+    lines = printed.strip().splitlines()
+    return process.returncode, lines[-1] if lines else ""
+
+
+def difference(straight: Path, folder: Path) -> str | None:
+    """Where two results differ, or None."""
+    try:
+        one, two = (load_checkpoint(path / CHECKPOINT)[0] for path in (straight, folder))
+    except CheckpointError as error:
+        return str(error)
+    if one.keys() != two.keys() or not all(torch.equal(one[path], two[path]) for path in one):
+        return "another checkpoint than the straight run's"
+    losses = [[(m["epoch"], m["step"], m["train_loss"]) for m in read_metrics(path)] for path in (straight, folder)]
+    return None if losses[0] == losses[1] else "other metrics than the straight run's"
+
+
+if __name__ == "__main__":
+    with reported():
+        if any(count["lost"] for count in soak(parse(SoakConfig, description=__doc__ or "")).values()):
+            raise SystemExit(1)
