@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -13,6 +17,19 @@ from common.data.base import DataError
 DEFAULT = "data"  # where `data_path=None` looks, relative to the current folder
 Shape: TypeAlias = tuple[int | None, ...]  # None: any length
 NUMERIC = {"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+
+
+READER = """
+import json, sys
+import numpy
+from scipy import io
+
+path, out = sys.argv[1:]
+print(json.dumps(io.whosmat(path)), flush=True)
+key = sys.stdin.readline().rstrip("\\n")
+numpy.save(out, io.loadmat(path, variable_names=[key])[key], allow_pickle=False)
+"""
+"""Prints a MATLAB file's table of contents, reads a name, and saves what the file has under it."""
 
 
 def candidates(data_path: str | None, own: Iterable[str]) -> list[Path]:
@@ -34,18 +51,27 @@ def missing(data: str, file: str, folders: Iterable[Path], remedy: str) -> DataE
 def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
     """The array of this `shape` in a MATLAB 5 file: under one of `keys`, else the only one of that shape.
 
-    The file's table of contents is read first, so that nothing of a wrong size is ever loaded.
+    The file's table of contents is read first, so that nothing of a wrong size is ever loaded. A process of its own
+    reads it, because there are malformed files that crash scipy's reader.
     """
-    from scipy import io  # a second's import, needed here only
-
-    try:
-        contents = {name: (found, kind) for name, found, kind in io.whosmat(str(path))}
-        key = _pick(path, contents, shape, keys)
-        values = io.loadmat(str(path), variable_names=[key])[key]
-    except DataError:
-        raise
-    except Exception as cause:  # malformed bytes surface as almost any type in scipy, zlib errors included
-        raise DataError(f"{path}: cannot be read as a MATLAB 5 file ({cause}); fetch it again.") from cause
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "values.npy"
+        with subprocess.Popen(
+            [sys.executable, "-c", READER, str(path), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        ) as reader:  # fmt: skip
+            try:
+                assert reader.stdin is not None and reader.stdout is not None
+                line = reader.stdout.readline()
+                contents = {name: (tuple(found), kind) for name, found, kind in json.loads(line)} if line else None
+                key = "" if contents is None else _pick(path, contents, shape, keys)
+                _, errors = reader.communicate(key + "\n")
+            finally:
+                reader.kill()
+        if contents is None or reader.returncode != 0:
+            cause = errors.strip().splitlines()[-1] if errors.strip() else f"the reader ended with {reader.returncode}"
+            raise DataError(f"{path}: cannot be read as a MATLAB 5 file ({cause}); fetch it again.")
+        values: np.ndarray = np.load(out, allow_pickle=False)
     if not _fits(values.shape, shape) or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
         raise DataError(f"{path}: {key!r} should hold finite real numbers {_shown(shape)}; fetch the file again.")
     return values
