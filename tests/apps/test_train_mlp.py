@@ -105,6 +105,17 @@ def test_a_signal_saves_and_leaves_with_its_code(own, number):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_same_seed_is_the_same_run_whoever_loads_the_data(own):
+    folders = [
+        quiet_run("--optim", "lanczos", "--damping", "1", "--clipping", "0.1", "--num_workers", workers,
+                  "--result_name", f"run{index}")
+        for index, workers in enumerate(("0", "0", "2"))
+    ]  # fmt: skip
+    first, *others = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in folders)
+    for other in others:
+        assert all(torch.equal(first[path], other[path]) for path in first)
+
+
 def test_a_diverged_run_stops_with_the_reason(own):
     with pytest.raises(ff.errors.NonFiniteError, match="diverged"):
         quiet_run("--model", "own:autoencoder", "--optim", "sgd", "--lr", "1e30", "--num_epochs", "9")
