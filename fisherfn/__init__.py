@@ -9,7 +9,7 @@ from fisherfn.layers import dropout_seeds
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient
-from fisherfn.stats import Layout, Stats, functional
+from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
 from fisherfn.taps import Tap
 from fisherfn.types import Info
 
@@ -22,6 +22,7 @@ __all__ = [
     "Fisher",
     "FisherfnError",
     "Gaussian",
+    "ImplicitFisher",
     "Info",
     "Layout",
     "Likelihood",

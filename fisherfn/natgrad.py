@@ -20,6 +20,7 @@ from fisherfn.methods import METHODS
 from fisherfn.stats import (
     FISHERS,
     Block,
+    ImplicitFisher,
     Layout,
     Sources,
     Stats,
@@ -214,6 +215,17 @@ class NaturalGradient:
         """The sampled Fisher of these statistics as an operator on trees like params."""
         dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
         return Fisher({key: tap.to(dtype) for key, tap in self._taps(stats).items()}, self.layout, structure)
+
+    def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
+        """The type-2 Fisher of these inputs as products through the model: for outputs that are many.
+
+        Raises:
+            ShapeError, EmptyBatchError, StructureError, LikelihoodError: see `ff.errors`.
+        """
+        self.layout.validate(params)
+        context = self._context(context)
+        check_batch(self.layout, x, ())
+        return ImplicitFisher(self.model, self.likelihood, params, x, context)
 
     # ---------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from fisherfn.stats.build import build
 from fisherfn.stats.chunks import in_chunks
 from fisherfn.stats.collect import Sources, check_batch, collect
 from fisherfn.stats.functional import functional
+from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.labels import FISHERS, check_noise, need
 from fisherfn.stats.layout import Block, Layout
 from fisherfn.stats.statistics import LayerStats, Stats
@@ -11,6 +12,7 @@ from fisherfn.stats.statistics import LayerStats, Stats
 __all__ = [
     "FISHERS",
     "Block",
+    "ImplicitFisher",
     "LayerStats",
     "Layout",
     "Sources",

@@ -1,4 +1,4 @@
-"""Whatever the numbers are: a step is sound, or marked as not ok with the state left as it was; and it goes on after."""
+"""Whatever the numbers are: a step is sound, or marked as not ok with the state left as it was; and it goes on."""
 
 import pytest
 import torch
