@@ -178,6 +178,45 @@ def natural(
     return Optimizer(init, draw, step)
 
 
+class ImplicitState(NamedTuple):
+    """The last solution, from which the next one starts, and the momentum buffer."""
+
+    solution: Tree
+    velocity: Tree
+
+
+def implicit(
+    ng: ff.NaturalGradient,
+    *,
+    lr: float,
+    damping: float,
+    clipping: float | None = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    iterations: int = 20,
+) -> Optimizer:
+    """The exact natural gradient by conjugate gradients through the model, each step from the last one's solution.
+
+    The arguments are those of `natural`; `iterations` counts conjugate-gradient steps.
+    """
+
+    def init(params: Tree) -> ImplicitState:
+        return ImplicitState(ff.tree.zeros_like(params), ff.tree.zeros_like(params))
+
+    def step(params: Tree, state: ImplicitState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        grads, info = _gradient(ng.model, ng.likelihood, params, batch, context)
+        has_context = context if ng.layout.has_context else None
+        F = ng.implicit_fisher(params, batch[0], context=has_context)
+        solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
+        nat = ff.kl_clip(solution, ff.tree.dot(grads, solution), lr=lr, bound=clipping) if clipping else solution
+        velocity = ff.tree.add(nat, state.velocity, scale=momentum)
+        sound = info.ok["loss"] & torch.isfinite(residual)
+        info = info._replace(ok={"loss": sound}, diagnostics={"residual": {"all": residual}})
+        return Stepped(_move(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info)
+
+    return Optimizer(init, _no_draw, step)
+
+
 def _step_in_parts(
     ng: ff.NaturalGradient,
     params: Tree,

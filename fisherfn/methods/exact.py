@@ -139,7 +139,8 @@ def _check_size(taps: Taps) -> None:
         raise HyperparameterError(
             f"the exact natural gradient needs a system of {smaller:,} unknowns ({_columns(taps):,} examples and "
             f"draws, {_parameters(taps):,} parameters), and at most {UNKNOWNS:,} are factorised. Use fewer columns: "
-            'fisher="mc" with few samples instead of "type2", or a part of the batch.'
+            'fisher="mc" with few samples instead of "type2", or a part of the batch; or solve it through the model: '
+            "ng.implicit_fisher(params, x).solve(grads, damping)."
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fisherfn as ff
 from common import trainer
-from common.config import read
+from common.config import ConfigError, read
 from common.data import load
 from common.results import load_checkpoint, read_metrics
 from common.train_config import TrainConfig
@@ -187,6 +187,19 @@ def test_a_methods_options_reach_it(own, args, method):
         state = ng.init(task.params, damping=0.1)
         steps.append(ng.step(task.params, state, (x, y), context=task.context)[0])
     assert all(torch.equal(a, b) for a, b in zip(steps[0].values(), steps[1].values(), strict=True))
+
+
+def test_exact_type_2_of_many_outputs_goes_through_the_model(own, monkeypatch):
+    """With enough conjugate-gradient steps it is the factorised run."""
+    common = ("--model", "own:autoencoder", "--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--clipping",
+              "0.1", "--cg_steps", "60", "--update_every", "1", "--invert_every", "1")  # fmt: skip
+    direct = quiet_run(*common, "--result_name", "direct")
+    monkeypatch.setattr(trainer, "UNKNOWNS", 10)
+    implicit = quiet_run(*common, "--result_name", "implicit")
+    losses = [[m["train_loss"] for m in read_metrics(folder)] for folder in (direct, implicit)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
+    with pytest.raises(ConfigError, match="structure"):
+        quiet_run(*common, "--structure", "block", "--result_name", "refused")
 
 
 def test_an_option_of_another_method_is_refused(own):
