@@ -97,10 +97,7 @@ def study(config: StudyConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"config": dataclasses.asdict(full), "steps": config.steps, "distances": distances, "runs": runs}
     (folder / "result.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    panels = {"training loss": {name: smoothed(found[0]["losses"]) for name, found in runs.items()}}
-    title = f"{full.model} on {full.data}, λ = {full.damping:g}, seed 0, means of 10 steps"
-    curve_grid([(title, panels)], folder / "losses.png", log=[True], strokes={"nicolaides, multiplicative": ":"},
-               columns=1)  # fmt: skip
+    picture(runs, f"{full.model} on {full.data}, λ = {full.damping:g}: training loss", folder / "losses.png")
     print(table(distances, runs))
     print(f"\nresult.json and losses.png are in {folder}.")
     return folder
@@ -236,6 +233,14 @@ def table(distances: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]
         cost = statistics.median(one["seconds"] for one in found) / unit
         lines.append(f"{name:28}{energies:>30}{steps:>20}{loss:>22}{cost:7.2f}")
     return "\n".join(lines)
+
+
+def picture(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
+    """Training losses, means of ten steps each, a panel a seed."""
+    seeds = range(len(next(iter(runs.values()))))
+    panels = {f"seed {seed}": {name: smoothed(found[seed]["losses"]) for name, found in runs.items()} for seed in seeds}
+    strokes = {"nicolaides, multiplicative": ":"}
+    curve_grid([(title, panels)], path, log=[True], strokes=strokes, columns=max(3, len(seeds)))
 
 
 def smoothed(losses: list[float]) -> list[tuple[float, float]]:

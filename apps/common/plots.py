@@ -148,7 +148,10 @@ def curve_grid(
         for axes in grid[max(0, len(panels) - columns) : len(panels)]:
             axes.set_xlabel("step", color=INK, fontsize=9)
     handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, labelcolor=INK)
+    # eight letters or so an inch, and a line of its own for what does not fit
+    lines_needed = math.ceil(sum(len(name) + 8 for name in names) / (8 * 3.1 * columns))
+    ncols = math.ceil(len(handles) / lines_needed)
+    figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False, labelcolor=INK)
     return _save(figure, path)
 
 

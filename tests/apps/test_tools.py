@@ -14,6 +14,7 @@ import fisherfn as ff
 import search
 import study_plateau
 import study_seeds
+import study_two_level
 from common import trainer
 from common.loop import Snapshot, Task
 from common.train_config import APPS, OPTIMIZERS, CnnConfig, TrainConfig
@@ -183,3 +184,37 @@ def test_the_mean_step_of_a_cycle_counts_each_kind_as_often_as_it_happens():
     medians = {"sgd": 2.0, "plain": 4.0, "with statistics": 10.0, "with statistics and inverses": 30.0}
     # 20 steps: 1 with inverses, 3 more with statistics, 16 plain
     assert math.isclose(benchmark.cycle(medians, 5, 20), (30 + 3 * 10 + 16 * 4) / 20 / 2)
+
+
+def test_the_study_of_two_levels_measures_every_method(own, capsys):
+    config = study_two_level.StudyConfig(
+        data="own:load", model="own:autoencoder", batch_size=16, damping=0.1, clipping=0.1, steps=3, seeds=2, points=2,
+        quiet=True,
+    )  # fmt: skip
+    folder = study_two_level.study(config)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in study_two_level.METHODS)
+    found = json.loads((folder / "result.json").read_text())
+    assert [point["step"] for point in found["distances"]] == [1, 2]
+    for point in found["distances"]:
+        energies = {name: one["energy"] for name, one in point["methods"].items()}
+        fine, nearest = energies["K-FAC"], energies["nicolaides, multiplicative"]
+        assert 0 < nearest <= fine * (1 + 1e-4), "a correction in the space is never farther than none"
+        assert all(point["methods"][name]["steps"] >= 1 for name in study_two_level.LINEAR)
+    assert all(len(one["losses"]) == 3 for runs in found["runs"].values() for one in runs)
+    assert (folder / "losses.png").exists()
+
+
+def test_conjugate_gradients_end_where_the_energy_is_reached():
+    """Two eigenvalues are two steps; with the inverse as preconditioner one."""
+    scale = torch.tensor([1.0, 1.0, 5.0, 5.0], dtype=torch.float64)
+    grads = {"w": torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)}
+    exact = grads["w"] / scale
+
+    def energy(z):
+        return float(((z["w"] - exact) ** 2 * scale).sum() / (exact**2 * scale).sum())
+
+    def steps(precondition):
+        return study_two_level.conjugate(lambda z: {"w": scale * z["w"]}, precondition, grads, energy)
+
+    assert steps(lambda r: r) == 2 and steps(lambda r: {"w": r["w"] / scale}) == 1
