@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -273,12 +272,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise DamagedError(f"{path} is damaged or no checkpoint; start again with --overwrite") from error
+    except Exception as error:  # malformed bytes surface as almost any type
+        raise _damaged(path) from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else None
         raise CheckpointError(f"{path} has format version {found}, this program reads version {VERSION}")
-    return content["tensors"], json.loads(content["meta"])
+    try:
+        tensors, meta = content["tensors"], json.loads(content["meta"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise _damaged(path)
+    return tensors, meta
+
+
+def _damaged(path: Path) -> DamagedError:
+    return DamagedError(f"{path} is damaged or no checkpoint; start again with --overwrite")
 
 
 def _first_sound(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from common import config as c
 from common.data import DataError, cifar, files, idx
-from common.results import load_checkpoint, save_checkpoint
+from common.results import VERSION, DamagedError, load_checkpoint, save_checkpoint
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
 from tests.apps.common.data_files import idx_bytes
@@ -94,3 +94,20 @@ def test_a_reader_that_crashes_does_not_take_the_program_along(tmp_path, monkeyp
     monkeypatch.setattr(files, "READER", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(DataError, match="the reader ended with -11"):
         read()
+
+
+def test_a_checkpoint_whose_unpickling_ends_in_a_key_error(tmp_path):
+    """Found by drawing: the unpickler looks up what was never memorised."""
+    path, read = valid("checkpoint", tmp_path)
+    content = {"version": VERSION, "meta": "{}", "tensors": {"w": torch.ones(1)}}
+    for broken_content in ({**content, "meta": "{"}, {**content, "tensors": {"w": 1}}, {"version": VERSION}):
+        torch.save(broken_content, path)
+        with pytest.raises(DamagedError):
+            read()
+    path.write_bytes(broken(sound_checkpoint(tmp_path), np.random.default_rng(1044)))
+    with pytest.raises(DamagedError):
+        read()
+
+
+def sound_checkpoint(folder):
+    return valid("checkpoint", folder)[0].read_bytes()
