@@ -200,13 +200,13 @@ def save(results: Results, snapshot: Snapshot) -> None:
     """The snapshot as a flat checkpoint."""
     trees = {"params": snapshot.params, "context": snapshot.context, "state": snapshot.state}
     meta = {name: getattr(snapshot, name) for name in COUNTS}
-    results.save_checkpoint(ff.tree.flatten(trees) | {"draws": snapshot.draws}, meta)
+    results.save_checkpoint(ff.tree.flatten(trees) | {"state.draws": snapshot.draws}, meta)
 
 
 def restore(results: Results, like: Snapshot) -> Snapshot:
     """The checkpoint as a snapshot, in the structure of a fresh one."""
     flat, meta = results.load_checkpoint()
-    draws = flat.pop("draws")
+    draws = flat.pop("state.draws")
     trees = {"params": like.params, "context": like.context, "state": like.state}
     trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), ff.tree.unflatten(trees, flat), trees)
     return Snapshot(**trees, **{name: meta[name] for name in COUNTS}, draws=draws)
