@@ -58,10 +58,8 @@ def leading(
 
 
 def as_pair(Z: Rearranged, triplet: Triplet) -> Pair:
-    """`u vᵀ` as a Kronecker product, both factors of norm √σ; their common sign is left to `recompressed`."""
-    sigma = _norm(triplet.u, Z.left_dual(triplet.u))
-    share = torch.where(sigma > 0, sigma.rsqrt(), 0.0)
-    return Z.pair(kron.times(triplet.u, share), kron.times(triplet.v, share * sigma))
+    """`u vᵀ` as a Kronecker product; how its scale and sign are shared out is left to `recompressed`."""
+    return Z.pair(triplet.u, triplet.v)
 
 
 def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) -> tuple[Pair, ...]:
@@ -70,7 +68,8 @@ def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) ->
     With the Gram matrices of the A and of the G, as many rows as there are terms, $K_G = H H^\top$ and
     $M = \mathrm{diag}(w)$: eigenpairs (σ², y) of $H^\top M K_A M H$ give the coefficients $c = M H y / \sigma$ of the A
     and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair
-    would cancel it. The sign is that of tr G ≥ 0, which makes a leading pair PSD: neither factor alone has one.
+    would cancel it. Both factors get the norm √σ; the sign is that of tr G ≥ 0, which makes a leading pair PSD: neither
+    factor alone has one.
     """
     A, G = (torch.stack([getattr(pair, side) for pair in pairs], 1) for side in ("A", "G"))
     K_A, K_G = _gram(A), _gram(G)
