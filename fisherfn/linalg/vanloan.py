@@ -27,10 +27,11 @@ from fisherfn.linalg.rearranged import Element, Rearranged
 
 
 class Triplet(NamedTuple):
-    """A singular triplet as `u vᵀ` with `u = Z v`, v of length 1; how far it is from one, relative to σ."""
+    """A singular triplet as `u vᵀ` with `u = Z v`, v of length 1; σ², and how far it is from one, relative to σ."""
 
     u: Element
     v: Element
+    square: Float[Tensor, " k"]
     residual: Float[Tensor, ""]
 
 
@@ -53,7 +54,8 @@ def leading(
     for r in range(1, rank + 1):
         y = torch.where(sound, Y[..., -r], torch.nan)
         residual = space.beyond * y[:, -1].abs() * _inverse(values[:, -r], 1e-15 * values[:, -1])
-        triplets.append(Triplet(_combined(space.images, y), _combined(space.basis, y), residual.amax()))
+        u, v = _combined(space.images, y), _combined(space.basis, y)
+        triplets.append(Triplet(u, v, values[:, -r].clamp(min=0), residual.amax()))
     return tuple(triplets)
 
 
@@ -125,7 +127,7 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
         Q = D = q[:, None][:, :0].flatten(2)
     else:
         known, guess = after
-        largest = kron.dot(known.u, Z.left_dual(known.u))
+        largest = known.square
         Q, D = _column(known.v), _column(Z.right_dual(known.v))
         q, dual, length = _unit(Z, _orthogonal(guess.v, Q, D, Z.rounding), 1e-6)
     before = Q.shape[1]
