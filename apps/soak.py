@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import CheckpointError, load_checkpoint
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
-from common.results import CHECKPOINT, CheckpointError, load_checkpoint, read_metrics
+from common.results import CHECKPOINT, read_metrics
 from common.train_config import OPTIMIZERS
 from common.trainer import reported
 

@@ -191,22 +191,23 @@ def distance(
     def damped(z: dict[str, Tensor]) -> dict[str, Tensor]:
         return ff.tree.add(F @ z, z, scale=damping)
 
-    steps = conjugate(damped, lambda r: ng.precondition(state, r), grads, energy) if name in LINEAR else None
+    steps = conjugate(damped, lambda r: ng.precondition(state, r), grads, float(whole)) if name in LINEAR else None
     return {"energy": energy(ng.precondition(state, grads)), "steps": steps}
 
 
-def conjugate(
-    damped: Callable[[Any], Any], precondition: Callable[[Any], Any], grads: Any, energy: Callable[[Any], float]
-) -> int | None:
-    """Preconditioned conjugate-gradient steps from zero to the energy that is asked for; None if it is not reached."""
+def conjugate(damped: Callable[[Any], Any], precondition: Callable[[Any], Any], grads: Any, whole: float) -> int | None:
+    """Preconditioned conjugate-gradient steps from zero to an energy of 1 %; None if it is not reached.
+
+    With r = ∇ − F_• x the energy of x is ⟨∇, z*⟩ − ⟨x, ∇⟩ − ⟨x, r⟩ over ⟨∇, z*⟩: no product beyond the step's own.
+    """
     x, r = ff.tree.zeros_like(grads), grads
     z = precondition(r)
     p, rz = z, ff.tree.dot(r, z)
     for step in range(1, LIMIT + 1):
-        Fp = damped(p)
-        alpha = float(rz / ff.tree.dot(p, Fp))
-        x, r = ff.tree.add(x, p, scale=alpha), ff.tree.add(r, Fp, scale=-alpha)
-        if energy(x) <= ENERGY:
+        product = damped(p)
+        alpha = float(rz / ff.tree.dot(p, product))
+        x, r = ff.tree.add(x, p, scale=alpha), ff.tree.add(r, product, scale=-alpha)
+        if whole - float(ff.tree.dot(x, grads) + ff.tree.dot(x, r)) <= ENERGY * whole:
             return step
         z = precondition(r)
         rz, before = ff.tree.dot(r, z), rz

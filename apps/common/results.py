@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import io
-import itertools
 import json
-import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
+from common.atomic import WriteError, replace_text
+from common.checkpoints import CheckpointError, first_sound, save_checkpoint
 from common.config import ConfigError, as_yaml
 from fisherfn.errors import FisherfnError
 
@@ -31,11 +29,6 @@ CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
 
 KEPT = ("checkpoint.1.pt",)
 """The checkpoints before the last one, newest first: what a damaged file falls back on."""
-
-VERSION = 2
-"""Of the checkpoint's format; raised when an older reader would misread a newer file."""
-
-log = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "num_epochs", "data_path", "download", "device", "num_workers", "quiet", "overwrite", "resume", "result_dir",
@@ -46,18 +39,6 @@ MAY_CHANGE = {
 
 class ResultExistsError(FisherfnError, FileExistsError):
     """There is a result of that name already."""
-
-
-class CheckpointError(FisherfnError, ValueError):
-    """A checkpoint that is not there, not whole, or of another format."""
-
-
-class WriteError(FisherfnError, OSError):
-    """A file that cannot be written: a full disk, a folder without permission."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint that is not whole."""
 
 
 class MetricsError(FisherfnError, ValueError):
@@ -136,10 +117,10 @@ class Results:
 
         One that is damaged is passed over for the one before, and a warning says so.
         """
-        tensors, meta = _first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
+        tensors, meta = first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
         if self._config.resume and (self.path / METRICS).exists():
             kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
-            _replace_text(self.path / METRICS, "".join(map(_line, kept)))
+            replace_text(self.path / METRICS, "".join(map(_line, kept)))
         return tensors, meta
 
     def _folder(self) -> Path:
@@ -164,7 +145,7 @@ class Results:
             raise WriteError(f"cannot make {self.path}: {error.strerror}; give another --result_dir") from error
         # what the file says is done again by --config alone: it must neither overwrite nor resume by itself
         config = dataclasses.replace(self._config, overwrite=False, resume=False)
-        _replace_text(self.path / CONFIG, as_yaml(config))
+        replace_text(self.path / CONFIG, as_yaml(config))
 
 
 def default_name(config: Any) -> str:
@@ -239,105 +220,3 @@ def _parsed(line: str, where: str) -> dict[str, float]:
 def _line(metrics: Mapping[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(
-    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kept: Sequence[Path] = ()
-) -> None:
-    """Write tensors by path and JSON-able facts as one file, in one step; files before it are kept as `kept`."""
-    # a clone, because a view would be saved with all of the storage it looks into
-    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    content = {"version": VERSION, "meta": json.dumps(dict(meta)), "tensors": own}
-
-    def keep() -> None:
-        for newer, older in reversed(list(itertools.pairwise((path, *kept)))):
-            _keep(newer, older)
-
-    # by way of memory: on a full disk torch's writer fails with an error that does not say so
-    whole = io.BytesIO()
-    torch.save(content, whole)
-    _replace(path, lambda file: file.write(whole.getbuffer()), before=keep)
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_checkpoint` wrote, tensors on the CPU. Nothing in the file is executed.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, something else, or of another version.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # malformed bytes surface as almost any type
-        raise _damaged(path) from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        found = content.get("version") if isinstance(content, dict) else None
-        raise CheckpointError(f"{path} has format version {found}, this program reads version {VERSION}")
-    try:
-        tensors, meta = content["tensors"], json.loads(content["meta"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise _damaged(path)
-    return tensors, meta
-
-
-def _damaged(path: Path) -> DamagedError:
-    return DamagedError(f"{path} is damaged or no checkpoint; start again with --overwrite")
-
-
-def _first_sound(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    for path, before in itertools.pairwise(paths):
-        try:
-            return load_checkpoint(path)
-        except DamagedError:
-            if not before.exists():
-                raise
-            log.warning("%s is damaged: going on from the one before, %s", path, before.name)
-    return load_checkpoint(paths[-1])
-
-
-def _keep(path: Path, older: Path) -> None:
-    """A second name for the file, in the place of an older one; at no moment is either missing."""
-    if path.exists():
-        beside = older.with_name(f".{older.name}.{os.getpid()}")
-        beside.unlink(missing_ok=True)
-        os.link(path, beside)
-        beside.replace(older)
-
-
-# ------------------------------------------------------------------------------------------------------ in one step
-
-
-def _replace_text(path: Path, text: str) -> None:
-    _replace(path, lambda file: file.write(text.encode()))
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[], None] = lambda: None) -> None:
-    """Write a file beside `path` and move it there once it is on the disk and `before` has been called."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        beside.replace(path)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk: a renamed file is safe only then."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import soak
-from common.results import CHECKPOINT, load_checkpoint, save_checkpoint
+from common.checkpoints import load_checkpoint, save_checkpoint
+from common.results import CHECKPOINT
 
 
 @pytest.mark.parametrize("fault", ["kill -9, checkpoint truncated", "full disk"])

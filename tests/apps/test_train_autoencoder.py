@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 import fisherfn as ff
 from common import trainer
+from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import Data, Split, load
 from common.models import AUTOENCODERS
-from common.results import load_checkpoint, read_metrics
+from common.results import read_metrics
 from common.train_config import AUTOENCODER_DATA, AutoencoderConfig
 from common.trainer import make_task, run
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fisherfn as ff
+from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import Data, Split, load
 from common.models import CNNS
-from common.results import load_checkpoint, read_metrics
+from common.results import read_metrics
 from common.train_config import CNN_DATA, CnnConfig
 from common.trainer import make_task, run
 

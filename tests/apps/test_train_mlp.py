@@ -13,9 +13,10 @@ import torch
 
 import fisherfn as ff
 from common import trainer
+from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import load
-from common.results import load_checkpoint, read_metrics
+from common.results import read_metrics
 from common.train_config import TrainConfig
 from common.trainer import make_task, natural_gradient, run, watched
 

@@ -32,7 +32,7 @@ TRAIN, TEST = 20_000, 10_000  # as published
 SIZE = 28
 SIGMA, INK = 0.75, 1.1  # pixels; see above
 MARGIN = 3.0  # pixels: such a curve overshoots its points' box by an eighth at most, so 22 / 8 stays inside
-FAINT = 1e-6  # below is paper: the tails of a Gaussian end in denormal numbers, with which processors are slow
+FAINT = 1e-12  # below is paper: the tails of a Gaussian end in denormal numbers, with which processors are slow
 STEPS = 96  # of the integral; longest curves then move by less than a stroke's width a step
 CHUNK = 1_000
 

@@ -25,6 +25,11 @@ def entropy(p: Tensor) -> float:
     return float(-(p * p.log() + (1 - p) * torch.log1p(-p)).mean())
 
 
+def test_no_number_is_denormal_nor_its_square(images: Tensor) -> None:
+    """Processors multiply those many times more slowly, and second moments are made of squares."""
+    assert images[images > 0].min() ** 2 > torch.finfo(torch.float32).tiny
+
+
 def test_the_whole_set(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     data = load("CURVES", data_path=str(tmp_path), seed=5)

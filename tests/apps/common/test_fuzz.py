@@ -10,8 +10,8 @@ import torch
 from hypothesis import settings
 
 from common import config as c
+from common.checkpoints import VERSION, DamagedError, load_checkpoint, save_checkpoint
 from common.data import DataError, cifar, files, idx
-from common.results import VERSION, DamagedError, load_checkpoint, save_checkpoint
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
 from tests.apps.common.data_files import idx_bytes
