@@ -136,6 +136,7 @@ def natural(
         invert_every: steps between inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
     """
+    follow = _clipped_momentum(lr, clipping, momentum)
 
     def init(params: Tree) -> NaturalState:
         return NaturalState(ng.init(params, damping=damping, ema=ema), ff.tree.zeros_like(params))
@@ -169,11 +170,8 @@ def natural(
                 update=update,
                 invert=invert,
             )
-        if clipping:
-            nat = ff.kl_clip(nat, info.inner, lr=lr, bound=clipping)
-        velocity = ff.tree.add(nat, state.velocity, scale=momentum)
-        moved = _move(params, velocity, lr, weight_decay)
-        return Stepped(moved, NaturalState(curvature, velocity), info.context, info)
+        velocity = follow(nat, info.inner, state.velocity)
+        return Stepped(_move(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info)
 
     return Optimizer(init, draw, step)
 
@@ -199,22 +197,31 @@ def implicit(
 
     The arguments are those of `natural`; `iterations` counts conjugate-gradient steps.
     """
+    follow = _clipped_momentum(lr, clipping, momentum)
 
     def init(params: Tree) -> ImplicitState:
         return ImplicitState(ff.tree.zeros_like(params), ff.tree.zeros_like(params))
 
     def step(params: Tree, state: ImplicitState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         grads, info = _gradient(ng.model, ng.likelihood, params, batch, context)
-        has_context = context if ng.layout.has_context else None
-        F = ng.implicit_fisher(params, batch[0], context=has_context)
+        F = ng.implicit_fisher(params, batch[0], context=context)
         solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
-        nat = ff.kl_clip(solution, ff.tree.dot(grads, solution), lr=lr, bound=clipping) if clipping else solution
-        velocity = ff.tree.add(nat, state.velocity, scale=momentum)
+        velocity = follow(solution, ff.tree.dot(grads, solution), state.velocity)
         sound = info.ok["loss"] & torch.isfinite(residual)
         info = info._replace(ok={"loss": sound}, diagnostics={"residual": {"all": residual}})
         return Stepped(_move(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info)
 
     return Optimizer(init, _no_draw, step)
+
+
+def _clipped_momentum(lr: float, clipping: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:
+    """(nat, ⟨∇, nat⟩, velocity) to `v ← μ v + clip(nat)`."""
+
+    def follow(nat: Tree, inner: Any, velocity: Tree) -> Tree:
+        clipped = ff.kl_clip(nat, inner, lr=lr, bound=clipping) if clipping else nat
+        return ff.tree.add(clipped, velocity, scale=momentum)
+
+    return follow
 
 
 def _step_in_parts(

@@ -84,9 +84,10 @@ class TrainConfig:
     coarse_form: Literal["multiplicative", "balanced", "additive"] | None = option(
         None, "twolevel_kfac: how both levels combine; null: balanced, the one that momentum and KL clip can rely on"
     )
-    cg_steps: int = option(
-        20, "exactNG with type2 and too many outputs to factorise: conjugate-gradient steps a step", check=POSITIVE
-    )
+    cg_steps: int | None = option(
+        None, "exactNG with type2: conjugate-gradient steps through the model, where outputs are many; null: factorise",
+        check=POSITIVE,
+    )  # fmt: skip
     fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)

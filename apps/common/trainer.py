@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import math
 import signal
 import sys
 import threading
@@ -41,9 +40,6 @@ CADENCE = {"default": (5, 10), "exactNG": (1, 1)}
 
 COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
 """What a checkpoint's facts say of a snapshot beside its tensors."""
-
-UNKNOWNS = 16_384
-"""The largest system that exactNG factorises; beyond, type 2 is solved by conjugate gradients through the model."""
 
 METHOD_OPTIONS = {
     "damping_form": "damping_form",
@@ -84,6 +80,9 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
     """The optimizer that `--optim` names, on this task."""
     lr = _tuned(config.lr, "lr")
+    implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
+    if config.cg_steps is not None and not implicit:
+        raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
     if config.optim == "sgd":
         return optimizers.sgd(
             task.model, task.likelihood, lr=lr, momentum=config.momentum, nesterov=config.nesterov,
@@ -93,9 +92,7 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         betas = (config.beta_1, config.beta_2)
         return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay)
     ng = natural_gradient(config, task)
-    if config.optim == "exactNG" and too_large(config, ng, task):
-        if config.structure == "block":
-            raise ConfigError("structure block needs a system that can be factorised: fewer columns, or structure full")
+    if config.cg_steps is not None:
         return optimizers.implicit(
             ng, lr=lr, damping=_tuned(config.damping, "damping"), clipping=config.clipping, momentum=config.momentum,
             weight_decay=config.weight_decay, iterations=config.cg_steps,
@@ -113,13 +110,6 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         invert_every=config.invert_every or invert_every,
         fisher_batch_size=config.fisher_batch_size,
     )
-
-
-def too_large(config: TrainConfig, ng: ff.NaturalGradient, task: Task) -> bool:
-    """Whether type 2 has more columns and the net more parameters than exactNG can factorise a system of."""
-    columns = math.prod(ng.layout.output_shape) * min(config.batch_size, len(task.train[0]))
-    parameters = sum(leaf.numel() for leaf in task.params.values())
-    return config.fisher == "type2" and min(columns, parameters) > UNKNOWNS
 
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:

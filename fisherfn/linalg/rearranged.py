@@ -146,7 +146,7 @@ def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
         return reduce(operator.add, pairs)
     step = max(1, KEPT // (k * n * o))
     parts = (torch.einsum("ksnp,ksno->knpo", g[..., at : at + step], g).flatten(2) for at in range(0, o, step))
-    return reduce(operator.add, ((part @ part.mT) for part in parts))
+    return reduce(operator.add, (part @ part.mT for part in parts))
 
 
 def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Factor:

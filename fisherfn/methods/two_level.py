@@ -280,7 +280,7 @@ def _fine_damped(
 
     def of(key: str, tap: Tap) -> Tensor | Tap:
         weights = c.to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
-        k, s, _, _, o, i = tap.sizes
+        k, _, _, _, o, i = tap.sizes
         if isinstance(tap.a, Tensor) and (k, o, i) == like[key].shape and factored_is_cheaper(tap.sizes):
             return Tap(tap.a, torch.einsum("sn,ksnto->knto", weights, tap.g).unsqueeze(1))
         return combine(tap, weights / n).reshape(like[key].shape)

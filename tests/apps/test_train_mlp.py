@@ -190,17 +190,23 @@ def test_a_methods_options_reach_it(own, args, method):
     assert all(torch.equal(a, b) for a, b in zip(steps[0].values(), steps[1].values(), strict=True))
 
 
-def test_exact_type_2_of_many_outputs_goes_through_the_model(own, monkeypatch):
-    """With enough conjugate-gradient steps it is the factorised run."""
+def test_exact_type_2_through_the_model_is_the_factorised_run(own):
+    """With enough conjugate-gradient steps."""
     common = ("--model", "own:autoencoder", "--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--clipping",
-              "0.1", "--cg_steps", "60", "--update_every", "1", "--invert_every", "1")  # fmt: skip
+              "0.1", "--update_every", "1", "--invert_every", "1")  # fmt: skip
     direct = quiet_run(*common, "--result_name", "direct")
-    monkeypatch.setattr(trainer, "UNKNOWNS", 10)
-    implicit = quiet_run(*common, "--result_name", "implicit")
+    implicit = quiet_run(*common, "--cg_steps", "60", "--result_name", "implicit")
     losses = [[m["train_loss"] for m in read_metrics(folder)] for folder in (direct, implicit)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
-    with pytest.raises(ConfigError, match="structure"):
-        quiet_run(*common, "--structure", "block", "--result_name", "refused")
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("args", ["--structure block", "--fisher mc", "--optim kfac", "--optim sgd"])
+def test_conjugate_gradients_where_there_are_none_are_refused(own, args):
+    common = ("--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--clipping", "0.1", "--cg_steps", "5")
+    with pytest.raises(ConfigError, match="cg_steps"):
+        quiet_run(*common, *args.split(), "--result_name", "refused")
+    assert not (own / "results").exists()
 
 
 def test_an_option_of_another_method_is_refused(own):

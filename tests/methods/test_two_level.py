@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.natgrad import _cheapest
 from tests import oracles, strategies, zoo
 from tests.methods.kronecker import dense_taps, drawn
 from tests.methods.two_level import (
@@ -170,6 +171,19 @@ def test_nothing_is_added_where_nothing_is_left(form):
     v = unvec(one.problem.params, one.v)
     ng, state = inverted(*one.updated(ff.two_level(ff.exact(), "residual", form=form)))
     close(vec(ng.precondition(state, v)), torch.linalg.solve(one.damped, one.v))
+
+
+@pytest.mark.parametrize("krylov", [False, True])
+def test_wide_layers_whose_fine_step_is_taken_from_rows(krylov):
+    """Two examples on layers of width 12: gradients and F_• R₀ᵀβ go to the fine method as taps, as if as matrices."""
+    one = case(zoo.from_net(zoo.mlp(12, 12, 12), (2, 12), "gaussian"), "kfac-eigen")
+    assert all(isinstance(_cheapest(one.run.stats, block), ff.Tap) for block in one.run.ng.layout.blocks)
+    Q = coarse_inverse(one.rows("nicolaides", krylov), one.damped)
+    for form in FORMS:
+        ng, state = one.two_level("nicolaides", krylov, form)
+        expected = combined(form, one.M, one.damped, Q) @ vec(one.run.stats.grads)
+        close(vec(ng.precondition(state, one.run.stats)), expected, tol=1e-8)
+        close(vec(ng.precondition(state, one.run.stats.grads)), expected, tol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------------- published

@@ -63,8 +63,8 @@ def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
             try:
                 assert reader.stdin is not None and reader.stdout is not None
                 line = reader.stdout.readline()
-                contents = {name: (tuple(found), kind) for name, found, kind in json.loads(line)} if line else None
-                key = "" if contents is None else _pick(path, contents, shape, keys)
+                contents = json.loads(line) if line.endswith("\n") else None  # else it ended in the middle of it
+                key = "" if contents is None else _pick(path, {n: (tuple(s), k) for n, s, k in contents}, shape, keys)
                 _, errors = reader.communicate(key + "\n")
             finally:
                 reader.kill()
