@@ -157,7 +157,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     for batch in bar:
         new = optimizer.step(at.params, at.state, batch, at.context, optimizer.draw(batch, draws), at.step)
         at = at._replace(step=at.step + 1, batches=at.batches + 1)
-        if all(bool(ok) for ok in new.info.ok.values()):
+        if bool(torch.stack(list(new.info.ok.values())).all()):  # one wait for the device, not one a layer
             at = at._replace(params=new.params, state=new.state, context=new.context, in_a_row=0)
         else:
             at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
@@ -187,7 +187,9 @@ def _batches(task: Task, settings: Settings, generator: torch.Generator, done: i
     # a generator of its own: the loader would take its base seed from the global one
     own = torch.Generator().manual_seed(0)
     dataset = TensorDataset(*task.train)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=settings.num_workers, generator=own)
+    # examples on a GPU are indexed there, and a forked process could not touch them
+    workers = settings.num_workers if task.train[0].device.type == "cpu" else 0
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=own)
 
 
 def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:

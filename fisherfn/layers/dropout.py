@@ -35,6 +35,8 @@ _RANDOM = {
 def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """One seed for each example: the noise of every dropout in a step, as `context["dropout"]`.
 
+    They are where the generator is; a net on another device takes them there.
+
     Raises:
         ShapeError: a negative number of examples.
         NoiseError: no generator.
@@ -99,7 +101,7 @@ class SeededDropout(Elementary):
             )
         self._calls += 1
         entries = torch.arange(rows // examples * shape.numel(), device=x.device)
-        key = _hash(_hash(self._seeds) + self._calls)
+        key = _hash(_hash(self._seeds.to(x.device)) + self._calls)
         uniform = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
         keep = (uniform >= p).reshape(rows, *shape)
         return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))

@@ -82,11 +82,12 @@ def _validate(params: Tree, x: PyTree) -> int:
 
 
 def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
-    before = torch.get_rng_state()
+    before = _global_generators(params)
     with torch.no_grad(), Intercept(params) as mode:
         outputs, _ = run(model, params, x, context)
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
+    after = _global_generators(params)
+    if not all(torch.equal(before[device], after[device]) for device in before):
+        _restore(before)
         raise NoiseError(
             "the model draws from the global generator: a gradient would not be a function of its arguments. Draw its "
             "noise outside, and pass it as an input like x or in the context."
@@ -95,6 +96,21 @@ def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ShapeError(f"the model must return one tensor [N, …] for N = {examples} examples, got {found}.")
     return outputs, mode
+
+
+def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
+    """States of the global generators that a model might draw from: the CPU's, and that of the parameters' GPU."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    device = next(iter(params.values())).device
+    return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore(generators: dict[torch.device, Tensor]) -> None:
+    for device, state in generators.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
 
 
 def _trace_one_more(
