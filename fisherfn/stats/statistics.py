@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor
 from fisherfn import rows, tree
 from fisherfn.errors import StructureError
 from fisherfn.stats.layout import Block, Layout, Use
-from fisherfn.taps import LazyTap, Tap
+from fisherfn.taps import LazyTap, Sizes, Tap
 from fisherfn.types import Matrix, PyTree, Tree
 
 
@@ -128,7 +129,7 @@ def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
 
 
 def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> LazyTap:
-    """`make_tap`, for some examples at a time; its sizes are those of one example's on the meta device."""
+    """`make_tap`, for some examples at a time."""
 
     def part(examples: slice) -> Tap:
         windows = [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
@@ -138,22 +139,30 @@ def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Laz
             [g[:, window] for g, window in zip(grads, windows, strict=True)],
         )
 
-    first = make_tap(
+    sizes, stored = _of_one_example(
         block,
-        [_one_example(x, use, 0) for x, use in zip(inputs, block.uses, strict=True)],
-        [_one_example(g, use, 1) for g, use in zip(grads, block.uses, strict=True)],
+        tuple(((use.repeats, *x.shape[1:]), x.dtype) for x, use in zip(inputs, block.uses, strict=True)),
+        tuple(((g.shape[0], use.repeats, *g.shape[2:]), g.dtype) for g, use in zip(grads, block.uses, strict=True)),
     )
     examples = inputs[0].shape[0] // block.uses[0].repeats
-    return LazyTap(first.sizes._replace(n=examples), rows.stored(first.a), part)
+    return LazyTap(sizes._replace(n=examples), stored, part)
+
+
+_Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
 
 
 def _times(position: int | None, use: Use) -> int | None:
     return None if position is None else position * use.repeats
 
 
-def _one_example(x: Tensor, use: Use, axis: int) -> Tensor:
-    shape = (*x.shape[:axis], use.repeats, *x.shape[axis + 1 :])
-    return torch.empty(shape, dtype=x.dtype, device="meta")
+# kept, because on the meta device torch works in Python: asking anew was half of the time of a small net's step
+@lru_cache(maxsize=4096)
+def _of_one_example(block: Block, inputs: tuple[_Kind, ...], grads: tuple[_Kind, ...]) -> tuple[Sizes, int]:
+    """The sizes of one example's tap, and how many numbers its rows hold."""
+    x, g = ([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds] for kinds in (inputs, grads))
+    tap = make_tap(block, x, g)
+    return tap.sizes, rows.stored(tap.a)
 
 
 def _readable(tap: Tap) -> Tap:
