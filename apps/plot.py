@@ -1,4 +1,4 @@
-"""Overlay the losses of several runs: `python apps/plot.py results/train_mlp/* --out comparison.png`."""
+"""Overlay several runs: `python apps/plot.py results/train_mlp/* --out comparison.png`; GAN runs with GAN runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.gan.pictures import curves
 from common.plots import loss_curves
 from common.results import MetricsError, read_metrics, result_folders
 
@@ -21,7 +22,10 @@ def plot(places: Sequence[Path], out: Path | None) -> Path:
     path = out or Path(os.path.commonpath([folder.parent for folder in folders])) / "comparison.png"
     if not path.parent.is_dir():
         raise MetricsError(f"there is no folder {path.parent} to put the picture in")
-    loss_curves(runs, path)
+    games = [any("gen_loss" in m for m in metrics) for metrics in runs.values()]
+    if any(games) and not all(games):
+        raise MetricsError("GAN runs and others have no losses in common: plot them apart")
+    (curves if any(games) else loss_curves)(runs, path)
     return path
 
 

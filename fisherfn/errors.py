@@ -83,6 +83,11 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
         "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged; "
         "lower the rate, tighten the KL clip or raise the damping, and go on from an earlier state",
     ),
+    "gradient": (
+        NonFiniteError,
+        "the gradient is NaN or infinite although the loss is finite: a derivative overflows or is that of a root or "
+        "norm at zero; lower the rate, or keep the model away from there",
+    ),
 }
 BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "statistics": (

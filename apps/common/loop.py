@@ -52,8 +52,8 @@ class Snapshot(NamedTuple):
     """Where a run stands, after any step: all that a checkpoint needs.
 
     Attributes:
-        params: the parameters.
-        context: buffers.
+        params: the parameters; where several nets play, by player.
+        context: buffers, likewise.
         state: the optimizer's.
         epoch: epochs that are finished.
         step: steps that were made, skipped ones included.
@@ -64,8 +64,8 @@ class Snapshot(NamedTuple):
         draws: state of the generator of the Fisher's labels; empty between epochs.
     """
 
-    params: Tree
-    context: Tree
+    params: Any
+    context: Any
     state: Any
     epoch: int
     step: int
@@ -118,6 +118,11 @@ def train(
         yield Epoch(snapshot, measure(task, snapshot, skipped))
 
 
+def sound(info: ff.Info) -> bool:
+    """Whether the step was ok: one wait for the device, not one a layer."""
+    return bool(torch.stack(list(info.ok.values())).all())
+
+
 def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
     """Losses over the whole training and test set with the parameters as they are, in nats an output or example."""
     train_loss, train_accuracy = evaluate(task, snapshot, task.train)
@@ -144,11 +149,11 @@ def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tup
 
 def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, watch: Watch) -> tuple[Snapshot, int]:
     """What is left of an epoch: the snapshot at its end, and how many steps were skipped."""
-    draws = _generator(settings.seed, at.epoch, stream=1)
+    draws = generator_of(settings.seed, at.epoch, stream=1)
     if at.draws.numel():
         draws.set_state(at.draws)
     total = math.ceil(task.train[0].shape[0] / settings.batch_size)
-    batches = _batches(task, settings, _generator(settings.seed, at.epoch, stream=0), at.batches)
+    batches = _batches(task, settings, generator_of(settings.seed, at.epoch, stream=0), at.batches)
     title = f"{settings.label} epoch {at.epoch + 1}/{settings.num_epochs}"
     # None: no bar where nobody watches (output that is not a terminal)
     quiet = None if settings.progress else True
@@ -157,7 +162,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     for batch in bar:
         new = optimizer.step(at.params, at.state, batch, at.context, optimizer.draw(batch, draws), at.step)
         at = at._replace(step=at.step + 1, batches=at.batches + 1)
-        if bool(torch.stack(list(new.info.ok.values())).all()):  # one wait for the device, not one a layer
+        if sound(new.info):
             at = at._replace(params=new.params, state=new.state, context=new.context, in_a_row=0)
         else:
             at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
@@ -168,12 +173,13 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
         rate = (at.step - first.step) * settings.batch_size / seconds
         bar.set_postfix_str(f"loss {float(new.info.loss) / task.per_output:.4g}, {rate:,.0f} examples/s", refresh=False)
         now = at._replace(seconds=first.seconds + seconds)
-        watch(at.step, partial(_with_draws, now, draws))
+        watch(at.step, partial(with_draws, now, draws))
     done = Snapshot(at.params, at.context, at.state, at.epoch + 1, at.step, first.seconds + time.perf_counter() - began)
     return done, at.skipped
 
 
-def _with_draws(at: Snapshot, draws: torch.Generator) -> Snapshot:
+def with_draws(at: Snapshot, draws: torch.Generator) -> Snapshot:
+    """The snapshot within an epoch, from which the generator goes on as it is now."""
     return at._replace(draws=draws.get_state())
 
 
@@ -192,5 +198,6 @@ def _batches(task: Task, settings: Settings, generator: torch.Generator, done: i
     return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=own)
 
 
-def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
+def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:
+    """The generator of an epoch; streams are independent of each other."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2 + stream)

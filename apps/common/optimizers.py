@@ -20,7 +20,11 @@ from torch.func import grad
 import fisherfn as ff
 
 Tree = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+"""Inputs and targets, then whatever a penalty needs of the draw."""
+
+Penalty = Callable[[Tree, Batch, Any], Tensor]
+"""(params, batch, context) to a scalar that is added to the loss; it has a gradient and no part in the curvature."""
 
 
 class Stepped(NamedTuple):
@@ -54,11 +58,12 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    penalty: Penalty | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent: `v ← μ v + ∇`, then along v (or `∇ + μ v`, Nesterov's look-ahead)."""
 
     def step(params: Tree, velocity: Tree, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
-        grads, info = _gradient(model, likelihood, params, batch, context)
+        grads, info = _gradient(model, likelihood, params, batch, context, penalty)
         velocity = ff.tree.add(grads, velocity, scale=momentum)
         direction = ff.tree.add(grads, velocity, scale=momentum) if nesterov else velocity
         return Stepped(_move(params, direction, lr, weight_decay), velocity, info.context, info)
@@ -82,6 +87,7 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    penalty: Penalty | None = None,
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay."""
 
@@ -90,7 +96,7 @@ def adam(
         return AdamState(ff.tree.zeros_like(params), ff.tree.zeros_like(params), count)
 
     def step(params: Tree, state: AdamState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
-        grads, info = _gradient(model, likelihood, params, batch, context)
+        grads, info = _gradient(model, likelihood, params, batch, context, penalty)
         count = state.count + 1
         first = ff.tree.map(lambda m, g: torch.lerp(g, m, betas[0]), state.first, grads)
         second = ff.tree.map(lambda v, g: torch.lerp(g * g, v, betas[1]), state.second, grads)
@@ -121,6 +127,7 @@ def natural(
     update_every: int = 5,
     invert_every: int = 10,
     fisher_batch_size: int | None = None,
+    penalty: Penalty | None = None,
 ) -> Optimizer:
     """The natural gradient with KL clip and momentum: `v ← μ v + clip(F̂⁻¹∇)`, then along v.
 
@@ -135,6 +142,7 @@ def natural(
         update_every: steps between statistics.
         invert_every: steps between inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
+        penalty: added to the loss; preconditioned with the rest of the gradient.
     """
     follow = _clipped_momentum(lr, clipping, momentum)
 
@@ -148,7 +156,7 @@ def natural(
         labels = noise if isinstance(noise, Tensor) else None
         update, invert = index % update_every == 0, index % invert_every == 0
         curvature = state.curvature
-        if fisher_batch_size is None:
+        if fisher_batch_size is None and penalty is None:
             nat, curvature, info = ng.step(
                 params,
                 curvature,
@@ -167,6 +175,7 @@ def natural(
                 (batch, _head(batch, fisher_batch_size)),
                 labels,
                 context,
+                penalty,
                 update=update,
                 invert=invert,
             )
@@ -207,8 +216,8 @@ def implicit(
         F = ng.implicit_fisher(params, batch[0], context=context)
         solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
         velocity = follow(solution, ff.tree.dot(grads, solution), state.velocity)
-        sound = info.ok["loss"] & torch.isfinite(residual)
-        info = info._replace(ok={"loss": sound}, diagnostics={"residual": {"all": residual}})
+        ok = {**info.ok, "residual": torch.isfinite(residual)}
+        info = info._replace(ok=ok, diagnostics={"residual": {"all": residual}})
         return Stepped(_move(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info)
 
     return Optimizer(init, _no_draw, step)
@@ -231,11 +240,12 @@ def _step_in_parts(
     batches: tuple[Batch, Batch],
     noise: Tensor | None,
     context: Any,
+    penalty: Penalty | None,
     *,
     update: bool,
     invert: bool,
 ) -> tuple[Tree, ff.State, ff.Info]:
-    """A step whose gradient comes from the whole batch and whose curvature from a part of it."""
+    """A step whose curvature comes from a part of the batch, or whose gradient is that of more than the likelihood."""
     whole, part = batches
     masks = []
     if update:
@@ -244,28 +254,39 @@ def _step_in_parts(
     if invert:
         state, info = ng.invert(state)
         masks.append(info)
-    nat, state, info = ng.step(params, state, whole, update=False, invert=False, inner=True, context=context)
+    if penalty is None:
+        nat, state, info = ng.step(params, state, whole, update=False, invert=False, inner=True, context=context)
+    else:
+        grads, info = _gradient(ng.model, ng.likelihood, params, whole, context, penalty)
+        nat = ng.precondition(state, grads)
+        step = {"all": ff.tree.finite(nat)}
+        info = info._replace(inner=ff.tree.dot(grads, nat), ok=info.ok | step, checks=info.checks | {"step": step})
+    sound = torch.ones_like(info.loss, dtype=torch.bool)
     for other in masks:
-        ok = {key: info.ok[key] & other.ok[key] for key in info.ok}
+        ok = {key: info.ok.get(key, sound) & other.ok.get(key, sound) for key in info.ok | other.ok}
         info = info._replace(ok=ok, checks=other.checks | info.checks, diagnostics=info.diagnostics | other.diagnostics)
     return nat, state, info
 
 
 def _head(batch: Batch, size: int | None) -> Batch:
-    return batch if size is None else (batch[0][:size], batch[1][:size])
+    x, y, *_ = batch
+    return x[:size], y[:size]
 
 
-def _gradient(model: Any, likelihood: ff.Likelihood, params: Tree, batch: Batch, context: Any) -> tuple[Tree, ff.Info]:
-    x, y = batch
+def _gradient(
+    model: Any, likelihood: ff.Likelihood, params: Tree, batch: Batch, context: Any, penalty: Penalty | None = None
+) -> tuple[Tree, ff.Info]:
+    x, y, *_ = batch
 
     def loss(p: Tree) -> tuple[Tensor, Any]:
         outputs, new_context = model(p, x, context)
         value = likelihood.nll(outputs, y).mean()
+        value = value if penalty is None else value + penalty(p, batch, context)
         return value, (value, new_context)
 
     grads, (value, new_context) = grad(loss, has_aux=True)(params)
-    sound = torch.isfinite(value)
-    return grads, ff.Info(loss=value, ok={"loss": sound}, checks={"loss": sound}, context=new_context)
+    checks = {"loss": torch.isfinite(value), "gradient": ff.tree.finite(grads)}
+    return grads, ff.Info(loss=value, ok=checks, checks=checks, context=new_context)
 
 
 def _move(params: Tree, direction: Tree, lr: float, weight_decay: float) -> Tree:

@@ -42,7 +42,7 @@ def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
         path: the PNG to write.
     """
     classifiers = any("train_accuracy" in m for metrics in runs.values() for m in metrics)
-    figure = _figure(width=15.0 if classifiers else 10.0, height=4.6)
+    figure = new_figure(width=15.0 if classifiers else 10.0, height=4.6)
     axes = figure.subplots(1, 3 if classifiers else 2)
     axes[1].sharey(axes[0])
     axes[1].tick_params(labelleft=False)
@@ -51,13 +51,13 @@ def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
     for panel, (quantity, x, title) in zip(axes, panels, strict=False):
         for name, metrics in runs.items():
             _curves(panel, metrics, (x, quantity), groups.index(_group(name)))
-        _dress(panel, title, "epoch" if x == "epoch" else "seconds of training")
+        dress(panel, title, "epoch" if x == "epoch" else "seconds of training")
         if x == "epoch":
             panel.set_ylabel(quantity, color=INK)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _scale_losses(axes[0], runs)
     _legend(figure, groups)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def reconstructions(inputs: Tensor, outputs: Tensor, path: Path, columns: int = 10) -> Figure:
@@ -75,12 +75,12 @@ def reconstructions(inputs: Tensor, outputs: Tensor, path: Path, columns: int = 
     rows = [(name, images) for pair in pairs for name, images in zip(("input", "output"), pair, strict=True)]
     columns = min(columns, len(inputs))
     shape = inputs.shape[-2] / inputs.shape[-1]
-    figure = _figure(width=0.9 + 0.85 * columns, height=0.25 + 0.85 * shape * len(rows))
+    figure = new_figure(width=0.9 + 0.85 * columns, height=0.25 + 0.85 * shape * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     limits = float(inputs.min()), float(inputs.max())
     for line, (name, images) in zip(grid, rows, strict=True):
         _image_row(line, images, name, limits)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def heatmap(
@@ -99,7 +99,7 @@ def heatmap(
         axes: what rows and columns are.
         path: PNG file.
     """
-    figure = _figure(width=4.6 * len(panels), height=0.6 * len(rows) + 1.2)
+    figure = new_figure(width=4.6 * len(panels), height=0.6 * len(rows) + 1.2)
     for plot, (title, values, form) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         plot.imshow(values, cmap="cividis_r", aspect="auto")
         low, high = min(map(min, values)), max(map(max, values))
@@ -112,7 +112,7 @@ def heatmap(
         plot.set_title(title, color=INK, fontsize=11, loc="left")
         plot.set_ylabel(axes[0], color=INK)
         plot.set_xlabel(axes[1], color=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def curve_grid(
@@ -132,9 +132,9 @@ def curve_grid(
         columns: panels beside each other.
     """
     names = list(dict.fromkeys(name for _, panels in groups for curves in panels.values() for name in curves))
-    looks = {name: _look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
+    looks = {name: look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
     lines = [math.ceil(len(panels) / columns) for _, panels in groups]
-    figure = _figure(width=3.1 * columns, height=2.15 * sum(lines) + 0.6 * len(groups) + 0.4)
+    figure = new_figure(width=3.1 * columns, height=2.15 * sum(lines) + 0.6 * len(groups) + 0.4)
     parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.25 for count in lines], squeeze=False)[:, 0]
     for part, (title, panels), logarithmic, count in zip(parts, groups, log, lines, strict=False):
         part.suptitle(title, color=INK, fontsize=12, fontweight="bold", x=0.01, ha="left")
@@ -152,19 +152,21 @@ def curve_grid(
     lines_needed = math.ceil(sum(len(name) + 8 for name in names) / (8 * 3.1 * columns))
     ncols = math.ceil(len(handles) / lines_needed)
     figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False, labelcolor=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, inches wide and high, that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Figure:
+def save_figure(figure: Figure, path: Path) -> Figure:
+    """Write the PNG; returns the figure."""
     figure.savefig(path, dpi=DPI, format="png")
     return figure
 
@@ -175,10 +177,10 @@ def _group(name: str) -> str:
 
 
 def _curves(axes: Axes, metrics: Metrics, over: tuple[str, str], index: int) -> None:
-    look, (x, y) = _look(index), over
+    style, (x, y) = look(index), over
     for name, other in ((f"train_{y}", {}), (f"test_{y}", {"linestyle": "--", "marker": "", "alpha": 0.75})):
         points = [(m[x], m[name]) for m in shown(metrics) if name in m and x in m]
-        axes.plot([point[0] for point in points], [point[1] for point in points], label=name, **{**look, **other})
+        axes.plot([point[0] for point in points], [point[1] for point in points], label=name, **{**style, **other})
 
 
 def shown(metrics: Metrics) -> Metrics:
@@ -186,12 +188,14 @@ def shown(metrics: Metrics) -> Metrics:
     return [m for m in metrics if m.get("epoch") != 0] if len(metrics) > 5 else list(metrics)
 
 
-def _look(index: int) -> dict[str, Any]:
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of the curve with this number."""
     marker = MARKERS[index // len(PALETTE) % len(MARKERS)]
     return {"color": PALETTE[index % len(PALETTE)], "marker": marker, "markersize": 4, "linewidth": 1.8}
 
 
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
+def dress(axes: Axes, title: str, xlabel: str) -> None:
+    """Title, label, grid and colours of one panel."""
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xlabel(xlabel, color=INK)
     axes.grid(visible=True, which="major", color=GRID, linewidth=0.8)
@@ -208,7 +212,7 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[
         y = [math.nan if logarithmic and value == 0 else value for _, value in points]
         dots = {"marker": ".", "markersize": 4, "markevery": _dotted(y)}
         axes.plot([x for x, _ in points], y, label=name, **{**looks[name], **dots})
-    _dress(axes, title, "")
+    dress(axes, title, "")
     axes.title.set_fontsize(10)
     if logarithmic:
         _scale(axes, [y for points in curves.values() for _, y in points if y != 0])
@@ -245,7 +249,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _legend(figure: Figure, names: list[str]) -> None:
-    handles = [Line2D([], [], label=name, **_look(index)) for index, name in enumerate(names)]
+    handles = [Line2D([], [], label=name, **look(index)) for index, name in enumerate(names)]
     handles += [Line2D([], [], label="training", color=INK), Line2D([], [], label="test", color=INK, linestyle="--")]
     columns = len(handles) if sum(len(name) + 6 for name in names) < 90 else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)

@@ -149,8 +149,12 @@ class Results:
 
 
 def default_name(config: Any) -> str:
-    """Data, model, optimizer and seed; of one's own `pkg.module:function` with dashes for dots and colons."""
-    parts = (str(getattr(config, name)) for name in ("data", "model", "optim", "seed") if hasattr(config, name))
+    """Data, model, optimizers and seed; of one's own `pkg.module:function` with dashes for dots and colons."""
+    parts = (
+        str(getattr(config, name))
+        for name in ("data", "model", "optim", "gen_optim", "crit_optim", "seed")
+        if hasattr(config, name)
+    )
     return "-".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
 
 

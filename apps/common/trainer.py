@@ -148,7 +148,7 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
     model = config.model or config.model_for(data)
     config = filled(config, tuned(config.app, model, data.name, config.optim) | {"model": model})
     with contextlib.closing(Results.open(config, app or config.app)) as results, stopped() as signals:
-        _check_device(config.device)
+        check_device(config.device)
         task, _ = make_task(config, data)
         optimizer = make_optimizer(config, task)
         snapshot = start(task, optimizer)
@@ -260,7 +260,8 @@ def _examples(split: Split, spec: Model, device: str) -> tuple[Tensor, Tensor]:
     return x, x if spec.task == "reconstruct" or split.labels is None else split.labels.to(device)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise `ConfigError` where nothing can be computed on it."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -17,6 +17,11 @@ def load(data_path, seed):
     return Data("SMALL", Split(x[:32], labels[:32]), Split(x[32:], labels[32:]), "own:build", ff.Bernoulli(),
                 ff.Categorical())
 
+def digits(data_path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    part = [Split(torch.rand(n, 1, 28, 28, generator=generator), torch.arange(n) % 3) for n in (24, 9)]
+    return Data("TINY", *part, "AE_MNIST", ff.Bernoulli(), ff.Categorical())
+
 def build(data):
     return nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
 

@@ -23,9 +23,15 @@ def enlarged(data: Data, size: int) -> Data:
             f"{data.name}: images of {shape[0]}×{shape[1]} for a net that takes {size}×{size}; make them smaller, or "
             "give a model of your own."
         )
-    change = _resampled if data.resampled else _padded
-    train, test = (Split(change(split.inputs, size), split.labels) for split in (data.train, data.test))
+    train, test = (
+        Split(grown(split.inputs, size, resampled=data.resampled), split.labels) for split in (data.train, data.test)
+    )
     return data._replace(train=train, test=test)
+
+
+def grown(images: Tensor, size: int, *, resampled: bool) -> Tensor:
+    """Images [N, C, H, W] with `size`×`size` pixels, resampled or with a border of zeros."""
+    return _resampled(images, size) if resampled else _padded(images, size)
 
 
 def _padded(images: Tensor, size: int) -> Tensor:

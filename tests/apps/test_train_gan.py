@@ -1,0 +1,284 @@
+"""The GAN trainer: every optimizer for either player, exact resume, FID, pictures, and errors that teach."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import yaml
+from PIL import Image
+
+import fisherfn as ff
+from common.checkpoints import load_checkpoint
+from common.config import ConfigError, read
+from common.data import DataError, load
+from common.gan import loop, quality, trainer
+from common.gan.config import DATA, PLAYERS, GanConfig
+from common.gan.pictures import ANIMATED, COLUMNS, ENLARGED, grid
+from common.gan.quality import Quality, classifier_features
+from common.gan.trainer import make_table, run
+from common.models.gan import GANS
+from common.results import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "apps/configs/gan").glob("*/*.yml"))
+
+
+def configured(*more: str) -> GanConfig:
+    common = "--data own:digits --width 0.02 --z_dim 5 --batch_size 12 --crit_repeats 2 --fid none --quiet"
+    natural = "--T_cov 2 --T_inv 3 --damping 0.1"
+    return read(GanConfig, [*common.split(), *natural.split(), *more])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoint.pt")[0]
+
+
+def equal(one: Path, two: Path) -> bool:
+    first, second = tensors(one), tensors(two)
+    return first.keys() == second.keys() and all(torch.equal(first[path], second[path]) for path in first)
+
+
+@pytest.mark.parametrize("optim", PLAYERS)
+def test_every_optimizer_plays_both_parts_and_resumes_exactly(own, optim):
+    names = ("--gen_optim", optim, "--crit_optim", optim)
+    straight = run(configured(*names, "--n_epochs", "2", "--result_name", "straight"))
+    assert straight == Path("results/train_gan/straight")
+    metrics = read_metrics(straight)
+    assert [(m["epoch"], m["step"], m["skipped"]) for m in metrics] == [(0, 0, 0), (1, 2, 0), (2, 4, 0)]
+    before, after = (ff.tree.flatten(loop.start(make_table(configured(*names), load("own:digits"))).params), {})
+    after = {path.removeprefix("params/"): t for path, t in tensors(straight).items() if path.startswith("params/")}
+    assert before.keys() == after.keys()
+    moved = {path.partition("/")[0] for path in before if not torch.equal(before[path], after[path])}
+    assert moved == {"generator", "critic"}
+    run(configured(*names, "--n_epochs", "1", "--result_name", "parts"))
+    assert equal(straight, run(configured(*names, "--n_epochs", "2", "--result_name", "parts", "--resume")))
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(own, stop, monkeypatch):
+    straight = run(configured("--n_epochs", "2", "--result_name", "straight"))
+
+    class Killed(Exception):
+        pass
+
+    whole = trainer.watched
+
+    def killed(results, save_every, signals, step, at):
+        whole(results, save_every, signals, step, at)
+        if step == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "watched", killed)
+        with pytest.raises(Killed):
+            run(configured("--n_epochs", "2", "--result_name", "parts", "--save_every", "1"))
+    resumed = run(configured("--n_epochs", "2", "--result_name", "parts", "--resume"))
+    assert equal(straight, resumed)
+    one, two = ([{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(f)] for f in (straight, resumed))
+    assert one == two  # the mean losses of the broken epoch included
+
+
+def test_a_round_is_by_hand_what_it_is_in_the_loop(own):
+    """Adam for both: the critic's steps one after the other, then the generator's against the new critic."""
+    table = make_table(configured("--gen_optim", "adam", "--crit_optim", "adam"), load("own:digits"))
+    start = loop.start(table)
+    (_, last) = loop.train(table._replace(rules=table.rules._replace(num_epochs=1)), start, lambda at: {})
+    draws, game = loop.generator_of(0, 0, stream=1), table.game
+    params, context, state = dict(start.params), dict(start.context), dict(start.state)
+    for index in range(2):
+        for repeat in range(2):
+            real = table.images[torch.randint(24, (12,), generator=draws)]
+            fake, _ = game.images(params["generator"], torch.randn(12, 5, generator=draws), context["generator"])
+            mix = torch.rand(12, 1, 1, 1, generator=draws)
+            batch = torch.cat([real, fake]), torch.tensor([-2.0] * 12 + [2.0] * 12), mix
+            new = table.optimizers["critic"].step(
+                params["critic"], state["critic"], batch, context["critic"], (), 2 * index + repeat
+            )
+            params["critic"], state["critic"], context["critic"] = new.params, new.state, new.context
+        z = torch.randn(12, 5, generator=draws)
+        seen = {"generator": context["generator"], "critic": params["critic"], "critic_buffers": context["critic"]}
+        new = table.optimizers["generator"].step(
+            params["generator"], state["generator"], (z, -torch.ones(12)), seen, (), index
+        )
+        params["generator"], state["generator"] = new.params, new.state
+        context["generator"] = new.context["generator"]
+    by_hand, looped = ff.tree.flatten((params, context)), ff.tree.flatten((last.snapshot.params, last.snapshot.context))
+    assert by_hand.keys() == looped.keys() and all(torch.equal(by_hand[path], looped[path]) for path in by_hand)
+
+
+def test_a_step_that_is_not_ok_leaves_its_player_as_it_was(own):
+    table = make_table(configured(), load("own:digits"))
+    start = loop.start(table)
+    params = {**start.params, "critic": {name: p * torch.nan for name, p in start.params["critic"].items()}}
+    at, bad = loop._round(table, start._replace(params=params), torch.Generator().manual_seed(0))
+    assert len(bad) == 3 and (at.skipped, at.in_a_row, at.step) == (1, 1, 1)
+    for name in ("generator", "critic"):
+        same = ff.tree.map(lambda a, b: torch.equal(a, b) or bool(a.isnan().all()), at.params[name], params[name])
+        assert all(same.values()), name
+    with pytest.raises(ff.errors.NonFiniteError):
+        list(loop.train(table, start._replace(params=params), lambda at: {}))
+
+
+# ------------------------------------------------------------------------------------------------------------ quality
+
+
+class Pixels(torch.nn.Module):
+    num_features = 4
+
+    def forward(self, images):
+        return images[:, 0, :2, :2].flatten(1)
+
+
+def test_the_distance_is_frechets():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.rand(2, 1200, 1, 28, 28, generator=generator)
+    fake = (fake * 0.5 + 0.2).roll(1, 0)
+    one, two = (Pixels()(x).double().numpy() for x in (real, fake))
+    covariances = np.cov(one.T), np.cov(two.T)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+    measure = Quality(Pixels(), real)
+    assert measure.fid(fake) == pytest.approx(expected, rel=1e-5)
+    assert measure.fid(fake) == pytest.approx(expected, rel=1e-5)  # a second time: earlier fakes are forgotten
+    assert measure.fid(real) == pytest.approx(0, abs=1e-6)
+
+
+def test_features_are_what_the_classifiers_last_layer_is_fed(own, monkeypatch):
+    monkeypatch.setattr(quality, "EPOCHS", 2)
+    data = load("own:digits")
+    config = configured()
+    features, accuracy = classifier_features(config, data)
+    folder = Path("results/train_cnn/features-TINY")
+    assert read_metrics(folder)[-1]["test_accuracy"] == accuracy
+    trained = tensors(folder)
+    padded = torch.nn.functional.pad(data.test.inputs, (2, 2, 2, 2))
+    with torch.no_grad():
+        logits = features(data.test.inputs) @ trained["params/11.weight"].T + trained["params/11.bias"]
+        torch.testing.assert_close(features.body(padded), features(data.test.inputs))
+    assert float((logits.argmax(1) == data.test.labels).double().mean()) == pytest.approx(accuracy)
+    written = (folder / "checkpoint.pt").stat().st_mtime_ns
+    classifier_features(config, data)
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == written  # trained once
+    monkeypatch.setattr(quality, "EPOCHS", 3)
+    classifier_features(config, data)
+    assert read_metrics(folder)[-1]["epoch"] == 3  # what was interrupted is finished
+
+
+def test_fid_is_measured_when_due_and_pictures_are_made(own, monkeypatch):
+    monkeypatch.setattr(quality, "EPOCHS", 1)
+    more = "--fid classifier --fid_every 2 --fid_samples 70 --n_epochs 3 --result_name r".split()
+    folder = run(configured(*more))
+    metrics = read_metrics(folder)
+    assert [m["epoch"] for m in metrics if "fid" in m] == [0, 2, 3]
+    assert [m["epoch"] for m in metrics if "fid_test" in m] == [0]
+    assert {p.name for p in folder.glob("samples/*")} == {f"epoch-000{k}.png" for k in range(4)}
+    assert {p.name for p in folder.glob("*.png")} | {p.name for p in folder.glob("*.gif")} == {
+        "samples.png", "samples.gif", "curves.png",
+    }  # fmt: skip
+    with Image.open(folder / "samples.gif") as animation:
+        assert animation.n_frames == len({p.read_bytes() for p in folder.glob("samples/*")}) <= ANIMATED
+
+
+def test_a_grid_shows_each_image_where_it_belongs(tmp_path):
+    images = torch.arange(10.0).div(10).reshape(10, 1, 1, 1).expand(10, 1, 3, 3)
+    grid(images, tmp_path / "g.png")
+    with Image.open(tmp_path / "g.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (2 * 4 * ENLARGED, COLUMNS * 4 * ENLARGED)
+    assert [int(pixels[0, 8 * k]) for k in range(8)] == [round(255 * k / 10) for k in range(8)]
+    assert [int(pixels[8, 8 * k]) for k in range(3)] == [204, 230, 255]
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+def test_every_shipped_configuration_is_complete_and_read():
+    found = {(path.parent.name, path.stem) for path in CONFIGS}
+    names = ("adam", "sgda", "kfac1", "kfac2", "kfac3")
+    assert found == {(data, name) for data in ("MNIST", "CIFAR10", "DIGITS") for name in names}
+    for path in CONFIGS:
+        config = read(GanConfig, ["--config", str(path)])
+        assert config.data == path.parent.name
+        players = {"adam": ("adam", "adam"), "sgda": ("sgda", "sgda"), "kfac1": ("kfac", "adam"),
+                   "kfac2": ("kfac", "kfac"), "kfac3": ("adam", "kfac")}  # fmt: skip
+        assert (config.gen_optim, config.crit_optim) == players[path.stem]
+        keys = set(yaml.safe_load(path.read_text()))
+        assert {"n_epochs", "batch_size", "z_dim", "gen_optim", "crit_optim", "gen_lr", "crit_lr", "data"} <= keys
+
+
+def test_the_originals_keys_are_all_known(tmp_path):
+    keys = """n_epochs: 3
+batch_size: 16
+device: cpu
+z_dim: 7
+gen_optim: kfac
+crit_optim: sgda
+gen_lr: 0.1
+crit_lr: 0.2
+clipping: 0.3
+damping: 0.4
+T_cov: 5
+T_inv: 6
+momentum: 0.7
+beta_1: 0.4
+beta_2: 0.8
+c_lambda: 9.0
+crit_repeats: 2
+weight_decay: 0.01
+data_root: there
+data: MNIST
+"""
+    (tmp_path / "c.yml").write_text(keys)
+    config = read(GanConfig, ["--config", str(tmp_path / "c.yml"), "--T_inv", "60"])
+    assert (config.num_epochs, config.update_every, config.invert_every, config.data_path) == (3, 5, 60, "there")
+    assert (config.gen_lr, config.crit_lr, config.c_lambda, config.weight_decay) == (0.1, 0.2, 9.0, 0.01)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("gen_optm: adam", "unknown key gen_optm; did you mean gen_optim?"),
+        ("gen_optim: adm", "gen_optim must be one of adam, sgda, .*got adm; did you mean adam?"),
+        ("gen_lr: -0.1", "gen_lr must be > 0, got -0.1"),
+        ("crit_lr: fast", "crit_lr must be float, got fast"),
+        ("crit_repeats: 0", "crit_repeats must be > 0, got 0"),
+        ("c_lambda: .nan", "c_lambda must be finite, got nan"),
+        ("z_dim: 1.5", "z_dim must be int, got 1.5"),
+        ("data:", f"data must be {'str'}, got null"),
+        ("fid: good", "fid must be one of classifier, inception, none"),
+        ("width: 0", "width must be > 0"),
+    ],
+)
+def test_a_bad_configuration_says_what_is_wrong(tmp_path, line, message):
+    (tmp_path / "c.yml").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        read(GanConfig, ["--config", str(tmp_path / "c.yml")])
+
+
+def test_missing_data_and_unusable_choices_say_what_to_do(own):
+    with pytest.raises(DataError, match="MNIST"):
+        run(configured("--data", "MNIST", "--data_path", "nowhere"))
+    with pytest.raises(ConfigError, match="fid inception needs torch-fidelity and a download.*Try --fid classifier"):
+        run(configured("--fid", "inception"))
+    assert not Path("results").exists()
+
+
+def test_the_command_line_runs_a_shipped_configuration(own):
+    more = "--width 0.02 --n_epochs 1 --batch_size 500 --fid none --result_name kfac2".split()
+    config = ROOT / "apps/configs/gan/DIGITS/kfac2.yml"
+    command = [sys.executable, ROOT / "apps/train_gan.py", "--config", config, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"epoch   1  generator +-?\d+\.\d+  critic", done.stdout)
+    assert Path("results/train_gan/kfac2/samples.gif").is_file()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_choices_are_what_there_is():
+    assert set(PLAYERS) == {"adam", "sgda", *ff.METHODS} and set(GANS) == {"dcgan", "residual"}
+    assert {"DIGITS", "MNIST", "CIFAR10"} <= set(DATA)
