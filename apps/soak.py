@@ -1,8 +1,8 @@
 """Runs that are killed, stopped, starved of disk and robbed of a checkpoint, resumed, and compared with straight ones.
 
-`python apps/soak.py` goes through all optimizers for ten minutes. Each round trains a small net with a checkpoint every
-few steps, strikes at a random moment, resumes until the run is finished, and compares the last checkpoint and the
-metrics with those of an undisturbed run, bit by bit.
+`python apps/soak.py` goes through all optimizers, of classifiers and of GANs, for ten minutes. Each round trains a small
+net with a checkpoint every few steps, strikes at a random moment, resumes until the run is finished, and compares the
+last checkpoint and the metrics with those of an undisturbed run, bit by bit.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ import torch
 
 from common.checkpoints import CheckpointError, load_checkpoint
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
+from common.gan.config import PLAYERS
 from common.results import CHECKPOINT, read_metrics
 from common.train_config import OPTIMIZERS
 from common.trainer import reported
 
-TRAINER = Path(__file__).parent / "train_mlp.py"
-RUN = ("--data", "DIGITS", "--model", "ToyNet", "--num_epochs", "3", "--damping", "1", "--clipping", "0.01", "--lr",
-       "0.1", "--save_every", "2", "--quiet", "true")  # fmt: skip
+APPS = Path(__file__).parent
+COMMON = "--data DIGITS --num_epochs 3 --damping 1 --clipping 0.01 --save_every 2 --quiet true"
+RUNS = {
+    "train_mlp": "--model ToyNet --lr 0.1 --optim {}",
+    "train_gan": "--width 0.02 --batch_size 128 --crit_repeats 1 --fid none --gen_optim {} --crit_optim {}",
+}
+GAN = "gan:"
+"""Before the name of an optimizer that both players of a GAN have."""
 ATTEMPTS = 20
 """Times that a run is resumed before it counts as lost."""
 
@@ -41,7 +47,9 @@ class SoakConfig:
     """How long, and what."""
 
     minutes: float = option(10.0, "how long to go on", check=POSITIVE)
-    optims: str = option(",".join(OPTIMIZERS), "optimizers, with commas between them")
+    optims: str = option(
+        ",".join([*OPTIMIZERS, *(GAN + name for name in PLAYERS)]), "optimizers, of a GAN as gan:…, with commas between"
+    )
     seed: int = option(0, "of the moments and the faults", check=NON_NEGATIVE)
     result: str = option("results/soak.json", "file of the counts")
 
@@ -103,7 +111,7 @@ def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
 
 def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str | None:
     """One round; what is wrong with its result, or None."""
-    straight = root / "train_mlp" / f"{optim}-straight"
+    straight = root / trainee(optim)[0] / f"{optim.replace(':', '-')}-straight"
     if not straight.exists():
         began = time.monotonic()
         code, printed = command(root, optim, straight.name)
@@ -111,7 +119,7 @@ def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str 
         if code:
             return f"the straight run failed: {printed}"
     seconds = float((straight / "seconds").read_text())
-    folder = straight.with_name(f"{optim}-disturbed")
+    folder = straight.with_name(straight.name.replace("straight", "disturbed"))
     code, printed = command(root, optim, folder.name, "--overwrite", fault=fault, moment=dice.uniform(0, seconds))
     if code not in fault.codes:
         return f"exit code {code}: {printed}"
@@ -125,6 +133,12 @@ def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str 
     return f"cannot be resumed: {printed}"
 
 
+def trainee(optim: str) -> tuple[str, list[str]]:
+    """The trainer of this optimizer, and what it is told beside the name of its result."""
+    app = "train_gan" if optim.startswith(GAN) else "train_mlp"
+    return app, [*COMMON.split(), *RUNS[app].replace("{}", optim.removeprefix(GAN)).split()]
+
+
 def command(
     root: Path, optim: str, name: str, *more: str, fault: Fault | None = None, moment: float = 0.0
 ) -> tuple[int, str]:
@@ -134,18 +148,8 @@ def command(
         if fault and fault.limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, fault.limit))
 
-    args = [
-        sys.executable,
-        str(TRAINER),
-        *RUN,
-        "--optim",
-        optim,
-        "--result_dir",
-        str(root),
-        "--result_name",
-        name,
-        *more,
-    ]
+    app, told = trainee(optim)
+    args = [sys.executable, str(APPS / f"{app}.py"), *told, "--result_dir", str(root), "--result_name", name, *more]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
     if fault and fault.strike:
         try:
@@ -165,8 +169,10 @@ def difference(straight: Path, folder: Path) -> str | None:
         return str(error)
     if one.keys() != two.keys() or not all(torch.equal(one[path], two[path]) for path in one):
         return "another checkpoint than the straight run's"
-    losses = [[(m["epoch"], m["step"], m["train_loss"]) for m in read_metrics(path)] for path in (straight, folder)]
-    return None if losses[0] == losses[1] else "other metrics than the straight run's"
+    found = [
+        [{name: m[name] for name in m if name != "seconds"} for m in read_metrics(path)] for path in (straight, folder)
+    ]
+    return None if found[0] == found[1] else "other metrics than the straight run's"
 
 
 if __name__ == "__main__":

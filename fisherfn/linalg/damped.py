@@ -29,7 +29,7 @@ from torch import Tensor
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
-from fisherfn.linalg.solve import add_diagonal, damped_inverse, eigh, floored, psd_eigh
+from fisherfn.linalg.solve import add_diagonal, condition, damped_inverse, eigh, floored, psd_eigh, spread
 from fisherfn.taps import Tap
 from fisherfn.types import Product
 
@@ -125,7 +125,8 @@ def factored(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
     """`(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`, by Cholesky."""
     shift_A, shift_G = shares(pair, damping)
     A, G = damped_inverse(pair.A, shift_A), damped_inverse(pair.G, shift_G)
-    return Pair(A.inverse, G.inverse), A.ok & G.ok, {"jitter": torch.maximum(A.jitter, G.jitter)}
+    measured = {"jitter": torch.maximum(A.jitter, G.jitter), "condition": (A.condition * G.condition).amax()}
+    return Pair(A.inverse, G.inverse), A.ok & G.ok, measured
 
 
 def shares(pair: Pair, damping: Float[Tensor, ""]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
@@ -139,7 +140,8 @@ def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
     r, s = psd_eigh(pair.A), psd_eigh(pair.G)
     denominator = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
     ok = r.ok & s.ok & (denominator > 0).all()
-    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), ok, {"jitter": torch.zeros_like(damping)}
+    measured = {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
+    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), ok, measured
 
 
 # two terms -------------------------------------------------------------------------------------------------------
@@ -151,7 +153,11 @@ def factored_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: f
     A, G = _pencil(first.A, second.A, shift_A), _pencil(first.G, second.G, shift_G)
     ratio = 1 + G.values.unsqueeze(-1) * A.values.unsqueeze(-2)
     ok = A.ok & G.ok & torch.isfinite(ratio.sum())
-    measured = {"jitter": torch.maximum(A.jitter, G.jitter), "clipped": (ratio < floor).sum()}
+    measured = {
+        "jitter": torch.maximum(A.jitter, G.jitter),
+        "condition": (A.condition * G.condition).amax(),
+        "clipped": (ratio < floor).sum(),
+    }
     return Rotated(A.basis, G.basis, ratio.clamp(min=floor).reciprocal()), ok, measured
 
 
@@ -165,8 +171,13 @@ def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: floa
     more = diagonal_in(s.vectors, second.G).unsqueeze(-1) * diagonal_in(r.vectors, second.A).unsqueeze(-2)
     ratio = 1 + more / base
     ok = r.ok & s.ok & (base > 0).all() & torch.isfinite(ratio.sum())
-    measured = {"jitter": torch.zeros_like(damping), "clipped": (ratio < floor).sum()}
-    return Rotated(r.vectors, s.vectors, (base * ratio.clamp(min=floor)).reciprocal()), ok, measured
+    total = base * ratio.clamp(min=floor)
+    measured = {
+        "jitter": torch.zeros_like(damping),
+        "condition": spread(total.flatten(-2)).amax(),
+        "clipped": (ratio < floor).sum(),
+    }
+    return Rotated(r.vectors, s.vectors, total.reciprocal()), ok, measured
 
 
 class _Pencil(NamedTuple):
@@ -174,6 +185,7 @@ class _Pencil(NamedTuple):
     basis: Factor
     ok: Tensor
     jitter: Tensor
+    condition: Float[Tensor, " k"]
 
 
 def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pencil:
@@ -181,14 +193,15 @@ def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pen
     shift, jitter = floored(first, damping)
     if kron.is_diagonal(first):
         damped = first + shift.unsqueeze(-1)
-        return _Pencil(second / damped, damped.rsqrt(), torch.isfinite(second.sum()) & (damped > 0).all(), jitter)
+        ok = torch.isfinite(second.sum()) & (damped > 0).all()
+        return _Pencil(second / damped, damped.rsqrt(), ok, jitter, spread(damped))
     L, failed = torch.linalg.cholesky_ex(add_diagonal(first, shift))
     half = torch.linalg.solve_triangular(L, second, upper=False)
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     ok = (failed == 0).all() & torch.isfinite(whitened.sum())
     eye = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
     values, Q = eigh(torch.where(ok, (whitened + whitened.mT) / 2, eye))
-    return _Pencil(values, torch.linalg.solve_triangular(L.mT, Q, upper=True), ok, jitter)
+    return _Pencil(values, torch.linalg.solve_triangular(L.mT, Q, upper=True), ok, jitter, condition(L))
 
 
 def diagonal_in(Q: Factor, M: Factor) -> Float[Tensor, "k d"]:

@@ -15,11 +15,12 @@ from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
 class Inverted(NamedTuple):
-    """An inverse, whether it is one, and how much was added to the diagonal beyond the damping."""
+    """An inverse, whether it is one, how much was added to the diagonal beyond the damping, and `condition` of it."""
 
     inverse: Factor
     ok: Bool[Tensor, ""]
     jitter: Float[Tensor, ""]
+    condition: Float[Tensor, "k"]
 
 
 def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
@@ -32,16 +33,26 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
     shift, jitter = floored(matrix, damping)
     if is_diagonal(matrix):
         inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
-        return Inverted(inverse, torch.isfinite(inverse.sum()), jitter)
+        return Inverted(inverse, torch.isfinite(inverse.sum()), jitter, spread(inverse))
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
     inverse = torch.cholesky_inverse(factor)
-    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter)
+    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
 
 
 def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
     """The damping, at least the matrix's working precision; and the most that this added."""
     shift = torch.maximum(damping.to(matrix.dtype), torch.finfo(matrix.dtype).eps * diagonal(matrix).sum(-1))
     return shift, (shift - damping).amax()
+
+
+def condition(factor: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k"]:
+    """A lower bound on the condition number of `LLᵀ`: the spread of L's squared diagonal. It costs nothing."""
+    return spread(factor.diagonal(dim1=-2, dim2=-1).square())
+
+
+def spread(values: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
+    """The largest over the smallest: the condition number of a diagonal."""
+    return values.amax(-1) / values.amin(-1)
 
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:

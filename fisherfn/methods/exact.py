@@ -33,7 +33,7 @@ from fisherfn import rows, tree
 from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure, combine, gram, inner_products
-from fisherfn.linalg.solve import add_diagonal, floored
+from fisherfn.linalg.solve import add_diagonal, condition, floored
 from fisherfn.taps import AnyTap, Mean, Tap, example_matrices
 from fisherfn.types import Shape
 
@@ -160,21 +160,23 @@ def invert(factors: Taps, damping: Float[Tensor, ""], *, grouped: Any) -> Estima
     """Cholesky factors of the smaller system of every group of blocks."""
     systems: dict[str, System] = {}
     ok: dict[str, Tensor] = {}
-    jitter: dict[str, Tensor] = {}
+    measured: dict[str, dict[str, Tensor]] = {"jitter": {}, "condition": {}}
     for name, taps in grouped(factors).items():
-        systems[name], sound, added = _system(dict(taps), damping)
+        systems[name], sound, found = _system(dict(taps), damping)
         ok |= dict.fromkeys(taps, sound)
-        jitter |= dict.fromkeys(taps, added)
-    return Estimated(systems, ok, {"jitter": jitter})
+        for what, value in found.items():
+            measured[what] |= dict.fromkeys(taps, value)
+    return Estimated(systems, ok, measured)
 
 
-def _system(taps: Taps, damping: Float[Tensor, ""]) -> tuple[System, Tensor, Tensor]:
+def _system(taps: Taps, damping: Float[Tensor, ""]) -> tuple[System, Tensor, dict[str, Tensor]]:
     matrix = (_fisher(taps) if _few_parameters(taps) else _grams(taps)).unsqueeze(0)
     # the floor is what the statistics' own precision makes of the matrix
     shift, jitter = floored(matrix, damping.expand(1))
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix.double(), shift.double()))
     sound = (failed == 0).all() & torch.isfinite(factor.sum()) & (shift > 0).all()
-    return System(taps, factor.squeeze(0), shift.squeeze(0).to(damping.dtype)), sound, jitter
+    measured = {"jitter": jitter, "condition": condition(factor).squeeze(0)}
+    return System(taps, factor.squeeze(0), shift.squeeze(0).to(damping.dtype)), sound, measured
 
 
 def _few_parameters(taps: Mapping[str, Tap]) -> bool:

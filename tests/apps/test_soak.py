@@ -10,9 +10,11 @@ from common.checkpoints import load_checkpoint, save_checkpoint
 from common.results import CHECKPOINT
 
 
-@pytest.mark.parametrize("fault", ["kill -9, checkpoint truncated", "full disk"])
-def test_a_disturbed_run_ends_as_the_straight_one(tmp_path, fault):
-    assert soak.disturbed(tmp_path, "kfac", soak.FAULTS[fault], random.Random(1)) is None
+@pytest.mark.parametrize(
+    "optim, fault", [("kfac", "full disk"), ("kfac", "kill -9, checkpoint truncated"), ("gan:adam", "kill -9")]
+)
+def test_a_disturbed_run_ends_as_the_straight_one(tmp_path, optim, fault):
+    assert soak.disturbed(tmp_path, optim, soak.FAULTS[fault], random.Random(1)) is None
 
 
 def test_a_difference_is_seen(tmp_path):
