@@ -1,8 +1,8 @@
 """Runs that are killed, stopped, starved of disk and robbed of a checkpoint, resumed, and compared with straight ones.
 
-`python apps/soak.py` goes through all optimizers, of classifiers and of GANs, for ten minutes. Each round trains a small
-net with a checkpoint every few steps, strikes at a random moment, resumes until the run is finished, and compares the
-last checkpoint and the metrics with those of an undisturbed run, bit by bit.
+`python apps/soak.py` goes through all optimizers, of classifiers and of GANs, for ten minutes. Each round trains a
+small net with a checkpoint every few steps, strikes at a random moment, resumes until the run is finished, and compares
+the last checkpoint and the metrics with those of an undisturbed run, bit by bit.
 """
 
 from __future__ import annotations

@@ -42,9 +42,11 @@ def couples_examples(function: Callable[..., Any], args: tuple[Any, ...], kwargs
 def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Batch norm in training mode with its batch's statistics held fixed: no example reaches another through it."""
     given = _given(_BATCH, args, kwargs)
-    x: Tensor = given["input"]
-    var, mean = torch.var_mean(x.detach(), [0, *range(2, x.ndim)], correction=0)
-    return F.batch_norm(x, mean, var, given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5))
+    x, weight = given["input"], given.get("weight")
+    # statistics in the weight's type: under autocast the input's is coarser, and torch wants both alike
+    exact = x.detach() if weight is None else x.detach().to(weight.dtype)
+    var, mean = torch.var_mean(exact, [0, *range(2, x.ndim)], correction=0)
+    return F.batch_norm(x, mean, var, weight, given.get("bias"), eps=given.get("eps", 1e-5))
 
 
 def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

@@ -38,8 +38,9 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     more, by_example = _trace_one_more(model, params, x, context, examples)
     _all_used(model, params, x, context)
     found, why = candidates(mode, more, params, examples)
+    tolerance = _tolerance(mode, outputs)
     if any(by_example) and not mode.couples:
-        _stands_alone(model, params, x, context, outputs, by_example)
+        _stands_alone(model, params, x, context, outputs, by_example, tolerance)
     if examples == 1:  # a single one shows neither order nor coupling
         x, context = _and_another(x), _grown_context(context, by_example)
         outputs, _ = _trace(model, params, x, context, 2)
@@ -58,10 +59,10 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
         )
 
-    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples)
+    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
     blocks = _with_fallbacks(kept, params, why | reasons)
     complete = layout(blocks)
-    _verify_fallbacks(model, complete, params, x, context, cotangent)
+    _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
     return complete
 
 
@@ -137,14 +138,30 @@ def _trace_one_more(
     ) from first
 
 
+def _tolerance(mode: Intercept, outputs: Tensor) -> float:
+    """Of sums that rounding alone separates, for the coarsest precision that any layer computed in.
+
+    Under autocast that is not the parameters'. In half precision a root would let a missing use pass.
+    """
+    records = [record.output for found in mode.records.values() for record in found]
+    eps = max(torch.finfo(output.dtype).eps for output in [outputs, *records])
+    return 16 * eps if eps > 1e-5 else 5 * eps**0.5
+
+
 def _stands_alone(
-    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor, by_example: tuple[bool, ...]
+    model: Model,
+    params: Tree,
+    x: PyTree,
+    context: PyTree,
+    outputs: Tensor,
+    by_example: tuple[bool, ...],
+    tolerance: float,
 ) -> None:
     """What the context has for the first example is all that this example needs of it."""
     pairs = zip(tree.leaves(context), by_example, strict=True)
     own = tree.replace_leaves(context, [leaf[:1] if mine else leaf for leaf, mine in pairs])
     alone, _ = run(model, params, tree.map(lambda leaf: leaf[:1], x), own)
-    if not _close(alone, outputs[:1], outputs[:1].abs()):
+    if not _close(alone, outputs[:1], outputs[:1].abs(), tolerance):
         raise ShapeError(
             "an example's outputs change when it is alone with its part of the context: noise with an entry for each "
             "example (dropout seeds, masks) must be used along the examples' axis, the first one of what is dropped; "
@@ -209,6 +226,7 @@ def _verify(
     cotangent: Tensor,
     truth: Tree,
     couples: bool,
+    tolerance: float,
 ) -> tuple[list[Block], dict[str, str]]:
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
@@ -223,7 +241,7 @@ def _verify(
     for block in layout.blocks:
         tap = lazy(block, inputs[block.weight], [g.unsqueeze(0) for g in grads[block.weight]])
         found, scale = (block.tensors(total) for total in _sums(tap))
-        wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n])]
+        wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n], tolerance)]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
         leak = any(bool((g != 0).any()) for g in others)
         if leak:
@@ -249,12 +267,11 @@ def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
     return sums, sizes
 
 
-def _close(found: Tensor, truth: Tensor, scale: Tensor) -> bool:
+def _close(found: Tensor, truth: Tensor, scale: Tensor, tolerance: float) -> bool:
     """Agreement to the working precision of the sum's terms (`scale`: the sum of their sizes), far from a missing one.
 
     The sum itself may vanish: a bias before a batch norm has no gradient.
     """
-    tolerance = 5 * torch.finfo(truth.dtype).eps ** 0.5
     return bool((found - truth).norm() <= tolerance * scale.norm())
 
 
@@ -283,7 +300,7 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
 
 
 def _verify_fallbacks(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
 ) -> None:
     """Per-example gradients of the fallback must add up to the gradient, or the examples are coupled."""
     names = [block.weight for block in layout.fallbacks]
@@ -304,7 +321,7 @@ def _verify_fallbacks(
             "buffers as context), dropout (draw its noise outside), branches on values."
         ) from error
     for name in names:
-        if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0)):
+        if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance):
             raise CoverageError(
                 f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
                 "of a batch (batch norm in training mode?). Call net.eval(), or keep this parameter out of params."
