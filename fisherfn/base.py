@@ -6,8 +6,8 @@ dicts of blocks once, here. A method that couples layers builds a `Method` itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,15 @@ from fisherfn.types import Product, PyTree, Shape
 
 Diagnostics = dict[str, Tensor]
 """Measurements by name; the names are fixed for a method, so that the structure of `info` is."""
+
+Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
+"""Blocks as they get done, in any order: key, new factors and what was measured on the way."""
+
+Update: TypeAlias = Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean, bool], Updated]
+"""(old, taps, rho, mean, inverting), the first two by block key, to factors blended with weight ρ on the old ones."""
+
+BlockUpdate: TypeAlias = Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]
+"""The same of one block."""
 
 
 class Estimated(NamedTuple):
@@ -65,8 +74,9 @@ class LayerMethod(NamedTuple):
 
     Attributes:
         init: (shape, dtype, device, damping) to empty factors and the inverse that stands for I/λ.
-        update: (old, tap, rho, mean, inverting) to factors in the method's canonical scale, blended with weight ρ on
-            the old ones, and diagnostics; every additive moment goes through `mean`. Mostly `estimate_then_blend`.
+        update: (old, taps, rho, mean, inverting) of all blocks to factors in the method's canonical scale, blended with
+            weight ρ on the old ones, and diagnostics; every additive moment goes through `mean`. `one_by_one`, unless
+            it costs less for many blocks at once.
         invert: (factors, damping) to (inverse, ok, diagnostics).
         apply: (inverse, gradient matrix) to the preconditioned matrix.
         apply_tap: the same from a loss tap, with ⟨∇, nat⟩ when asked for.
@@ -75,7 +85,7 @@ class LayerMethod(NamedTuple):
     """
 
     init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    update: Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]
+    update: Update
     invert: Callable[[PyTree, Tensor], tuple[PyTree, Tensor, Diagnostics]]
     apply: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
     apply_tap: Callable[[PyTree, Tap, bool], Product]
@@ -83,10 +93,20 @@ class LayerMethod(NamedTuple):
     overlap: Callable[[PyTree, AnyTap], tuple[Tensor, Tensor]]
 
 
+def one_by_one(update: BlockUpdate) -> Update:
+    """An update of one block, for all."""
+
+    def each(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
+        for key, tap in taps.items():
+            yield key, *update(old[key], tap, rho, mean, inverting)
+
+    return each
+
+
 def estimate_then_blend(
     estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]],
     blend: Callable[[PyTree, PyTree, Tensor], PyTree],
-) -> Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]:
+) -> BlockUpdate:
     """An update that looks at the batch alone, then averages.
 
     Args:
@@ -140,10 +160,9 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
         factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
     ) -> Estimated:
         new, ok, diagnostics = {}, {}, {}
-        for key, tap in taps.items():
-            new[key], diagnostics[key] = layer.update(factors[key], tap, rho, mean, inverting)
-            ok[key] = tree.finite(new[key])
-        return Estimated(new, ok, _by_name(diagnostics))
+        for key, blended, measured in layer.update(factors, taps, rho, mean, inverting):
+            new[key], ok[key], diagnostics[key] = blended, tree.finite(blended), measured
+        return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
 
     def invert(factors: PyTree, damping: Tensor) -> Estimated:
         inverses, ok, diagnostics = {}, {}, {}

@@ -25,7 +25,7 @@ k group, s draw, n example, m example and draw, t and u positions, i input, o ou
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
@@ -40,6 +40,9 @@ from fisherfn.taps import AnyTap, Mean, Sizes, Tap, example_matrices, matrix_win
 
 Element: TypeAlias = Tensor
 """A symmetric matrix of one side: itself (or its diagonal), or its coefficients `[k n]` in the Gram route."""
+
+JOINED = 1 << 24
+"""Numbers that the Gram matrices of blocks that are iterated on together may hold: 128 MiB."""
 
 KEPT = 1 << 26
 """Numbers that the per-example gradients of a layer may hold to be kept over the iterations: 256 MiB in float32."""
@@ -56,8 +59,6 @@ class Rearranged(NamedTuple):
         right: U' to `Zᵀ U`.
         left_dual: U to U'.
         right_dual: V to V'.
-        pair: (U, V) as matrices.
-        moments: K-FAC's A and G as elements, given as matrices.
         start: 0 or 1 to a generic V.
         rounding: relative length at which an element is rounding.
     """
@@ -66,26 +67,63 @@ class Rearranged(NamedTuple):
     right: Callable[[Element], Element]
     left_dual: Callable[[Element], Element]
     right_dual: Callable[[Element], Element]
-    pair: Callable[[Element, Element], Pair]
-    moments: Callable[[Pair], tuple[Element, Element]]
     start: Callable[[int], Element]
     rounding: float
 
 
-def rearranged(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -> Rearranged:
-    """Z of a layer's block.
+class Block(NamedTuple):
+    """A layer's Z, and what its elements are as matrices.
+
+    Attributes:
+        Z: the maps.
+        pair: (U, V) as a Kronecker product; how its scale and sign are shared out is left to `recompressed`.
+        moments: K-FAC's A and G as elements, given as matrices.
+        grams: the two Gram matrices of that route.
+    """
+
+    Z: Rearranged
+    pair: Callable[[Element, Element], Pair]
+    moments: Callable[[Pair], tuple[Element, Element]]
+    grams: tuple[Float[Tensor, "k n n"], Float[Tensor, "k n n"]] | None = None
+
+
+def rearranged(tap: AnyTap, guess: Sequence[Pair], mean: Mean, whole: bool) -> Block:
+    """A layer's block.
 
     Args:
         tap: the layer's statistics.
-        form: which sides are diagonal.
-        guess: an output-side factor to start from.
+        guess: pairs with whose sum to start; a side that is diagonal in them stays so.
         mean: how a moment is taken over the examples.
         whole: whether `mean` is that of one batch held as a whole, so that examples may meet each other.
     """
-    _, _, _, t, o, i = tap.sizes
-    if whole and t == 1 and min(o, i) > 1:
+    form = kron.forms_of(guess[0])
+    if _has_grams(tap, whole):
         return _by_gram(_float(tap.whole()), form)
-    return _by_maps(tap, form, guess, mean, whole)
+    G = reduce(operator.add, (pair.G for pair in guess))
+    return Block(_by_maps(tap, form, G, mean, whole), Pair, lambda pair: (pair.A, pair.G))
+
+
+def alike(taps: Mapping[str, AnyTap], whole: bool) -> list[list[str]]:
+    """The blocks in lists that `joined` takes: in the Gram route those of as many examples, else each alone."""
+    lists: list[list[str]] = []
+    latest: dict[int, list[str]] = {}
+    for key, tap in taps.items():
+        n, together = tap.sizes.n, latest.get(tap.sizes.n, [])
+        numbers = 2 * n * n * sum(taps[other].sizes.k for other in [*together, key])
+        if together and numbers <= JOINED and _has_grams(tap, whole):
+            together.append(key)
+            continue
+        lists.append([key])
+        if _has_grams(tap, whole):
+            latest[n] = lists[-1]
+    return lists
+
+
+def joined(blocks: Sequence[Block]) -> Rearranged:
+    """Z of alike blocks, group after group: an iteration of small matrices costs little more for many than for one."""
+    if len(blocks) == 1:
+        return blocks[0].Z
+    return _of_grams(*(torch.cat(side) for side in zip(*(block.grams or () for block in blocks), strict=True)))
 
 
 def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
@@ -103,27 +141,40 @@ def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
 # one position: Gram matrices -------------------------------------------------------------------------------------
 
 
-def _by_gram(tap: Tap, form: Forms) -> Rearranged:
-    """In coefficients of `a_n a_nᵀ` and of `Γ_n/n` both maps are the identity: all is in the duals."""
+def _has_grams(tap: AnyTap, whole: bool) -> bool:
+    _, _, _, t, o, i = tap.sizes
+    return whole and t == 1 and min(o, i) > 1
+
+
+def _by_gram(tap: Tap, form: Forms) -> Block:
     n = tap.sizes.n
     tap = Tap(tap.a, tap.g / n**0.5)
-    K_a, K_g = _input_gram(tap, form.A), _output_gram(tap, form.G)
+    grams = _input_gram(tap, form.A), _output_gram(tap, form.G)
+    ones = torch.ones_like(grams[0][..., 0])
+    return Block(
+        Z=_of_grams(*grams),
+        pair=lambda c, d: Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G)),
+        moments=lambda _: (ones / n, ones),
+        grams=grams,
+    )
+
+
+def _of_grams(K_a: Float[Tensor, "k n n"], K_g: Float[Tensor, "k n n"]) -> Rearranged:
+    """In coefficients of `a_n a_nᵀ` and of `Γ_n/n` both maps are the identity: all is in the duals."""
     ones = torch.ones_like(K_a[..., 0])
-    count = torch.arange(n, dtype=ones.dtype, device=ones.device)
+    count = torch.arange(ones.shape[-1], dtype=ones.dtype, device=ones.device)
     return Rearranged(
         left=lambda dual: dual,
         right=lambda dual: dual,
         left_dual=lambda c: _times(K_a, c),
         right_dual=lambda d: _times(K_g, d),
-        pair=lambda c, d: Pair(_weighted_inputs(tap, c, form.A), _weighted_outputs(tap, d, form.G)),
-        moments=lambda _: (ones / n, ones),
         start=lambda which: ones * (1.25 + torch.cos((1 + which) * count)),  # positive, generic
         rounding=1e-7,  # lengths are roots of quadratic forms of a matrix that may be singular
     )
 
 
 def _times(K: Float[Tensor, "k n n"], x: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-    return (K @ x.unsqueeze(-1)).squeeze(-1)
+    return (x.unsqueeze(-2) @ K).squeeze(-2)  # K is symmetric; many products with columns are six times slower
 
 
 def _input_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
@@ -195,8 +246,6 @@ def _by_maps(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -
         right=lambda U: applied(maps.right, U, form.G),
         left_dual=lambda U: U,
         right_dual=lambda V: V,
-        pair=Pair,
-        moments=lambda pair: (pair.A, pair.G),
         start=lambda which: _start(guess, which),
         rounding=64 * torch.finfo(guess.dtype).eps,
     )
@@ -250,7 +299,7 @@ def _left_factored(tap: Any, V: Factor, form: Forms) -> Factor:
         return rows.outer(weights, tap.a).squeeze(1)
     a: Tensor = tap.a
     Ma = M @ a
-    return (a * Ma).sum((1, 2)) if form.A else a.flatten(1, 2).mT @ Ma.flatten(1, 2)
+    return (a * Ma).sum((1, 2)) if form.A else rows.symmetric(a.flatten(1, 2), Ma.flatten(1, 2))
 
 
 def _right_factored(tap: Any, U: Factor, form: Forms) -> Factor:
@@ -274,7 +323,7 @@ def _matrices(tap: AnyTap) -> Iterable[Float[Tensor, "k o m i"]]:
 def _left_matrices(W: Float[Tensor, "k o m i"], V: Factor, form: Forms) -> Factor:
     """`Σ Wᵀ V W`."""
     VW = kron.left(V, W.flatten(2)).reshape(W.shape)
-    return (W * VW).sum((1, 2)) if form.A else W.flatten(1, 2).mT @ VW.flatten(1, 2)
+    return (W * VW).sum((1, 2)) if form.A else rows.symmetric(W.flatten(1, 2), VW.flatten(1, 2))
 
 
 def _right_matrices(W: Float[Tensor, "k o m i"], U: Factor, form: Forms) -> Factor:

@@ -32,7 +32,7 @@ class Triplet(NamedTuple):
     u: Element
     v: Element
     square: Float[Tensor, " k"]
-    residual: Float[Tensor, ""]
+    residual: Float[Tensor, " k"]
 
 
 def leading(
@@ -48,20 +48,22 @@ def leading(
     """
     space = _krylov(Z, steps, rank > 1, after)
     T = space.images.flatten(2).double() @ space.image_duals.flatten(2).double().mT
-    sound = torch.isfinite(T).all()
+    sound = torch.isfinite(T.sum((-2, -1), keepdim=True))  # group by group: they may be of several blocks
     values, Y = torch.linalg.eigh(torch.where(sound, (T + T.mT) / 2, torch.eye(steps, dtype=T.dtype, device=T.device)))
+    Y = torch.where(sound, Y, torch.nan)
     triplets = []
     for r in range(1, rank + 1):
-        y = torch.where(sound, Y[..., -r], torch.nan)
+        y = Y[..., -r]
         residual = space.beyond * y[:, -1].abs() * _inverse(values[:, -r], 1e-15 * values[:, -1])
         u, v = _combined(space.images, y), _combined(space.basis, y)
-        triplets.append(Triplet(u, v, values[:, -r].clamp(min=0), residual.amax()))
+        triplets.append(Triplet(u, v, values[:, -r].clamp(min=0), residual))
     return tuple(triplets)
 
 
-def as_pair(Z: Rearranged, triplet: Triplet) -> Pair:
-    """`u vᵀ` as a Kronecker product; how its scale and sign are shared out is left to `recompressed`."""
-    return Z.pair(triplet.u, triplet.v)
+def by_block(triplets: Sequence[Triplet], groups: Sequence[int]) -> list[tuple[Triplet, ...]]:
+    """The triplets of blocks with so many groups each, which were found at once."""
+    parts = [zip(*(field.split(list(groups)) for field in triplet), strict=True) for triplet in triplets]
+    return [tuple(Triplet(*fields) for fields in block) for block in zip(*parts, strict=True)]
 
 
 def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) -> tuple[Pair, ...]:
@@ -152,10 +154,10 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
 
 def _orthogonal(r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float) -> Element:
     """What of r is orthogonal to the q, whose duals are D."""
-    rest = r.flatten(1).unsqueeze(-1)
+    rest = r.flatten(1).unsqueeze(1)  # a row: products of many matrices with one column each are slow
     once = torch.finfo(r.dtype).eps <= 1e-8 * rounding  # enough where what is left is never much shorter
     for _ in range(1 if once else 2):
-        rest = torch.baddbmm(rest, Q.mT, D @ rest, alpha=-1)
+        rest = torch.baddbmm(rest, rest @ D.mT, Q, alpha=-1)
     return rest.reshape(r.shape)
 
 

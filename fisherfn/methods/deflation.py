@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from fisherfn.base import Diagnostics, Method, whole_mean
-from fisherfn.linalg import kron
+from fisherfn.base import Method
 from fisherfn.linalg.damped import FLOOR
-from fisherfn.linalg.kron import DIAGONAL_ABOVE, Sum
-from fisherfn.linalg.rearranged import rearranged
-from fisherfn.linalg.vanloan import as_pair, leading
-from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
-from fisherfn.methods.lanczos import blend
-from fisherfn.taps import AnyTap, Mean
+from fisherfn.linalg.kron import DIAGONAL_ABOVE
+from fisherfn.linalg.rearranged import Rearranged
+from fisherfn.linalg.vanloan import Triplet, leading
+from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
+from fisherfn.methods.lanczos import blend, start
 
 ITERATIONS = 5
 
@@ -34,17 +32,12 @@ def deflation(
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
     """Deflation; the arguments are those of `lanczos`, `iterations` those of the first term."""
-    steps = checked_steps(iterations, least=2)
-    return two_terms("deflation", partial(estimate, iterations=steps), blend, damping_form, floor, diagonal_above)
+    fit = Fit(partial(triplets, iterations=checked_steps(iterations, least=2)), start, blend)
+    return two_terms("deflation", iterated(fit), damping_form, floor, diagonal_above)
 
 
-def estimate(
-    tap: AnyTap, previous: Sum, mean: Mean = whole_mean, iterations: int = ITERATIONS
-) -> tuple[Sum, Diagnostics]:
+def triplets(Z: Rearranged, iterations: int = ITERATIONS) -> tuple[Triplet, ...]:
     """Two leading triplets, the second of the deflated block."""
-    guess = previous.first.G + previous.second.G
-    Z = rearranged(tap, kron.forms_of(previous.first), guess, mean, mean is whole_mean)
     first, runner_up = leading(Z, iterations, rank=2)
     (second,) = leading(Z, (iterations + 1) // 2, after=(first, runner_up))
-    residuals = {"residual": first.residual, "second_residual": second.residual}
-    return Sum(as_pair(Z, first), as_pair(Z, second)), residuals
+    return first, second

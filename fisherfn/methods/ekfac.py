@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import rows
-from fisherfn.base import Diagnostics, LayerMethod, Method, factorwise, layerwise
+from fisherfn.base import Diagnostics, LayerMethod, Method, factorwise, layerwise, one_by_one
 from fisherfn.errors import unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
-from fisherfn.linalg.solve import psd_eigh
+from fisherfn.linalg.solve import psd_eigh, spread
 from fisherfn.methods.kfac import expand
 from fisherfn.methods.kronecker import DampingForm, checked_width
 from fisherfn.taps import AnyTap, Mean, Moment, Tap, squares
@@ -63,7 +63,7 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
         raise unknown("damping form", damping_form, ADDED)
     layer = LayerMethod(
         init=partial(init, limit=diagonal_above),
-        update=partial(update, moments=partial(expand, limit=checked_width(diagonal_above))),
+        update=one_by_one(partial(update, moments=partial(expand, limit=checked_width(diagonal_above)))),
         invert=partial(invert, added=ADDED[damping_form]),
         apply=damped.apply,
         apply_tap=damped.apply_tap,
@@ -124,7 +124,7 @@ def invert(
     denominator = factors.scale + added(factors, damping)
     ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
     inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
-    return inverse, ok, {"jitter": torch.zeros_like(damping)}
+    return inverse, ok, {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
 
 
 def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Float[Tensor, "k o i"]:

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from fisherfn import rows
-from fisherfn.base import Diagnostics, Method, factorwise, whole_mean
+from fisherfn.base import Diagnostics, Method, estimate_then_blend, factorwise, one_by_one, whole_mean
 from fisherfn.errors import EmptyBatchError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair
@@ -56,7 +56,7 @@ def kfac(
     if sharing not in SHARINGS:
         raise unknown("sharing", sharing, SHARINGS)
     moments = partial(estimate, moments=partial(MOMENTS[sharing], limit=diagonal_above))
-    return one_term("kfac", moments, factorwise, damping_form, diagonal_above)
+    return one_term("kfac", one_by_one(estimate_then_blend(moments, factorwise)), damping_form, diagonal_above)
 
 
 # factors ---------------------------------------------------------------------------------------------------------

@@ -18,15 +18,12 @@ from functools import partial
 
 from torch import Tensor
 
-from fisherfn.base import Diagnostics, Method, factorwise, whole_mean
-from fisherfn.linalg import kron
+from fisherfn.base import Method, factorwise
 from fisherfn.linalg.damped import FLOOR
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
-from fisherfn.linalg.rearranged import deflated, rearranged
-from fisherfn.linalg.vanloan import as_pair, leading, recompressed
+from fisherfn.linalg.vanloan import leading, recompressed
 from fisherfn.methods.kfac import expand
-from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
-from fisherfn.taps import AnyTap, Mean, Moment
+from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
 
 ITERATIONS = 6
 
@@ -38,19 +35,14 @@ def kfac_corrected(
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
     """K-FAC corrected; the arguments are those of `lanczos`."""
-    moments = partial(expand, limit=diagonal_above)
-    fit = partial(estimate, iterations=checked_steps(iterations, least=1), moments=moments)
-    return two_terms("kfac_cor", fit, blend, damping_form, floor, diagonal_above)
+    find = partial(leading, steps=checked_steps(iterations, least=1))
+    fit = Fit(find, start, blend, moments=partial(expand, limit=diagonal_above))
+    return two_terms("kfac_cor", iterated(fit), damping_form, floor, diagonal_above)
 
 
-def estimate(
-    tap: AnyTap, previous: Sum, mean: Mean = whole_mean, iterations: int = ITERATIONS, moments: Moment = expand
-) -> tuple[Sum, Diagnostics]:
-    """K-FAC's pair of one batch, and the leading triplet of the rest."""
-    pair = mean(moments, tap)
-    Z = rearranged(tap, kron.forms_of(previous.first), previous.second.G, mean, mean is whole_mean)
-    (rest,) = leading(deflated(Z, *Z.moments(pair)), iterations)
-    return Sum(pair, as_pair(Z, rest)), {"residual": rest.residual}
+def start(previous: Sum) -> tuple[Pair]:
+    """From the previous correction."""
+    return (previous.second,)
 
 
 def blend(old: Sum, new: Sum, rho: Tensor) -> Sum:

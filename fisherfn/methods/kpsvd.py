@@ -18,13 +18,10 @@ from functools import partial
 
 from torch import Tensor
 
-from fisherfn.base import Diagnostics, Method, whole_mean
-from fisherfn.linalg import kron
+from fisherfn.base import Method
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair
-from fisherfn.linalg.rearranged import rearranged
-from fisherfn.linalg.vanloan import as_pair, leading, recompressed
-from fisherfn.methods.kronecker import DampingForm, checked_steps, one_term
-from fisherfn.taps import AnyTap, Mean
+from fisherfn.linalg.vanloan import leading, recompressed
+from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, one_term
 
 ITERATIONS = 4
 
@@ -43,17 +40,13 @@ def kpsvd(
         UnknownNameError: another damping form.
         HyperparameterError: no iteration, or a negative width.
     """
-    steps = checked_steps(iterations, least=1)
-    return one_term("kpsvd", partial(estimate, iterations=steps), blend, damping_form, diagonal_above)
+    fit = Fit(partial(leading, steps=checked_steps(iterations, least=1)), start, blend)
+    return one_term("kpsvd", iterated(fit), damping_form, diagonal_above)
 
 
-def estimate(
-    tap: AnyTap, previous: Pair, mean: Mean = whole_mean, iterations: int = ITERATIONS
-) -> tuple[Pair, Diagnostics]:
-    """The leading triplet of one batch, started from the previous one; `residual` is ‖Zᵀu − σv‖/σ."""
-    Z = rearranged(tap, kron.forms_of(previous), previous.G, mean, mean is whole_mean)
-    (triplet,) = leading(Z, iterations)
-    return as_pair(Z, triplet), {"residual": triplet.residual}
+def start(previous: Pair) -> tuple[Pair]:
+    """From the previous product."""
+    return (previous,)
 
 
 def blend(old: Pair, new: Pair, rho: Tensor) -> Pair:

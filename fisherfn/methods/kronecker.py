@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fisherfn.base import LayerMethod, Method, estimate_then_blend, layerwise
+from fisherfn.base import LayerMethod, Method, Update, Updated, layerwise, whole_mean
 from fisherfn.errors import HyperparameterError
 from fisherfn.linalg import damped, kron, rearranged
 from fisherfn.linalg.kron import Pair, Sum
-from fisherfn.types import Shape
+from fisherfn.linalg.rearranged import Rearranged
+from fisherfn.linalg.vanloan import Triplet, by_block
+from fisherfn.taps import AnyTap, Mean, Moment
+from fisherfn.types import PyTree, Shape
 
 DampingForm = Literal["factored", "eigen"]
 
+RESIDUALS = ("residual", "second_residual")
+"""Diagnostics: ‖Zᵀu − σv‖/σ of the triplets that were found."""
 
-def one_term(
-    name: str, estimate: Callable[..., Any], blend: Callable[..., Pair], damping_form: str, diagonal_above: int
-) -> Method:
+
+class Fit(NamedTuple):
+    """How a method finds its terms by iterating on the rearranged block Z.
+
+    Attributes:
+        find: Z to its leading triplets.
+        start: the previous factors to the pairs with whose sum to start.
+        blend: (old, new, rho) to the method's own running average.
+        moments: K-FAC's pair, where that is the first term: the triplets are then those of what it leaves.
+    """
+
+    find: Callable[[Rearranged], tuple[Triplet, ...]]
+    start: Callable[[PyTree], Sequence[Pair]]
+    blend: Callable[[PyTree, PyTree, Tensor], PyTree]
+    moments: Moment | None = None
+
+
+def iterated(fit: Fit) -> Update:
+    """An update by iterations, those of alike blocks as one."""
+
+    def update(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
+        del inverting
+        whole = mean is whole_mean
+        for keys in rearranged.alike(taps, whole):
+            blocks = [rearranged.rearranged(taps[key], fit.start(old[key]), mean, whole) for key in keys]
+            known = [mean(fit.moments, taps[key]) for key in keys] if fit.moments else []
+            Z = rearranged.joined(blocks)
+            if known:
+                moments = (block.moments(pair) for block, pair in zip(blocks, known, strict=True))
+                Z = rearranged.deflated(Z, *(torch.cat(side) for side in zip(*moments, strict=True)))
+            found = by_block(fit.find(Z), [taps[key].sizes.k for key in keys])
+            for at, (key, block, triplets) in enumerate(zip(keys, blocks, found, strict=True)):
+                terms = [*known[at : at + 1], *(block.pair(triplet.u, triplet.v) for triplet in triplets)]
+                new = terms[0] if len(terms) == 1 else Sum(*terms)
+                residuals = (triplet.residual.amax() for triplet in triplets)
+                yield key, fit.blend(old[key], new, rho), dict(zip(RESIDUALS, residuals, strict=False))
+
+    return update
+
+
+def one_term(name: str, update: Update, damping_form: str, diagonal_above: int) -> Method:
     """A method whose factors are a `Pair`."""
     form, width = damped.damping_form(damping_form), checked_width(diagonal_above)
 
@@ -29,7 +72,7 @@ def one_term(
 
     layer = LayerMethod(
         init=init,
-        update=estimate_then_blend(estimate, blend),
+        update=update,
         invert=form.one,
         apply=damped.apply,
         apply_tap=damped.apply_tap,
@@ -39,14 +82,7 @@ def one_term(
     return layerwise(name, layer)
 
 
-def two_terms(
-    name: str,
-    estimate: Callable[..., Any],
-    blend: Callable[..., Sum],
-    damping_form: str,
-    floor: float,
-    diagonal_above: int,
-) -> Method:
+def two_terms(name: str, update: Update, damping_form: str, floor: float, diagonal_above: int) -> Method:
     """A method whose factors are a `Sum`, the first term PSD."""
     form, width = damped.damping_form(damping_form, terms=2, floor=floor), checked_width(diagonal_above)
 
@@ -56,7 +92,7 @@ def two_terms(
 
     layer = LayerMethod(
         init=init,
-        update=estimate_then_blend(estimate, blend),
+        update=update,
         invert=lambda factors, damping: form.two(factors.first, factors.second, damping),
         apply=damped.apply,
         apply_tap=damped.apply_tap,

@@ -16,14 +16,11 @@ from functools import partial
 
 from torch import Tensor
 
-from fisherfn.base import Diagnostics, Method, whole_mean
-from fisherfn.linalg import kron
+from fisherfn.base import Method
 from fisherfn.linalg.damped import FLOOR
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Sum
-from fisherfn.linalg.rearranged import rearranged
-from fisherfn.linalg.vanloan import as_pair, leading, recompressed
-from fisherfn.methods.kronecker import DampingForm, checked_steps, two_terms
-from fisherfn.taps import AnyTap, Mean
+from fisherfn.linalg.vanloan import leading, recompressed
+from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
 
 ITERATIONS = 8
 
@@ -47,19 +44,13 @@ def lanczos(
         UnknownNameError: another damping form.
         HyperparameterError: fewer than two iterations, a floor outside (0, 1], a negative width.
     """
-    steps = checked_steps(iterations, least=2)
-    return two_terms("lanczos", partial(estimate, iterations=steps), blend, damping_form, floor, diagonal_above)
+    fit = Fit(partial(leading, steps=checked_steps(iterations, least=2), rank=2), start, blend)
+    return two_terms("lanczos", iterated(fit), damping_form, floor, diagonal_above)
 
 
-def estimate(
-    tap: AnyTap, previous: Sum, mean: Mean = whole_mean, iterations: int = ITERATIONS
-) -> tuple[Sum, Diagnostics]:
-    """The two leading triplets of one batch; started from the sum of the previous ones, as one alone would not do."""
-    guess = previous.first.G + previous.second.G
-    Z = rearranged(tap, kron.forms_of(previous.first), guess, mean, mean is whole_mean)
-    first, second = leading(Z, iterations, rank=2)
-    residuals = {"residual": first.residual, "second_residual": second.residual}
-    return Sum(as_pair(Z, first), as_pair(Z, second)), residuals
+def start(previous: Sum) -> Sum:
+    """From both previous terms, as one alone would not lead to the second."""
+    return previous
 
 
 def blend(old: Sum, new: Sum, rho: Tensor) -> Sum:

@@ -1,0 +1,87 @@
+"""Blocks that are iterated on together: each gets what it gets alone, NaN in one stays there, memory is bounded."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from fisherfn.base import chunked_mean, whole_mean
+from fisherfn.linalg import rearranged
+from fisherfn.taps import Tap
+from fisherfn.types import Shape
+from tests.methods.kronecker import ITERATIVE, TIGHT, as_installed, taps_of  # noqa: F401
+from tests.oracles import close
+
+EVERY = pytest.mark.parametrize("method", ITERATIVE)
+SIZES = {  # k, s, n, t, o, i
+    "linear": (1, 1, 8, 1, 3, 4),
+    "shared": (1, 1, 8, 2, 3, 3),
+    "groups": (2, 2, 8, 1, 4, 3),
+    "half": (1, 1, 4, 1, 3, 4),
+    "narrow": (1, 1, 8, 1, 1, 4),
+    "wide": (1, 1, 8, 1, 6, 5),
+}
+
+
+def drawn():
+    """A tap of each size."""
+    return {key: Tap(*taps_of(sizes, seed)) for seed, (key, sizes) in enumerate(SIZES.items())}
+
+
+def updated(method, taps, before=None, rho=0.0, mean=whole_mean):
+    """The result of one update."""
+    shapes = {key: Shape(tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in taps.items()}
+    one = torch.ones((), dtype=torch.float64)
+    empty, _ = method.init(shapes, one.dtype, one.device, one)
+    return method.update(before or empty, taps, rho * one, mean, True)
+
+
+def same(found, expected, tol=1e-9):
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        close(a, b, tol)
+
+
+def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():
+    taps = drawn()
+    assert rearranged.alike(taps, True) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
+    assert rearranged.alike(taps, False) == [[key] for key in taps]
+
+
+@pytest.mark.parametrize(("groups", "lists"), [(4, 1), (3, 2), (2, 3), (0, 3)])
+def test_the_gram_matrices_of_a_list_fit_into_a_stated_memory(monkeypatch, groups, lists):
+    """`groups` has two of them; one block is iterated on whatever it needs."""
+    monkeypatch.setattr(rearranged, "JOINED", 2 * 8**2 * groups)
+    taps = {key: drawn()[key] for key in ("linear", "groups", "wide")}
+    assert len(rearranged.alike(taps, True)) == lists
+
+
+@EVERY
+def test_each_block_gets_what_it_gets_alone(monkeypatch, method):
+    taps, make = drawn(), ITERATIVE[method](iterations=2)
+    other = {key: Tap(tap.a.flip(1), tap.g) for key, tap in taps.items()}
+    old = updated(make, taps).factors
+    together = updated(make, other, old, 0.5)
+    monkeypatch.setattr(rearranged, "JOINED", 0)
+    alone = updated(make, other, old, 0.5)
+    assert list(together.factors) == list(taps), "the order of blocks is part of the state's structure"
+    same(together.factors, alone.factors)
+    for name, residuals in alone.diagnostics.items():
+        assert residuals["linear"] > 1e-4, "converged: what is compared is rounding"
+        close(together.diagnostics[name], residuals, tol=1e-6)
+
+
+@EVERY
+def test_a_block_that_is_not_finite_spoils_no_other(method):
+    taps, make = drawn(), ITERATIVE[method]()
+    a, g = taps["groups"]
+    bad = updated(make, {**taps, "groups": Tap(a, g.where(torch.arange(g.shape[-1]) > 0, torch.nan))})
+    assert {key: bool(ok) for key, ok in bad.ok.items()} == {key: key != "groups" for key in taps}
+    clean = updated(make, taps).factors
+    for key in taps.keys() - {"groups"}:
+        same(bad.factors[key], clean[key])
+
+
+@EVERY
+def test_chunks_are_iterated_on_block_by_block_and_give_the_same(method):
+    """Where examples cannot meet there are no Gram matrices: another route to the same triplets."""
+    taps, make = {key: drawn()[key] for key in ("linear", "wide")}, ITERATIVE[method](iterations=TIGHT)
+    same(updated(make, taps).factors, updated(make, taps, mean=chunked_mean(3)).factors, tol=1e-6)
