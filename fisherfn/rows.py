@@ -178,31 +178,16 @@ def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o
 def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
     """`Σ_nt a aᵀ`; of one-hot rows only the diagonal is not zero, so that `diagonal_moment` has it all."""
     if isinstance(a, Tensor):
-        return symmetric(a.flatten(1, 2), a.flatten(1, 2))
+        return _square(a.flatten(1, 2))
     if isinstance(a, OneHot):
         return torch.diag_embed(diagonal_moment(a))
     k, _, _, i = sizes(a)
     out = a.parts[0].a.new_zeros(k, i, i)
     for part in a.parts:
         flat = part.a.flatten(1, 2)
-        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, symmetric(flat, flat))
+        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, _square(flat))
         out = out.index_add(1, part.columns, rows)
     return out
-
-
-def symmetric(x: Float[Tensor, "k m i"], y: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
-    """`xᵀ y` that is symmetric; of many rows only what is on and above the diagonal, in blocks: 5/8 of the work."""
-    m, i = x.shape[1:]
-    if i < WIDE or m < 4 * i:
-        return x.mT @ y
-    width = -(-i // 4)
-    product = x.new_empty(x.shape[0], i, i)
-    for start in range(0, i, width):
-        stop = start + width
-        panel = x[..., start:stop].mT @ y[..., start:]
-        product[:, start:stop, start:] = panel
-        product[:, stop:, start:stop] = panel[..., width:].mT
-    return product
 
 
 def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
@@ -270,6 +255,20 @@ def window(a: Rows, examples: slice) -> Rows:
     if isinstance(a, OneHot):
         return OneHot(a.index[:, examples], a.width, a.dtype)
     return Phases(tuple(part._replace(a=part.a[:, examples]) for part in a.parts), a.width)
+
+
+def _square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
+    """`flatᵀ flat`; of many rows only the blocks on and above the diagonal are multiplied out, 5/8 of the work."""
+    m, i = flat.shape[1:]
+    if i < WIDE or m < 4 * i:
+        return flat.mT @ flat
+    width = -(-i // 4)
+    square = flat.new_empty(flat.shape[0], i, i)
+    for start in range(0, i, width):
+        panel = flat[..., start : start + width].mT @ flat[..., start:]
+        square[:, start : start + width, start:] = panel
+        square[:, start:, start : start + width] = panel.mT
+    return square
 
 
 def _spread(part: Float[Tensor, "k n p j"], positions: Tensor | tuple[()], t: int) -> Float[Tensor, "k n t j"]:

@@ -299,7 +299,7 @@ def _left_factored(tap: Any, V: Factor, form: Forms) -> Factor:
         return rows.outer(weights, tap.a).squeeze(1)
     a: Tensor = tap.a
     Ma = M @ a
-    return (a * Ma).sum((1, 2)) if form.A else rows.symmetric(a.flatten(1, 2), Ma.flatten(1, 2))
+    return (a * Ma).sum((1, 2)) if form.A else a.flatten(1, 2).mT @ Ma.flatten(1, 2)
 
 
 def _right_factored(tap: Any, U: Factor, form: Forms) -> Factor:
@@ -323,7 +323,7 @@ def _matrices(tap: AnyTap) -> Iterable[Float[Tensor, "k o m i"]]:
 def _left_matrices(W: Float[Tensor, "k o m i"], V: Factor, form: Forms) -> Factor:
     """`Σ Wᵀ V W`."""
     VW = kron.left(V, W.flatten(2)).reshape(W.shape)
-    return (W * VW).sum((1, 2)) if form.A else rows.symmetric(W.flatten(1, 2), VW.flatten(1, 2))
+    return (W * VW).sum((1, 2)) if form.A else W.flatten(1, 2).mT @ VW.flatten(1, 2)
 
 
 def _right_matrices(W: Float[Tensor, "k o m i"], U: Factor, form: Forms) -> Factor:
