@@ -1,4 +1,4 @@
-"""Models under autocast: parameters, statistics and state stay in single precision, and a step is the same to rounding."""
+"""Models under autocast: parameters, statistics and state stay in single precision, a step is the same to rounding."""
 
 import pytest
 import torch

@@ -45,7 +45,8 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     seen = seen_by_generator(game.generator.context, game.critic.params, game.critic.context)
     both = images[:1].expand(2 * config.batch_size, -1, -1, -1)
     own = {"damping": config.gen_damping, "clipping": config.gen_clipping}
-    gen_config = dataclasses.replace(config, **{name: value for name, value in own.items() if value is not None})
+    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    gen_config = dataclasses.replace(config, **given)
     chosen = {
         "generator": make_optimizer(gen_config, config.gen_optim, config.gen_lr, game.generator, z, seen),
         "critic": make_optimizer(config, config.crit_optim, config.crit_lr, game.critic, both, game.critic.context),
