@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import HyperparameterError, StructureError
+from fisherfn.errors import StructureError, expect, expect_number
 from fisherfn.types import Tree
 
 
@@ -40,9 +40,9 @@ def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: 
         raise StructureError(
             "there is no ⟨∇, nat⟩ to clip by: call ng.step(..., inner=True) or use ff.tree.dot(grads, nat)."
         )
+    expect(nat, dict, "nat", "pass the tree that ng.step or ng.precondition returned")
     for name, value in (("lr", lr), ("bound", bound)):
-        if not isinstance(value, Tensor) and not value > 0:
-            raise HyperparameterError(f"kl_clip: {name} must be positive, got {value}.")
+        expect_number(f"kl_clip: {name}", value, lambda v: v > 0, "must be positive")
     return tree.scale(nat, clip_factor(inner, lr=lr, bound=bound))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import numbers
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -63,6 +64,24 @@ class NotPositiveDefiniteError(FisherfnError, ArithmeticError):
     """A factor could not be factorised at this damping."""
 
 
+def expect(value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
+    """Raise `StructureError` unless a value that crosses the library's border is of its kind."""
+    if not isinstance(value, kind):
+        raise StructureError(f"{what} cannot be {type(value).__name__}: {remedy}.")
+
+
+def expect_number(name: str, value: object, holds: Callable[[Any], bool], rule: str, *, whole: bool = False) -> None:
+    """Raise `HyperparameterError` unless a number satisfies a rule; tensors are not branched on.
+
+    They may be batched under vmap, and `info.ok` says what became of them.
+    """
+    if isinstance(value, Tensor):
+        return
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+        raise HyperparameterError(f"{name} {rule}, got {value!r}.")
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """The error for `name`, with the nearest of the `known` names."""
     names = list(known)
@@ -117,6 +136,7 @@ def check(info: Info) -> None:
         TargetError: targets outside the likelihood's range.
         NotPositiveDefiniteError: a factorisation failed.
     """
+    expect(info, Info, "info", "pass the last of what ng.step, ng.update or ng.invert returned")
     for name, (error, text) in BATCH_CHECKS.items():
         if name in info.checks and not _all(info.checks[name]):
             raise error(f"{text}{_members(info.checks[name])}. The state was left as it was.")

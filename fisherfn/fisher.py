@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import rows
-from fisherfn.errors import unknown
+from fisherfn.errors import expect_number, unknown
 from fisherfn.taps import WINDOW, AnyTap, Tap, example_matrices, squares
 from fisherfn.types import Codec, Tree
 
@@ -56,6 +56,7 @@ class Fisher:
         Example space: $\frac1\lambda (v - U (\lambda I + U^\top U)^{-1} U^\top v)$ (Ren & Goldfarb 2019), which needs
         λ > 0; parameter space: the dense matrix. A singular system gives NaN, as it raises nothing under vmap.
         """
+        expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
         v64 = {name: leaf.double() for name, leaf in v.items()}
         taps = {key: tap.to(torch.float64) for key, tap in self._taps.items()}
         groups = [list(taps)] if self._structure == "full" else [[key] for key in taps]

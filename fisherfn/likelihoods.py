@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisherfn.errors import HyperparameterError, ShapeError, TargetError
+from fisherfn.errors import HyperparameterError, ShapeError, TargetError, expect
 
 
 @runtime_checkable
@@ -59,6 +59,7 @@ class Categorical:
     """
 
     def nll(self, outputs: Float[Tensor, "n *t c"], targets: Tensor) -> Float[Tensor, " n"]:
+        expect(targets, Tensor, "targets", "one class index for each position")
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise TargetError(
                 f"Categorical targets are class indices (integers), got {targets.dtype}; use targets.long()."
@@ -210,6 +211,7 @@ def _diagonal_columns(scale: Tensor) -> Tensor:
 
 
 def _same_shape(targets: Tensor, expected: torch.Size, name: str, rule: str) -> None:
+    expect(targets, Tensor, "targets", rule)
     if targets.shape != expected:
         raise ShapeError(
             f"{name} targets have shape {tuple(targets.shape)}, expected {tuple(expected)} ({rule}). "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfn import likelihoods, tree
 from fisherfn.base import Method, Preconditioned, whole_mean
-from fisherfn.errors import HyperparameterError, StructureError, unknown
+from fisherfn.errors import StructureError, expect, expect_number, unknown
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.linalg import kron
 from fisherfn.methods import METHODS
@@ -75,8 +75,8 @@ class NaturalGradient:
             HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
         """
         self.layout.validate(params)
-        _check_range("damping", damping, lambda v: v >= 0, "must be >= 0")
-        _check_range("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+        expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
+        expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         like = next(iter(params.values()))
         dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
@@ -87,7 +87,8 @@ class NaturalGradient:
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """The draw that `generator=` would make, `[N, S, …]`: a chunk or rank takes its slice of examples."""
-        x = batch[0]
+        x, _ = pair(batch)
+        expect(generator, torch.Generator, "generator", "pass a torch.Generator, which draws the labels")
         examples = check_batch(self.layout, x, ())
         shape = torch.Size((examples, self._samples(samples), *self.layout.output_shape))
         dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
@@ -123,7 +124,7 @@ class NaturalGradient:
             ShapeError, EmptyBatchError, StructureError, NoiseError, LikelihoodError, TargetError: see `ff.errors`.
         """
         self.layout.validate(params)
-        x, y = batch
+        x, y = pair(batch)
         context = self._context(context)
         examples = check_batch(self.layout, x, y, context)
         kind = self._kind(fisher)
@@ -136,25 +137,32 @@ class NaturalGradient:
         part = partial(collect, self.model, self.layout, params, labels=Sources(self.likelihood, kind, curvature))
         if chunk_size is None or chunk_size >= examples:
             return part(x, y, noise, context)
-        _check_range("chunk_size", chunk_size, lambda v: v >= 1, "must be >= 1")
+        expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
         return in_chunks(part, self.layout, x, y, noise, context, chunk_size)
 
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
+        self._own(state)
+        self._of_this_net(stats)
         new, info = self._updated(state, stats)
         return _sound(info, new, state), info
 
     def invert(self, state: State) -> tuple[State, Info]:
         """Damped inverses refreshed from the factors; all or nothing (see `info.ok`)."""
+        self._own(state)
         new, info = self._inverted(state)
         return _sound(info, new, state), info
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
         """The preconditioned gradient, a tree like params. From `Stats` the gradient itself need not be formed."""
+        self._own(state)
+        if isinstance(grads, Stats):
+            self._of_this_net(grads)
         return self._precondition(state, grads, inner=False)[0]
 
     def matvec(self, state: State, v: Tree) -> Tree:
         """The method's undamped approximate Fisher times a tree."""
+        self._own(state)
         return self._cast(self.method.matvec(state.factors, self.layout.matrices(v)))
 
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
@@ -163,6 +171,8 @@ class NaturalGradient:
         Undamped, exact and without forming F, whatever the layer's size; in float64, as it is a difference of squares.
         NaN where the Fisher block is zero.
         """
+        self._own(state)
+        self._of_this_net(stats)
         taps = {key: tap.to(torch.float64) for key, tap in self._taps(stats).items()}
         factors = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state.factors)
         overlaps = self.method.overlap(factors, taps)
@@ -191,6 +201,7 @@ class NaturalGradient:
         The labels are drawn only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩ by the cheapest route.
         See `stats` for the other arguments and the errors raised.
         """
+        self._own(state)
         stats = self.stats(
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
@@ -213,6 +224,7 @@ class NaturalGradient:
 
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """The sampled Fisher of these statistics as an operator on trees like params."""
+        self._of_this_net(stats)
         dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
         return Fisher({key: tap.to(dtype) for key, tap in self._taps(stats).items()}, self.layout, structure)
 
@@ -228,6 +240,27 @@ class NaturalGradient:
         return ImplicitFisher(self.model, self.likelihood, params, x, context)
 
     # ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _structure(self) -> Any:
+        """Of this method's states on this net."""
+        shapes = {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
+        return tree.structure(self.method.init(shapes, torch.float32, torch.device("cpu"), torch.ones(())))
+
+    def _own(self, state: State) -> None:
+        """Raise unless the state is one of this method on this net."""
+        expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
+        if tree.structure((state.factors, state.inverses)) != self._structure:
+            raise StructureError(
+                f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
+                "blocks: begin with ng.init(params)."
+            )
+
+    def _of_this_net(self, stats: Stats) -> None:
+        """Raise unless the statistics are of this net."""
+        expect(stats, Stats, "stats", "pass what ng.stats(params, batch) returned")
+        if stats.layout is not self.layout and stats.layout.shapes != self.layout.shapes:
+            raise StructureError("the statistics are of another net: collect them with this ng.stats(params, batch).")
 
     def _taps(self, stats: Stats) -> dict[str, AnyTap]:
         return {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
@@ -284,7 +317,7 @@ class NaturalGradient:
 
     def _samples(self, samples: int | None) -> int:
         chosen = self.samples if samples is None else samples
-        _check_range("samples", chosen, lambda v: v >= 1, "must be >= 1")
+        expect_number("samples", chosen, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
         return chosen
 
 
@@ -323,6 +356,9 @@ def natural_gradient(
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         method = METHODS[method]()
+    expect(method, Method, "method", f"pass one as ff.kfac() makes it, or a name of {', '.join(METHODS)}")
+    if not callable(model):
+        raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):
         likelihood = likelihoods.Callback(likelihood)
     layout = build(model, params, x, () if context is None else context)
@@ -331,6 +367,14 @@ def natural_gradient(
     if fisher != "empirical":
         need(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return ng
+
+
+def pair(batch: Batch) -> tuple[PyTree, PyTree]:
+    """Inputs and targets."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise StructureError(f"a batch is (inputs, targets), got {found}: several inputs go as a tuple in the first.")
+    return batch[0], batch[1]
 
 
 def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
@@ -347,9 +391,3 @@ def _sound(info: Info, new: State, old: State) -> State:
 
 def _all(masks: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(masks)).all()
-
-
-def _check_range(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> None:
-    """Numbers are checked here; tensors are not branched on (they may be batched under vmap)."""
-    if not isinstance(value, Tensor) and not holds(value):
-        raise HyperparameterError(f"{name} {rule}, got {value}.")

@@ -93,6 +93,11 @@ def finite(x: PyTree) -> Shaped[Tensor, ""]:
     return torch.stack(masks).all() if masks else torch.tensor(True)
 
 
+def structure(tree: PyTree) -> pytree.TreeSpec:
+    """What is left of a tree without its tensors: two trees with equal structures hold the same leaves."""
+    return pytree.tree_structure(tree)
+
+
 def flatten(tree: PyTree) -> dict[str, Tensor]:
     """The leaves by path, to save: a flat `{path: tensor}` is what `weights_only=True` can read back.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.base import LayerMethod, Method, Update, Updated, layerwise, whole_mean
-from fisherfn.errors import HyperparameterError
+from fisherfn.errors import HyperparameterError, expect_number
 from fisherfn.linalg import damped, kron, rearranged
 from fisherfn.linalg.kron import Pair, Sum
 from fisherfn.linalg.rearranged import Rearranged
@@ -108,8 +108,7 @@ def checked_steps(iterations: int, least: int) -> int:
     Raises:
         HyperparameterError: too few to find as many terms.
     """
-    if iterations < least:
-        raise HyperparameterError(f"iterations must be >= {least}, got {iterations}.")
+    expect_number("iterations", iterations, lambda v: v >= least, f"must be a whole number >= {least}", whole=True)
     return iterations
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned
-from fisherfn.errors import HyperparameterError, unknown
+from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.fisher import combine
 from fisherfn.linalg.kron import factored_is_cheaper
 from fisherfn.methods.coarse_spaces import (
@@ -111,6 +111,8 @@ def two_level(
         HyperparameterError: no vector, several for a space that has one, or a form that the space does not have.
     """
     coarse = ALIASES.get(coarse, coarse)
+    if fine is not None:
+        expect(fine, Method, "fine", "pass a method as ff.kfac() makes it")
     form = form or ("additive" if coarse == "tselepidis" else "multiplicative")
     for what, name, known in (("coarse space", coarse, COARSE), ("form", form, FORMS)):
         if name not in known:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import EmptyBatchError, ShapeError, StructureError
+from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect
 from fisherfn.stats.functional import run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
@@ -170,6 +170,8 @@ def _valid(likelihood: object, outputs: Tensor, y: Any) -> Tensor:
 def check_batch(layout: Layout, x: PyTree, y: PyTree, context: PyTree = None) -> int:
     """Raise unless the batch (and what the context has for each example) fits the trace; its number of examples."""
     inputs = tree.leaves(x)
+    for leaf in inputs:
+        expect(leaf, Tensor, "an input", "pass tensors with a leading axis of examples")
     shapes = tuple(leaf.shape[1:] for leaf in inputs)
     if shapes != layout.input_shapes or any(leaf.ndim == 0 for leaf in inputs):
         raise ShapeError(

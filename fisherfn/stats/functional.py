@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from fisherfn.errors import expect
 from fisherfn.layers import Elementary, SeededDropout, drops, need_seeds
 from fisherfn.types import Model, PyTree, Tree
 
@@ -28,6 +29,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     >>> outputs.shape
     torch.Size([3, 1])
     """
+    expect(net, torch.nn.Module, "net", "pass a torch.nn.Module; a function of params and x is a model already")
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
 

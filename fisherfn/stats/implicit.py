@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from fisherfn import tree
-from fisherfn.errors import HyperparameterError
+from fisherfn.errors import StructureError, expect_number
 from fisherfn.stats.functional import run
 from fisherfn.stats.labels import need
 from fisherfn.types import Model, PyTree, Tree
@@ -66,10 +66,12 @@ class ImplicitFisher:
         r"""$(F + \lambda I)^{-1} v$ by so many steps of conjugate gradients, from `start` (zero if None).
 
         Raises:
-            HyperparameterError: no iteration.
+            HyperparameterError: no iteration, or a negative damping.
+            StructureError: a tree unlike params.
         """
-        if iterations < 1:
-            raise HyperparameterError(f"iterations must be >= 1, got {iterations}.")
+        expect_number("iterations", iterations, lambda n: n >= 1, "must be a whole number >= 1", whole=True)
+        expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
+        self._like_params(v)
 
         def damped(z: Tree) -> Tree:
             return tree.add(self @ z, z, scale=damping)
@@ -86,6 +88,10 @@ class ImplicitFisher:
             before, square = square, tree.dot(r, r)
             p = tree.add(r, p, scale=torch.where(before > 0, square / before, 0.0))
         return Solved(x, torch.where(first > 0, (square / first).sqrt(), 0.0))
+
+    def _like_params(self, v: Tree) -> None:
+        if not isinstance(v, dict) or v.keys() != self._params.keys():
+            raise StructureError(f"a tree like params is wanted, with {', '.join(map(repr, self._params))}.")
 
     def _of_outputs(self, outputs: Tensor, v: Tensor) -> Tensor:
         """`B v`, example by example."""

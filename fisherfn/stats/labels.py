@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, expect
 
 FISHERS = ("mc", "type2", "empirical")
 
@@ -63,6 +63,7 @@ def need(likelihood: object, method: str, fisher: str) -> object:
 
 def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:
     """Raise unless the noise is indexed by example, then by draw: as many as `samples`, or any number for None."""
+    expect(noise, Tensor, "noise", "make it with ng.noise(batch, generator)")
     fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1
     if not fits or (samples is not None and noise.shape[1] != samples):
         expected = f"[{examples}, {'S' if samples is None else samples}, …]"
