@@ -245,12 +245,13 @@ class NaturalGradient:
     def _structure(self) -> Any:
         """Of this method's states on this net."""
         shapes = {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
-        return tree.structure(self.method.init(shapes, torch.float32, torch.device("cpu"), torch.ones(())))
+        empty = self.method.init(shapes, torch.float32, torch.device("cpu"), torch.ones(()))
+        return tree.structure(empty, leaf=Tap)  # what is in a tap follows the batch
 
     def _own(self, state: State) -> None:
         """Raise unless the state is one of this method on this net."""
         expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
-        if tree.structure((state.factors, state.inverses)) != self._structure:
+        if tree.structure((state.factors, state.inverses), leaf=Tap) != self._structure:
             raise StructureError(
                 f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
                 "blocks: begin with ng.init(params)."

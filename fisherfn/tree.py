@@ -93,9 +93,9 @@ def finite(x: PyTree) -> Shaped[Tensor, ""]:
     return torch.stack(masks).all() if masks else torch.tensor(True)
 
 
-def structure(tree: PyTree) -> pytree.TreeSpec:
-    """What is left of a tree without its tensors: two trees with equal structures hold the same leaves."""
-    return pytree.tree_structure(tree)
+def structure(tree: PyTree, leaf: type = Tensor) -> pytree.TreeSpec:
+    """What is left of a tree without its leaves, tensors or what is given: trees of equal structures hold the same."""
+    return pytree.tree_structure(tree, is_leaf=lambda node: isinstance(node, leaf))
 
 
 def flatten(tree: PyTree) -> dict[str, Tensor]:
