@@ -124,6 +124,34 @@ def test_a_step_that_is_not_ok_leaves_its_player_as_it_was(own):
         list(loop.train(table, start._replace(params=params), lambda at: {}))
 
 
+def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
+    made = []
+    plain = trainer.optimizers.natural
+
+    def noted(ng, **settings):
+        made.append((settings["damping"], settings["clipping"], settings["penalty"] is not None))
+        return plain(ng, **settings)
+
+    monkeypatch.setattr(trainer.optimizers, "natural", noted)
+    more = ("--damping", "0.1", "--clipping", "0.2")
+    make_table(configured(*more), load("own:digits"))
+    make_table(configured(*more, "--gen_damping", "3", "--gen_clipping", "0"), load("own:digits"))
+    assert made == [(0.1, 0.2, False), (0.1, 0.2, True), (3.0, 0.0, False), (0.1, 0.2, True)]
+
+
+def test_each_players_steps_are_counted_for_its_own_cadence(own):
+    table = make_table(configured(), load("own:digits"))
+    seen = {"generator": [], "critic": []}
+
+    def counted(name):
+        optimizer = table.optimizers[name]
+        return optimizer._replace(step=lambda *args: (seen[name].append(args[-1]), optimizer.step(*args))[1])
+
+    table = table._replace(optimizers={name: counted(name) for name in seen})
+    list(loop.train(table._replace(rules=table.rules._replace(num_epochs=2)), loop.start(table), lambda at: {}))
+    assert seen == {"generator": list(range(4)), "critic": list(range(8))}
+
+
 # ------------------------------------------------------------------------------------------------------------ quality
 
 

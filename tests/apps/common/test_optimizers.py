@@ -145,3 +145,57 @@ def test_runs_can_be_vmapped(problem, name):
     for i, member in enumerate(members):
         alone = whole_run(member, draws[i])
         torch.testing.assert_close({n: t[i] for n, t in together.items()}, alone, rtol=1e-9, atol=1e-11)
+
+
+def length(params, batch, context):
+    """A penalty with a gradient everywhere: half the squared length, times what the batch brings along."""
+    return batch[2].sum() * sum(p.square().sum() for p in params.values()) / 2
+
+
+@pytest.mark.parametrize("make", ["sgd", "adam", "kfac"])
+def test_a_penalty_is_part_of_loss_and_gradient_and_not_of_the_curvature(problem, make):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    x, y = batches[0]
+    weight = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context, fisher="type2")
+    optimizer = {
+        "sgd": lambda: optimizers.sgd(model, ff.Categorical(), lr=0.1, penalty=length),
+        "adam": lambda: optimizers.adam(model, ff.Categorical(), lr=0.1, penalty=length),
+        "kfac": lambda: optimizers.natural(ng, lr=0.1, damping=0.1, clipping=None, penalty=length),
+    }[make]()
+    stats = ng.stats(params, (x, y), context=context)
+    total = ff.tree.add(stats.grads, params, scale=0.75)
+    state = ng.init(params, damping=0.1)
+    state, _ = ng.update(state, stats)
+    state, _ = ng.invert(state)
+    direction = {
+        "sgd": total,
+        "adam": ff.tree.map(lambda g: g / (g.abs() + 1e-8), total),
+        "kfac": ng.precondition(state, total),
+    }[make]
+    new = optimizer.step(params, optimizer.init(params), (x, y, weight), context, (), 0)
+    ff.check(new.info)
+    torch.testing.assert_close(new.params, ff.tree.add(params, direction, scale=-0.1))
+    squares = sum(p.square().sum() for p in params.values())
+    torch.testing.assert_close(new.info.loss, stats.loss + 0.75 * squares / 2)
+
+
+@pytest.mark.parametrize("make", ["sgd", "kfac"])
+def test_an_infinite_gradient_of_a_finite_loss_is_a_mask(problem, make):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    params = {**params, "0.bias": torch.zeros_like(params["0.bias"])}
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), context=context, fisher="type2")
+
+    def root(params, batch, context):
+        return params["0.bias"].sum().abs().sqrt()
+
+    optimizer = {
+        "sgd": lambda: optimizers.sgd(model, ff.Categorical(), lr=0.1, penalty=root),
+        "kfac": lambda: optimizers.natural(ng, lr=0.1, damping=0.1, penalty=root),
+    }[make]()
+    info = optimizer.step(params, optimizer.init(params), batches[0], context, (), 0).info
+    assert torch.isfinite(info.loss) and not info.ok["gradient"]
+    with pytest.raises(ff.errors.NonFiniteError, match="the gradient is NaN or infinite"):
+        ff.check(info)
