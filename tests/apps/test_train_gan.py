@@ -90,6 +90,7 @@ def test_a_round_is_by_hand_what_it_is_in_the_loop(own):
     (_, last) = loop.train(table._replace(rules=table.rules._replace(num_epochs=1)), start, lambda at: {})
     draws, game = loop.generator_of(0, 0, stream=1), table.game
     params, context, state = dict(start.params), dict(start.context), dict(start.state)
+    losses = {"gen_loss": 0.0, "crit_loss": 0.0}  # means over the epoch's steps
     for index in range(2):
         for repeat in range(2):
             real = table.images[torch.randint(24, (12,), generator=draws)]
@@ -100,6 +101,7 @@ def test_a_round_is_by_hand_what_it_is_in_the_loop(own):
                 params["critic"], state["critic"], batch, context["critic"], (), 2 * index + repeat
             )
             params["critic"], state["critic"], context["critic"] = new.params, new.state, new.context
+            losses["crit_loss"] += float(new.info.loss) / 4
         z = torch.randn(12, 5, generator=draws)
         seen = {"generator": context["generator"], "critic": params["critic"], "critic_buffers": context["critic"]}
         new = table.optimizers["generator"].step(
@@ -107,6 +109,8 @@ def test_a_round_is_by_hand_what_it_is_in_the_loop(own):
         )
         params["generator"], state["generator"] = new.params, new.state
         context["generator"] = new.context["generator"]
+        losses["gen_loss"] += float(new.info.loss) / 2
+    assert {name: last.metrics[name] for name in losses} == pytest.approx(losses)
     by_hand, looped = ff.tree.flatten((params, context)), ff.tree.flatten((last.snapshot.params, last.snapshot.context))
     assert by_hand.keys() == looped.keys() and all(torch.equal(by_hand[path], looped[path]) for path in by_hand)
 
