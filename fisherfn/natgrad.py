@@ -80,8 +80,7 @@ class NaturalGradient:
         like = next(iter(params.values()))
         dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
-        shapes = {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
-        factors, inverses = self.method.init(shapes, dtype, device, λ)
+        factors, inverses = self.method.init(self._shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)
         return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
 
@@ -242,10 +241,13 @@ class NaturalGradient:
     # ---------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        return {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
+
+    @cached_property
     def _structure(self) -> Any:
         """Of this method's states on this net."""
-        shapes = {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.layout.blocks}
-        empty = self.method.init(shapes, torch.float32, torch.device("cpu"), torch.ones(()))
+        empty = self.method.init(self._shapes, torch.float32, torch.device("cpu"), torch.ones(()))
         return tree.structure(empty, leaf=Tap)  # what is in a tap follows the batch
 
     def _own(self, state: State) -> None:

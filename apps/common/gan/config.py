@@ -50,12 +50,14 @@ class GanConfig:
     gen_damping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
     gen_clipping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
-    update_every: int = option(
-        100, "natural gradients: the player's steps between statistics", aliases=("T_cov",), check=POSITIVE
-    )
-    invert_every: int = option(
-        100, "natural gradients: the player's steps between inverses", aliases=("T_inv",), check=POSITIVE
-    )
+    update_every: int | None = option(
+        None, "natural gradients: the player's steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
+        check=POSITIVE,
+    )  # fmt: skip
+    invert_every: int | None = option(
+        None, "natural gradients: the player's steps between inverses; null: 100, for exactNG 1", aliases=("T_inv",),
+        check=POSITIVE,
+    )  # fmt: skip
     momentum: float = option(0.9, "weight of the previous direction, for all but adam", check=FRACTION)
     weight_decay: float = option(0.0, "decoupled from the gradient, in rates; for all but adam", check=NON_NEGATIVE)
     beta_1: float = option(0.5, "adam: weight of the old first moment", check=FRACTION)

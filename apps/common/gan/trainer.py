@@ -28,6 +28,9 @@ from common.trainer import check_device, restore, save, stopped, watched
 SAMPLES = "samples"
 """The folder of the grids, one an epoch."""
 
+EVERY = {"default": 100, "exactNG": 1}
+"""Steps between statistics and inverses where nothing is said; exactNG averages nothing."""
+
 FAKES = 500
 """Made at a time."""
 
@@ -76,6 +79,7 @@ def make_optimizer(
     ng = ff.natural_gradient(
         player.model, player.params, x, likelihood=likelihood, method=method, fisher="type2", context=context
     )
+    every = EVERY.get(name, EVERY["default"])
     return optimizers.natural(
         ng,
         lr=lr,
@@ -84,8 +88,8 @@ def make_optimizer(
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,
-        update_every=1 if name == "exactNG" else config.update_every,  # it averages nothing: see the trainers' CADENCE
-        invert_every=1 if name == "exactNG" else config.invert_every,
+        update_every=config.update_every or every,
+        invert_every=config.invert_every or every,
         penalty=player.penalty,
     )
 
