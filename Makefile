@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format demo soak search clean
+.PHONY: help install test test-deep lint format docs demo soak search clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
@@ -32,6 +32,9 @@ lint: .venv/installed-dev  ## ruff and mypy
 format: .venv/installed-dev  ## put the sources into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed-docs  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
 
 soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
 	$(BIN)/python apps/soak.py
@@ -60,4 +63,8 @@ clean:  ## remove .venv, caches and builds; results stay
 
 .venv/installed-dev: .venv/installed
 	$(PIP) -e ".[apps,test,dev]"
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) -e ".[apps,docs]"
 	@touch $@
