@@ -1,6 +1,6 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
-from fisherfn import errors, likelihoods, tree
+from fisherfn import errors, likelihoods, optim, tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import FisherfnError, check
@@ -45,6 +45,7 @@ __all__ = [
     "lanczos",
     "likelihoods",
     "natural_gradient",
+    "optim",
     "tree",
     "two_level",
 ]

@@ -1,0 +1,261 @@
+"""What the pure functions take and return for one module, held between the steps of somebody else's loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn import tree
+from fisherfn.base import Method
+from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.methods import METHODS
+from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
+from fisherfn.optim.network import Network
+from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
+from fisherfn.stats import FISHERS, Stats
+from fisherfn.types import Info, Model, PyTree, Tree
+
+VERSION = 1
+"""Of the saved form."""
+
+Outcome: TypeAlias = tuple[Tree, State, Info]
+"""The natural gradient, the new state and what was measured, as `ng.step` returns them."""
+
+
+class Curvature:
+    """A module's natural gradient, built at its first batch, with its state, cadence and randomness.
+
+    The arguments are those of `NaturalGradient` in the same package.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        likelihood: Any,
+        method: Method | str,
+        damping: float,
+        ema: float,
+        update_every: int,
+        invert_every: int,
+        fisher: str,
+        samples: int,
+        chunk_size: int | None,
+        generator: torch.Generator | int,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        if isinstance(method, str) and method not in METHODS:
+            raise unknown("method", method, METHODS)
+        if fisher not in FISHERS:
+            raise unknown("fisher", fisher, FISHERS)
+        expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
+        expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+        for name, every in (("update_every", update_every), ("invert_every", invert_every)):
+            expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
+        self.network = Network(net)
+        self._make = partial(
+            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples
+        )  # fmt: skip
+        self._damping, self._ema, self._chunk_size = damping, ema, chunk_size
+        self._update_every, self._invert_every = update_every, invert_every
+        self._generator, self.scaler = _generator(generator), scaler
+        self.steps = 0
+        self.ng: NaturalGradient | None = None
+        self._state: State | None = None
+        self._saved: dict[str, Tensor] = {}
+        self._passes: list[Pass] = []
+
+    def build(self, x: PyTree) -> NaturalGradient:
+        """Find the layers with these inputs, once."""
+        if self.ng is None:
+            _one_process()
+            x = _inputs(x)
+
+            def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
+                return self._make(model, params, x, context=context)
+
+            with self.network.alone_in_autocast():
+                ng = self.network.build(make, x)
+                self._state = self._restored(ng, self._saved)
+            self.ng, self._saved = ng, {}
+        return self.ng
+
+    def ready(self) -> NaturalGradient:
+        """The natural gradient, there after the first batch."""
+        if self.ng is None:
+            raise StructureError(
+                "the layers are not found yet, as no batch was seen: pass example_inputs=x to the constructor, watch(x)"
+                " the first time, or make a step with a batch before."
+            )
+        return self.ng
+
+    @property
+    def state(self) -> State:
+        """The state, there after the first batch."""
+        self.ready()
+        assert self._state is not None
+        return self._state
+
+    @property
+    def damping(self) -> float:
+        """λ."""
+        return self._damping if self._state is None else float(self._state.damping)
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        expect_number("damping", value, lambda v: v >= 0, "must be >= 0")
+        self._damping = value
+        if self._state is not None:
+            self._state = self._state._replace(damping=torch.full_like(self._state.damping, float(value)))
+
+    # -------------------------------------------------------------------------------------------------- the step
+
+    @property
+    def updates(self) -> bool:
+        """Whether the next step takes statistics."""
+        return self.steps % self._update_every == 0
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the next step refreshes the inverses."""
+        return self.steps % self._invert_every == 0
+
+    def of_batch(self, batch: Any, *, inner: bool) -> Outcome:
+        """The natural gradient of a batch, gradient and curvature from one forward."""
+        x, y = pair(batch)
+        ng, x = self.build(x), _inputs(x)
+        with self.network.alone_in_autocast():
+            context = self.network.context(x, self._generator)
+            return ng.step(
+                self.network.values(), self.state, (x, y), update=self.updates, invert=self.inverts, inner=inner,
+                generator=self._generator, context=context, chunk_size=self._chunk_size,
+            )  # fmt: skip
+
+    def of_gradients(self, grads: Tree, stats: Stats | None, *, inner: bool) -> Outcome:
+        """The same for a gradient that is there already, with these statistics if it is time for some."""
+        ng, state = self.ready(), self.state
+        with self.network.alone_in_autocast():
+            info = ng._info({"gradient": tree.finite(grads)})
+            if stats is not None:
+                state, more = ng._updated(state, stats, self.inverts)
+                info = ng._merge(info, more)
+            if self.inverts:
+                state, more = ng._inverted(state)
+                info = ng._merge(info, more)
+            nat, product = ng._precondition(state, grads, inner)
+            finite = {key: tree.finite(matrix) for key, matrix in product.matrices.items()}
+            return nat, state, ng._merge(info, ng._info({"step": finite}))._replace(inner=product.inner)
+
+    def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
+        """Statistics of a batch, with another Fisher or likelihood than the build's where given."""
+        ng, x = self.build(x), _inputs(x)
+        ng = ng if likelihood is None else replace(ng, likelihood=likelihood)
+        with self.network.alone_in_autocast():
+            context = self.network.context(x, self._generator)
+            return ng.stats(
+                self.network.values(), (x, y), fisher=fisher, generator=self._generator, context=context,
+                chunk_size=self._chunk_size,
+            )  # fmt: skip
+
+    def commit(self, state: State, context: PyTree = ()) -> None:
+        """Take over what a step made, and the buffers of its context."""
+        self._state, self.steps = state, self.steps + 1
+        if isinstance(context, dict):
+            self.network.move_buffers(context)
+
+    # ------------------------------------------------------------------------------------------------- the watch
+
+    @contextlib.contextmanager
+    def watch(self, inputs: PyTree, reduction: str) -> Iterator[None]:
+        """Note one forward of the net, if the next step takes statistics."""
+        if reduction not in REDUCTIONS:
+            raise unknown("reduction", reduction, REDUCTIONS)
+        layout = (self.ready() if inputs is None else self.build(inputs)).layout
+        if layout.fallbacks:
+            names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
+            raise StructureError(
+                f"{names} belong to no layer, and one backward does not give their per-example gradients: pass the "
+                "batch to step((x, y)) instead of watching, or freeze them."
+            )
+        if not self.updates:
+            yield
+            return
+        with Watch(self.network.parameters()) as seen:
+            yield
+        scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+        self._passes.append(Pass(seen.calls, reduction, scale))
+
+    def watched(self) -> Stats:
+        """The statistics of all passes since the last step."""
+        if not self._passes:
+            raise StructureError(
+                "this step takes statistics, and none were collected: pass the batch, step((x, y)), or run the net in "
+                "`with watch():` and call loss.backward() before."
+            )
+        with torch.no_grad():
+            return statistics(self.ready().layout, self._passes)
+
+    def forget(self, *, used: bool = False) -> None:
+        """Drop what was watched: all of it, or what a backward went through."""
+        self._passes = [each for each in self._passes if used and not each.used]
+
+    # ------------------------------------------------------------------------------------------------ saved form
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat tensors and numbers: it passes `torch.load(weights_only=True)`."""
+        flat = dict(self._saved) if self._state is None else tree.flatten(self._state)
+        return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there; before the first batch it is kept until the layers are found.
+
+        Raises:
+            StructureError: not a saved form of this library, or one of another net or method.
+        """
+        expect(saved, dict, "a saved curvature", "pass what state_dict() returned")
+        if saved.keys() != {"version", "steps", "generator", "state"} or saved["version"] != VERSION:
+            raise StructureError(
+                f"the saved curvature has entries {sorted(saved)} and version {saved.get('version')}, expected version "
+                f"{VERSION}: load what state_dict() of this class returned."
+            )
+        if self.ng is None:
+            self._saved = dict(saved["state"])
+        else:
+            self._state = self._restored(self.ng, saved["state"])
+        self.steps = int(saved["steps"])
+        self._generator.set_state(saved["generator"].cpu())
+        self.forget()
+
+    def _restored(self, ng: NaturalGradient, saved: dict[str, Tensor]) -> State:
+        params = self.network.values()
+        empty = ng.init(params, damping=self._damping, ema=self._ema)
+        device = next(iter(params.values())).device
+        return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
+
+
+def _generator(given: torch.Generator | int) -> torch.Generator:
+    if isinstance(given, torch.Generator):
+        return given
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise HyperparameterError(f"generator is a seed or a torch.Generator, got {given!r}.")
+    return torch.Generator().manual_seed(given)
+
+
+def _inputs(x: PyTree) -> PyTree:
+    """Several inputs as the tuple that they were before a data loader made a list of it."""
+    return tuple(x) if isinstance(x, list) else x
+
+
+def _one_process() -> None:
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if ranks and torch.distributed.get_world_size() > 1:
+        raise StructureError(
+            "several processes train this net, and the drop-in shell averages nothing over them: each would go its own "
+            "way. Use the functional loop with statistics averaged over the ranks."
+        )

@@ -1,0 +1,255 @@
+"""A torch optimizer whose step takes the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn.adapt import kl_clip
+from fisherfn.base import Method
+from fisherfn.errors import StructureError, check, expect_number, unknown
+from fisherfn.natgrad import State
+from fisherfn.optim.curvature import Curvature, Outcome
+from fisherfn.stats import Layout
+from fisherfn.types import Info, PyTree, Tree
+
+PATIENCE = 10
+"""Steps in a row that `on_bad="skip"` skips before it raises after all."""
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` is forward, backward and step.
+
+    $$v \leftarrow \mu v + \nu \hat F^{-1} \nabla, \qquad \theta \leftarrow \theta - \eta (v + w \theta)$$
+
+    with ν the KL clip's factor (`ff.kl_clip`) at the largest rate of all groups. Loss, gradient, λ and κ are of the
+    mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers move as in training. The layers
+    are found at the first batch, or at once with `example_inputs`.
+
+    Attributes:
+        info: the last step's `ff.Info`.
+        skipped: steps that were not ok and changed nothing (`on_bad="skip"`).
+
+    >>> net = nn.Linear(2, 1)
+    >>> opt = NaturalGradient(net, likelihood=lambda f, y: (f - y).square().sum(-1), fisher="empirical", lr=0.1)
+    >>> opt.step((torch.ones(4, 2), torch.ones(4, 1))).shape
+    torch.Size([])
+    """
+
+    info: Info
+
+    def __init__(
+        self,
+        net: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        likelihood: Any,
+        lr: float | Tensor,
+        method: Method | str = "kfac",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        kl_bound: float | None = 1e-3,
+        damping: float = 0.1,
+        ema: float = 0.95,
+        update_every: int = 5,
+        invert_every: int = 10,
+        fisher: str = "mc",
+        samples: int = 1,
+        chunk_size: int | None = None,
+        generator: torch.Generator | int = 0,
+        example_inputs: PyTree = None,
+        scaler: torch.amp.GradScaler | None = None,
+        on_bad: Literal["raise", "skip"] | str = "raise",
+    ) -> None:
+        """Nothing is computed yet, unless there are `example_inputs`.
+
+        Args:
+            net: the module; parameters in no group, and those that require no gradient, stay as they are.
+            params: parameters of the net or groups of them, each with its own `lr`, `momentum` and `weight_decay`.
+            likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, one's own, or with `fisher="empirical"`
+                a callable `(outputs, targets) -> [N]`.
+            lr: rate η.
+            method: `ff.kfac()` or a name of `ff.METHODS`.
+            momentum: μ in [0, 1).
+            weight_decay: w, decoupled: η w θ is subtracted beside the step.
+            kl_bound: κ > 0, in nats an example; None for no clip.
+            damping: λ ≥ 0, in the units of the Fisher of the mean NLL. `opt.damping` changes it later.
+            ema: weight of the old factors, in [0, 1).
+            update_every: steps from one taking of statistics to the next.
+            invert_every: steps from one refresh of the inverses to the next.
+            fisher: "mc", "type2" or "empirical".
+            samples: draws an example for "mc".
+            chunk_size: examples at a time, to bound memory; the result is that of the whole batch.
+            generator: of labels and dropout's seeds, or its seed; its state is saved with the optimizer's.
+            example_inputs: inputs to find the layers with at once.
+            scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
+            on_bad: what to do with a step that is not ok: "raise" the typed error, or "skip" it, at most ten in a row.
+
+        Raises:
+            HyperparameterError, StructureError, UnknownNameError: see `ff.errors`; what a build raises comes with the
+            first batch.
+        """
+        groups = list(net.parameters() if params is None and isinstance(net, nn.Module) else params or ())
+        if not groups:
+            raise StructureError("there is no parameter to train: the list is empty.")
+        self._curvature = Curvature(
+            net, likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
+            invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
+            scaler=scaler,
+        )  # fmt: skip
+        if on_bad not in ("raise", "skip"):
+            raise unknown("on_bad", on_bad, ("raise", "skip"))
+        if kl_bound is not None:
+            expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
+        self._kl_bound, self._on_bad = kl_bound, on_bad
+        self.info, self.skipped, self._in_a_row = Info(), 0, 0
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        if example_inputs is not None:
+            self._curvature.build(example_inputs)
+
+    @torch.no_grad()
+    def step(self, batch: Any = None, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns the loss before it, in nats an example.
+
+        Args:
+            batch: `(x, y)`; several inputs are a tuple in the first place. Without it, the step follows the `.grad` of
+                the parameters, with the statistics of `watch`.
+            closure: as in torch: it runs forward and backward and returns the loss. It may stand in the first place.
+
+        Raises:
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a step that is not ok; nothing has moved.
+            StructureError: there is neither a batch nor a gradient with its statistics.
+        """
+        if callable(batch):
+            batch, closure = None, batch
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rate = max(group["lr"] for group in self.param_groups)
+        clips = self._kl_bound is not None and bool(rate > 0)
+        nat, state, self.info = self._outcome(batch, clips)
+        if not _sound(self.info):
+            return self._refuse() if batch is not None else self._refuse(loss)
+        if clips:
+            nat = kl_clip(nat, self.info.inner, lr=rate, bound=self._kl_bound or 0.0)
+        self._move(nat)
+        self._curvature.commit(state, self.info.context)
+        self._in_a_row = 0
+        return loss if batch is None else self.info.loss
+
+    def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
+        """`with opt.watch(): loss = criterion(net(x), y)`, then `loss.backward()` and `opt.step()`.
+
+        Statistics are the empirical Fisher of the user's own pass; several passes before a step (accumulation) count
+        as one batch.
+
+        Args:
+            inputs: example inputs, where the first step has not been made and the constructor had none.
+            reduction: what the losses of all passes before the step add up to: the "mean" over their examples, or the
+                "sum" (the step then is that of the sum, N times the mean's).
+        """
+        return self._curvature.watch(inputs, reduction)
+
+    def _outcome(self, batch: Any, inner: bool) -> Outcome:
+        curvature = self._curvature
+        if batch is not None:
+            return curvature.of_batch(batch, inner=inner)
+        if curvature.ng is None:
+            raise StructureError(
+                "step() has no batch: write `loss = opt.step((x, y))`, which is forward, backward and step. To keep "
+                "your own loss and backward, run the net in `with opt.watch(x):` and call loss.backward() before."
+            )
+        grads = curvature.network.gradients()
+        stats = curvature.watched() if curvature.updates else None
+        curvature.forget()
+        return curvature.of_gradients(grads, stats, inner=inner)
+
+    def _refuse(self, loss: Any = None) -> Any:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._on_bad == "raise" or self._in_a_row >= PATIENCE:
+            check(self.info)
+        return self.info.loss if loss is None else loss
+
+    def _move(self, nat: Tree) -> None:
+        names = {id(p): name for name, p in self._curvature.network.parameters().items()}
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if id(p) in names):
+                direction, state = nat[names[id(p)]], self.state[p]
+                if group["momentum"]:
+                    old = state.get("momentum_buffer")
+                    direction = direction if old is None else direction + group["momentum"] * old
+                    state["momentum_buffer"] = direction
+                if group["weight_decay"]:
+                    direction = direction + group["weight_decay"] * p
+                p.add_(direction * -group["lr"])
+
+    # ---------------------------------------------------------------------------------- the rest of an optimizer
+
+    @property
+    def damping(self) -> float:
+        """λ; a new value counts from the next refresh of the inverses on."""
+        return self._curvature.damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self._curvature.damping = value
+
+    @property
+    def layout(self) -> Layout:
+        """Which parameter is in which block, and why; there after the first batch."""
+        return self._curvature.ready().layout
+
+    @property
+    def curvature(self) -> State:
+        """The pure state, for the functions of `ng`."""
+        return self._curvature.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, before the first batch.
+
+        Raises:
+            HyperparameterError: a rate, momentum or decay out of its range.
+            StructureError: parameters of another net, or the layers are found already.
+        """
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "lr": (lambda v: v >= 0, "must be >= 0"),
+            "momentum": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+            "weight_decay": (lambda v: v >= 0, "must be >= 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            expect_number(name, {**self.defaults, **param_group}[name], holds, rule)
+        super().add_param_group(param_group)
+        self._curvature.network.train(p for group in self.param_groups for p in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what was watched goes with the gradients that it belongs to."""
+        super().zero_grad(set_to_none)
+        self._curvature.forget(used=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with the curvature as flat tensors beside it."""
+        return {**super().state_dict(), "curvature": self._curvature.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, also before the first batch.
+
+        Raises:
+            StructureError: the state of another optimizer, net or method.
+        """
+        if "curvature" not in state_dict:
+            raise StructureError(f"the saved optimizer has no curvature, only {sorted(state_dict)}: it is another one.")
+        self._curvature.load_state_dict(state_dict["curvature"])
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise StructureError(f"{error}: make the same groups as those that were saved.") from error
+
+
+def _sound(info: Info) -> bool:
+    return bool(torch.stack(list(info.ok.values())).all())

@@ -1,0 +1,132 @@
+"""A module as the pure functions want it: parameters, buffers and noise in, and what moved back into the module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn import tree
+from fisherfn.errors import NoiseError, StructureError, expect
+from fisherfn.layers import dropout_seeds
+from fisherfn.stats.functional import functional
+from fisherfn.types import Model, PyTree, Tree
+
+T = TypeVar("T")
+
+_DROPS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+
+
+class Network:
+    """A module, which of its parameters are trained, and whether it needs dropout's seeds."""
+
+    def __init__(self, net: nn.Module) -> None:
+        expect(net, nn.Module, "net", "pass the torch.nn.Module whose parameters are trained")
+        self.net = net
+        self._chosen: list[Tensor] = []
+        self._fixed: set[str] | None = None
+        self._seeded = False
+        self._low: torch.dtype | None = None
+
+    # ------------------------------------------------------------------------------------------- its parameters
+
+    def train(self, chosen: Iterable[Tensor]) -> None:
+        """Train these parameters, all that there are to be."""
+        if self._fixed is not None:
+            raise StructureError("the layers were found at the first batch: make a new optimizer for more parameters.")
+        self._chosen = list(chosen)
+        self.parameters()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name: those chosen that require a gradient.
+
+        Raises:
+            StructureError: one that is not the net's, none at all, or others than at the build.
+        """
+        own = dict(self.net.named_parameters())
+        chosen = {id(p) for p in self._chosen}
+        if not chosen <= {id(p) for p in own.values()}:
+            raise StructureError(
+                "a tensor to train is no parameter of the net: pass parameters of this very net, after what replaces "
+                "its layers, and make a new optimizer when layers are replaced."
+            )
+        found = {name: p for name, p in own.items() if id(p) in chosen and p.requires_grad}
+        if not found:
+            raise StructureError("there is no parameter to train: none of those given requires a gradient.")
+        if self._fixed is not None and set(found) != self._fixed:
+            raise StructureError(
+                f"{sorted(set(found) ^ self._fixed)[:4]} were frozen or freed after the first batch, when the layers "
+                "were found: make a new optimizer at that point."
+            )
+        return found
+
+    def values(self) -> Tree:
+        """The trained parameters as they are, without autograd."""
+        return {name: p.detach() for name, p in self.parameters().items()}
+
+    def gradients(self) -> Tree:
+        """The `.grad` of every trained parameter."""
+        found = self.parameters()
+        lacking = [name for name, p in found.items() if p.grad is None]
+        if lacking:
+            raise StructureError(
+                f"{', '.join(map(repr, lacking[:4]))} have no gradient: call loss.backward() before step(), and "
+                "zero_grad() after it; freeze (requires_grad_(False)) what the loss does not depend on."
+            )
+        return {name: p.grad.detach() for name, p in found.items() if p.grad is not None}
+
+    # ------------------------------------------------------------------------------------------ its other inputs
+
+    def context(self, x: PyTree, generator: torch.Generator) -> Tree:
+        """The buffers, and seeds for the examples of `x` where the net drops units."""
+        buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
+        return buffers | {"dropout": dropout_seeds(_examples(x), generator)} if self._seeded else buffers
+
+    def move_buffers(self, context: Tree) -> None:
+        """Write back what the net's buffers became."""
+        for name, buffer in self.net.named_buffers():
+            buffer.copy_(context[name])
+
+    @contextlib.contextmanager
+    def alone_in_autocast(self) -> Iterator[None]:
+        """The caller's autocast is for the net; curvature is computed in the precision of its factors, ungraded."""
+        device = next(iter(self.parameters().values())).device.type
+        self._low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+
+    # ------------------------------------------------------------------------------------------------ as a model
+
+    def build(self, make: Callable[[Model, Tree, Tree], T], x: PyTree) -> T:
+        """`make(model, params, context)`, with dropout's seeds in the context where the net turns out to need them."""
+        self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
+        params, generator = self.values(), torch.Generator().manual_seed(0)
+        try:
+            made = make(self._model(), params, self.context(x, generator))
+        except NoiseError:  # the net may call F.dropout by itself
+            if self._seeded:
+                raise
+            self._seeded = True
+            made = make(self._model(), params, self.context(x, generator))
+        self._fixed = set(params)
+        return made
+
+    def _model(self) -> Model:
+        plain, _, _ = functional(self.net)
+
+        def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
+            """The net in the caller's autocast, its outputs in full precision as losses want them."""
+            device, low = next(iter(params.values())).device.type, self._low
+            with torch.autocast(device, dtype=low, enabled=low is not None):
+                outputs, context = plain(params, x, context)
+            return outputs.float() if low is not None and isinstance(outputs, Tensor) else outputs, context
+
+        return model
+
+
+def _examples(x: PyTree) -> int:
+    sizes = [leaf.shape[0] for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
+    return sizes[0] if sizes else 0

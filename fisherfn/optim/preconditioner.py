@@ -1,0 +1,216 @@
+"""Gradients made natural, between `loss.backward()` and the step of any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn.adapt import kl_clip
+from fisherfn.base import Method
+from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
+from fisherfn.natgrad import State, pair
+from fisherfn.optim.curvature import Curvature
+from fisherfn.stats import Layout, Stats
+from fisherfn.types import Info, PyTree, Tree
+
+
+class Preconditioner:
+    r"""Rewrites `.grad`: $\nabla \leftarrow \nu \hat F^{-1} \nabla$, ν from the KL clip where it is asked for.
+
+        loss.backward()
+        pre.step(x)        # or (x, y), or nothing after `with pre.watch(): ...`
+        opt.step()
+
+    Attributes:
+        info: the last step's `ff.Info`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        params: Iterable[Tensor] | None = None,
+        *,
+        likelihood: Any = None,
+        method: Method | str = "kfac",
+        optimizer: torch.optim.Optimizer | None = None,
+        kl_bound: float | None = None,
+        damping: float = 0.1,
+        ema: float = 0.95,
+        update_every: int = 5,
+        invert_every: int = 10,
+        fisher: str = "mc",
+        samples: int = 1,
+        chunk_size: int | None = None,
+        generator: torch.Generator | int = 0,
+        example_inputs: PyTree = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Nothing is computed yet, unless there are `example_inputs`. Arguments not listed: see `NaturalGradient`.
+
+        Args:
+            net: the module.
+            params: those of its parameters whose gradients are rewritten; None for all that require one.
+            likelihood: of the outputs; None where only `watch` is used.
+            method: see `NaturalGradient`.
+            optimizer: the one that takes the step; a `kl_bound` needs its rate, a `scaler` its gradients.
+            kl_bound: κ > 0, in nats an example, at the largest rate of the optimizer's groups; None for no clip.
+            damping: see `NaturalGradient`.
+            ema: see `NaturalGradient`.
+            update_every: see `NaturalGradient`.
+            invert_every: see `NaturalGradient`.
+            fisher: "mc" or "type2" for `step(x)`; `step((x, y))` is always the empirical Fisher.
+            samples: see `NaturalGradient`.
+            chunk_size: see `NaturalGradient`.
+            generator: see `NaturalGradient`.
+            example_inputs: inputs to find the layers with at once.
+            scaler: the gradient scaler, if there is one: gradients are unscaled first, and left alone where they
+                overflowed and the scaler is about to skip the step.
+        """
+        chosen = net.parameters() if params is None and isinstance(net, nn.Module) else params or ()
+        self._likelihood = likelihood
+        self._curvature = Curvature(
+            net, likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping,
+            ema=ema, update_every=update_every, invert_every=invert_every,
+            fisher="empirical" if likelihood is None else fisher, samples=samples, chunk_size=chunk_size,
+            generator=generator, scaler=scaler,
+        )  # fmt: skip
+        self._curvature.network.train(chosen)
+        if kl_bound is not None:
+            expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
+        for name, given in (("kl_bound", kl_bound), ("scaler", scaler)):
+            if given is not None and optimizer is None:
+                raise StructureError(f"{name} needs the optimizer that takes the step: pass optimizer= as well.")
+        self._optimizer, self._kl_bound = optimizer, kl_bound
+        self.info = Info()
+        if example_inputs is not None:
+            self._curvature.build(example_inputs)
+
+    @torch.no_grad()
+    def step(self, batch: Any = None) -> None:
+        """Rewrite the gradients that are there.
+
+        Args:
+            batch: inputs `x` for the sampled Fisher, or `(x, y)` for the empirical one; a tuple is always a pair, so
+                several inputs alone are `((x1, x2), None)`. None takes what was watched. Looked at in steps that take
+                statistics only. With accumulated gradients: the last part of the batch, or all of it.
+
+        Raises:
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a step that is not ok; gradients and state are left.
+            StructureError: no gradient, or nothing to take statistics from.
+        """
+        curvature = self._curvature
+        self._unscale()
+        grads = curvature.network.gradients()
+        if curvature.scaler is not None and not bool(torch.stack([g.isfinite().all() for g in grads.values()]).all()):
+            curvature.forget()
+            return
+        if batch is not None:
+            curvature.build(_split(batch)[0])
+        stats = self._statistics(batch) if curvature.updates else None
+        curvature.forget()
+        rate = 0.0 if self._optimizer is None else max(group["lr"] for group in self._optimizer.param_groups)
+        clips = self._kl_bound is not None and bool(rate > 0)
+        nat, state, self.info = curvature.of_gradients(grads, stats, inner=clips)
+        check(self.info)
+        self._write(kl_clip(nat, self.info.inner, lr=rate, bound=self._kl_bound or 0.0) if clips else nat)
+        curvature.commit(state)
+
+    def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
+        """`with pre.watch(): loss = criterion(net(x), y)`, then `loss.backward()` and `pre.step()`.
+
+        Statistics are the empirical Fisher of the user's own pass; several passes before a step (accumulation) count
+        as one batch.
+
+        Args:
+            inputs: example inputs, where no batch has been seen and the constructor had none.
+            reduction: what the losses of all passes before the step add up to: the "mean" over their examples, or the
+                "sum".
+        """
+        return self._curvature.watch(inputs, reduction)
+
+    def _statistics(self, batch: Any) -> Stats:
+        if batch is None:
+            return self._curvature.watched()
+        if self._likelihood is None:
+            raise LikelihoodError("a batch needs a likelihood: pass likelihood=ff.Categorical() or another, or watch.")
+        x, y = _split(batch)
+        if y is not None:
+            return self._curvature.statistics(x, y, fisher="empirical")
+        return self._curvature.statistics(x, (), likelihood=_Unlabelled(self._likelihood))
+
+    def _unscale(self) -> None:
+        """As before clipping by norm, unless the caller has."""
+        scaler, optimizer = self._curvature.scaler, self._optimizer
+        if scaler is None or optimizer is None:
+            return
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner  # a wrapper: the scaler knows what is inside
+        try:
+            scaler.unscale_(optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise StructureError(f"{error} Precondition between backward() and scaler.step().") from error
+
+    def _write(self, nat: Tree) -> None:
+        for name, p in self._curvature.network.parameters().items():
+            assert p.grad is not None
+            p.grad.copy_(nat[name])
+
+    @property
+    def damping(self) -> float:
+        """λ; a new value counts from the next refresh of the inverses on."""
+        return self._curvature.damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self._curvature.damping = value
+
+    @property
+    def layout(self) -> Layout:
+        """Which parameter is in which block, and why; there after the first batch."""
+        return self._curvature.ready().layout
+
+    @property
+    def curvature(self) -> State:
+        """The pure state, for the functions of `ng`."""
+        return self._curvature.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curvature as flat tensors."""
+        return self._curvature.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state, also before the first batch."""
+        self._curvature.load_state_dict(state_dict)
+
+
+def _split(batch: Any) -> tuple[PyTree, Any]:
+    """Inputs, and targets or None."""
+    return pair(batch) if isinstance(batch, (tuple, list)) else (batch, None)
+
+
+class _Unlabelled:
+    """A likelihood for inputs without targets, `()`: its loss of these is nothing, and it draws as its own does."""
+
+    def __init__(self, likelihood: Any) -> None:
+        self._likelihood = likelihood
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("valid", "_likelihood"):
+            raise AttributeError(name)  # there are no targets to be valid
+        return getattr(self._likelihood, name)
+
+    def nll(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Of drawn targets their own; of none zero, with a gradient of zeros."""
+        if isinstance(targets, tuple):
+            return (0.0 * outputs).reshape(outputs.shape[0], -1).sum(1)
+        nll: Tensor = self._likelihood.nll(outputs, targets)
+        return nll
+
+
+def _unstated(outputs: Tensor, targets: Any) -> Tensor:
+    raise LikelihoodError("no likelihood was stated: pass likelihood=ff.Categorical() or another, or watch.")
