@@ -1,5 +1,8 @@
 """The registry of layer families: one file a family, one line here."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.composite import Elementary, is_fused_recurrence
 from fisherfn.layers.conv import CONV
@@ -17,6 +20,14 @@ _ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
+_BY_FUNCTION = {function: [f for f in _ALL if function in f.functions] for each in _ALL for function in each.functions}
+
+
+def families(function: Callable[..., Any]) -> Sequence[Family]:
+    """The families whose layers may reach torch as this function."""
+    return _BY_FUNCTION.get(function, ())
+
+
 __all__ = [
     "FALLBACK",
     "FAMILIES",
@@ -31,6 +42,7 @@ __all__ = [
     "draws_globally",
     "dropout_seeds",
     "drops",
+    "families",
     "is_fused_recurrence",
     "need_seeds",
 ]

@@ -5,7 +5,7 @@ A layer is a few pure functions and no state. A new one is a new file with one `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -28,7 +28,8 @@ class Family(NamedTuple):
 
     Attributes:
         name: what the coverage report calls it.
-        match: reads a torch function call: a `Call` if it is one of this family's, else None.
+        functions: the torch functions that its layers may reach torch as.
+        match: reads a call of one of them: a `Call` if it is one of this family's, else None.
         rows: the call's input `[N, …]` (a normalisation's is already normalised) and facts to `a: [K, N, T, d_in]`,
             without bias column, dense or with a structure.
         columns: raw output-gradients `[S, N, …]` and facts to `g: [K, S, N, T, d_out]`.
@@ -41,6 +42,7 @@ class Family(NamedTuple):
     """
 
     name: str
+    functions: Collection[Callable[..., Any]]
     match: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Call | None]
     rows: Callable[[Tensor, Any], Rows]
     columns: Callable[[Tensor, Any], Float[Tensor, "k s n t o"]]

@@ -45,9 +45,7 @@ class Axis(NamedTuple):
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    dimensions = _DIMENSIONS.get(function)
-    if dimensions is None:
-        return None
+    dimensions = _DIMENSIONS[function]
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     kernel = tuple(given["weight"].shape[2:])
     stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
@@ -151,4 +149,4 @@ def backward(
     return found[1]  # type: ignore[no-any-return]
 
 
-CONV = Family("conv", match, rows, columns, to_matrix, from_matrix, weight_gradient)
+CONV = Family("conv", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient)

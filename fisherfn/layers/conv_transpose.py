@@ -49,9 +49,7 @@ class _Phase(NamedTuple):
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    dimensions = _DIMENSIONS.get(function)
-    if dimensions is None:
-        return None
+    dimensions = _DIMENSIONS[function]
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     numbers = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
     facts = Facts(
@@ -127,4 +125,4 @@ def weight_gradient(
     return backward(x, g, shape, facts.stride, facts.padding, facts.dilation, facts.groups, facts.output_padding)
 
 
-CONV_TRANSPOSE = Family("conv transpose", match, rows, columns, to_matrix, from_matrix, weight_gradient)
+CONV_TRANSPOSE = Family("conv transpose", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient)

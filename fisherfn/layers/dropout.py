@@ -22,6 +22,7 @@ from fisherfn.errors import NoiseError, ShapeError
 from fisherfn.layers.composite import Elementary
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
+_DROPOUTS = _ENTRIES | _CHANNELS
 _ARGUMENTS = ("input", "p", "training", "inplace")
 _BUILTIN = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 _RRELU = ("input", "lower", "upper", "training")
@@ -55,7 +56,7 @@ def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"
 
 def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call takes numbers from the global generator."""
-    if function in _ENTRIES | _CHANNELS:
+    if function in _DROPOUTS:
         return _active(args, kwargs)
     if function in _BUILTIN:
         return bool((dict(zip(("input", "p", "train"), args, strict=False)) | kwargs).get("train", True))
@@ -74,7 +75,7 @@ class SeededDropout(Elementary):
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A dropout with its seeds; any other call as it is."""
-        if func in _ENTRIES | _CHANNELS and _active(args, kwargs):
+        if func in _DROPOUTS and _active(args, kwargs):
             given = _given(args, kwargs)
             dropped = self._dropped(func, given)
             return given["input"].copy_(dropped) if given.get("inplace") else dropped

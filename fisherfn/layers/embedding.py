@@ -28,8 +28,6 @@ class Facts(NamedTuple):
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    if function is not F.embedding:
-        return None
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         return None
@@ -58,4 +56,6 @@ def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Facts) -> Float[Tensor, "
     return matrix.squeeze(0).mT
 
 
-EMBEDDING = Family("embedding", match, rows, columns, to_matrix, from_matrix, any_axis=True, one_hot=True)
+EMBEDDING = Family(
+    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix, any_axis=True, one_hot=True
+)

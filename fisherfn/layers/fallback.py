@@ -43,4 +43,4 @@ def from_matrix(matrix: Float[Tensor, "k o 1"], facts: Facts) -> Float[Tensor, "
     return matrix.reshape(facts.shape)
 
 
-FALLBACK = Family("fallback", lambda function, args, kwargs: None, rows, columns, to_matrix, from_matrix)
+FALLBACK = Family("fallback", (), lambda function, args, kwargs: None, rows, columns, to_matrix, from_matrix)

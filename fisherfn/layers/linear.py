@@ -17,8 +17,6 @@ from fisherfn.layers.base import Call, Family
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    if function is not F.linear:
-        return None
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     weight, bias = given["weight"], given.get("bias")
     return Call(given["input"], weight, bias if bias is not None and bias.shape == weight.shape[:1] else None)
@@ -40,4 +38,4 @@ def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "o
     return matrix.squeeze(0)
 
 
-LINEAR = Family("linear", match, rows, columns, to_matrix, from_matrix, any_axis=True)
+LINEAR = Family("linear", (F.linear,), match, rows, columns, to_matrix, from_matrix, any_axis=True)

@@ -21,12 +21,7 @@ _SUMS = (torch.addmm, Tensor.addmm)
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    if function in _PRODUCTS:
-        names: tuple[str, ...] = ("input", _PRODUCTS[function])
-    elif function in _SUMS:
-        names = ("input", "mat1", "mat2")
-    else:
-        return None
+    names = ("input", "mat1", "mat2") if function in _SUMS else ("input", _PRODUCTS[function])
     given = dict(zip(names, args, strict=False)) | kwargs
     if set(given) != set(names):  # scaled sums and outputs given as arguments are another thing
         return None
@@ -44,4 +39,4 @@ def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "i
     return matrix.squeeze(0).mT
 
 
-MATMUL = Family("matmul", match, rows, columns, to_matrix, from_matrix, any_axis=True)
+MATMUL = Family("matmul", (*_PRODUCTS, *_SUMS), match, rows, columns, to_matrix, from_matrix, any_axis=True)

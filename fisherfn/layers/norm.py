@@ -51,7 +51,7 @@ def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = _given(_BATCH, args, kwargs)
-    if function is not F.batch_norm or given.get("weight") is None:
+    if given.get("weight") is None:
         return None
     # batch statistics are recomputed without the buffers, which the model's own call has already moved
     mean, var = (None, None) if given.get("training", False) else (given["running_mean"], given["running_var"])
@@ -61,7 +61,7 @@ def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 def match_instance(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = _given(_INSTANCE, args, kwargs)
-    if function is not F.instance_norm or given.get("weight") is None:
+    if given.get("weight") is None:
         return None
     own = given.get("use_input_stats", True)
     mean, var = (None, None) if own else (given["running_mean"], given["running_var"])
@@ -71,7 +71,7 @@ def match_instance(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 def match_group(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = _given(_GROUP, args, kwargs)
-    if function is not F.group_norm or given.get("weight") is None:
+    if given.get("weight") is None:
         return None
     x = F.group_norm(given["input"], given["num_groups"], eps=given.get("eps", 1e-5))
     return _call(x, given, last=False)
@@ -79,7 +79,7 @@ def match_group(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 def match_layer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = _given(_LAYER, args, kwargs)
-    if function is not F.layer_norm or given.get("weight") is None:
+    if given.get("weight") is None:
         return None
     x = F.layer_norm(given["input"], given["normalized_shape"], eps=given.get("eps", 1e-5))
     return _call(x, given, last=True)
@@ -87,7 +87,7 @@ def match_layer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 def match_rms(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = _given(_RMS, args, kwargs)
-    if function is not F.rms_norm or given.get("weight") is None:
+    if given.get("weight") is None:
         return None
     x = F.rms_norm(given["input"], given["normalized_shape"], eps=given.get("eps"))
     return _call(x, given, last=True)
@@ -132,12 +132,14 @@ def weight_gradient(x: Tensor, g: Tensor, facts: Facts, shape: Size) -> Float[Te
     return product.transpose(0, 1).flatten(1).sum(1)
 
 
-def _family(name: str, match: Callable[..., Call | None], any_axis: bool = False) -> Family:
-    return Family(name, match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis)
+def _family(
+    name: str, function: Callable[..., Any], match: Callable[..., Call | None], any_axis: bool = False
+) -> Family:
+    return Family(name, (function,), match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis)
 
 
-BATCH_NORM = _family("batch norm", match_batch)
-INSTANCE_NORM = _family("instance norm", match_instance)
-GROUP_NORM = _family("group norm", match_group)
-LAYER_NORM = _family("layer norm", match_layer, any_axis=True)
-RMS_NORM = _family("rms norm", match_rms, any_axis=True)
+BATCH_NORM = _family("batch norm", F.batch_norm, match_batch)
+INSTANCE_NORM = _family("instance norm", F.instance_norm, match_instance)
+GROUP_NORM = _family("group norm", F.group_norm, match_group)
+LAYER_NORM = _family("layer norm", F.layer_norm, match_layer, any_axis=True)
+RMS_NORM = _family("rms norm", F.rms_norm, match_rms, any_axis=True)

@@ -15,7 +15,7 @@ from fisherfn.layers import FallbackFacts
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
 from fisherfn.stats.collect import example_gradients, tapped_run
-from fisherfn.stats.functional import run
+from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.statistics import lazy
@@ -85,7 +85,7 @@ def _validate(params: Tree, x: PyTree) -> int:
 def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
     before = _global_generators(params)
     with torch.no_grad(), Intercept(params) as mode:
-        outputs, _ = run(model, params, x, context)
+        outputs, _ = call(model, params, x, context)
     after = _global_generators(params)
     if not all(torch.equal(before[device], after[device]) for device in before):
         _restore(before)

@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 
 from fisherfn import tree
 from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect
-from fisherfn.stats.functional import run
+from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
 from fisherfn.stats.layout import Layout
@@ -77,7 +77,7 @@ def tapped_run(
 
     def forward(taps: Taps) -> tuple[Tensor, tuple[Taps, PyTree]]:
         with Intercept(params, taps, uncoupled) as mode:
-            outputs, new_context = run(model, params, x, context)
+            outputs, new_context = call(model, params, x, context)
         seen = {name: tuple(record.call.input for record in records) for name, records in mode.records.items()}
         return outputs, (seen, new_context)
 

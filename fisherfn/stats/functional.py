@@ -44,12 +44,17 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
 
 
 def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
+    """Call the model, composite calls as elementary ones: in all of the library's runs, or results would differ."""
+    with Elementary():
+        return call(model, params, x, context)
+
+
+def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
     """Call the model as the contract says: with the context if there is one. `()` stands for none.
 
-    Composite calls run as elementary ones in all of the library's runs, or their results would differ between them.
+    For a caller that is in an `Elementary` mode already.
     """
-    with Elementary():
-        if isinstance(context, tuple) and context == ():
-            return model(params, x), ()
-        outputs, new_context = model(params, x, context)
-        return outputs, new_context
+    if isinstance(context, tuple) and context == ():
+        return model(params, x), ()
+    outputs, new_context = model(params, x, context)
+    return outputs, new_context

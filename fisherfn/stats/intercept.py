@@ -14,13 +14,13 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
 from fisherfn.layers import (
-    FAMILIES,
     Call,
     Elementary,
     apart,
     changes_weight,
     couples_examples,
     draws_globally,
+    families,
     is_fused_recurrence,
 )
 from fisherfn.types import PyTree, Tree
@@ -61,7 +61,7 @@ class Intercept(Elementary):
         couples = couples_examples(func, args, kwargs)
         self.couples |= couples
         output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
-        for family in FAMILIES.values():
+        for family in families(func):
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
                 self._note_reads(output, (args, kwargs), besides=(call.weight, call.bias))
