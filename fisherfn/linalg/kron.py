@@ -136,19 +136,25 @@ def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
 
 
 def precondition_tap(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
-    r"""`G ∇ A` for the gradient of a loss tap, with ⟨∇, G ∇ A⟩ when asked for.
+    r"""`G ∇ A` for the gradient of a loss tap, with ⟨∇, G ∇ A⟩ when asked for; ∇ is never formed.
 
-    The inner product is the sum of the product of two Gram matrices of rows, so ∇ is never formed.
+    The inner product is `1/N² Σ (g Gᵀ gᵀ) ∘ (a A aᵀ)` where rows are few, else `1/N Σ (g G∇A) ∘ a`.
     """
     g, a = _flat_rows(tap, A.dtype)
     g_hat, a_hat = right(g, G), right(a, A)
-    return Product(g_hat.mT @ a_hat, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() if inner else ())
+    W = rows.product(g_hat.mT, a_hat, 1 / tap.sizes.n)
+    if not inner:
+        return Product(W, ())
+    m, o, i = a.shape[1], g.shape[2], a.shape[2]
+    if m * (o + i) < o * i:
+        return Product(W, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() / tap.sizes.n**2)
+    return Product(W, ((g @ W) * a).sum() / tap.sizes.n)
 
 
 def rotate_tap(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
     """`Lᵀ ∇ R` for the gradient of a loss tap."""
     g, a = _flat_rows(tap, R.dtype)
-    return right(g, L).mT @ right(a, R)
+    return rows.product(right(g, L).mT, right(a, R), 1 / tap.sizes.n)
 
 
 def factored_is_cheaper(sizes: Sizes) -> bool:
@@ -158,7 +164,7 @@ def factored_is_cheaper(sizes: Sizes) -> bool:
 
 
 def _flat_rows(tap: Tap, dtype: torch.dtype) -> tuple[Float[Tensor, "k rows o"], Float[Tensor, "k rows i"]]:
-    """Output-gradients over N and inputs as rows: the gradient is `gᵀ a`."""
+    """Output-gradients and inputs as rows: the gradient is `1/N gᵀ a`."""
     k, s, n, t, o, i = tap.sizes
     g = tap.g.sum(1) if s > 1 else tap.g.squeeze(1)
-    return g.reshape(k, n * t, o).to(dtype) / n, rows.dense(tap.a).reshape(k, n * t, i).to(dtype)
+    return g.reshape(k, n * t, o).to(dtype), rows.dense(tap.a).reshape(k, n * t, i).to(dtype)

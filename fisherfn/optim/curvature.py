@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fisherfn import tree
 from fisherfn.base import Method
-from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.methods import METHODS
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
 from fisherfn.optim.network import Network
@@ -75,7 +75,7 @@ class Curvature:
         """Find the layers with these inputs, once."""
         if self.ng is None:
             _one_process()
-            x = _inputs(x)
+            x = _finite(_inputs(x))
 
             def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
                 return self._make(model, params, x, context=context)
@@ -141,16 +141,7 @@ class Curvature:
         """The same for a gradient that is there already, with these statistics if it is time for some."""
         ng, state = self.ready(), self.state
         with self.network.alone_in_autocast():
-            info = ng._info({"gradient": tree.finite(grads)})
-            if stats is not None:
-                state, more = ng._updated(state, stats, self.inverts)
-                info = ng._merge(info, more)
-            if self.inverts:
-                state, more = ng._inverted(state)
-                info = ng._merge(info, more)
-            nat, product = ng._precondition(state, grads, inner)
-            finite = {key: tree.finite(matrix) for key, matrix in product.matrices.items()}
-            return nat, state, ng._merge(info, ng._info({"step": finite}))._replace(inner=product.inner)
+            return ng.advance(state, grads, stats, invert=self.inverts, inner=inner)
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
         """Statistics of a batch, with another Fisher or likelihood than the build's where given."""
@@ -250,6 +241,15 @@ def _generator(given: torch.Generator | int) -> torch.Generator:
 def _inputs(x: PyTree) -> PyTree:
     """Several inputs as the tuple that they were before a data loader made a list of it."""
     return tuple(x) if isinstance(x, list) else x
+
+
+def _finite(x: PyTree) -> PyTree:
+    """Inputs that layers can be found with: those of a broken first batch would show nothing but NaN."""
+    floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not bool(tree.finite(floats)):
+        error, text = BATCH_CHECKS["inputs"]
+        raise error(f"{text}. It is the first batch, and layers are found with it: pass example_inputs=x otherwise.")
+    return x
 
 
 def _one_process() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -106,17 +107,17 @@ class Layout:
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All parameters, in params order."""
         return tuple(name for name, _ in self.shapes)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Block, ...]:
         """Blocks that a layer family claims."""
         return tuple(block for block in self.blocks if block.kind != "fallback")
 
-    @property
+    @cached_property
     def fallbacks(self) -> tuple[Block, ...]:
         """Blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
@@ -138,10 +139,13 @@ class Layout:
 
     def block(self, key: str) -> Block:
         """The block of this key."""
-        for block in self.blocks:
-            if block.key == key:
-                return block
-        raise unknown("block", key, [block.key for block in self.blocks])
+        if key not in self._by_key:
+            raise unknown("block", key, list(self._by_key))
+        return self._by_key[key]
+
+    @cached_property
+    def _by_key(self) -> dict[str, Block]:
+        return {block.key: block for block in self.blocks}
 
     def matrices(self, values: Tree) -> dict[str, Tensor]:
         """A tree like params as one matrix a block."""
