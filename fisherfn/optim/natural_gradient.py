@@ -93,9 +93,6 @@ class NaturalGradient(torch.optim.Optimizer):
             HyperparameterError, StructureError, UnknownNameError: see `ff.errors`; what a build raises comes with the
             first batch.
         """
-        groups = list(net.parameters() if params is None and isinstance(net, nn.Module) else params or ())
-        if not groups:
-            raise StructureError("there is no parameter to train: the list is empty.")
         self._curvature = Curvature(
             net, likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
             invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
@@ -107,6 +104,9 @@ class NaturalGradient(torch.optim.Optimizer):
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         self._kl_bound, self._on_bad = kl_bound, on_bad
         self.info, self.skipped, self._in_a_row = Info(), 0, 0
+        groups = list(net.parameters() if params is None else params)
+        if not groups:
+            raise StructureError("there is no parameter to train: the list is empty.")
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if example_inputs is not None:
             self._curvature.build(example_inputs)

@@ -70,7 +70,6 @@ class Preconditioner:
             scaler: the gradient scaler, if there is one: gradients are unscaled first, and left alone where they
                 overflowed and the scaler is about to skip the step.
         """
-        chosen = net.parameters() if params is None and isinstance(net, nn.Module) else params or ()
         self._likelihood = likelihood
         self._curvature = Curvature(
             net, likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping,
@@ -78,7 +77,7 @@ class Preconditioner:
             fisher="empirical" if likelihood is None else fisher, samples=samples, chunk_size=chunk_size,
             generator=generator, scaler=scaler,
         )  # fmt: skip
-        self._curvature.network.train(chosen)
+        self._curvature.network.train(net.parameters() if params is None else params)
         if kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         for name, given in (("kl_bound", kl_bound), ("scaler", scaler)):
