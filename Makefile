@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format docs demo soak search clean
+.PHONY: help install test test-deep lint format docs demo soak search benchmark clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
@@ -42,6 +42,9 @@ soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resum
 search: .venv/installed  ## run the recorded hyper-parameter search again (hours)
 	$(BIN)/python apps/search.py
 
+benchmark: .venv/installed-peers  ## time a step beside other libraries; new tables and picture in docs/performance.md
+	$(BIN)/python apps/benchmark.py --peers --page docs/performance.md
+
 clean:  ## remove .venv, caches and builds; results stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -67,4 +70,9 @@ clean:  ## remove .venv, caches and builds; results stay
 
 .venv/installed-docs: .venv/installed
 	$(PIP) -e ".[apps,docs]"
+	@touch $@
+
+# other libraries to be measured; without what they depend on, so that torch stays as it is
+.venv/installed-peers: requirements-peers.txt | .venv/installed
+	$(PIP) --no-deps -r requirements-peers.txt
 	@touch $@

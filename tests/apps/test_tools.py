@@ -1,4 +1,4 @@
-"""Demo, search, studies and benchmark: what they compute beside running trainers."""
+"""Demo, search and studies: what they compute beside running trainers."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-import benchmark
 import demo
 import fisherfn as ff
 import search
@@ -178,12 +177,6 @@ def test_code_units_are_dead_when_no_image_activates_them(dead):
     x = torch.rand(20, 4, generator=generator)
     task = Task(model, model, params, context, ff.Bernoulli(), (x, x), (x, x), 4)
     assert study_plateau.dead_code_units(task, Snapshot(params, context, (), 0, 0, 0.0)) == dead
-
-
-def test_the_mean_step_of_a_cycle_counts_each_kind_as_often_as_it_happens():
-    medians = {"sgd": 2.0, "plain": 4.0, "with statistics": 10.0, "with statistics and inverses": 30.0}
-    # 20 steps: 1 with inverses, 3 more with statistics, 16 plain
-    assert math.isclose(benchmark.cycle(medians, 5, 20), (30 + 3 * 10 + 16 * 4) / 20 / 2)
 
 
 def test_the_study_of_two_levels_measures_every_method(own, capsys):

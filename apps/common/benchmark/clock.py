@@ -1,0 +1,67 @@
+"""Time and memory of calls, in interleaved rounds: what slows one round down slows down everyone in it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+K = TypeVar("K", bound=Hashable)
+WARM_UP = 2
+"""Calls that do not count."""
+
+SLOW, SLOW_EVERY = 400.0, 4
+"""Calls of more milliseconds than this are timed in every fourth round."""
+
+
+class Timing(NamedTuple):
+    """Milliseconds: median and quartiles; on a GPU the most MiB held beyond what is held before the call."""
+
+    ms: float
+    low: float
+    high: float
+    peak_mib: float | None = None
+
+
+def measure(steps: Mapping[K, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[K, Timing]:
+    """Each call once a round, slow ones in fewer rounds."""
+    gpu = device if device.startswith("cuda") else None
+    warm = {key: min(milliseconds(step, gpu) for _ in range(WARM_UP)) for key, step in steps.items()}
+    times: dict[K, list[float]] = {key: [] for key in steps}
+    for round_ in tqdm(range(rounds), desc=title, disable=None, leave=False):
+        for key, step in steps.items():
+            if round_ % SLOW_EVERY == 0 or warm[key] < SLOW:
+                times[key].append(milliseconds(step, gpu))
+    peaks = {key: peak_mib(step, gpu) if gpu else None for key, step in steps.items()}
+    return {key: Timing(*quartiles(values), peaks[key]) for key, values in times.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile; of one value three times it."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def milliseconds(step: Callable[[], Any], gpu: str | None = None) -> float:
+    """How long a call takes; on a GPU until all that it began there is done."""
+    if gpu:
+        torch.cuda.synchronize(gpu)
+    began = time.perf_counter()
+    step()
+    if gpu:
+        torch.cuda.synchronize(gpu)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def peak_mib(step: Callable[[], Any], gpu: str) -> float:
+    """The most memory that a call holds beyond what is held before it, its result included."""
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before = torch.cuda.memory_allocated(gpu)
+    step()
+    return (torch.cuda.max_memory_allocated(gpu) - before) / 2**20

@@ -1,0 +1,99 @@
+"""Optimizers that are no K-FAC: SGD and AdamW as torch has them, Muon, Shampoo and SOAP of pytorch_optimizer.
+
+What is done every so many steps is told by the step counter; here it is set before each call, so that both kinds of
+step can be timed. SOAP moves its bases every 10 steps (its default), as others their statistics; Shampoo takes its
+roots every 100 steps, as others their inverses (its default is every step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.benchmark.contenders import INVERSES, JOINT, STATISTICS, STEP, Contender, Step
+from common.benchmark.peers import RATE
+from common.benchmark.problems import Problem, Training
+
+BASES_EVERY, ROOTS_EVERY = 10, 100
+
+
+def stepping(train: Training, optimizer: Any, counter: int | None = None) -> Step:
+    """Forward, backward and update; at that count of steps if one is given."""
+
+    def step() -> None:
+        for group in optimizer.param_groups if counter is not None else ():
+            group["step"] = counter
+        train.backward()
+        optimizer.step()
+
+    return step
+
+
+def sgd(problem: Problem) -> Contender:
+    """The unit of every table."""
+    train = problem.training()
+    return Contender({STEP: stepping(train, torch.optim.SGD(train.net.parameters(), lr=RATE))})
+
+
+def adamw(problem: Problem) -> Contender:
+    """As it is by default: one parameter after the other on a CPU."""
+    train = problem.training()
+    return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE))})
+
+
+def adamw_fused(problem: Problem) -> Contender:
+    """In one kernel."""
+    train = problem.training()
+    return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE, fused=True))})
+
+
+def muon(problem: Problem) -> Contender:
+    """Weights but the last layer's by Muon, the rest by AdamW, as its documentation says."""
+    from pytorch_optimizer import Muon
+
+    train = problem.training()
+    last = [module for module in train.net.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)][-1]
+    hidden = [p for p in train.net.parameters() if p.ndim >= 2 and p is not last.weight]
+    rest = [p for p in train.net.parameters() if not any(p is other for other in hidden)]
+    groups = [{"params": hidden, "lr": RATE, "use_muon": True}, {"params": rest, "lr": RATE, "use_muon": False}]
+    return Contender({STEP: stepping(train, Muon(groups))}, "hidden weights", "the rest by AdamW")
+
+
+def soap(problem: Problem) -> Contender:
+    """Bases move at counts that are multiples of `BASES_EVERY`."""
+    from pytorch_optimizer import SOAP
+
+    train = problem.training()
+    optimizer = SOAP(train.net.parameters(), lr=RATE, precondition_frequency=BASES_EVERY)
+    stepping(train, optimizer)()  # its first step only makes the bases
+    parts = {
+        STEP: stepping(train, optimizer, BASES_EVERY + 1),
+        JOINT[STATISTICS]: stepping(train, optimizer, BASES_EVERY),
+    }
+    return Contender(parts, "weights", f"bases every {BASES_EVERY}")
+
+
+def shampoo(problem: Problem) -> Contender:
+    """Roots at counts that are multiples of `ROOTS_EVERY`, which it counts from one."""
+    from pytorch_optimizer import Shampoo
+
+    train = problem.training()
+    optimizer = Shampoo(train.net.parameters(), lr=RATE, preconditioning_compute_steps=ROOTS_EVERY)
+    parts = {
+        JOINT[INVERSES]: stepping(train, optimizer, ROOTS_EVERY - 1),
+        STEP: stepping(train, optimizer, ROOTS_EVERY),
+    }
+    return Contender(parts, note=f"roots every {ROOTS_EVERY}")
+
+
+OPTIMIZERS: dict[str, Callable[[Problem], Contender]] = {
+    "AdamW": adamw,
+    "AdamW, fused": adamw_fused,
+    "Muon": muon,
+    "Shampoo": shampoo,
+    "SOAP": soap,
+}
+"""All but SGD."""

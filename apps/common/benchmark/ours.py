@@ -1,0 +1,93 @@
+"""fisherfn's own steps: K-FAC in its variants, the refresh of every method, the exact natural gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import fisherfn as ff
+from common.benchmark.contenders import ALL_THREE, JOINT, STATISTICS, STEP, Contender, Step
+from common.benchmark.problems import Problem
+
+
+class Variant(NamedTuple):
+    """A method, and whether its steps are clipped."""
+
+    method: Callable[[], ff.Method]
+    clip: bool
+
+
+VARIANTS = {
+    "fisherfn, KL clip": Variant(ff.kfac, clip=True),
+    "fisherfn": Variant(ff.kfac, clip=False),
+}
+"""Another one is a line here."""
+
+
+class Prepared(NamedTuple):
+    """A natural gradient whose state has seen one step, and what its calls take."""
+
+    problem: Problem
+    ng: ff.NaturalGradient
+    state: ff.State
+    given: dict[str, Any]  # generator and context
+
+    def stats(self, **more: Any) -> ff.Stats:
+        """Statistics of the batch."""
+        return self.ng.stats(self.problem.params, self.problem.batch, **self.given, **more)
+
+    def step(self, **more: Any) -> tuple[Any, ff.State, ff.Info]:
+        """A step on the batch."""
+        return self.ng.step(self.problem.params, self.state, self.problem.batch, **self.given, **more)
+
+
+def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> Prepared:
+    """Built, and one step done: first calls are slower."""
+    x, likelihood = problem.batch[0], problem.likelihood
+    ng = ff.natural_gradient(
+        problem.model, problem.params, x, likelihood=likelihood, method=method, fisher=fisher, context=problem.context
+    )
+    given = {"generator": torch.Generator(x.device).manual_seed(0), "context": problem.context}
+    empty = Prepared(problem, ng, ng.init(problem.params, damping=1.0), given)
+    _, state, info = empty.step()
+    ff.check(info)
+    return empty._replace(state=state)
+
+
+def kfac(problem: Problem, variant: Variant) -> Contender:
+    """Training steps of three kinds, the update of the weights included."""
+    one = prepared(problem, variant.method())
+
+    def step(update: bool, invert: bool) -> Any:
+        nat, _, info = one.step(update=update, invert=invert, inner=variant.clip)
+        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.clip else nat
+        return ff.tree.add(problem.params, nat, scale=-1.0)
+
+    return Contender(
+        {
+            STEP: lambda: step(False, False),
+            JOINT[STATISTICS]: lambda: step(True, False),
+            ALL_THREE: lambda: step(True, True),
+        }
+    )
+
+
+def refreshes(problem: Problem) -> dict[str, Step]:
+    """Statistics and factors of every method, without a gradient or a step."""
+
+    def refresh(one: Prepared) -> Step:
+        return lambda: one.ng.update(one.state, one.stats())
+
+    return {method: refresh(prepared(problem, method)) for method in ff.METHODS}
+
+
+FORWARD_BACKWARD, IN_TOTAL, GRAM = "forward and backward", "exact natural gradient", "its Gram matrix"
+
+
+def exact(problem: Problem) -> dict[str, Step]:
+    """The exact natural gradient of the full empirical Fisher, beside a forward and backward of the same batch."""
+    one, train = prepared(problem, "exactNG", fisher="empirical"), problem.training()
+    fisher = one.ng.fisher(one.stats(), structure="full")
+    return {FORWARD_BACKWARD: train.backward, IN_TOTAL: one.step, GRAM: fisher.gram}
