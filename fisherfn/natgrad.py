@@ -29,6 +29,7 @@ from fisherfn.stats import (
     check_noise,
     collect,
     in_chunks,
+    mean_gradient,
     need,
 )
 from fisherfn.taps import AnyTap, Mean, Tap
@@ -203,7 +204,6 @@ class NaturalGradient:
         The labels are drawn only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩ by the cheapest route.
         See `stats` for the other arguments and the errors raised.
         """
-        self._own(state)
         stats = self.stats(
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
@@ -399,9 +399,12 @@ def pair(batch: Batch) -> tuple[PyTree, PyTree]:
 
 def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
     """The gradient in the form that costs a preconditioner least: its matrix, or the loss tap whose mean it is."""
+    if block.family.weight_gradient is not None or block.family.one_hot:
+        return stats.gradient(block.key)
     tap = stats.lazy_loss_tap(block.key)
-    dense = block.family.weight_gradient is None and not block.family.one_hot
-    return tap.whole() if dense and kron.factored_is_cheaper(tap.sizes) else stats.gradient(block.key)
+    if kron.factored_is_cheaper(tap.sizes):
+        return tap.whole()
+    return mean_gradient(tap, torch.promote_types(stats.layers[block.key].loss_grads[0].dtype, torch.float32))
 
 
 def _sound(info: Info, new: State, old: State) -> State:

@@ -97,6 +97,9 @@ class LazyTap:
     def windows(self) -> Iterator[Tap]:
         """Parts that together are the whole, each as large as memory that is quick to reach allows."""
         size = max(1, WINDOW // max(1, self.stored))
+        if size >= self.sizes.n:
+            yield from [self.whole()] if self.sizes.n else []
+            return
         for start in range(0, self.sizes.n, size):
             yield self.make(slice(start, min(start + size, self.sizes.n)))
 

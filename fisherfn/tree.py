@@ -109,9 +109,15 @@ def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
     return dict(zip(x, torch.isfinite(torch.stack(sums)).unbind(), strict=True)) if sums else {}
 
 
-def structure(tree: PyTree, leaf: type = Tensor) -> pytree.TreeSpec:
+def structure(tree: PyTree, leaf: type = Tensor) -> Any:
     """What is left of a tree without its leaves, tensors or what is given: trees of equal structures hold the same."""
-    return pytree.tree_structure(tree, is_leaf=lambda node: isinstance(node, leaf))
+    if isinstance(tree, (leaf, Tensor)):
+        return "leaf"
+    if isinstance(tree, dict):
+        return {name: structure(node, leaf) for name, node in tree.items()}
+    if isinstance(tree, tuple):
+        return type(tree), *(structure(node, leaf) for node in tree)
+    return pytree.tree_structure(tree)
 
 
 def flatten(tree: PyTree) -> dict[str, Tensor]:

@@ -75,32 +75,42 @@ def tapped_run(
     Inputs and output-gradients come with the examples first, wherever the layer has them.
     """
 
-    def forward(taps: Taps) -> tuple[Tensor, tuple[Taps, PyTree]]:
-        with Intercept(params, taps, uncoupled) as mode:
+    # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
+    def forward(*taps: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
+        with Intercept(params, _by_layer(layout, taps), uncoupled) as mode:
             outputs, new_context = call(model, params, x, context)
-        seen = {name: tuple(record.call.input for record in records) for name, records in mode.records.items()}
-        return outputs, (seen, new_context)
+        return outputs, (_inputs(layout, mode), new_context)
 
     taps = _zero_taps(layout, tree.leaves(params)[0], tree.leaves(x)[0].shape[0])
-    outputs, pull, (inputs, new_context) = vjp(forward, taps, has_aux=True)  # type: ignore[misc]
-    for block in layout.layers:
-        if len(inputs.get(block.weight, ())) != len(block.uses):
-            raise StructureError(
-                f"layer {block.key!r} was used {len(inputs.get(block.weight, ()))} times, {len(block.uses)} at the "
-                "build: the model's path depends on its input. Build with inputs that take the same path."
-            )
+    outputs, pull, (inputs, new_context) = vjp(forward, *taps, has_aux=True)  # type: ignore[misc]
 
     def pull_examples_first(cotangent: Tensor) -> Taps:
-        return _examples_first(layout, pull(cotangent.to(outputs.dtype))[0])
+        return _examples_first(layout, pull(cotangent.to(outputs.dtype)))
 
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 
 
-def _examples_first(layout: Layout, found: Taps) -> Taps:
-    return {
-        block.weight: tuple(x.movedim(use.axis, 0) for use, x in zip(block.uses, found[block.weight], strict=True))
-        for block in layout.layers
-    }
+def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
+    """What every layer saw at every use."""
+    for block in layout.layers:
+        uses = len(mode.records.get(block.weight, ()))
+        if uses != len(block.uses):
+            raise StructureError(
+                f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
+                "on its input. Build with inputs that take the same path."
+            )
+    return [record.call.input for block in layout.layers for record in mode.records[block.weight]]
+
+
+def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
+    """Tensors in the order of layers and their uses, by weight."""
+    each = iter(flat)
+    return {block.weight: tuple(next(each) for _ in block.uses) for block in layout.layers}
+
+
+def _examples_first(layout: Layout, flat: Sequence[Tensor]) -> Taps:
+    uses = (use for block in layout.layers for use in block.uses)
+    return _by_layer(layout, [x.movedim(use.axis, 0) if use.axis else x for use, x in zip(uses, flat, strict=True)])
 
 
 def example_gradients(
@@ -135,11 +145,9 @@ def example_gradients(
     return gradients
 
 
-def _zero_taps(layout: Layout, like: Tensor, examples: int) -> Taps:
-    return {
-        block.weight: tuple(like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in block.uses)
-        for block in layout.layers
-    }
+def _zero_taps(layout: Layout, like: Tensor, examples: int) -> list[Tensor]:
+    uses = (use for block in layout.layers for use in block.uses)
+    return [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
 
 
 def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:

@@ -104,9 +104,7 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
     grads = [g.to(dtype) for g in grads]
     backward = block.family.weight_gradient
     if backward is None:
-        tap = lazy(block, inputs, [g.unsqueeze(0) for g in grads])
-        sums = [rows.outer(part.g.squeeze(1), rows.cast(part.a, dtype)) for part in tap.windows()]
-        return torch.stack(sums).sum(0) / tap.sizes.n if len(sums) > 1 else sums[0] / tap.sizes.n
+        return mean_gradient(lazy(block, inputs, [g.unsqueeze(0) for g in grads]), dtype)
     total: Matrix | None = None
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
         weight = block.family.to_matrix(backward(x.to(dtype), g, use.facts, block.weight_shape), use.facts)
@@ -118,13 +116,20 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
     return total / (inputs[0].shape[0] // block.uses[0].repeats)
 
 
+def mean_gradient(tap: LazyTap, dtype: torch.dtype) -> Matrix:
+    """`1/N Σ_n Σ_t g aᵀ` from the loss tap."""
+    sums = [rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype)) for part in tap.windows()]
+    return (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) / tap.sizes.n
+
+
 def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tap:
     """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`."""
     parts, columns = [], []
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
         a = rows.split_examples(block.family.rows(x, use.facts), use.repeats)
         parts.append(a if block.bias is None else rows.with_column(a, float(use.biased)))
-        columns.append(block.family.columns(g, use.facts).unflatten(2, (-1, use.repeats)).flatten(3, 4))
+        g = block.family.columns(g, use.facts)
+        columns.append(g if use.repeats == 1 else g.unflatten(2, (-1, use.repeats)).flatten(3, 4))
     return Tap(rows.cat(parts), columns[0] if len(columns) == 1 else torch.cat(columns, 3))
 
 
@@ -132,6 +137,8 @@ def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Laz
     """`make_tap`, for some examples at a time."""
 
     def part(examples: slice) -> Tap:
+        if examples == slice(None):
+            return make_tap(block, inputs, grads)
         windows = [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
         return make_tap(
             block,
