@@ -83,7 +83,7 @@ class Network:
     def context(self, x: PyTree, generator: torch.Generator) -> Tree:
         """The buffers, and seeds for the examples of `x` where the net drops units."""
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
-        return buffers | {"dropout": dropout_seeds(_examples(x), generator)} if self._seeded else buffers
+        return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
 
     def move_buffers(self, context: Tree) -> None:
         """Write back what the net's buffers became."""
@@ -127,6 +127,7 @@ class Network:
         return model
 
 
-def _examples(x: PyTree) -> int:
+def examples(x: PyTree) -> int:
+    """N of some inputs; 0 where there is no tensor."""
     sizes = [leaf.shape[0] for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
     return sizes[0] if sizes else 0

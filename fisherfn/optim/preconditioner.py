@@ -14,6 +14,7 @@ from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
 from fisherfn.natgrad import State, pair
 from fisherfn.optim.curvature import Curvature
+from fisherfn.optim.network import examples
 from fisherfn.stats import Layout, Stats
 from fisherfn.types import Info, PyTree, Tree
 
@@ -139,7 +140,7 @@ class Preconditioner:
         x, y = _split(batch)
         if y is not None:
             return self._curvature.statistics(x, y, fisher="empirical")
-        return self._curvature.statistics(x, (), likelihood=_Unlabelled(self._likelihood))
+        return self._curvature.statistics(x, torch.empty(examples(x), 0), likelihood=_Unlabelled(self._likelihood))
 
     def _unscale(self) -> None:
         """As before clipping by norm, unless the caller has."""
@@ -193,7 +194,7 @@ def _split(batch: Any) -> tuple[PyTree, Any]:
 
 
 class _Unlabelled:
-    """A likelihood for inputs without targets, `()`: its loss of these is nothing, and it draws as its own does."""
+    """A likelihood for inputs without targets, `[N, 0]`: their loss is nothing, and it draws as its own does."""
 
     def __init__(self, likelihood: Any) -> None:
         self._likelihood = likelihood
@@ -203,9 +204,9 @@ class _Unlabelled:
             raise AttributeError(name)  # there are no targets to be valid
         return getattr(self._likelihood, name)
 
-    def nll(self, outputs: Tensor, targets: Any) -> Tensor:
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of drawn targets their own; of none zero, with a gradient of zeros."""
-        if isinstance(targets, tuple):
+        if targets.numel() == 0:
             return (0.0 * outputs).reshape(outputs.shape[0], -1).sum(1)
         nll: Tensor = self._likelihood.nll(outputs, targets)
         return nll

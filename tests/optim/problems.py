@@ -78,7 +78,7 @@ def problem(name="mlp", steps=12, examples=8, seed=0) -> Problem:
 
 @dataclass
 class Loop:
-    """Natural-gradient descent by `ng.step`, `kl_clip` and `tree.add`; rates and momenta may differ by name and step."""
+    """Natural-gradient descent by `ng.step`, `kl_clip` and `tree.add`; rates may differ by name and step."""
 
     method: str = "kfac"
     lr: Any = 0.5

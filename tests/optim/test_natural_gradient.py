@@ -272,7 +272,7 @@ def test_a_step_that_is_not_ok_raises_and_nothing_moved():
 
 def test_bad_steps_may_be_skipped_but_not_for_ever():
     case = problem()
-    opt = converted(case.net, Loop(), on_bad="skip")
+    opt = converted(case.net, Loop(), on_bad="skip", example_inputs=case.batches[0][0])
     before = snapshot(case.net)
     assert opt.step(bad(case.batches[0])).isnan()
     assert unmoved(case.net, before) and opt.skipped == 1 and not all(opt.info.ok.values())
