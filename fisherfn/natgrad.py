@@ -121,7 +121,11 @@ class NaturalGradient:
             curvature: False makes no Fisher draw: such statistics serve `grads` and `precondition`.
 
         Raises:
-            ShapeError, EmptyBatchError, StructureError, NoiseError, LikelihoodError, TargetError: see `ff.errors`.
+            ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
+            StructureError: names, or a context, that are not those of the build.
+            NoiseError: "mc" with neither `generator` nor `noise`.
+            LikelihoodError: a likelihood that lacks what this Fisher needs.
+            TargetError: targets of the wrong type.
         """
         self.layout.validate(params)
         x, y = pair(batch)
@@ -253,7 +257,9 @@ class NaturalGradient:
         """The type-2 Fisher of these inputs as products through the model: for outputs that are many.
 
         Raises:
-            ShapeError, EmptyBatchError, StructureError, LikelihoodError: see `ff.errors`.
+            ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
+            StructureError: names, or a context, that are not those of the build.
+            LikelihoodError: a likelihood without `fisher_sqrt`.
         """
         self.layout.validate(params)
         context = self._context(context)
@@ -369,8 +375,14 @@ def natural_gradient(
             parameters; what it has for each example (dropout seeds, masks) goes along with the examples.
 
     Raises:
-        UnusedParameterError, CoverageError, ShapeError, StructureError, LikelihoodError, UnknownNameError,
-        HyperparameterError: see `ff.errors`; each says what to do.
+        CoverageError: a parameter whose per-example gradients cannot be had.
+        UnusedParameterError: a parameter that the outputs do not depend on.
+        NoiseError: a model that draws from the global generator.
+        ShapeError: inputs without examples, or outputs that are not one tensor `[N, …]`.
+        StructureError: params, model or method of the wrong kind.
+        LikelihoodError: a likelihood that lacks what this Fisher needs.
+        UnknownNameError: no method, or no Fisher, of this name.
+        HyperparameterError: fewer than one draw.
     """
     if isinstance(method, str):
         if method not in METHODS:
