@@ -34,7 +34,7 @@ format: .venv/installed-dev  ## put the sources into shape
 	$(BIN)/ruff format .
 
 docs: .venv/installed-docs  ## the documentation site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
 	$(BIN)/python apps/soak.py

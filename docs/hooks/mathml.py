@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ def mathml(tex: str, *, display: bool) -> str:
 
 def on_post_build(config: Any, **_: Any) -> None:
     """The font, beside the stylesheet that names it."""
-    with resources.as_file(resources.files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf") as source:
-        font = TTFont(source)
+    ziamath = find_spec("ziamath")  # found, not imported: only its font is wanted
+    if ziamath is None or ziamath.origin is None:
+        raise ModuleNotFoundError("ziamath, which brings the font for mathematics, is not installed: run `make docs`.")
+    font = TTFont(Path(ziamath.origin).parent / "fonts" / "STIXTwoMath-Regular.ttf")
     _alike_roots(font)
     font.flavor = "woff"
     font.save(Path(config["site_dir"]) / "stylesheets" / "math.woff")
