@@ -34,12 +34,11 @@ def test_a_timing_is_the_median_between_the_quartiles():
 
 def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        clock, "milliseconds", lambda step, gpu: calls.append(step()) or {"a": 1.0, "b": 1e6}[calls[-1]]
-    )
-    found = clock.measure({"A": lambda: "a", "B": lambda: "b"}, rounds=5, device="cpu", title="")
-    assert calls[2 * clock.WARM_UP :] == ["a", "b", "a", "a", "a", "a", "b"]
-    assert (found["A"].ms, found["B"].ms, found["A"].peak_mib) == (1.0, 1e6, None)
+    durations = {"a": 1.0, "b": clock.BUDGET / 2, "c": clock.BUDGET * 9}
+    monkeypatch.setattr(clock, "milliseconds", lambda step, gpu: calls.append(step()) or durations[step()])
+    found = clock.measure({"A": lambda: "a", "B": lambda: "b", "C": lambda: "c"}, rounds=4, device="cpu", title="")
+    assert "".join(calls) == "abc" + "abc" + "a" + "ab" + "a"  # a round of warming up, then four
+    assert {key: timing.ms for key, timing in found.items()} == {key.upper(): ms for key, ms in durations.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- what is timed

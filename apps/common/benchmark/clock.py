@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -11,11 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 K = TypeVar("K", bound=Hashable)
-WARM_UP = 2
-"""Calls that do not count."""
-
-SLOW, SLOW_EVERY = 400.0, 4
-"""Calls of more milliseconds than this are timed in every fourth round."""
+BUDGET = 8000.0
+"""Milliseconds for one kind of call: slower ones are timed in fewer rounds."""
 
 
 class Timing(NamedTuple):
@@ -28,16 +26,22 @@ class Timing(NamedTuple):
 
 
 def measure(steps: Mapping[K, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[K, Timing]:
-    """Each call once a round, slow ones in fewer rounds."""
+    """Each call once a round, slow ones in fewer, evenly spaced rounds."""
     gpu = device if device.startswith("cuda") else None
-    warm = {key: min(milliseconds(step, gpu) for _ in range(WARM_UP)) for key, step in steps.items()}
+    # first calls are slower: they warm up, and tell how often there is time for more
+    stride = {key: every(milliseconds(step, gpu), rounds) for key, step in steps.items()}
     times: dict[K, list[float]] = {key: [] for key in steps}
     for round_ in tqdm(range(rounds), desc=title, disable=None, leave=False):
         for key, step in steps.items():
-            if round_ % SLOW_EVERY == 0 or warm[key] < SLOW:
+            if round_ % stride[key] == 0:
                 times[key].append(milliseconds(step, gpu))
     peaks = {key: peak_mib(step, gpu) if gpu else None for key, step in steps.items()}
     return {key: Timing(*quartiles(values), peaks[key]) for key, values in times.items()}
+
+
+def every(ms: float, rounds: int) -> int:
+    """Rounds from one timing of such a call to the next."""
+    return min(rounds, math.ceil(rounds * ms / BUDGET))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
