@@ -90,8 +90,9 @@ class NaturalGradient(torch.optim.Optimizer):
             on_bad: what to do with a step that is not ok: "raise" the typed error, or "skip" it, at most ten in a row.
 
         Raises:
-            HyperparameterError, StructureError, UnknownNameError: see `ff.errors`; what a build raises comes with the
-            first batch.
+            HyperparameterError: a number outside its range.
+            StructureError: parameters that are not the net's; what a build raises comes with the first batch.
+            UnknownNameError: no method, or no Fisher, of this name.
         """
         self._curvature = Curvature(
             net, likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
