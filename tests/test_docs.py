@@ -1,12 +1,20 @@
-"""Every ```python block of README.md and docs/ runs; the blocks of one file share a namespace, in order."""
+"""Every ```python block of README.md and docs/ runs; the blocks of one file share a namespace, in order.
 
+Every page has its place in the site, every link leads somewhere, and the site fetches nothing.
+"""
+
+import importlib.util
 import re
+import subprocess
+import sys
+import unicodedata
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fisherfn as ff
 from fisherfn import layers
@@ -87,3 +95,99 @@ def test_the_coverage_page_shows_what_its_code_prints(capsys):
     shown = page.split("```text\n")[1].split("```")[0]
     exec(compile(code, "coverage.md", "exec"), {})
     assert capsys.readouterr().out == shown
+
+
+# -------------------------------------------------------------------------------------------------------- the site
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+FROM_THE_ROOT = {"changelog.md", "contributing.md"}  # docs/hooks/root_pages.py
+NOT_PROSE = re.compile(r"^[ \t]*```.*?^[ \t]*```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$", re.M | re.S)
+LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+HEADING = re.compile(r"^#+ (?P<text>.+)$", re.M)
+FETCHED = re.compile(
+    r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>|url\((?:https?:)?//", re.I
+)
+
+
+def titles(nav):
+    """The pages of a navigation, in order."""
+    for entry in nav:
+        (value,) = entry.values()
+        yield from titles(value) if isinstance(value, list) else [value]
+
+
+def test_every_page_has_its_place_in_the_site():
+    nav = list(titles(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert len(nav) == len(set(nav))
+    assert set(nav) == {page.relative_to(DOCS).as_posix() for page in PAGES} | FROM_THE_ROOT
+
+
+def links(page):
+    return [match["target"] for match in LINK.finditer(NOT_PROSE.sub("", page.read_text(encoding="utf-8")))]
+
+
+def anchors(page):
+    """What the headings of a page can be linked by."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {anchor(match["text"]) for match in HEADING.finditer(text)}
+
+
+def anchor(heading):
+    plain = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for target in links(page):
+        path, _, fragment = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target} is not there"
+        if fragment and there.suffix == ".md" and not fragment.startswith("fisherfn."):
+            assert fragment in anchors(there), f"{target}: no such heading"
+
+
+def test_links_and_headings_are_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# K-FAC's (π) cost\n[a](x.md#y) `[b](c)` $[d](e)$\n```text\n# [f](g)\n```\n![h](i.png)\n")
+    assert links(page) == ["x.md#y", "i.png"]
+    assert anchors(page) == {"k-facs-cost"}
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    names = [*ff.__all__, *(f"optim.{name}" for name in ff.optim.__all__)]
+    assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", reference)] == []
+
+
+@pytest.mark.parametrize("name", sorted(ff.METHODS))
+def test_a_page_on_a_method_says_what_it_costs_and_when_to_take_it(name):
+    builder = ff.METHODS[name].__name__
+    text = (DOCS / "methods" / f"{builder}.md").read_text(encoding="utf-8")
+    assert f"`ff.{builder}(" in text and f"--optim {name}" in text and "$" in text
+    assert {"cost", "when"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
+    assert found & {"reference", "references"}
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    if not all(importlib.util.find_spec(name) for name in ("material", "mkdocstrings", "latex2mathml", "ziamath")):
+        pytest.skip("what builds the site is not installed: `make docs` installs it")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert FETCHED.findall(text) == [], page
+        assert 'class="arithmatex"' not in text, f"{page}: mathematics left as TeX"
+    sheets = [sheet.read_text(encoding="utf-8") for sheet in (tmp_path / "site").rglob("*.css")]
+    assert sheets and not any(FETCHED.search(sheet) for sheet in sheets)
+
+
+def test_what_a_page_would_fetch_is_seen():
+    assert FETCHED.search('<script async src="https://cdn.example/x.js">') and FETCHED.search(
+        "url(//cdn.example/f.woff)"
+    )
+    assert not FETCHED.search('<a href="https://example.org">') and not FETCHED.search('<link href="../x.css">')
