@@ -43,11 +43,19 @@ Batch: TypeAlias = Sequence[Any]
 
 
 class State(NamedTuple):
-    """What a method remembers: a pytree of tensors, the hyperparameters that may vary among them."""
+    """What a method remembers: a pytree of tensors, the hyperparameters that may vary among them.
 
-    damping: Float[Tensor, ""]  # λ
-    ema: Float[Tensor, ""]  # weight of the old factors in the long run
-    count: Int[Tensor, ""]  # type: ignore[assignment]  # updates so far; shadows the tuple's own method
+    Attributes:
+        damping: λ, in the units of the Fisher of the mean loss.
+        ema: weight of the old factors in the long run.
+        count: updates so far.
+        factors: what `update` estimates, in the method's own structure, by block.
+        inverses: what `invert` makes of them.
+    """
+
+    damping: Float[Tensor, ""]
+    ema: Float[Tensor, ""]
+    count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
     factors: PyTree
     inverses: PyTree
 
