@@ -77,12 +77,12 @@ def draw(file: Path, images: dict, errors: dict, full: torch.Tensor, frame: tupl
     figure, axes = plt.subplots(2, 4, figsize=(11, 6), layout="constrained")
     limit = images["sampled Fisher"].abs().quantile(0.99).item()
     for ax, (name, image) in zip(axes.flat, images.items(), strict=False):
-        shown = ax.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        shown = ax.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set_title(f"{name}\nerror {errors[name]:.2f}" if name in errors else f"{name}\nof the middle layer")
     figure.colorbar(shown, ax=axes[0, 3], label="entry of F")
     last = axes[1, 3]
     limit = full.abs().quantile(0.99).item()
-    last.imshow(full, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    last.imshow(full.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     start, size = frame[0] - 0.5, frame[1] - frame[0]
     last.add_patch(plt.Rectangle((start, start), size, size, fill=False, linewidth=1.5))
     last.set_title("the whole net,\nthe layer framed")

@@ -116,11 +116,11 @@ def draw(file: Path, losses: dict, errors: dict, u: torch.Tensor) -> None:
     axes["loss"].set(title="Loss: half the mean squared residual", xlabel="step")
     axes["loss"].legend()
     shown = {"origin": "lower", "extent": (0, 1, 0, 1)}
-    image = axes["u"].imshow(u.reshape(61, 61).T, cmap="viridis", **shown)
+    image = axes["u"].imshow(u.reshape(61, 61).T.numpy(), cmap="viridis", **shown)
     axes["u"].set(title="Solution u", xlabel="time t", ylabel="x")
     figure.colorbar(image, ax=axes["u"])
     for name, error in errors.items():
-        powers = error.reshape(61, 61).T.clamp(min=1e-16).log10()
+        powers = error.reshape(61, 61).T.clamp(min=1e-16).log10().numpy()
         image = axes[name].imshow(powers, cmap="cividis", vmin=-9, vmax=-3, **shown)
         axes[name].set(title=f"{name}: log₁₀ |error|, at most {error.max():.0e}", xlabel="time t", ylabel="x")
         axes[name].title.set_fontsize("medium")

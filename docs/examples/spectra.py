@@ -86,10 +86,10 @@ def main(out: Path, small: bool = False) -> dict:
 def draw(file: Path, truth: torch.Tensor, spectra: dict) -> None:
     """The eigenvalues, and their ratios to the true ones; negative ones are left out."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    index = torch.arange(1, len(truth) + 1)
+    truth, index = truth.numpy(), torch.arange(1, len(truth) + 1).numpy()
     left.semilogy(index, truth, color="black", label="sampled Fisher")
     right.axhline(1, color="black")
-    for name, values in spectra.items():
+    for name, values in ((name, values.numpy()) for name, values in spectra.items()):
         style, there = {"color": METHODS[name][1], "linestyle": METHODS[name][2]}, values > 0
         left.semilogy(index[there], values[there], label=name, **style)
         right.semilogy(index[there], (values / truth)[there], **style)

