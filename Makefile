@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format docs demo soak search benchmark clean
+.PHONY: help install test test-deep lint format docs gallery demo soak search benchmark clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
@@ -24,10 +24,11 @@ test: .venv/installed  ## all tests and doctests
 test-deep: .venv/installed  ## the same with many more random examples
 	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS)
 
-lint: .venv/installed-dev  ## ruff and mypy
+lint: .venv/installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck apps/cluster/*
 
 format: .venv/installed-dev  ## put the sources into shape
 	$(BIN)/ruff check --fix .
@@ -35,6 +36,9 @@ format: .venv/installed-dev  ## put the sources into shape
 
 docs: .venv/installed-docs  ## the documentation site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
+gallery: .venv/installed  ## draw the pictures of the gallery anew (docs/images/gallery)
+	$(BIN)/python docs/examples/all.py
 
 soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
 	$(BIN)/python apps/soak.py
