@@ -9,6 +9,7 @@ from fisherfn.layers import dropout_seeds
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient
+from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
 from fisherfn.taps import Tap
 from fisherfn.types import Info
@@ -17,8 +18,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Approximation",
     "Bernoulli",
     "Categorical",
+    "DampedInverse",
     "Fisher",
     "FisherfnError",
     "Gaussian",

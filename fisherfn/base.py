@@ -7,6 +7,7 @@ dicts of blocks once, here. A method that couples layers builds a `Method` itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.operators import Kind, check_size
 from fisherfn.taps import AnyTap, Mean, Moment, Tap
 from fisherfn.types import Product, PyTree, Shape
 
@@ -58,6 +60,10 @@ class Method(NamedTuple):
             tap.
         matvec: (factors, matrices) to the undamped approximate Fisher F̂ times them.
         overlap: (factors, taps) to (⟨F, F̂⟩, ‖F̂‖²) of every block, F the sampled Fisher of the taps.
+        trace: (factors, shapes) to the trace of F̂; None: from its dense matrix.
+        eigenvalues: (factors, shapes) to all eigenvalues of F̂ in any order; None: from its dense matrix.
+        logdet: inverses to the log-determinant of what `precondition` multiplies by; None: from its dense matrix.
+        inverse: whether that is symmetric, linear only ("general"), or not even that.
     """
 
     name: str
@@ -67,6 +73,10 @@ class Method(NamedTuple):
     precondition: Callable[[PyTree, Mapping[str, Tensor | Tap], bool], Preconditioned]
     matvec: Callable[[PyTree, Mapping[str, Tensor]], dict[str, Tensor]]
     overlap: Callable[[PyTree, Mapping[str, AnyTap]], dict[str, tuple[Tensor, Tensor]]]
+    trace: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None = None
+    eigenvalues: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None = None
+    logdet: Callable[[PyTree], Tensor] | None = None
+    inverse: Kind = "symmetric"
 
 
 class LayerMethod(NamedTuple):
@@ -82,6 +92,9 @@ class LayerMethod(NamedTuple):
         apply_tap: the same from a loss tap, with ⟨∇, nat⟩ when asked for.
         matvec: (factors, matrix) to the undamped approximation F̂ times it.
         overlap: (factors, tap) to (⟨F, F̂⟩, ‖F̂‖²).
+        trace: factors to the trace of F̂, all groups together; None: from its dense matrix.
+        eigenvalues: factors to all eigenvalues of F̂ in any order; None: from its dense matrix.
+        logdet: inverse to the log-determinant of what `apply` multiplies by; None: that of all layers is made dense.
     """
 
     init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
@@ -91,6 +104,9 @@ class LayerMethod(NamedTuple):
     apply_tap: Callable[[PyTree, Tap, bool], Product]
     matvec: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
     overlap: Callable[[PyTree, AnyTap], tuple[Tensor, Tensor]]
+    trace: Callable[[PyTree], Tensor] | None = None
+    eigenvalues: Callable[[PyTree], Tensor] | None = None
+    logdet: Callable[[PyTree], Tensor] | None = None
 
 
 def one_by_one(update: BlockUpdate) -> Update:
@@ -181,7 +197,34 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
     def overlap(factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
         return {key: layer.overlap(factors[key], tap) for key, tap in taps.items()}
 
-    return Method(name, init, update, invert, precondition, matvec, overlap)
+    def trace(factors: PyTree, shapes: Mapping[str, Shape]) -> Tensor:
+        if layer.trace:
+            return torch.stack([layer.trace(factors[key]) for key in shapes]).sum()
+        blocks = [_dense(layer, factors[key], shape) for key, shape in shapes.items()]
+        return torch.stack([block.diagonal(dim1=-2, dim2=-1).sum() for block in blocks]).sum()
+
+    def eigenvalues(factors: PyTree, shapes: Mapping[str, Shape]) -> Tensor:
+        if layer.eigenvalues:
+            return torch.cat([layer.eigenvalues(factors[key]).flatten() for key in shapes])
+        blocks = (_dense(layer, factors[key], shape) for key, shape in shapes.items())
+        return torch.cat([torch.linalg.eigvalsh(block).flatten() for block in blocks])
+
+    def logdet(inverses: PyTree) -> Tensor:
+        assert layer.logdet
+        return torch.stack([layer.logdet(inverse) for inverse in inverses.values()]).sum()
+
+    return Method(
+        name, init, update, invert, precondition, matvec, overlap, trace, eigenvalues, logdet if layer.logdet else None
+    )
+
+
+def _dense(layer: LayerMethod, factors: PyTree, shape: Shape) -> Float[Tensor, "k d d"]:
+    """A block's approximation as one matrix a group, from its products with unit matrices."""
+    k, o, i, _ = shape
+    check_size(o * i, f"a layer's block ({o}×{i}), whose factors do not give what is asked for,")
+    like = next(leaf for leaf in tree.leaves(factors) if leaf.is_floating_point())
+    units = torch.eye(o * i, dtype=like.dtype, device=like.device).reshape(o * i, 1, o, i).expand(-1, k, -1, -1)
+    return torch.vmap(partial(layer.matvec, factors))(units).flatten(2).movedim(0, -1)
 
 
 def _apply(layer: LayerMethod, inverse: PyTree, gradient: Tensor | Tap, inner: bool) -> Product:

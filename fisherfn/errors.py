@@ -48,6 +48,14 @@ class CoverageError(FisherfnError, ValueError):
     """A parameter whose per-example gradients cannot be had, not even by the fallback."""
 
 
+class TooLargeError(FisherfnError, ValueError):
+    """A dense computation beyond the size that is tried."""
+
+
+class MissingPackageError(FisherfnError, ImportError):
+    """A package that this call needs and that is not installed."""
+
+
 class LikelihoodError(FisherfnError, TypeError):
     """The likelihood lacks a method that this Fisher needs."""
 

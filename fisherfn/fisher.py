@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
+from fisherfn import operators, rows
 from fisherfn.errors import expect_number, unknown
+from fisherfn.operators import ravel
 from fisherfn.taps import WINDOW, AnyTap, Tap, example_matrices, squares
 from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]
 STRUCTURES = ("full", "block")
+
+EIGENVALUES = 16384
+"""The largest matrix whose eigenvalues are computed: 2 GiB in float64."""
 
 
 class Fisher:
@@ -58,12 +62,10 @@ class Fisher:
         """
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
         v64 = {name: leaf.double() for name, leaf in v.items()}
-        taps = {key: tap.to(torch.float64) for key, tap in self._taps.items()}
-        groups = [list(taps)] if self._structure == "full" else [[key] for key in taps]
         matrices = self._codec.matrices(v64)
         solved: dict[str, Tensor] = {}
-        for keys in groups:
-            solved |= _solve({key: taps[key] for key in keys}, {key: matrices[key] for key in keys}, damping)
+        for taps in self._groups(torch.float64):
+            solved |= _solve(taps, {key: matrices[key] for key in taps}, damping)
         x = self._codec.tree(solved)
         return {name: leaf.to(v[name].dtype) for name, leaf in x.items()}
 
@@ -96,6 +98,38 @@ class Fisher:
         grams = {key: gram(tap) / self._examples for key, tap in self._taps.items()}
         return torch.stack(list(grams.values())).sum(0) if self._structure == "full" else grams
 
+    def spectrum(self) -> Float[Tensor, " p"]:
+        """All P eigenvalues, ascending, in float64: from the smaller of Gram matrix and matrix.
+
+        Raises:
+            TooLargeError: the smaller one has more than 16384 rows.
+        """
+        return torch.cat([eigenvalues(taps) for taps in self._groups(torch.float64)]).sort().values
+
+    def logdet(self, damping: float | Tensor = 0.0) -> Float[Tensor, ""]:
+        r"""$\log\det(F + \lambda I)$ in float64; `-inf` where it is singular.
+
+        Raises:
+            HyperparameterError: a negative damping.
+            TooLargeError: as `spectrum`.
+        """
+        return operators.logdet(self.spectrum(), damping)
+
+    def to_scipy(self, damping: float = 0.0) -> Any:
+        """`F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
+
+        Raises:
+            MissingPackageError: scipy is not installed.
+        """
+        like = next(iter(self._taps.values())).window(slice(0, 1)).whole().g
+        zeros = {key: like.new_zeros(tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in self._taps.items()}
+        return operators.to_scipy(self.__matmul__, self._codec.tree(zeros), damping)
+
+    def _groups(self, dtype: torch.dtype) -> list[dict[str, AnyTap]]:
+        """The blocks that are coupled, each group by itself."""
+        taps = {key: tap.to(dtype) for key, tap in self._taps.items()}
+        return [taps] if self._structure == "full" else [{key: tap} for key, tap in taps.items()]
+
     def _total(self, inner: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full structure: every block sees the inner product over all blocks."""
         if self._structure == "block":
@@ -111,11 +145,6 @@ class Fisher:
         }
         flat = {key: W.flatten(0, 1) for key, W in matrices.items()}
         return torch.vmap(lambda one: ravel(self._codec.tree(one)))(flat)
-
-
-def ravel(params: Tree) -> Float[Tensor, " p"]:
-    """A tree as one vector: its order, each tensor row-major."""
-    return torch.cat([leaf.reshape(-1) for leaf in params.values()])
 
 
 def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
@@ -165,6 +194,24 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
 def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:
     """Some rows of every W, flat."""
     return example_matrices(Tap(tap.a, tap.g[..., start : start + size])).flatten(2).flatten(0, 1)
+
+
+def eigenvalues(taps: Mapping[str, AnyTap]) -> Float[Tensor, " p"]:
+    """All eigenvalues of coupled blocks in float64: those of the smaller of UᵀU and UUᵀ, and zeros.
+
+    Raises:
+        TooLargeError: the smaller one has more than `EIGENVALUES` rows.
+    """
+    _, s, n, *_ = next(iter(taps.values())).sizes
+    parameters = sum(tap.sizes.k * tap.sizes.o * tap.sizes.i for tap in taps.values())
+    operators.check_size(min(s * n, parameters), "the smaller of Gram matrix and Fisher", EIGENVALUES)
+    wide = {key: tap.to(torch.float64) for key, tap in taps.items()}
+    if s * n < parameters:
+        K = torch.stack([gram(tap) for tap in wide.values()]).sum(0) / max(1, n)
+        found = torch.linalg.eigvalsh(K).clamp(min=0)
+        return torch.cat([found, found.new_zeros(parameters - s * n)])
+    U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in wide.values()], -1)
+    return torch.linalg.eigvalsh(U.mT @ U / n).clamp(min=0)  # type: ignore[no-any-return]
 
 
 def square_norm(tap: AnyTap) -> Float[Tensor, ""]:

@@ -17,6 +17,7 @@ from fisherfn.errors import StructureError, expect, expect_number, unknown
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.linalg import kron
 from fisherfn.methods import METHODS
+from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.stats import (
     FISHERS,
     Block,
@@ -180,6 +181,37 @@ class NaturalGradient:
         self._own(state)
         return self._cast(self.method.matvec(state.factors, self.layout.matrices(v)))
 
+    def approximation(self, state: State) -> Approximation:
+        """The method's undamped approximate Fisher as an operator: products, trace, spectrum, log-determinant."""
+        self._own(state)
+        method, factors = self.method, tree.map(_double, state.factors)
+        return Approximation(
+            self._like(state),
+            lambda v: self.matvec(state, v),
+            of_trace=method.trace and partial(method.trace, factors, self._shapes),
+            of_spectrum=method.eigenvalues and partial(method.eigenvalues, factors, self._shapes),
+        )
+
+    def inverse(self, state: State) -> DampedInverse:
+        """What `precondition` multiplies by, as an operator: the damped inverse of the last `invert`.
+
+        Raises:
+            StructureError: a method whose step is no linear function of the gradient (two-level, residual).
+        """
+        self._own(state)
+        method = self.method
+        if method.inverse == "nonlinear":
+            raise StructureError(
+                f"the step of this {method.name} is no linear function of the gradient: its coarse space is made of "
+                'the residual. Use another coarse space, such as "nicolaides".'
+            )
+        return DampedInverse(
+            self._like(state),
+            lambda v: self.precondition(state, v),
+            symmetric=method.inverse == "symmetric",
+            of_logdet=method.logdet and partial(method.logdet, tree.map(_double, state.inverses)),
+        )
+
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
         r"""$\|F_l - \hat F_l\|_F / \|F_l\|_F$ of every block: how far the state is from the Fisher of these statistics.
 
@@ -189,7 +221,7 @@ class NaturalGradient:
         self._own(state)
         self._of_this_net(stats)
         taps = {key: tap.to(torch.float64) for key, tap in self._taps(stats).items()}
-        factors = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state.factors)
+        factors = tree.map(_double, state.factors)
         overlaps = self.method.overlap(factors, taps)
         return {key: relative_error(taps[key], *overlaps[key]) for key in taps}
 
@@ -294,6 +326,12 @@ class NaturalGradient:
                 f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
                 "blocks: begin with ng.init(params)."
             )
+
+    def _like(self, state: State) -> Tree:
+        """A tree of zeros like params, one number in memory each."""
+        kinds = zip(self.layout.shapes, self.layout.dtypes, strict=True)
+        device = state.damping.device
+        return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for (name, shape), dtype in kinds}
 
     def _of_this_net(self, stats: Stats) -> None:
         """Raise unless the statistics are of this net."""
@@ -430,6 +468,10 @@ def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
 def _sound(info: Info, new: State, old: State) -> State:
     """The new state, or the old one as it was if anything about the new one is not ok."""
     return tree.select(_all(info.ok.values()), new, old)
+
+
+def _double(leaf: Tensor) -> Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
 
 
 def _all(masks: Iterable[Tensor]) -> Tensor:

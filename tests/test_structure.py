@@ -28,7 +28,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = {
-    **dict.fromkeys(["types", "tree", "errors", "rows", "taps"], Floor("ground", 0)),
+    **dict.fromkeys(["types", "tree", "errors", "operators", "rows", "taps"], Floor("ground", 0)),
     **dict.fromkeys(["linalg", "base", "fisher"], Floor("method", 1)),
     **dict.fromkeys(["methods"], Floor("method", 2)),
     **dict.fromkeys(["layers", "likelihoods"], Floor("stats", 1)),
@@ -39,6 +39,7 @@ FLOORS = {
 }
 PUBLIC_MODULES = {"errors", "tree", "likelihoods", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
+OPTIONAL = {"fisherfn/operators.py": "scipy"}  # imported by the call that needs it, with an error that says so
 # at the top of the repository: what is installed, built or made by running things
 NOT_OURS = re.compile(r"\.git|\.venv|\.\w+_cache|\.hypothesis|results|data|build|dist|site|.*\.egg-info")
 # in pieces, so that this file does not hold what it looks for
@@ -145,7 +146,15 @@ def test_every_way_to_import_is_seen(source, part):
 @pytest.mark.parametrize("path", LIBRARY, ids=short)
 def test_library_imports_its_four_packages_only(path):
     tops = {name.split(".")[0] for name in imports(path.read_text(), package_of(path))}
-    assert tops <= {"fisherfn", *RUNTIME, *sys.stdlib_module_names}
+    assert tops <= {"fisherfn", *RUNTIME, *sys.stdlib_module_names} | {OPTIONAL.get(short(path), "fisherfn")}
+
+
+@pytest.mark.parametrize(("file", "package"), OPTIONAL.items())
+def test_an_optional_package_is_imported_only_by_the_call_that_needs_it(file, package):
+    tree = ast.parse((ROOT / file).read_text())
+    outside = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    names = [name for node in outside for name in imports(ast.unparse(node), "fisherfn")]
+    assert package not in {name.split(".")[0] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------------- the apps

@@ -30,6 +30,7 @@ from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
 from fisherfn.linalg.solve import add_diagonal, condition, damped_inverse, eigh, floored, psd_eigh, spread
+from fisherfn.operators import log_determinant
 from fisherfn.taps import Tap
 from fisherfn.types import Product
 
@@ -105,6 +106,32 @@ def apply_tap(inverse: Inverse, tap: Tap, inner: bool) -> Product:
 
 def _back(inverse: Rotated, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
     return kron.right(kron.left(inverse.QG, W), kron.transpose(inverse.QA))
+
+
+def logdet(inverse: Inverse) -> Float[Tensor, ""]:
+    r"""The log-determinant of an inverse, all groups together.
+
+    Of a pair $d_{out} \log\det A^{-1} + d_{in} \log\det G^{-1}$; in a basis the sum of the scale's logarithms, and what
+    the basis itself adds where it is not orthonormal.
+    """
+    if isinstance(inverse, Pair):
+        i, o = inverse.A.shape[-1], inverse.G.shape[-1]
+        return (o * _logdet(inverse.A) + i * _logdet(inverse.G)).sum()
+    i, o = inverse.QA.shape[-1], inverse.QG.shape[-1]
+    # |det Q|: a basis may be a reflection
+    volume = o * _logdet(inverse.QA, absolute=True) + i * _logdet(inverse.QG, absolute=True)
+    return inverse.scale.log().sum() + 2 * volume.sum()
+
+
+def _logdet(F: Factor, absolute: bool = False) -> Float[Tensor, " k"]:
+    if kron.is_diagonal(F):
+        return (F.abs() if absolute else F).log().sum(-1)
+    return torch.linalg.slogdet(F).logabsdet if absolute else log_determinant(F)
+
+
+def eigenvalues(pair: Pair) -> Float[Tensor, "k o i"]:
+    """`s rᵀ` of a product of two PSD factors."""
+    return psd_eigh(pair.G).values.unsqueeze(-1) * psd_eigh(pair.A).values.unsqueeze(-2)
 
 
 # one term --------------------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:
     return torch.stack([dot(x.A, y.A) * dot(x.G, y.G) for x in xs for y in ys]).sum(0)
 
 
+def trace(pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+    """`Σ_r tr A_r tr G_r`, all groups together."""
+    return torch.stack([(diagonal(p.A).sum(-1) * diagonal(p.G).sum(-1)).sum() for p in pairs]).sum()
+
+
 def times(x: Factor, scalar: Float[Tensor, " k"]) -> Factor:
     """Each group's factor by its own number."""
     return x * scalar.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -69,6 +69,9 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
         apply_tap=damped.apply_tap,
         matvec=matvec,
         overlap=overlap,
+        trace=lambda factors: factors.scale.sum(),
+        eigenvalues=lambda factors: factors.scale,
+        logdet=damped.logdet,
     )
     return layerwise("ekfac", layer)
 

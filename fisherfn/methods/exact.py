@@ -32,9 +32,9 @@ from torch import Tensor
 from fisherfn import rows, tree
 from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, unknown
-from fisherfn.fisher import STRUCTURES, Structure, combine, gram, inner_products
+from fisherfn.fisher import STRUCTURES, Structure, combine, eigenvalues, gram, inner_products
 from fisherfn.linalg.solve import add_diagonal, condition, floored
-from fisherfn.taps import AnyTap, Mean, Tap, example_matrices
+from fisherfn.taps import AnyTap, Mean, Tap, example_matrices, squares
 from fisherfn.types import Shape
 
 UNKNOWNS = 16384
@@ -72,6 +72,9 @@ def exact(structure: Structure | str = "full") -> Method:
         precondition=precondition,
         matvec=partial(matvec, grouped=grouped),
         overlap=overlap,
+        trace=trace,
+        eigenvalues=partial(spectrum, grouped=grouped),
+        logdet=logdet,
     )
 
 
@@ -266,6 +269,30 @@ def overlap(factors: Taps, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor
         return cross, (gram(mine).double() / n).square().sum()
 
     return {key: of(factors[key], tap) for key, tap in taps.items()}
+
+
+def trace(factors: Taps, shapes: Mapping[str, Shape]) -> Float[Tensor, ""]:
+    """The mean over examples of the squared gradient norms."""
+    del shapes
+    filled = [tap for tap in factors.values() if tap.sizes.n]  # before the first update there is no example
+    sums = [squares(tap.to(torch.float64)).sum() for tap in filled] or [next(iter(factors.values())).g.new_zeros(())]
+    return torch.stack(sums).sum() / examples(factors)
+
+
+def spectrum(factors: Taps, shapes: Mapping[str, Shape], *, grouped: Any) -> Float[Tensor, " p"]:
+    """All eigenvalues."""
+    del shapes
+    return torch.cat([eigenvalues(taps) for taps in grouped(factors).values()])
+
+
+def logdet(inverses: dict[str, System]) -> Float[Tensor, ""]:
+    r"""$-\log\det(F + \lambda I)$: of the factorised system, and of λI on what it does not reach."""
+
+    def of(system: System) -> Tensor:
+        solved = 2 * system.factor.diagonal().log().sum()
+        return -(solved + (_parameters(system.taps) - len(system.factor)) * system.damping.double().log())
+
+    return torch.stack([of(system) for system in inverses.values()]).sum()
 
 
 def _like(mine: Tap, other: AnyTap) -> AnyTap:

@@ -78,6 +78,9 @@ def one_term(name: str, update: Update, damping_form: str, diagonal_above: int) 
         apply_tap=damped.apply_tap,
         matvec=lambda factors, W: kron.apply([factors], W),
         overlap=lambda factors, tap: rearranged.overlap([factors], tap),
+        trace=lambda factors: kron.trace([factors]),
+        eigenvalues=damped.eigenvalues,
+        logdet=damped.logdet,
     )
     return layerwise(name, layer)
 
@@ -98,6 +101,8 @@ def two_terms(name: str, update: Update, damping_form: str, floor: float, diagon
         apply_tap=damped.apply_tap,
         matvec=kron.apply,
         overlap=rearranged.overlap,
+        trace=kron.trace,
+        logdet=damped.logdet,
     )
     return layerwise(name, layer)
 

@@ -23,9 +23,9 @@ k group, s draw, n example, t position, i input, o output, q coarse row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,7 @@ from fisherfn.methods.coarse_spaces import (
 )
 from fisherfn.methods.exact import Taps, as_matrix, compact, empty_tap, examples, plain, total
 from fisherfn.methods.kfac import kfac
+from fisherfn.operators import Kind
 from fisherfn.taps import AnyTap, Mean, Tap
 from fisherfn.types import PyTree, Shape
 
@@ -134,7 +135,21 @@ def two_level(
         precondition=partial(precondition, chosen),
         matvec=lambda factors, v: chosen.fine.matvec(factors.fine, v),
         overlap=lambda factors, taps: chosen.fine.overlap(factors.fine, taps),
+        trace=_of_fine(chosen.fine.trace),
+        eigenvalues=_of_fine(chosen.fine.eigenvalues),
+        inverse=_kind(chosen),
     )
+
+
+def _of_fine(known: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None) -> Any:
+    return known and (lambda factors, shapes: known(factors.fine, shapes))
+
+
+def _kind(chosen: Settings) -> Kind:
+    """What the step is of the gradient: a space that is made of the residual makes it no linear function."""
+    if chosen.coarse == "residual":
+        return "nonlinear"
+    return "general" if chosen.form == "multiplicative" else chosen.fine.inverse
 
 
 # state -----------------------------------------------------------------------------------------------------------

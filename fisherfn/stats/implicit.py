@@ -23,6 +23,7 @@ from torch.func import vjp
 
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect_number
+from fisherfn.operators import to_scipy
 from fisherfn.stats.functional import run
 from fisherfn.stats.labels import need
 from fisherfn.types import Model, PyTree, Tree
@@ -88,6 +89,14 @@ class ImplicitFisher:
             before, square = square, tree.dot(r, r)
             p = tree.add(r, p, scale=torch.where(before > 0, square / before, 0.0))
         return Solved(x, torch.where(first > 0, (square / first).sqrt(), 0.0))
+
+    def to_scipy(self, damping: float = 0.0) -> Any:
+        """`F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
+
+        Raises:
+            MissingPackageError: scipy is not installed.
+        """
+        return to_scipy(self.__matmul__, self._params, damping)
 
     def _like_params(self, v: Tree) -> None:
         if not isinstance(v, dict) or v.keys() != self._params.keys():
