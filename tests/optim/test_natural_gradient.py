@@ -243,6 +243,28 @@ def test_autocast_around_the_step_is_for_the_net_alone(low):
     assert not torch.equal(losses[1], losses[0]), "the net did compute in half precision"
 
 
+@METHODS
+def test_autocast_leaves_the_curvature_its_precision(method):
+    case = problem()
+    net, (x, y) = case.net.float(), case.batches[0]
+    x = x.float()
+    plain, params, context = ff.functional(net)
+
+    def model(params, x, context):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs, context = plain(params, x, context)
+        return outputs.float(), context
+
+    options = {"likelihood": LABELS, "method": method, "fisher": "empirical"}
+    ng = ff.natural_gradient(model, params, x, context=context, **options)
+    nat, _, _ = ng.step(params, ng.init(params, damping=0.1), (x, y), context=context)
+    opt = ff.optim.NaturalGradient(net, lr=1.0, momentum=0.0, kl_bound=None, damping=0.1, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt.step((x, y))
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(params[name] - p, nat[name], rtol=1e-4, atol=1e-5)
+
+
 def _copy(module):
     return copy.deepcopy(module)
 
