@@ -113,8 +113,8 @@ FETCHED = re.compile(
 def titles(nav):
     """The pages of a navigation, in order."""
     for entry in nav:
-        (value,) = entry.values()
-        yield from titles(value) if isinstance(value, list) else [value]
+        for value in [entry] if isinstance(entry, str) else entry.values():
+            yield from titles(value) if isinstance(value, list) else [value]
 
 
 def test_every_page_has_its_place_in_the_site():
