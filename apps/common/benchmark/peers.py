@@ -165,7 +165,7 @@ def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> 
     """The `KFAC` extension; the library has no optimizer: inverses (Cholesky, factored damping) and products are ours.
 
     Gradient and statistics come from one backward. Its KFAC of the binary cross-entropy takes one output only: on
-    autoencoders the loss is its mean squared error instead.
+    autoencoders a step with statistics is one of the mean squared error instead.
     """
     from backpack import backpack as extended_by
     from backpack import extend
@@ -174,14 +174,14 @@ def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> 
     train = problem.training()
     if train.y.ndim > 2:  # its losses take vectors
         train = train._replace(net=nn.Sequential(train.net, nn.Flatten()), y=train.y.flatten(1))
-    loss = extend(nn.CrossEntropyLoss() if train.y.ndim == 1 else nn.MSELoss())
-    train = train._replace(net=extend(train.net), loss=loss)
+    train = train._replace(net=extend(train.net))
+    supported = train._replace(loss=extend(nn.CrossEntropyLoss() if train.y.ndim == 1 else nn.MSELoss()))
     extension, field = (KFAC(mc_samples=1), "kfac") if fisher == "mc" else (KFLR(), "kflr")
     held: dict[Tensor, list[Tensor]] = {}
 
     def statistics() -> None:
         with extended_by(extension):
-            train.backward()
+            supported.backward()
 
     def inverses() -> None:
         for p in train.net.parameters():
@@ -201,7 +201,7 @@ def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> 
 
     statistics()
     inverses()
-    note = "" if train.y.ndim == 1 else "mean squared error"
+    note = "" if train.y.ndim == 1 else "statistics of the mean squared error"
     parts = {STEP: step, JOINT[STATISTICS]: step_with_statistics, INVERSES: inverses}
     return Adapter(natural_gradient, Contender(parts, note=note))
 
