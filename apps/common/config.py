@@ -55,6 +55,13 @@ NON_NEGATIVE = Check(">= 0", lambda value: value >= 0)
 FRACTION = Check("in [0, 1)", lambda value: 0 <= value < 1)
 
 
+EXIT_CODES = (
+    "exit codes: 0 done; 1 an error, named in one line; 2 a wrong command line; 128 + N stopped by signal N (130 for "
+    "Ctrl-C), where a trainer has saved what --resume goes on from."
+)
+"""What `--help` ends with."""
+
+
 def option(
     default: Any,
     help: str,
@@ -159,7 +166,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def _parser(Config: type, description: str | None) -> ArgumentParser:
     usage = "%(prog)s [--config FILE] [--option VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False)
+    parser = ArgumentParser(description=description, usage=usage, epilog=EXIT_CODES, exit_on_error=False)
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):

@@ -32,7 +32,7 @@ KEPT = ("checkpoint.1.pt",)
 
 MAY_CHANGE = {
     "num_epochs", "data_path", "download", "device", "num_workers", "quiet", "overwrite", "resume", "result_dir",
-    "result_name", "save_every",
+    "result_name", "save_every", "tensorboard", "verbose",
 }  # fmt: skip
 """Options that a resumed run may have otherwise than the run it goes on from; the others define the result."""
 

@@ -108,10 +108,14 @@ class TrainConfig:
     save_every: int | None = option(
         None, "steps between checkpoints, beside those of every epoch; null: none", check=POSITIVE
     )
+    tensorboard: bool = option(False, "event files for TensorBoard, in the result's folder")
     quiet: bool = option(False, "no progress bar and no line an epoch")
+    verbose: bool = option(False, "print all settings, and which parameter is in which block, before training")
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.quiet and self.verbose:
+            raise ConfigError("quiet and verbose exclude each other: give one of them")
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume exclude each other: give one of them")
 

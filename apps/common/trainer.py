@@ -22,8 +22,8 @@ import yaml
 from torch import Tensor, nn
 
 import fisherfn as ff
-from common import optimizers
-from common.config import ConfigError, filled
+from common import optimizers, tensorboard
+from common.config import ConfigError, as_yaml, filled
 from common.data import Data, Split, enlarged, load
 from common.loop import Settings, Snapshot, Task, start, train
 from common.models import Model, initialise, resolve
@@ -147,10 +147,16 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     model = config.model or config.model_for(data)
     config = filled(config, tuned(config.app, model, data.name, config.optim) | {"model": model})
-    with contextlib.closing(Results.open(config, app or config.app)) as results, stopped() as signals:
+    with (
+        contextlib.closing(Results.open(config, app or config.app)) as results,
+        contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
+        stopped() as signals,
+    ):
         check_device(config.device)
         task, _ = make_task(config, data)
         optimizer = make_optimizer(config, task)
+        if config.verbose:
+            print(described(config, task), flush=True)
         snapshot = start(task, optimizer)
         recorded: list[dict[str, float]] = []
         if config.resume:
@@ -162,12 +168,19 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
             snapshot = epoch.snapshot
             if all(metrics["epoch"] != snapshot.epoch for metrics in recorded):
                 results.record(epoch.metrics)
+            board.write(results.metrics())
             save(results, snapshot)
             if not config.quiet:
                 print(line(epoch.metrics), flush=True)
         pictures(results, task, data, snapshot)
     print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
     return results.path
+
+
+def described(config: TrainConfig, task: Task) -> str:
+    """All settings as a file that `--config` reads, and the coverage report of a natural gradient."""
+    report = f"\n{natural_gradient(config, task).layout}\n" if config.optim in ff.METHODS else ""
+    return as_yaml(config) + report
 
 
 def settings(config: TrainConfig, data: Data) -> Settings:

@@ -78,9 +78,13 @@ class GanConfig:
     save_every: int | None = option(
         None, "generator steps between checkpoints, beside those of every epoch; null: none", check=POSITIVE
     )
+    tensorboard: bool = option(False, "event files for TensorBoard, in the result's folder")
     quiet: bool = option(False, "no progress bar and no line an epoch")
+    verbose: bool = option(False, "print all settings before training")
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.quiet and self.verbose:
+            raise ConfigError("quiet and verbose exclude each other: give one of them")
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume exclude each other: give one of them")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import fisherfn as ff
-from common import optimizers
-from common.config import filled
+from common import optimizers, tensorboard
+from common.config import as_yaml, filled
 from common.data import Data, load
 from common.gan import loop, pictures
 from common.gan.config import GanConfig
@@ -98,7 +98,11 @@ def run(config: GanConfig) -> Path:
     """Train as configured; returns the result folder. Nothing is written before data and nets are known to work."""
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     config = filled(config, {"model": gan_for(data)})
-    with contextlib.closing(Results.open(config, config.app)) as results, stopped() as signals:
+    with (
+        contextlib.closing(Results.open(config, config.app)) as results,
+        contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
+        stopped() as signals,
+    ):
         check_device(config.device)
         table = make_table(config, data)
         snapshot = loop.start(table)
@@ -107,12 +111,15 @@ def run(config: GanConfig) -> Path:
             snapshot = restore(results, snapshot)
             recorded = results.metrics()
         say: Callable[[str], None] = _nothing if config.quiet else partial(print, flush=True)
+        if config.verbose:
+            say(as_yaml(config))
         quality = make_quality(config, data, say)
         measure = partial(measured, config, table.game, quality, data)
         for epoch in loop.train(table, snapshot, measure, partial(watched, results, config.save_every, signals)):
             snapshot = epoch.snapshot
             if all(metrics["epoch"] != snapshot.epoch for metrics in recorded):
                 results.record(epoch.metrics)
+            board.write(results.metrics())
             save(results, snapshot)
             draw_grid(config, table.game, snapshot, results.path)
             say(line(epoch.metrics))
