@@ -74,6 +74,25 @@ def test_a_member_of_the_sweep_is_the_single_run(results):
     torch.testing.assert_close(found["losses"][found["best"]], found["alone"], rtol=1e-9, atol=1e-12)
 
 
+def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_data(results):
+    laplace = results("laplace")
+    examples, params, J = laplace["examples"], laplace["params"], laplace["jacobian"]
+    flat = torch.cat([J[name].flatten(1) for name in params], 1)
+    size = torch.tensor(float(flat.shape[1]), dtype=torch.float64)
+    square = sum(leaf.square().sum() for leaf in params.values())
+    priors = load("laplace").PRIORS
+    for name, found in laplace["found"].items():
+        dense, prior = found["curvature"].dense(), found["prior"]
+        precision = examples * dense + prior * torch.eye(len(dense), dtype=torch.float64)
+        variance = (flat * torch.linalg.solve(precision, flat.T).T).sum(1)
+        torch.testing.assert_close(found["deviation"], variance.sqrt(), rtol=1e-7, atol=0)
+        evidence = -examples * laplace["loss"] - prior / 2 * square + size / 2 * prior.log() - precision.logdet() / 2
+        torch.testing.assert_close(found["evidence"].max(), evidence, rtol=1e-8, atol=0)
+        assert priors[0] < prior < priors[-1], name
+        known, unknown = (laplace["grid"].abs() - 2.5).abs() < 1, laplace["grid"].abs() < 0.3
+        assert found["deviation"][unknown[:, 0]].min() > 2 * found["deviation"][known[:, 0]].max(), name
+
+
 def test_damping_moves_only_where_the_rule_may_move_it(results):
     runs = results("custom_loop")
     assert len({run["losses"][0] for run in runs.values()}) == 1

@@ -9,7 +9,7 @@ import matplotlib
 
 HERE = Path(__file__).parent
 PICTURES = HERE.parent / "images" / "gallery"
-EXAMPLES = ("fisher_blocks", "spectra", "training_curves", "ensemble_sweep", "custom_loop", "physics")
+EXAMPLES = ("fisher_blocks", "spectra", "training_curves", "ensemble_sweep", "custom_loop", "physics", "laplace")
 
 
 def load(name: str):
