@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format docs gallery demo soak search benchmark clean
+.PHONY: help install test test-deep lint format docs gallery demo build check-wheel soak search benchmark clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed  ## create .venv with the pinned versions (again after a change of pyproject or constraints)
 
@@ -39,6 +39,17 @@ docs: .venv/installed-docs  ## the documentation site, in build/site; warnings a
 
 gallery: .venv/installed  ## draw the pictures of the gallery anew (docs/images/gallery)
 	$(BIN)/python docs/examples/all.py
+
+build: .venv/installed-dev  ## wheel and source archive, in dist
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation
+
+check-wheel: build  ## install the wheel into a fresh environment, with what it depends on and nothing else, and use it
+	rm -rf build/wheel && $(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
+	build/wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt dist/*.whl
+	build/wheel/bin/python -m pip check
+	build/wheel/bin/python .ci/use_wheel.py
 
 soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
 	$(BIN)/python apps/soak.py
