@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,13 @@ class Tap(NamedTuple):
         """Parts that together are the whole: here one."""
         yield self
 
+    def outputs(self) -> Float[Tensor, "k s n t o"]:
+        """`g` alone."""
+        return self.g
+
+    def second_moment(self) -> None:
+        """`Σ_nt a aᵀ` where there is a quicker way than by the rows: here there is none."""
+
     def to(self, dtype: torch.dtype) -> Tap:
         """The tap in another precision."""
         return Tap(rows.cast(self.a, dtype), self.g.to(dtype))
@@ -74,11 +81,15 @@ class LazyTap:
         sizes: the length of each axis.
         stored: numbers that an example's rows hold.
         make: some examples to their tap.
+        columns: some examples to their `g` alone.
+        moment: some examples to `Σ_nt a aᵀ`, where there is a quicker way than by the rows; else to None.
     """
 
     sizes: Sizes
     stored: int
     make: Callable[[slice], Tap]
+    columns: Callable[[slice], Float[Tensor, "k s n t o"]]
+    moment: Callable[[slice], Float[Tensor, "k i i"] | None] = lambda examples: None
 
     def whole(self) -> Tap:
         """The tap of all examples."""
@@ -88,11 +99,15 @@ class LazyTap:
         """Some of the examples, still not made."""
         chosen = range(self.sizes.n)[examples]
 
-        def make(inner: slice) -> Tap:
-            part = chosen[inner]
-            return self.make(slice(part.start, part.stop))
+        def within(of: Callable[[slice], Any]) -> Callable[[slice], Any]:
+            def part(inner: slice) -> Any:
+                examples = chosen[inner]
+                return of(slice(examples.start, examples.stop))
 
-        return LazyTap(self.sizes._replace(n=len(chosen)), self.stored, make)
+            return part
+
+        parts = within(self.make), within(self.columns), within(self.moment)
+        return LazyTap(self.sizes._replace(n=len(chosen)), self.stored, *parts)
 
     def windows(self) -> Iterator[Tap]:
         """Parts that together are the whole, each as large as memory that is quick to reach allows."""
@@ -105,7 +120,20 @@ class LazyTap:
 
     def to(self, dtype: torch.dtype) -> LazyTap:
         """The tap in another precision, still not made."""
-        return LazyTap(self.sizes, self.stored, lambda examples: self.make(examples).to(dtype))
+        return LazyTap(
+            self.sizes,
+            self.stored,
+            lambda examples: self.make(examples).to(dtype),
+            lambda examples: self.columns(examples).to(dtype),
+        )
+
+    def outputs(self) -> Float[Tensor, "k s n t o"]:
+        """`g` alone: no row is made for it."""
+        return self.columns(slice(None))
+
+    def second_moment(self) -> Float[Tensor, "k i i"] | None:
+        """`Σ_nt a aᵀ`, at least in single precision, where there is a quicker way than by the rows; else None."""
+        return self.moment(slice(None))
 
 
 AnyTap: TypeAlias = Tap | LazyTap

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Size, Tensor
 
 from fisherfn.rows import Rows
@@ -21,6 +21,18 @@ class Call(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     facts: Any = None
+
+
+class Moments(NamedTuple):
+    """Sums over examples and positions of a layer's rows: `Σ a` and `Σ a aᵀ`."""
+
+    first: Float[Tensor, "k i"]
+    second: Float[Tensor, "k i i"]
+
+    def spread(self, columns: Int[Tensor, " i"]) -> Moments:
+        """The same with entry j in place `columns[j]`."""
+        back = columns.argsort()
+        return Moments(self.first[:, back], self.second[:, back][..., back])
 
 
 class Family(NamedTuple):
@@ -37,6 +49,8 @@ class Family(NamedTuple):
         from_matrix: back, given the weight's shape.
         weight_gradient: raw input and one draw's raw output-gradients `[N, …]` to the weight's gradients, summed over
             examples, where there is a quicker way than by the rows.
+        moments: raw input and facts to the moments of the rows, where for these facts there is a quicker way than by
+            the rows; else None.
         any_axis: whether the example may be another axis than the first, all axes but the last being alike.
         one_hot: whether the rows are one-hot.
     """
@@ -49,5 +63,6 @@ class Family(NamedTuple):
     to_matrix: Callable[[Tensor, Any], Float[Tensor, "k o i"]]
     from_matrix: Callable[[Tensor, Any], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Any, Size], Tensor] | None = None
+    moments: Callable[[Tensor, Any], Moments | None] = lambda x, facts: None
     any_axis: bool = False
     one_hot: bool = False

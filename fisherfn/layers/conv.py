@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from fisherfn.layers.base import Call, Family
+from fisherfn.layers.base import Call, Family, Moments
 from fisherfn.rows import Phase, Phases
 
 _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -72,14 +72,26 @@ def _padding(value: str | int | Sequence[int], kernel: tuple[int, ...], dilation
 
 
 def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
+    columns = _columns(x, facts)
+    return Phases((Phase(patches(x, _axes(x, facts), facts.groups), (), columns),), len(columns))
+
+
+def moments(x: Float[Tensor, "n c *space"], facts: Facts) -> Moments | None:
+    axes = _axes(x, facts)
+    return patch_moments(x, axes, facts.groups).spread(_columns(x, facts)) if overlaps(axes) else None
+
+
+def _axes(x: Float[Tensor, "n c *space"], facts: Facts) -> list[Axis]:
     axes = []
     spans = zip(x.shape[2:], facts.kernel, facts.stride, facts.padding, facts.dilation, strict=True)
     for size, k, stride, (before, after), dilation in spans:
         positions = (size + before + after - dilation * (k - 1) - 1) // stride + 1
         axes.append(Axis(-before, positions, stride, k, dilation))
-    channels = x.shape[1] // facts.groups
-    entries = torch.arange(math.prod(facts.kernel), device=x.device)
-    return Phases((Phase(patches(x, axes, facts.groups), (), columns_of(entries, channels)),), channels * len(entries))
+    return axes
+
+
+def _columns(x: Float[Tensor, "n c *space"], facts: Facts) -> Tensor:
+    return columns_of(torch.arange(math.prod(facts.kernel), device=x.device), x.shape[1] // facts.groups)
 
 
 def columns_of(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
@@ -93,13 +105,56 @@ def patches(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -
 
     Channels last, so that memory is read in runs: in unfold order the copy would cost half of the product after it.
     """
-    x = _cover(x, axes).movedim(1, -1).contiguous()
+    x = _unfolded(_cover(x, axes).movedim(1, -1).contiguous(), axes, groups)
+    return x.permute(3, 0, 1, 2, 4).flatten(3)
+
+
+def _unfolded(
+    x: Float[Tensor, "first *space c"], axes: Sequence[Axis], groups: int
+) -> Float[Tensor, "first t entries g c_in"]:
     for dimension, axis in enumerate(axes, start=1):
         x = x.unfold(dimension, axis.step * (axis.entries - 1) + 1, axis.stride)[..., :: axis.step]
-    d = len(axes)  # n, positions, c, entries
+    d = len(axes)  # first, positions, c, entries
     x = x.permute(0, *range(1, d + 1), *range(d + 2, 2 * d + 2), d + 1)
-    x = x.reshape(x.shape[0], math.prod(x.shape[1 : d + 1]), -1, groups, x.shape[-1] // groups)
-    return x.permute(3, 0, 1, 2, 4).flatten(3)
+    t, entries = math.prod(x.shape[1 : d + 1]), math.prod(x.shape[d + 1 : -1])
+    return x.reshape(x.shape[0], t, entries, groups, x.shape[-1] // groups)
+
+
+def overlaps(axes: Sequence[Axis]) -> bool:
+    """Whether patches share so much that `patch_moments` costs less than a product of patches.
+
+    Along the first axis it multiplies every line of the input with its neighbours (entries · lines products), the
+    product of patches every pair of entries at every position, of which symmetry saves three eighths.
+    """
+    first = axes[0]
+    lines = first.positions + first.step * (first.entries - 1)
+    return first.stride == 1 and 8 * lines < 5 * first.positions * first.entries
+
+
+def patch_moments(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
+    r"""`Σ_nt a` and `Σ_nt a aᵀ` of `patches`, which are never made.
+
+    The second has a block for each pair of kernel entries e, f along the first axis, where the stride is 1. With $u_y$
+    the patches along the other axes of line y, it is $\sum_p u_{p + e}^\top u_{p + f}$: a sum of products of lines
+    that lie f − e apart, which all pairs of that distance share.
+    """
+    first, others = axes[0], axes[1:]
+    lines = _cover(x, axes).movedim(2, 0).movedim(2, -1).contiguous()  # y, n, *space, c
+    y, n = lines.shape[:2]
+    u = _unfolded(lines.flatten(0, 1), others, groups).unflatten(0, (y, n))  # y, n, t, entries, g, c
+    u = u.permute(0, 4, 1, 2, 3, 5).flatten(2, 3).flatten(3)  # y, g, rows, columns
+    starts = [first.step * e for e in range(first.entries)]
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for distance in range(first.entries):
+        apart = first.step * distance
+        products = u[: y - apart].mT @ u[apart:]
+        for e in range(first.entries - distance):
+            block = products[starts[e] : starts[e] + first.positions].sum(0)
+            blocks[e, e + distance], blocks[e + distance, e] = block, block.mT
+    second = torch.cat([torch.cat([blocks[e, f] for f in range(first.entries)], -1) for e in range(first.entries)], -2)
+    by_line = u.sum(2)
+    sums = [by_line[start : start + first.positions].sum(0) for start in starts]
+    return Moments(torch.cat(sums, -1), second)
 
 
 def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
@@ -149,4 +204,4 @@ def backward(
     return found[1]  # type: ignore[no-any-return]
 
 
-CONV = Family("conv", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient)
+CONV = Family("conv", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient, moments)

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from fisherfn.layers.base import Call, Family
-from fisherfn.layers.conv import Axis, backward, columns_of, each, patches
+from fisherfn.layers.base import Call, Family, Moments
+from fisherfn.layers.conv import Axis, backward, columns_of, each, overlaps, patch_moments, patches
 from fisherfn.layers.conv import columns as columns
 from fisherfn.rows import Phase, Phases
 
@@ -58,6 +58,15 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         **{name: each(given.get(name, default), dimensions) for name, default in numbers.items()},
     )
     return Call(given["input"], given["weight"], given.get("bias"), facts)
+
+
+def moments(x: Float[Tensor, "n c *space"], facts: Facts) -> Moments | None:
+    if any(stride > 1 for stride in facts.stride):  # a phase has few entries, and they share little
+        return None
+    axes = [phase.axis for d, size in enumerate(x.shape[2:]) for phase in _phases(size, facts, d)]
+    entries = torch.arange(math.prod(facts.kernel), device=x.device)
+    columns = columns_of(entries, x.shape[1] // facts.groups)
+    return patch_moments(x, axes, facts.groups).spread(columns) if overlaps(axes) else None
 
 
 def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
@@ -125,4 +134,6 @@ def weight_gradient(
     return backward(x, g, shape, facts.stride, facts.padding, facts.dilation, facts.groups, facts.output_padding)
 
 
-CONV_TRANSPOSE = Family("conv transpose", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient)
+CONV_TRANSPOSE = Family(
+    "conv transpose", _DIMENSIONS, match, rows, columns, to_matrix, from_matrix, weight_gradient, moments
+)

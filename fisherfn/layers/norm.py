@@ -135,7 +135,7 @@ def weight_gradient(x: Tensor, g: Tensor, facts: Facts, shape: Size) -> Float[Te
 def _family(
     name: str, function: Callable[..., Any], match: Callable[..., Call | None], any_axis: bool = False
 ) -> Family:
-    return Family(name, (function,), match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis)
+    return Family(name, (function,), match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis=any_axis)
 
 
 BATCH_NORM = _family("batch norm", F.batch_norm, match_batch)

@@ -147,19 +147,20 @@ def precondition_tap(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
     """
     g, a = _flat_rows(tap, A.dtype)
     g_hat, a_hat = right(g, G), right(a, A)
-    W = rows.product(g_hat.mT, a_hat, 1 / tap.sizes.n)
+    n = max(tap.sizes.n, 1)  # of no example the sum is empty
+    W = rows.product(g_hat.mT, a_hat, 1 / n)
     if not inner:
         return Product(W, ())
     m, o, i = a.shape[1], g.shape[2], a.shape[2]
     if m * (o + i) < o * i:
-        return Product(W, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() / tap.sizes.n**2)
-    return Product(W, ((g @ W) * a).sum() / tap.sizes.n)
+        return Product(W, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() / n**2)
+    return Product(W, ((g @ W) * a).sum() / n)
 
 
 def rotate_tap(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
     """`Lᵀ ∇ R` for the gradient of a loss tap."""
     g, a = _flat_rows(tap, R.dtype)
-    return rows.product(right(g, L).mT, right(a, R), 1 / tap.sizes.n)
+    return rows.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
 
 
 def factored_is_cheaper(sizes: Sizes) -> bool:

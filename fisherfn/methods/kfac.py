@@ -16,17 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
-from fisherfn import rows
+from fisherfn import rows, tree
 from fisherfn.base import Diagnostics, Method, estimate_then_blend, factorwise, one_by_one, whole_mean
 from fisherfn.errors import EmptyBatchError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair
 from fisherfn.methods.kronecker import DampingForm, one_term
 from fisherfn.taps import AnyTap, Mean, Moment, Tap
+
+T = TypeVar("T")
 
 Sharing = Literal["expand", "reduce"]
 SHARINGS = ("expand", "reduce")
@@ -72,13 +75,11 @@ def estimate(
 def expand(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
     """The two second moments over examples and positions: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
     n, t = tap.sizes.n, tap.sizes.t
-
-    def of(part: Tap) -> Pair:
-        g = part.g.flatten(1, 2)  # draws are rows like any other
-        return Pair(_moment(part.a, limit), _moment(g, limit))
-
-    A, G = _summed(of, tap)
-    return Pair(A / n, G / (n * t))
+    g = _precise(tap.outputs().flatten(1, 2))  # draws are rows like any other
+    A = tap.second_moment() if tap.sizes.i <= limit else None
+    if A is None:
+        A = _summed(lambda part: _moment(rows.cast(part.a, g.dtype), limit), tap)
+    return Pair(A / n, _moment(g, limit) / (n * t))
 
 
 def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
@@ -86,13 +87,14 @@ def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
     n, t = tap.sizes.n, tap.sizes.t
 
     def of(part: Tap) -> Pair:
+        part = part.to(torch.promote_types(part.g.dtype, torch.float32))
         g = part.g.sum(3, keepdim=True).flatten(1, 2)
         if isinstance(part.a, rows.OneHot):  # summed rows are not one-hot: here the diagonal is an approximation
             return Pair(rows.total_diagonal(part.a) / t**2, _moment(g, limit))
         return Pair(_moment((rows.total(part.a) / t).unsqueeze(2), limit), _moment(g, limit))
 
-    A, G = _summed(of, tap)
-    return Pair(A / n, G / n)
+    pair = _summed(of, tap)
+    return Pair(pair.A / n, pair.G / n)
 
 
 MOMENTS = {"expand": expand, "reduce": reduce}
@@ -103,14 +105,16 @@ def _moment(a: rows.Rows, limit: int) -> kron.Factor:
     return rows.diagonal_moment(a) if diagonal else rows.second_moment(a)
 
 
-def _summed(of: Callable[[Tap], Pair], tap: AnyTap) -> Pair:
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _summed(of: Callable[[Tap], T], tap: AnyTap) -> T:
     """Window by window, so that unfolded convolutions never exist as a whole."""
-    dtype = None
     total = None
     for part in tap.windows():
-        dtype = dtype or torch.promote_types(part.g.dtype, torch.float32)
-        moments = of(part.to(dtype))
-        total = moments if total is None else Pair(total.A + moments.A, total.G + moments.G)
+        moments = of(part)
+        total = moments if total is None else tree.add(total, moments)
     if total is None:
         raise EmptyBatchError("the tap has no examples: its mean does not exist.")
     return total

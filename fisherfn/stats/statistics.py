@@ -124,27 +124,49 @@ def mean_gradient(tap: LazyTap, dtype: torch.dtype) -> Matrix:
 
 def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tap:
     """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`."""
-    parts, columns = [], []
-    for use, x, g in zip(block.uses, inputs, grads, strict=True):
+    parts = []
+    for use, x in zip(block.uses, inputs, strict=True):
         a = rows.split_examples(block.family.rows(x, use.facts), use.repeats)
         parts.append(a if block.bias is None else rows.with_column(a, float(use.biased)))
-        g = block.family.columns(g, use.facts)
-        columns.append(g if use.repeats == 1 else g.unflatten(2, (-1, use.repeats)).flatten(3, 4))
-    return Tap(rows.cat(parts), columns[0] if len(columns) == 1 else torch.cat(columns, 3))
+    return Tap(rows.cat(parts), _columns(block, grads))
+
+
+def _columns(block: Block, grads: Sequence[Tensor]) -> Float[Tensor, "k s n t o"]:
+    parts = []
+    for use, g in zip(block.uses, grads, strict=True):
+        columns = block.family.columns(g, use.facts)
+        parts.append(columns if use.repeats == 1 else columns.unflatten(2, (-1, use.repeats)).flatten(3, 4))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+
+def _second_moment(block: Block, inputs: Sequence[Tensor], positions: int) -> Float[Tensor, "k i i"] | None:
+    """`Σ_nt a aᵀ` from the raw inputs of a layer that is used once and has a quicker way than by its rows."""
+    (use, *more), x = block.uses, inputs[0]
+    if more or use.repeats > 1:
+        return None
+    moments = block.family.moments(x.to(torch.promote_types(x.dtype, torch.float32)), use.facts)
+    if moments is None or block.bias is None:
+        return None if moments is None else moments.second
+    first = moments.first.unsqueeze(-1) * float(use.biased)  # the bias sees ones, or nothing
+    corner = first.new_full((first.shape[0], 1, 1), x.shape[0] * positions * float(use.biased))
+    return torch.cat([torch.cat([moments.second, first], -1), torch.cat([first.mT, corner], -1)], -2)
 
 
 def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> LazyTap:
     """`make_tap`, for some examples at a time."""
 
-    def part(examples: slice) -> Tap:
+    def windows(examples: slice) -> list[slice]:
+        return [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
+
+    def some_inputs(examples: slice) -> Sequence[Tensor]:
         if examples == slice(None):
-            return make_tap(block, inputs, grads)
-        windows = [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
-        return make_tap(
-            block,
-            [x[window] for x, window in zip(inputs, windows, strict=True)],
-            [g[:, window] for g, window in zip(grads, windows, strict=True)],
-        )
+            return inputs
+        return [x[window] for x, window in zip(inputs, windows(examples), strict=True)]
+
+    def some_grads(examples: slice) -> Sequence[Tensor]:
+        if examples == slice(None):
+            return grads
+        return [g[:, window] for g, window in zip(grads, windows(examples), strict=True)]
 
     sizes, stored = _of_one_example(
         block,
@@ -152,7 +174,13 @@ def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Laz
         tuple(((g.shape[0], use.repeats, *g.shape[2:]), g.dtype) for g, use in zip(grads, block.uses, strict=True)),
     )
     examples = inputs[0].shape[0] // block.uses[0].repeats
-    return LazyTap(sizes._replace(n=examples), stored, part)
+    return LazyTap(
+        sizes._replace(n=examples),
+        stored,
+        make=lambda examples: make_tap(block, some_inputs(examples), some_grads(examples)),
+        columns=lambda examples: _columns(block, some_grads(examples)),
+        moment=lambda examples: _second_moment(block, some_inputs(examples), sizes.t),
+    )
 
 
 _Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
