@@ -7,7 +7,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F4   natgrad, adapt, distributed                       the roof, which alone knows both towers
     F2m  methods                      F2s  stats
     F1m  linalg, base, fisher         F1s  layers, likelihoods
-    F0   types, tree, errors                               the ground, which both towers stand on
+    F0   types, tree, errors, operators                    the ground, which both towers stand on
 """
 
 import ast
