@@ -25,9 +25,10 @@ import torch
 
 from common.benchmark import clock, ours, picture, report
 from common.benchmark.contenders import Contender, attempted
+from common.benchmark.large import LARGE
 from common.benchmark.optimizers import OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
-from common.benchmark.problems import WORKLOADS, problem
+from common.benchmark.problems import WORKLOADS, Problem, problem
 from common.config import POSITIVE, ConfigError, option, parse
 from common.trainer import reported
 
@@ -41,7 +42,7 @@ class BenchmarkConfig:
     """What to measure, and how carefully."""
 
     rounds: int = option(20, "interleaved rounds; medians are taken over them", check=POSITIVE)
-    workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated")
+    workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; resnet50 and gpt2_block besides")
     batch_size: int | None = option(None, "examples a step; null: each net's own", check=POSITIVE)
     peers: bool = option(False, "time other libraries too")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")
@@ -56,14 +57,15 @@ class BenchmarkConfig:
 
 def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     """One workload: everyone's timings, in the same rounds."""
-    posed = problem(name, config.batch_size, config.device)
+    posed = pose(name, config)
     found: dict[str, Contender] = {report.UNIT: sgd(posed)}
     found |= {label: ours.kfac(posed, variant) for label, variant in ours.VARIANTS.items()}
     if config.peers:
         found |= {label: attempted(build, posed) for label, build in (PEERS | OPTIMIZERS).items()}
     refreshes = ours.refreshes(posed) if config.refresh else {}
-    few = problem(name, config.batch_size or EXACT_EXAMPLES, config.device)
-    exact = ours.exact(few) if config.refresh and name in EXACT_ON else {}
+    exact = {}
+    if config.refresh and name in EXACT_ON:
+        exact = ours.exact(problem(name, config.batch_size or EXACT_EXAMPLES, config.device))
     steps: dict[tuple[str, str], Callable[[], Any]] = {
         (label, part): step for label, contender in found.items() for part, step in contender.parts.items()
     }
@@ -79,6 +81,13 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
         "refresh": timed("refresh", refreshes),
         "exact": timed("exact", exact),
     }
+
+
+def pose(name: str, config: BenchmarkConfig) -> Problem:
+    """The workload of that name."""
+    if name in LARGE:
+        return LARGE[name].make(config.batch_size or LARGE[name].batch_size, config.device)
+    return problem(name, config.batch_size, config.device)
 
 
 def about(config: BenchmarkConfig) -> dict[str, Any]:
@@ -107,8 +116,8 @@ def chosen(config: BenchmarkConfig) -> list[str]:
     """The workloads to time."""
     names = [name.strip() for name in config.workloads.split(",")]
     for name in names:
-        if name not in WORKLOADS:
-            raise ConfigError(f"workloads must be among {', '.join(WORKLOADS)}, got {name!r}")
+        if name not in WORKLOADS | LARGE:
+            raise ConfigError(f"workloads must be among {', '.join(WORKLOADS | LARGE)}, got {name!r}")
     return names
 
 

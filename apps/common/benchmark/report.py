@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.benchmark.contenders import CYCLES, Cost, Cycle, cost
+from common.benchmark.large import LARGE
 from common.benchmark.ours import FORWARD_BACKWARD
 from common.benchmark.problems import WORKLOADS
 
@@ -137,7 +138,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def title(name: str) -> str:
     """Of a workload."""
-    return WORKLOADS[name].title
+    return LARGE[name].title if name in LARGE else WORKLOADS[name].title
 
 
 def titles(workloads: Iterable[str]) -> list[str]:
