@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from common.benchmark import clock, ours, picture, report
-from common.benchmark.contenders import Contender, attempted
+from common.benchmark.contenders import Contender, attempted, first_line
 from common.benchmark.large import LARGE
 from common.benchmark.optimizers import OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
@@ -71,7 +71,10 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     }
     steps |= {("refresh", method): step for method, step in refreshes.items()}
     steps |= {("exact", kind): step for kind, step in exact.items()}
-    timings = clock.measure(steps, config.rounds, config.device, report.title(name))
+    others = [key for key in steps if key[0] in PEERS | OPTIMIZERS]
+    timings, failed = clock.measure_forgiving(steps, others, config.rounds, config.device, report.title(name))
+    for (label, part), error in failed.items():
+        found[label] = Contender({}, covers="–", error=f"{part}: {type(error).__name__}: {first_line(error)}")
 
     def timed(label: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         return {part: timings[label, part]._asdict() for part in parts}

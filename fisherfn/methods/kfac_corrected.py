@@ -1,7 +1,8 @@
 r"""K-FAC corrected: K-FAC plus the nearest Kronecker product to what it leaves, $F \approx G \otimes A + D \otimes C$.
 
-A and G are K-FAC's moments; $D \otimes C = \operatorname{argmin} \|F - G \otimes A - D \otimes C\|_F$ is the leading triplet of the
-deflated rearrangement $Z'V = ZV - \langle G, V \rangle A$, with the A and G of the same batch. Indefinite in general.
+A and G are K-FAC's moments; $D \otimes C = \operatorname{argmin} \|F - G \otimes A - D \otimes C\|_F$ is the
+leading triplet of the deflated rearrangement $Z'V = ZV - \langle G, V \rangle A$, with the A and G of
+the same batch. Indefinite in general.
 
 Scale: A and G as K-FAC's, C and D of Frobenius norm √σ. Running average: A and G factor by factor, as K-FAC's; the
 correction is the best single product for the average of the operators less $\bar G \otimes \bar A$, in which

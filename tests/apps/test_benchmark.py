@@ -44,6 +44,21 @@ def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- what is timed
 
 
+def test_who_fails_in_a_later_round_is_named_and_the_others_are_timed():
+    rounds = iter([None, None, ValueError("roots")])
+
+    def fails_at_last():
+        error = next(rounds)
+        if error:
+            raise error
+
+    steps = {"well": lambda: None, "ill": fails_at_last}
+    timings, failed = clock.measure_forgiving(steps, ["ill"], rounds=5, device="cpu", title="")
+    assert list(timings) == ["well"] and str(failed["ill"]) == "roots"
+    with pytest.raises(RuntimeError):
+        clock.measure({"ours": lambda: torch.linalg.cholesky(-torch.eye(1))}, rounds=2, device="cpu", title="")
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_everyone_trains_the_same_net_on_the_same_batch(name):
     one = problem(name, batch_size=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,16 +27,31 @@ class Timing(NamedTuple):
 
 def measure(steps: Mapping[K, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[K, Timing]:
     """Each call once a round, slow ones in fewer, evenly spaced rounds."""
+    return measure_forgiving(steps, (), rounds, device, title)[0]
+
+
+def measure_forgiving(
+    steps: Mapping[K, Callable[[], Any]], forgiven: Container[K], rounds: int, device: str, title: str
+) -> tuple[dict[K, Timing], dict[K, Exception]]:
+    """The same where some calls may fail in a later round: their errors in place of their timings."""
     gpu = device if device.startswith("cuda") else None
     # first calls are slower: they warm up, and tell how often there is time for more
     stride = {key: every(milliseconds(step, gpu), rounds) for key, step in steps.items()}
     times: dict[K, list[float]] = {key: [] for key in steps}
+    failed: dict[K, Exception] = {}
     for round_ in tqdm(range(rounds), desc=title, disable=None, leave=False):
         for key, step in steps.items():
             if round_ % stride[key] == 0:
-                times[key].append(milliseconds(step, gpu))
-    peaks = {key: peak_mib(step, gpu) if gpu else None for key, step in steps.items()}
-    return {key: Timing(*quartiles(values), peaks[key]) for key, values in times.items()}
+                try:
+                    times[key].append(milliseconds(step, gpu))
+                except Exception as error:
+                    if key not in forgiven:
+                        raise
+                    stride[key] = rounds + 1  # not again
+                    failed[key] = error
+    well = {key: values for key, values in times.items() if key not in failed}
+    peaks = {key: peak_mib(steps[key], gpu) if gpu else None for key in well}
+    return {key: Timing(*quartiles(values), peaks[key]) for key, values in well.items()}, failed
 
 
 def every(ms: float, rounds: int) -> int:
