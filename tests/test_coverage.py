@@ -269,3 +269,30 @@ def test_inputs_may_be_a_tree():
     close(stats.grads, oracles.mean_gradient(problem))
     whole = ng.fisher(ng.stats(params, (x, y)))
     close(whole.dense(), oracles.fisher_matrix(problem, "empirical"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on its first jvp
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+def test_layers_inside_a_transform_of_the_models_own_fall_back_and_are_exact(transform):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    params = {"w": draw(3, 2), "b": draw(3), "v": draw(1, 3)}
+
+    def value(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["v"])
+
+    def model(p, x):
+        if transform == "jvp":
+            return torch.func.jvp(lambda x: value(p, x), (x,), (torch.ones_like(x),))[1]
+        if transform == "grad":
+            return torch.func.grad(lambda x: value(p, x).sum())(x)
+        return torch.func.vmap(lambda x: value(p, x))(x)
+
+    x = draw(5, 2)
+    y = torch.ones_like(model(params, x))
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), fisher="empirical", method="exactNG")
+    assert {block.kind for block in ng.layout.blocks} == {"fallback"}
+    likelihood = ff.Gaussian()
+    one = lambda p, n: likelihood.nll(model(p, x[n : n + 1]), y[n : n + 1]).sum()  # noqa: E731
+    U = torch.stack([vec(torch.func.grad(one)(params, n)) for n in range(5)])
+    close(ng.fisher(ng.stats(params, (x, y))).dense(), U.mT @ U / 5)

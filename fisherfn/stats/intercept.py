@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fisherfn import tree
@@ -51,6 +52,7 @@ class Intercept(Elementary):
         self._uncoupled = uncoupled
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._taps = taps
+        self._entered = _level()
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
@@ -61,7 +63,8 @@ class Intercept(Elementary):
         couples = couples_examples(func, args, kwargs)
         self.couples |= couples
         output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
-        for family in families(func):
+        # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
+        for family in families(func) if _level() == self._entered else ():
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
                 self._note_reads(output, (args, kwargs), besides=(call.weight, call.bias))
@@ -105,3 +108,9 @@ class Intercept(Elementary):
         if len(records) > len(taps):
             return output
         return output + taps[len(records) - 1].to(output.dtype)
+
+
+def _level() -> int | None:
+    """How many of torch's function transforms are around."""
+    level: int | None = torch._C._functorch.maybe_current_level()
+    return level
