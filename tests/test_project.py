@@ -36,7 +36,7 @@ def test_the_readme_compares_by_measured_numbers():
     measured = rows((ROOT / "docs/performance.md").read_text(encoding="utf-8").split("<!-- table: mean step -->")[1])
     nets = {"mean step in SGD steps, CURVES autoencoder": 0, "MNIST autoencoder": 1, "convolutional autoencoder": 3}
     shown = rows(README)
-    libraries = shown["[measured here](docs/performance.md), one thread of a CPU"]
+    libraries = shown["[measured here](docs/performance.md), two cores of a CPU"]
     for row, column in nets.items():
         assert shown[row] == [measured[library][column] for library in libraries], "docs/performance.md says otherwise"
 
