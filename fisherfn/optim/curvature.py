@@ -18,7 +18,7 @@ from fisherfn.methods import METHODS
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
 from fisherfn.optim.network import Network
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
-from fisherfn.stats import FISHERS, Stats
+from fisherfn.stats import FISHERS, Layout, Stats
 from fisherfn.types import Info, Model, PyTree, Tree
 
 VERSION = 1
@@ -259,3 +259,28 @@ def _one_process() -> None:
             "several processes train this net, and the drop-in shell averages nothing over them: each would go its own "
             "way. Use the functional loop with statistics averaged over the ranks."
         )
+
+
+class WithCurvature:
+    """What an optimizer and a preconditioner show of their curvature."""
+
+    _curvature: Curvature
+
+    @property
+    def damping(self) -> float:
+        """λ; a new value counts from the next refresh of the inverses on."""
+        return self._curvature.damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self._curvature.damping = value
+
+    @property
+    def layout(self) -> Layout:
+        """Which parameter is in which block, and why; there after the first batch."""
+        return self._curvature.ready().layout
+
+    @property
+    def curvature(self) -> State:
+        """The pure state, for the functions of `ng`."""
+        return self._curvature.state

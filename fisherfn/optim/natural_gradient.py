@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import StructureError, check, expect_number, unknown
-from fisherfn.natgrad import State
-from fisherfn.optim.curvature import Curvature, Outcome
-from fisherfn.stats import Layout
+from fisherfn.optim.curvature import Curvature, Outcome, WithCurvature
 from fisherfn.types import Info, PyTree, Tree
 
 PATIENCE = 10
 """Steps in a row that `on_bad="skip"` skips before it raises after all."""
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(WithCurvature, torch.optim.Optimizer):
     r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` is forward, backward and step.
 
     $$v \leftarrow \mu v + \nu \hat F^{-1} \nabla, \qquad \theta \leftarrow \theta - \eta (v + w \theta)$$
@@ -191,25 +189,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 p.add_(direction * -group["lr"])
 
     # ---------------------------------------------------------------------------------- the rest of an optimizer
-
-    @property
-    def damping(self) -> float:
-        """λ; a new value counts from the next refresh of the inverses on."""
-        return self._curvature.damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        self._curvature.damping = value
-
-    @property
-    def layout(self) -> Layout:
-        """Which parameter is in which block, and why; there after the first batch."""
-        return self._curvature.ready().layout
-
-    @property
-    def curvature(self) -> State:
-        """The pure state, for the functions of `ng`."""
-        return self._curvature.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, before the first batch.

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
-from fisherfn.natgrad import State, pair
-from fisherfn.optim.curvature import Curvature
+from fisherfn.natgrad import pair
+from fisherfn.optim.curvature import Curvature, WithCurvature
 from fisherfn.optim.network import examples
-from fisherfn.stats import Layout, Stats
+from fisherfn.stats import Stats
 from fisherfn.types import Info, PyTree, Tree
 
 
-class Preconditioner:
+class Preconditioner(WithCurvature):
     r"""Rewrites `.grad`: $\nabla \leftarrow \nu \hat F^{-1} \nabla$, ν from the KL clip where it is asked for.
 
         loss.backward()
@@ -159,25 +159,6 @@ class Preconditioner:
         for name, p in self._curvature.network.parameters().items():
             assert p.grad is not None
             p.grad.copy_(nat[name])
-
-    @property
-    def damping(self) -> float:
-        """λ; a new value counts from the next refresh of the inverses on."""
-        return self._curvature.damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        self._curvature.damping = value
-
-    @property
-    def layout(self) -> Layout:
-        """Which parameter is in which block, and why; there after the first batch."""
-        return self._curvature.ready().layout
-
-    @property
-    def curvature(self) -> State:
-        """The pure state, for the functions of `ng`."""
-        return self._curvature.state
 
     def state_dict(self) -> dict[str, Any]:
         """The curvature as flat tensors."""
