@@ -3,6 +3,7 @@
 from fisherfn import errors, likelihoods, optim, tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
+from fisherfn.compiled import compile
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
 from fisherfn.layers import dropout_seeds
@@ -35,6 +36,7 @@ __all__ = [
     "Stats",
     "Tap",
     "check",
+    "compile",
     "deflation",
     "dropout_seeds",
     "ekfac",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -118,6 +118,33 @@ def structure(tree: PyTree, leaf: type = Tensor) -> Any:
     if isinstance(tree, tuple):
         return type(tree), *(structure(node, leaf) for node in tree)
     return pytree.tree_structure(tree)
+
+
+def split(tree: PyTree) -> tuple[list[Tensor], Hashable]:
+    """The tensors of a tree, each once, and a key for all the rest.
+
+    Keys are equal where trees are: in structure, in what is no tensor, in the shapes, strides, types and devices of
+    tensors, and in which of them are the same one.
+
+    >>> x = torch.ones(2)
+    >>> split({"w": x, "b": x})[0]
+    [tensor([1., 1.])]
+    """
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def key(node: Any) -> Hashable:
+        if isinstance(node, Tensor):
+            place, _ = found.setdefault(id(node), (len(found), node))
+            return place, node.shape, node.stride(), node.dtype, node.device
+        if type(node) is dict:
+            return dict, *((name, key(child)) for name, child in node.items())
+        if isinstance(node, tuple):
+            return type(node), *(key(child) for child in node)
+        children, spec = pytree.tree_flatten(node, is_leaf=lambda child: child is not node)
+        return (spec, *(key(child) for child in children)) if not spec.is_leaf() else (type(node), node)
+
+    known = key(tree)
+    return [tensor for _, tensor in found.values()], known
 
 
 def flatten(tree: PyTree) -> dict[str, Tensor]:

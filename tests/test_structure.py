@@ -4,7 +4,7 @@ From the top (a file may import from lower floors of its own tower, and from the
 
     __init__             public names only
     F5   optim                                             the shell for other people's loops, on the roof
-    F4   natgrad, adapt, distributed                       the roof, which alone knows both towers
+    F4   natgrad, adapt, distributed, compiled             the roof, which alone knows both towers
     F2m  methods                      F2s  stats
     F1m  linalg, base, fisher         F1s  layers, likelihoods
     F0   types, tree, errors, operators                    the ground, which both towers stand on
@@ -33,7 +33,7 @@ FLOORS = {
     **dict.fromkeys(["methods"], Floor("method", 2)),
     **dict.fromkeys(["layers", "likelihoods"], Floor("stats", 1)),
     **dict.fromkeys(["stats"], Floor("stats", 2)),
-    **dict.fromkeys(["natgrad", "adapt", "distributed"], Floor("roof", 4)),
+    **dict.fromkeys(["natgrad", "adapt", "distributed", "compiled"], Floor("roof", 4)),
     "optim": Floor("roof", 5),
     "__init__": Floor("roof", 6),
 }
