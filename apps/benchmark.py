@@ -26,7 +26,7 @@ import torch
 from common.benchmark import clock, ours, picture, report
 from common.benchmark.contenders import Contender, attempted, first_line
 from common.benchmark.large import LARGE
-from common.benchmark.optimizers import OPTIMIZERS, sgd
+from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
 from common.benchmark.problems import WORKLOADS, Problem, problem
 from common.config import POSITIVE, ConfigError, option, parse
@@ -45,6 +45,7 @@ class BenchmarkConfig:
     workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; resnet50 and gpt2_block besides")
     batch_size: int | None = option(None, "examples a step; null: each net's own", check=POSITIVE)
     peers: bool = option(False, "time other libraries too")
+    compile: bool = option(True, "time compiled steps too; compiling takes a few minutes a net")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")
     threads: int = option(2, "threads of torch", check=POSITIVE)
     device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
@@ -60,6 +61,8 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     posed = pose(name, config)
     found: dict[str, Contender] = {report.UNIT: sgd(posed)}
     found |= {label: ours.kfac(posed, variant) for label, variant in ours.VARIANTS.items()}
+    if config.compile:
+        found |= {label: attempted(build, posed) for label, build in (ours.COMPILED | COMPILED).items()}
     if config.peers:
         found |= {label: attempted(build, posed) for label, build in (PEERS | OPTIMIZERS).items()}
     refreshes = ours.refreshes(posed) if config.refresh else {}
@@ -71,7 +74,7 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     }
     steps |= {("refresh", method): step for method, step in refreshes.items()}
     steps |= {("exact", kind): step for kind, step in exact.items()}
-    others = [key for key in steps if key[0] in PEERS | OPTIMIZERS]
+    others = [key for key in steps if key[0] in PEERS | OPTIMIZERS | COMPILED]
     timings, failed = clock.measure_forgiving(steps, others, config.rounds, config.device, report.title(name))
     for (label, part), error in failed.items():
         found[label] = Contender({}, covers="–", error=f"{part}: {type(error).__name__}: {first_line(error)}")

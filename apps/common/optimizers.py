@@ -59,16 +59,17 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     penalty: Penalty | None = None,
+    compile: bool = False,
 ) -> Optimizer:
     """Stochastic gradient descent: `v ← μ v + ∇`, then along v (or `∇ + μ v`, Nesterov's look-ahead)."""
 
-    def step(params: Tree, velocity: Tree, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+    def move(params: Tree, velocity: Tree, batch: Batch, context: Any) -> Stepped:
         grads, info = _gradient(model, likelihood, params, batch, context, penalty)
         velocity = ff.tree.add(grads, velocity, scale=momentum)
         direction = ff.tree.add(grads, velocity, scale=momentum) if nesterov else velocity
         return Stepped(_move(params, direction, lr, weight_decay), velocity, info.context, info)
 
-    return Optimizer(ff.tree.zeros_like, _no_draw, step)
+    return _alike(ff.tree.zeros_like, move, compile)
 
 
 class AdamState(NamedTuple):
@@ -88,6 +89,7 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     penalty: Penalty | None = None,
+    compile: bool = False,
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay."""
 
@@ -95,7 +97,7 @@ def adam(
         count = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
         return AdamState(ff.tree.zeros_like(params), ff.tree.zeros_like(params), count)
 
-    def step(params: Tree, state: AdamState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+    def move(params: Tree, state: AdamState, batch: Batch, context: Any) -> Stepped:
         grads, info = _gradient(model, likelihood, params, batch, context, penalty)
         count = state.count + 1
         first = ff.tree.map(lambda m, g: torch.lerp(g, m, betas[0]), state.first, grads)
@@ -105,7 +107,7 @@ def adam(
         direction = ff.tree.map(lambda m, v: (m / bias_1) / ((v / bias_2).sqrt() + eps), first, second)
         return Stepped(_move(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info)
 
-    return Optimizer(init, _no_draw, step)
+    return _alike(init, move, compile)
 
 
 class NaturalState(NamedTuple):
@@ -128,6 +130,7 @@ def natural(
     invert_every: int = 10,
     fisher_batch_size: int | None = None,
     penalty: Penalty | None = None,
+    compile: bool = False,
 ) -> Optimizer:
     """The natural gradient with KL clip and momentum: `v ← μ v + clip(F̂⁻¹∇)`, then along v.
 
@@ -143,6 +146,7 @@ def natural(
         invert_every: steps between inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
         penalty: added to the loss; preconditioned with the rest of the gradient.
+        compile: steps as compiled graphs, one each for those with and without statistics and inverses.
     """
     follow = _clipped_momentum(lr, clipping, momentum)
 
@@ -152,9 +156,9 @@ def natural(
     def draw(batch: Batch, generator: torch.Generator) -> Any:
         return ng.noise(_head(batch, fisher_batch_size), generator) if ng.fisher_kind == "mc" else ()
 
-    def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
-        labels = noise if isinstance(noise, Tensor) else None
-        update, invert = index % update_every == 0, index % invert_every == 0
+    def move(
+        params: Tree, state: NaturalState, batch: Batch, context: Any, labels: Tensor | None, update: bool, invert: bool
+    ) -> Stepped:
         curvature = state.curvature
         if fisher_batch_size is None and penalty is None:
             nat, curvature, info = ng.step(
@@ -182,6 +186,13 @@ def natural(
         velocity = follow(nat, info.inner, state.velocity)
         return Stepped(_move(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info)
 
+    moved = ff.compile(move) if compile else move
+
+    def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        update, invert = index % update_every == 0, index % invert_every == 0
+        labels = noise if isinstance(noise, Tensor) and update else None
+        return moved(params, state, batch, context, labels, update, invert)
+
     return Optimizer(init, draw, step)
 
 
@@ -201,6 +212,7 @@ def implicit(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     iterations: int = 20,
+    compile: bool = False,
 ) -> Optimizer:
     """The exact natural gradient by conjugate gradients through the model, each step from the last one's solution.
 
@@ -211,7 +223,7 @@ def implicit(
     def init(params: Tree) -> ImplicitState:
         return ImplicitState(ff.tree.zeros_like(params), ff.tree.zeros_like(params))
 
-    def step(params: Tree, state: ImplicitState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+    def move(params: Tree, state: ImplicitState, batch: Batch, context: Any) -> Stepped:
         grads, info = _gradient(ng.model, ng.likelihood, params, batch, context)
         F = ng.implicit_fisher(params, batch[0], context=context)
         solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
@@ -220,7 +232,15 @@ def implicit(
         info = info._replace(ok=ok, diagnostics={"residual": {"all": residual}})
         return Stepped(_move(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info)
 
-    return Optimizer(init, _no_draw, step)
+    return _alike(init, move, compile)
+
+
+def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compile: bool) -> Optimizer:
+    """An optimizer that draws nothing and whose steps are all of one kind."""
+    moved = ff.compile(move) if compile else move
+    return Optimizer(
+        init, _no_draw, lambda params, state, batch, context, noise, index: moved(params, state, batch, context)
+    )
 
 
 def _clipped_momentum(lr: float, clipping: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:

@@ -31,8 +31,8 @@ KEPT = ("checkpoint.1.pt",)
 """The checkpoints before the last one, newest first: what a damaged file falls back on."""
 
 MAY_CHANGE = {
-    "num_epochs", "data_path", "download", "device", "num_workers", "quiet", "overwrite", "resume", "result_dir",
-    "result_name", "save_every", "tensorboard", "verbose",
+    "num_epochs", "data_path", "download", "device", "compile", "num_workers", "quiet", "overwrite", "resume",
+    "result_dir", "result_name", "save_every", "tensorboard", "verbose",
 }  # fmt: skip
 """Options that a resumed run may have otherwise than the run it goes on from; the others define the result."""
 

@@ -100,6 +100,7 @@ class TrainConfig:
 
     seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
     device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
+    compile: bool = option(False, "steps as compiled graphs: minutes at the start, then faster; needs a C++ compiler")
     num_workers: int = option(0, "processes that load data; none where the device is a GPU", check=NON_NEGATIVE)
     result_dir: str = option("results", "folder of all results")
     result_name: str | None = option(None, "the result's own folder; null: from data, model, optimizer and seed")

@@ -86,16 +86,18 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
     if config.optim == "sgd":
         return optimizers.sgd(
             task.model, task.likelihood, lr=lr, momentum=config.momentum, nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay, compile=config.compile,
         )  # fmt: skip
     if config.optim == "adam":
         betas = (config.beta_1, config.beta_2)
-        return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay)
+        return optimizers.adam(
+            task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay, compile=config.compile
+        )
     ng = natural_gradient(config, task)
     if config.cg_steps is not None:
         return optimizers.implicit(
             ng, lr=lr, damping=_tuned(config.damping, "damping"), clipping=config.clipping, momentum=config.momentum,
-            weight_decay=config.weight_decay, iterations=config.cg_steps,
+            weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile,
         )  # fmt: skip
     update_every, invert_every = CADENCE.get(config.optim, CADENCE["default"])
     return optimizers.natural(
@@ -109,6 +111,7 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         update_every=config.update_every or update_every,
         invert_every=config.invert_every or invert_every,
         fisher_batch_size=config.fisher_batch_size,
+        compile=config.compile,
     )
 
 

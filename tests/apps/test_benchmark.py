@@ -1,5 +1,6 @@
 """The benchmark: what it computes from its timings, and that each peer computes what it is timed for."""
 
+import functools
 import json
 import math
 
@@ -11,6 +12,7 @@ import benchmark
 import fisherfn as ff
 from common.benchmark import clock, contenders, optimizers, peers, report
 from common.benchmark.contenders import Contender, Cost, Cycle, cost
+from common.benchmark.ours import COMPILED, VARIANTS, kfac
 from common.benchmark.problems import WORKLOADS, posed, problem
 from common.config import ConfigError
 
@@ -76,7 +78,13 @@ def test_what_a_run_finds_is_written_down_and_shown(tmp_path, capsys):
     names = ["about", "mean step", "parts", "refresh", "exact"]
     page.write_text("Before.\n" + "".join(f"<!-- table: {name} -->\nold\n<!-- end of table -->\n" for name in names))
     config = benchmark.BenchmarkConfig(
-        rounds=1, workloads="cuda_convnet", batch_size=4, threads=1, page=str(page), result_dir=str(tmp_path)
+        rounds=1,
+        workloads="cuda_convnet",
+        batch_size=4,
+        threads=1,
+        compile=False,
+        page=str(page),
+        result_dir=str(tmp_path),
     )
     benchmark.main(config)
     found = json.loads((tmp_path / "benchmark.json").read_text())["workloads"]["cuda_convnet"]
@@ -87,6 +95,18 @@ def test_what_a_run_finds_is_written_down_and_shown(tmp_path, capsys):
     assert text.startswith("Before.\n") and "old" not in text and "lanczos" in text
     assert (tmp_path / "images" / "performance.png").exists()
     assert "mean step, in SGD steps" in capsys.readouterr().out
+
+
+def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
+    monkeypatch.setattr(ff, "compile", functools.partial(ff.compile, backend="eager"))
+    one = problem("cuda_convnet", 4)
+    for label, build in COMPILED.items():
+        plain, compiled = kfac(one, VARIANTS[label.removesuffix(", compiled")]), build(one)
+        for part in plain.parts:
+            moved, _, info = plain.parts[part]()
+            ff.check(info)
+            for name, leaf in compiled.parts[part]()[0].items():
+                torch.testing.assert_close(leaf, moved[name])
 
 
 def test_a_workload_has_to_exist():

@@ -38,6 +38,20 @@ def sgd(problem: Problem) -> Contender:
     return Contender({STEP: stepping(train, torch.optim.SGD(train.net.parameters(), lr=RATE))})
 
 
+def sgd_compiled(problem: Problem) -> Contender:
+    """Net and loss through `torch.compile`."""
+    train = problem.training()
+    forward = torch.compile(lambda x, y: train.loss(train.net(x), y), dynamic=False)
+    optimizer = torch.optim.SGD(train.net.parameters(), lr=RATE)
+
+    def step() -> None:
+        train.net.zero_grad(set_to_none=True)
+        forward(train.x, train.y).backward()
+        optimizer.step()
+
+    return Contender({STEP: step})
+
+
 def adamw(problem: Problem) -> Contender:
     """As it is by default: one parameter after the other on a CPU."""
     train = problem.training()
@@ -97,3 +111,6 @@ OPTIMIZERS: dict[str, Callable[[Problem], Contender]] = {
     "SOAP": soap,
 }
 """All but SGD."""
+
+COMPILED: dict[str, Callable[[Problem], Contender]] = {"SGD, compiled": sgd_compiled}
+"""What a compiler does for the unit itself."""

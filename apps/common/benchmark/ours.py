@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,14 +57,22 @@ def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> P
     return empty._replace(state=state)
 
 
-def kfac(problem: Problem, variant: Variant) -> Contender:
+def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contender:
     """Training steps of three kinds, the update of the weights included."""
     one = prepared(problem, variant.method())
 
-    def step(update: bool, invert: bool) -> Any:
-        nat, _, info = one.step(update=update, invert=invert, inner=variant.clip)
+    def pure(params: Any, state: ff.State, batch: Any, noise: Any, context: Any, update: bool, invert: bool) -> Any:
+        nat, new, info = one.ng.step(
+            params, state, batch, update=update, invert=invert, inner=variant.clip, noise=noise, context=context
+        )
         nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.clip else nat
-        return ff.tree.add(problem.params, nat, scale=-1.0)
+        return ff.tree.add(params, nat, scale=-1.0), new, info
+
+    moved = ff.compile(pure) if compiled else pure
+
+    def step(update: bool, invert: bool) -> Any:
+        noise = one.ng.noise(problem.batch, one.given["generator"]) if update else None
+        return moved(problem.params, one.state, problem.batch, noise, problem.context, update, invert)
 
     return Contender(
         {
@@ -72,6 +81,12 @@ def kfac(problem: Problem, variant: Variant) -> Contender:
             ALL_THREE: lambda: step(True, True),
         }
     )
+
+
+COMPILED: dict[str, Callable[[Problem], Contender]] = {
+    f"{label}, compiled": partial(kfac, variant=variant, compiled=True) for label, variant in VARIANTS.items()
+}
+"""The same as one graph."""
 
 
 def refreshes(problem: Problem) -> dict[str, Step]:

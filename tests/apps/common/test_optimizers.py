@@ -1,5 +1,7 @@
 """The pure optimizers against torch's own, and the natural gradient's step against its parts by hand."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import fisherfn as ff
 from common import optimizers
 
 STEPS = 7
+COMPILE = ff.compile
 
 
 @pytest.fixture
@@ -199,3 +202,26 @@ def test_an_infinite_gradient_of_a_finite_loss_is_a_mask(problem, make):
     assert torch.isfinite(info.loss) and not info.ok["gradient"]
     with pytest.raises(ff.errors.NonFiniteError, match="the gradient is NaN or infinite"):
         ff.check(info)
+
+
+def test_compiled_optimizers_walk_the_same_way(problem, monkeypatch):
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), context=context)
+    makers = {
+        "sgd": functools.partial(optimizers.sgd, model, ff.Categorical(), lr=0.1),
+        "adam": functools.partial(optimizers.adam, model, ff.Categorical(), lr=0.1),
+        "natural": functools.partial(optimizers.natural, ng, lr=0.1, damping=0.1, update_every=2, invert_every=4),
+        "implicit": functools.partial(optimizers.implicit, ng, lr=0.1, damping=0.1),
+    }
+    traced = []
+
+    def compile_eagerly(fn):
+        traced.append(fn)
+        return COMPILE(fn, backend="eager")
+
+    monkeypatch.setattr(ff, "compile", compile_eagerly)
+    for name, make in makers.items():
+        runs = [run(make(compile=c), params, context, batches, torch.Generator().manual_seed(0)) for c in (False, True)]
+        torch.testing.assert_close(ff.tree.flatten(runs[1]), ff.tree.flatten(runs[0]), msg=name)
+    assert len(traced) == len(makers)
