@@ -132,11 +132,43 @@ def overlaps(axes: Sequence[Axis]) -> bool:
 
 
 def patch_moments(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
-    r"""`Σ_nt a` and `Σ_nt a aᵀ` of `patches`, which are never made.
+    """`Σ_nt a` and `Σ_nt a aᵀ` of `patches`, which are never made; the stride is 1 along the first axis."""
+    everywhere = all(
+        axis.stride == 1 and axis.start + axis.step * (axis.entries - 1) <= 0 and axis.start + axis.positions >= size
+        for size, axis in zip(x.shape[2:], axes, strict=True)
+    )
+    return _correlations(x, axes, groups) if everywhere else _by_lines(x, axes, groups)
 
-    The second has a block for each pair of kernel entries e, f along the first axis, where the stride is 1. With $u_y$
-    the patches along the other axes of line y, it is $\sum_p u_{p + e}^\top u_{p + f}$: a sum of products of lines
-    that lie f − e apart, which all pairs of that distance share.
+
+def _correlations(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
+    r"""`patch_moments` where the padding is so wide that each kernel entry meets the whole input.
+
+    The block of the entries e and f then depends on f − e alone. It is the input's correlation with itself at that
+    distance, $\sum_q x_q x_{q + f - e}^\top$: a convolution's gradient by its weight, of x both as input and as
+    output-gradient. Along the first axis the distances from 0 on are enough: $-d$ has the transpose of d.
+    """
+    n, channels, d = x.shape[0], x.shape[1] // groups, len(axes)
+    reach, distances = [axis.step * (axis.entries - 1) for axis in axes], [2 * axis.entries - 1 for axis in axes]
+    shape = Size([x.shape[1], channels, axes[0].entries, *distances[1:]])
+    padded, steps = F.pad(x, (0, 0) * (d - 1) + (0, reach[0])), [axis.step for axis in axes]
+    ahead = backward(padded, x, shape, (1,) * d, [0, *reach[1:]], steps, groups).unflatten(0, (groups, channels))
+    behind = ahead.transpose(1, 2).flip(tuple(range(3, d + 3)))[:, :, :, :-1]
+    apart = torch.zeros((1, 1), dtype=torch.int64, device=x.device)
+    for axis, count in zip(axes, distances, strict=True):
+        e = torch.arange(axis.entries, device=x.device)
+        between = e - e[:, None] + axis.entries - 1
+        apart = (apart[:, None, :, None] * count + between[:, None, :]).flatten(2).flatten(0, 1)
+    blocks = torch.cat([behind, ahead], 3).flatten(3)[..., apart]  # g, c, c, e, f
+    first = x.reshape(n, groups, 1, channels, -1).sum((0, 4)).expand(-1, len(apart), -1)
+    return Moments(first.flatten(1), blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2))
+
+
+def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
+    r"""`patch_moments` line by line of the first axis.
+
+    The second moment has a block for each pair of kernel entries e, f along the first axis. With $u_y$ the patches
+    along the other axes of line y, it is $\sum_p u_{p + e}^\top u_{p + f}$: a sum of products of lines that lie f − e
+    apart, which all pairs of that distance share.
     """
     first, others = axes[0], axes[1:]
     lines = _cover(x, axes).movedim(2, 0).movedim(2, -1).contiguous()  # y, n, *space, c

@@ -51,6 +51,32 @@ def test_moments_of_a_transposed_convolution_are_those_of_its_rows(drawn):
     check(TRANSPOSED, x, TransposedFacts(kernel, ones, padding, nothing, dilation, groups))
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("dilation", "groups", "wider"), [(1, 1, 0), (2, 2, 0), (1, 2, 1)])
+def test_moments_where_every_kernel_entry_meets_the_whole_input(dims, dilation, groups, wider):
+    x = torch.randn(2, 2 * groups, *(6, 5, 7)[:dims], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel, step = (4, 3, 3)[:dims], each(dilation, dims)
+    reach = [dilation * (k - 1) + wider for k in kernel]
+    facts = Facts(kernel, each(1, dims), tuple((p, p + wider) for p in reach), step, groups)
+    assert check(CONV, x, facts) is not None
+    nothing = each(0, dims)
+    assert check(TRANSPOSED, x, TransposedFacts(kernel, each(1, dims), nothing, nothing, step, groups)) is not None
+
+
+@pytest.mark.parametrize("short", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_moments_where_one_kernel_entry_misses_the_border(dimension, short):
+    x = torch.randn(2, 2, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    padding = [(3, 3), (3, 3)]
+    padding[dimension] = (3 - short[0], 3 - short[1])
+    assert check(CONV, x, Facts((4, 4), (1, 1), tuple(padding), (1, 1), 1)) is not None
+
+
+def test_moments_where_the_second_axis_is_strided_and_wide():
+    x = torch.randn(2, 2, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert check(CONV, x, Facts((4, 4), (1, 2), ((3, 3), (3, 16)), (1, 1), 1)) is not None
+
+
 @pytest.mark.parametrize(("kernel", "stride", "quick"), [(3, 1, True), (5, 1, True), (1, 1, False), (3, 2, False)])
 def test_the_quick_way_is_taken_where_patches_overlap(kernel, stride, quick):
     x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
