@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -160,7 +161,7 @@ def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
         here = c[:, start : start + part.sizes.n]
         sums.append(rows.outer(torch.einsum("sn,ksnto->knto", here, part.g), part.a))
         start += part.sizes.n
-    return torch.stack(sums).sum(0)
+    return reduce(torch.add, sums)
 
 
 def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
@@ -187,8 +188,8 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
     k, s, n, t, o, _ = x.sizes
     _, r, m, u, _, _ = y.sizes
     products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
-    inputs = rows.gram(x.a, y.a).repeat(1, s, r)
-    return (products * inputs).sum(0).reshape(s, n, t, r * m, u).sum((2, 4))
+    inputs = rows.gram(x.a, y.a).reshape(k, 1, n, t, 1, m, u)
+    return (products.reshape(k, s, n, t, r, m, u) * inputs).sum((0, 3, 6)).reshape(s, n, r * m)
 
 
 def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:

@@ -202,12 +202,17 @@ def examples(taps: Mapping[str, Tap]) -> int:
 
 def precondition(inverses: dict[str, System], gradients: Mapping[str, Tensor | Tap], inner: bool) -> Preconditioned:
     """`(F + λI)⁻¹ ∇`, group by group."""
-    matrices = {key: as_matrix(gradient) for key, gradient in gradients.items()}
     solved: dict[str, Tensor] = {}
     for system in inverses.values():
-        solved |= _solve(system, {key: matrices[key] for key in system.taps})
-    product = torch.stack([(matrices[key] * solved[key]).sum() for key in matrices]).sum() if inner else ()
-    return Preconditioned(solved, product)
+        solved |= _solve(system, {key: gradients[key] for key in system.taps})
+    products = [_inner(gradient, solved[key]) for key, gradient in gradients.items()] if inner else []
+    return Preconditioned(solved, torch.stack(products).sum() if inner else ())
+
+
+def _inner(gradient: Tensor | Tap, z: Tensor) -> Float[Tensor, ""]:
+    if isinstance(gradient, Tensor):
+        return (gradient * z).sum()
+    return inner_products(gradient, z.to(gradient.g.dtype)).sum() / gradient.sizes.n
 
 
 def as_matrix(gradient: Tensor | Tap) -> Tensor:
@@ -218,28 +223,52 @@ def as_matrix(gradient: Tensor | Tap) -> Tensor:
     return combine(gradient, gradient.g.new_full((s, n), 1 / n))
 
 
-def _solve(system: System, v: Matrices) -> dict[str, Tensor]:
+def _solve(system: System, gradients: Mapping[str, Tensor | Tap]) -> dict[str, Tensor]:
     taps, factor, damping = system
     dtype = next(iter(taps.values())).g.dtype
-    v = {key: V.to(dtype) for key, V in v.items()}
+    v = {key: gradient.to(dtype) for key, gradient in gradients.items()}
     if _few_parameters(taps):
-        flat = torch.cat([V.reshape(-1) for V in v.values()]).double()
-        parts = _cholesky_solve(factor, flat).to(dtype).split([V.numel() for V in v.values()])
-        return {key: part.reshape(V.shape) for (key, V), part in zip(v.items(), parts, strict=True)}
+        matrices = {key: as_matrix(V) for key, V in v.items()}
+        flat = torch.cat([V.reshape(-1) for V in matrices.values()]).double()
+        parts = _cholesky_solve(factor, flat).to(dtype).split([V.numel() for V in matrices.values()])
+        return {key: part.reshape(V.shape) for (key, V), part in zip(matrices.items(), parts, strict=True)}
     root = math.sqrt(examples(taps))
+    v = {key: V if _rows_serve(taps[key], V) else as_matrix(V) for key, V in v.items()}
     rhs = total(taps, v) / root
     c = _cholesky_solve(factor, rhs.reshape(-1).double()).to(dtype).reshape(rhs.shape) / root
-    return {key: (V - combine(taps[key], c).reshape(V.shape)) / damping.to(dtype) for key, V in v.items()}
+    return {key: _remainder(V, taps[key], c) / damping.to(dtype) for key, V in v.items()}
+
+
+def _rows_serve(tap: Tap, V: Tensor | Tap) -> bool:
+    """Whether a gradient given as a loss tap meets the system's tap row by row: neither W nor ∇ need be formed."""
+    if isinstance(V, Tensor):
+        return False
+    mine, other = tap.sizes, V.sizes
+    return (mine.k, mine.o, mine.i) == (other.k, other.o, other.i) and mine.t == other.t == other.s == 1
+
+
+def _remainder(V: Tensor | Tap, tap: Tap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
+    """`V − Σ_sn c_sn W_sn`; of a gradient given as a loss tap in one product."""
+    if isinstance(V, Tensor):
+        return V - combine(tap, c).reshape(V.shape)
+    g = torch.cat([V.g.squeeze(1) / V.sizes.n, torch.einsum("sn,ksnto->knto", -c, tap.g)], 1)
+    return rows.outer(g, torch.cat([rows.dense(V.a), rows.dense(tap.a)], 1))
 
 
 def _cholesky_solve(factor: Float[Tensor, "m m"], rhs: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     return torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
 
 
-def total(taps: Mapping[str, Tap], v: Matrices) -> Float[Tensor, "s n"]:
+def total(taps: Mapping[str, Tap], v: Mapping[str, Tensor | Tap]) -> Float[Tensor, "s n"]:
     """`Σ_l ⟨W_sn, V⟩` over the layers of a group: the same examples and draws in each."""
-    parts = [inner_products(tap, _shaped(v[key], tap).to(tap.g.dtype)) for key, tap in taps.items()]
-    return torch.stack(parts).sum(0)
+    return torch.stack([_overlaps(tap, v[key]) for key, tap in taps.items()]).sum(0)
+
+
+def _overlaps(tap: Tap, V: Tensor | Tap) -> Float[Tensor, "s n"]:
+    """`⟨W_sn, V⟩`; of a gradient given as a loss tap the mean of inner products with its examples."""
+    if isinstance(V, Tap):
+        return gram(tap, V).reshape(tap.sizes.s, tap.sizes.n, -1).mean(-1)
+    return inner_products(tap, _shaped(V, tap).to(tap.g.dtype))
 
 
 def _shaped(V: Tensor, tap: Tap) -> Float[Tensor, "k o i"]:

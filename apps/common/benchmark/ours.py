@@ -99,10 +99,19 @@ def refreshes(problem: Problem) -> dict[str, Step]:
 
 
 FORWARD_BACKWARD, IN_TOTAL, GRAM = "forward and backward", "exact natural gradient", "its Gram matrix"
+IN_TOTAL_COMPILED = f"{IN_TOTAL}, compiled"
 
 
-def exact(problem: Problem) -> dict[str, Step]:
+def exact(problem: Problem, compiled: bool = True) -> dict[str, Step]:
     """The exact natural gradient of the full empirical Fisher, beside a forward and backward of the same batch."""
     one, train = prepared(problem, "exactNG", fisher="empirical"), problem.training()
     fisher = one.ng.fisher(one.stats(), structure="full")
-    return {FORWARD_BACKWARD: train.backward, IN_TOTAL: one.step, GRAM: fisher.gram}
+
+    @ff.compile
+    def graph(params: Any, state: ff.State, batch: Any, context: Any) -> Any:
+        return one.ng.step(params, state, batch, context=context)
+
+    steps: dict[str, Step] = {FORWARD_BACKWARD: train.backward, IN_TOTAL: one.step}
+    if compiled:
+        steps[IN_TOTAL_COMPILED] = lambda: graph(problem.params, one.state, problem.batch, problem.context)
+    return steps | {GRAM: fisher.gram}
