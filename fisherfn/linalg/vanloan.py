@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.linalg import kron
-from fisherfn.linalg.kron import Pair
+from fisherfn.linalg.kron import Factor, Pair
 from fisherfn.linalg.rearranged import Element, Rearranged
 
 
@@ -66,7 +66,7 @@ def by_block(triplets: Sequence[Triplet], groups: Sequence[int]) -> list[tuple[T
     return [tuple(Triplet(*fields) for fields in block) for block in zip(*parts, strict=True)]
 
 
-def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) -> tuple[Pair, ...]:
+def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank: int) -> list[tuple[Pair, ...]]:
     r"""The best sum of `rank` Kronecker products for $\sum_r w_r\, G_r \otimes A_r$: an average of operators, exactly.
 
     With the Gram matrices of the A and of the G, as many rows as there are terms, $K_G = H H^\top$ and
@@ -74,11 +74,16 @@ def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) ->
     and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair
     would cancel it. Both factors get the norm √σ; the sign is that of tr G ≥ 0, which makes a leading pair PSD: neither
     factor alone has one.
+
+    Args:
+        sums: the terms of each block; the small matrices of all blocks are solved at once.
+        weights: w, the same for all.
+        rank: how many terms are left.
     """
-    A, G = (torch.stack([getattr(pair, side) for pair in pairs], 1) for side in ("A", "G"))
-    K_A, K_G = _gram(A), _gram(G)
+    groups = [terms[0].A.shape[0] for terms in sums]
+    K_A, K_G = (torch.cat([_gram([getattr(pair, side) for pair in terms]) for terms in sums]) for side in ("A", "G"))
     M = torch.stack(list(weights)).to(K_A.dtype).unsqueeze(-1)
-    sound = torch.isfinite(K_A.sum() + K_G.sum() + M.sum())
+    sound = torch.isfinite((K_A + K_G).sum((-2, -1), keepdim=True) + M.sum())  # group by group
     squares, vectors = _psd(torch.where(sound, K_G, 0.0))
     MH = M * vectors * squares.sqrt().unsqueeze(-2)
     squares, y = _psd(torch.where(sound, MH.mT @ K_A @ MH, 0.0))
@@ -86,10 +91,20 @@ def recompressed(pairs: Sequence[Pair], weights: Sequence[Tensor], rank: int) ->
     inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
     c = MH @ y[..., -rank:] * inverse
     d = M * (K_A @ c) * inverse
-    traces = (G if G.ndim == 3 else G.diagonal(dim1=-2, dim2=-1)).sum(-1).unsqueeze(1)
-    half = torch.where(traces.double() @ d < 0, -1.0, 1.0) * torch.where(sound, sigma.sqrt(), torch.nan)
-    mixed_A, mixed_G = _mixed(A, c * half), _mixed(G, d * half)
-    return tuple(Pair(mixed_A[:, -r], mixed_G[:, -r]) for r in range(1, rank + 1))
+    traces = torch.cat([torch.stack([kron.diagonal(pair.G).sum(-1) for pair in terms], -1) for terms in sums])
+    negative = traces.double().unsqueeze(1) @ d < 0
+    half = torch.where(negative, -1.0, 1.0) * torch.where(sound, sigma.sqrt(), torch.nan)
+    coefficients = zip((c * half).split(groups), (d * half).split(groups), strict=True)
+    return [
+        tuple(
+            Pair(
+                _mixed([pair.A for pair in terms], of_A[..., -r]),
+                _mixed([pair.G for pair in terms], of_G[..., -r]),
+            )
+            for r in range(1, rank + 1)
+        )
+        for terms, (of_A, of_G) in zip(sums, coefficients, strict=True)
+    ]
 
 
 def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Tensor, "k r r"]]:
@@ -98,18 +113,21 @@ def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Te
     return torch.where(values > 1e-15 * values[..., -1:], values, 0.0), vectors
 
 
-def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
+def _gram(factors: Sequence[Factor]) -> Float[Tensor, "k r r"]:
     """`⟨F_r, F_q⟩`, the sums of rows in float64."""
-    if factors.ndim == 3:
-        return factors.double() @ factors.double().mT
-    by_row = factors.transpose(1, 2)
+    if kron.is_diagonal(factors[0]):
+        rows = torch.stack(list(factors), 1).double()
+        return rows @ rows.mT
+    by_row = torch.stack(list(factors), 2)
     return (by_row @ by_row.mT).double().sum(1)
 
 
-def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float[Tensor, "k q *d"]:
-    """`Σ_r c_rq F_r`."""
-    flat = c.mT.to(factors.dtype) @ factors.flatten(2)
-    return flat.reshape(*flat.shape[:2], *factors.shape[2:])
+def _mixed(factors: Sequence[Factor], c: Float[Tensor, "k r"]) -> Factor:
+    """`Σ_r c_r F_r`."""
+    total = kron.times(factors[0], c[:, 0])
+    for r, F in enumerate(factors[1:], start=1):
+        total.addcmul_(F, c[:, r].to(F.dtype).reshape(-1, *[1] * (F.ndim - 1)))
+    return total
 
 
 class _Krylov(NamedTuple):

@@ -15,6 +15,7 @@ Koroko et al. 2022, section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -46,8 +47,13 @@ def start(previous: Sum) -> tuple[Pair]:
     return (previous.second,)
 
 
-def blend(old: Sum, new: Sum, rho: Tensor) -> Sum:
-    """K-FAC's average, and the best product for what it leaves of the average of the operators."""
-    shift = Pair(old.first.A - new.first.A, old.first.G - new.first.G)
-    (second,) = recompressed([old.second, new.second, shift], [rho, 1 - rho, rho * (1 - rho)], rank=1)
-    return Sum(factorwise(old.first, new.first, rho), second)
+def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+    """K-FAC's average, and the best product for what it leaves of the average of the operators, of each block."""
+    pairs = list(zip(old, new, strict=True))
+    shifts = [Pair(before.first.A - now.first.A, before.first.G - now.first.G) for before, now in pairs]
+    sums = [(before.second, now.second, shift) for (before, now), shift in zip(pairs, shifts, strict=True)]
+    seconds = recompressed(sums, [rho, 1 - rho, rho * (1 - rho)], rank=1)
+    return [
+        Sum(factorwise(before.first, now.first, rho), second)
+        for (before, now), (second,) in zip(pairs, seconds, strict=True)
+    ]

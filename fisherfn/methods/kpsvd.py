@@ -14,6 +14,7 @@ the Golub–Kahan steps that walk through the same space).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -49,7 +50,6 @@ def start(previous: Pair) -> tuple[Pair]:
     return (previous,)
 
 
-def blend(old: Pair, new: Pair, rho: Tensor) -> Pair:
-    """The best product for `ρ old + (1 − ρ) new`."""
-    (pair,) = recompressed([old, new], [rho, 1 - rho], rank=1)
-    return pair
+def blend(old: Sequence[Pair], new: Sequence[Pair], rho: Tensor) -> list[Pair]:
+    """The best product for `ρ old + (1 − ρ) new` of each block."""
+    return [pair for (pair,) in recompressed(list(zip(old, new, strict=True)), [rho, 1 - rho], rank=1)]

@@ -29,13 +29,13 @@ class Fit(NamedTuple):
     Attributes:
         find: Z to its leading triplets.
         start: the previous factors to the pairs with whose sum to start.
-        blend: (old, new, rho) to the method's own running average.
+        blend: (old, new, rho), lists of blocks the first two, to the method's own running average of each.
         moments: K-FAC's pair, where that is the first term: the triplets are then those of what it leaves.
     """
 
     find: Callable[[Rearranged], tuple[Triplet, ...]]
     start: Callable[[PyTree], Sequence[Pair]]
-    blend: Callable[[PyTree, PyTree, Tensor], PyTree]
+    blend: Callable[[Sequence[PyTree], Sequence[PyTree], Tensor], Sequence[PyTree]]
     moments: Moment | None = None
 
 
@@ -53,11 +53,14 @@ def iterated(fit: Fit) -> Update:
                 moments = (block.moments(pair) for block, pair in zip(blocks, known, strict=True))
                 Z = rearranged.deflated(Z, *(torch.cat(side) for side in zip(*moments, strict=True)))
             found = by_block(fit.find(Z), [taps[key].sizes.k for key in keys])
-            for at, (key, block, triplets) in enumerate(zip(keys, blocks, found, strict=True)):
+            new = []
+            for at, (block, triplets) in enumerate(zip(blocks, found, strict=True)):
                 terms = [*known[at : at + 1], *(block.pair(triplet.u, triplet.v) for triplet in triplets)]
-                new = terms[0] if len(terms) == 1 else Sum(*terms)
+                new.append(terms[0] if len(terms) == 1 else Sum(*terms))
+            blended = fit.blend([old[key] for key in keys], new, rho)
+            for key, factors, triplets in zip(keys, blended, found, strict=True):
                 residuals = (triplet.residual.amax() for triplet in triplets)
-                yield key, fit.blend(old[key], new, rho), dict(zip(RESIDUALS, residuals, strict=False))
+                yield key, factors, dict(zip(RESIDUALS, residuals, strict=False))
 
     return update
 

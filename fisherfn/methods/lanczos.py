@@ -12,6 +12,7 @@ Koroko et al. 2022, section 3.2, which runs two steps and restarts; two steps fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -53,6 +54,7 @@ def start(previous: Sum) -> Sum:
     return previous
 
 
-def blend(old: Sum, new: Sum, rho: Tensor) -> Sum:
-    """The best two terms for `ρ old + (1 − ρ) new`."""
-    return Sum(*recompressed([*old, *new], [rho, rho, 1 - rho, 1 - rho], rank=2))
+def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+    """The best two terms for `ρ old + (1 − ρ) new` of each block."""
+    sums = [(*before, *now) for before, now in zip(old, new, strict=True)]
+    return [Sum(*terms) for terms in recompressed(sums, [rho, rho, 1 - rho, 1 - rho], rank=2)]
