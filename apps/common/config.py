@@ -5,12 +5,16 @@ values must satisfy:
 
     @dataclass(frozen=True)
     class Config:
+        sections: ClassVar = {"batch_size": "optimization", "fisher": "curvature"}
+
         batch_size: int = option(256, "examples a step", check=POSITIVE)
         update_every: int = option(10, "steps between statistics", aliases=("T_cov",), check=POSITIVE)
         optim: str = option("kfac", "optimizer", choices=lambda: OPTIMIZERS)
         fisher: Literal["mc", "type2"] = option("mc", "which Fisher")
 
 `--update_every 5`, `--update-every 5`, `--T_cov=5` and the YAML lines `update_every: 5` and `T_cov: 5` are the same.
+The help is in `sections`, each named by its first field.
+
 The library splits arguments, converts the values of both sources by the field's type and writes the help. What it does
 not do is done here: to name the nearest option for an unknown one, to refuse a file that sets one field twice, and to
 say in one line what is wrong. train_config.py declares the trainers' options.
@@ -169,11 +173,15 @@ def _parser(Config: type, description: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=description, usage=usage, epilog=EXIT_CODES, exit_on_error=False)
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(Config)
+    sections: Mapping[str, str] = getattr(Config, "sections", {})
+    group: Any = parser
     for field in dataclasses.fields(Config):
+        if field.name in sections:
+            group = parser.add_argument_group(sections[field.name])
         flags = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
         # a bare `--quiet` means true
         switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
-        parser.add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
+        group.add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
     return parser
 
 

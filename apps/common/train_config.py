@@ -47,6 +47,12 @@ class TrainConfig:
 
     app: ClassVar[str] = "train_mlp"
     inputs: ClassVar[Inputs] = "flat"
+    sections: ClassVar[dict[str, str]] = {
+        "data": "data and model",
+        "batch_size": "optimization",
+        "damping": "curvature",
+        "seed": "the run",
+    }
 
     data: str = option("CURVES", "data set", aliases=("dataset",), choices=MLP_DATA, own=True)
     data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))

@@ -24,6 +24,15 @@ class GanConfig:
 
     app: ClassVar[str] = "train_gan"
 
+    sections: ClassVar[dict[str, str]] = {
+        "data": "data and nets",
+        "gen_optim": "optimization",
+        "damping": "curvature",
+        "momentum": "first-order terms",
+        "fid": "quality",
+        "seed": "the run",
+    }
+
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=DATA, own=True)
     data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import yaml
@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from common import config as c
 from common.config import ConfigError, dump, filled, option, parse, read, validate
-from common.train_config import TrainConfig
+from common.gan.config import GanConfig
+from common.train_config import APPS, TrainConfig
 
 TREES = ["oak", "ash"]
 
 
 @dataclass(frozen=True)
 class Config:
+    sections: ClassVar[dict[str, str]] = {"size": "of the garden", "name": "of the run"}
+
     size: int = option(4, "how many", aliases=("n", "N_all"), check=c.POSITIVE)
     rate: float | None = option(None, "how fast", check=c.NON_NEGATIVE)
     part: float = option(0.5, "how much", check=c.FRACTION)
@@ -203,6 +206,21 @@ def test_help_tells_what_each_option_is(capsys):
     assert caught.value.code == 0
     assert "Do it." in out and "--T_cov" in out and "how often" in out and "default: 10" in out
     assert "which tree; one of oak, ash or pkg.module:function" in out
+
+
+def test_help_is_in_sections(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], description=None)
+    _, garden = capsys.readouterr().out.split("of the garden")
+    garden, run = garden.split("of the run")
+    assert "--size" in garden and "--T_cov" in garden and "--name" in run and "--quiet" in run
+
+
+@pytest.mark.parametrize("Trainer", [*APPS.values(), GanConfig])
+def test_sections_of_trainers_begin_with_fields(Trainer):
+    names = [field.name for field in dataclasses.fields(Trainer)]
+    assert list(Trainer.sections) == sorted(Trainer.sections, key=names.index)
+    assert next(iter(Trainer.sections)) == names[0]
 
 
 # ------------------------------------------------------------------------------------------- filling and validating
