@@ -101,3 +101,10 @@ def test_windows_are_the_whole(n, window):
     close(lazy.window(slice(1, 3)).whole().a, tap.a[:, 1:3])
     close(lazy.whole().g, tap.g)
     assert lazy.to(torch.float32).whole().g.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 271])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_product_is_one_whatever_its_width(width, factor):
+    x, y = normal(2, 3, 5), normal(2, 5, width, seed=1)
+    close(rows.product(x, y, factor), factor * torch.einsum("kmj,kji->kmi", x, y))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fisherfn as ff
+from fisherfn.tree import split
 from tests import oracles, strategies, zoo
 from tests.oracles import close, vec
 
@@ -90,3 +91,21 @@ def test_select_keeps_the_old_or_empties_what_cannot_be_kept():
     new, old = {"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.full((5,), 7.0), "b": torch.full((2,), 7.0)}
     close(ff.tree.select(torch.tensor(True), new, old), new)
     close(ff.tree.select(torch.tensor(False), new, old), {"a": torch.zeros(3), "b": old["b"]})
+
+
+def test_split_tells_trees_apart_that_a_graph_would_confuse():
+    x, y = torch.ones(2, 3), torch.ones(2, 3)
+    tensors, known = split({"a": x, "b": y})
+    assert [id(t) for t in tensors] == [id(x), id(y)]
+    assert split({"a": y, "b": x})[1] == known
+    others = [
+        {"a": x, "b": x},
+        {"b": x, "a": y},
+        {"a": x, "b": y.double()},
+        {"a": x, "b": torch.ones(2, 4)},
+        {"a": x, "b": torch.ones(3, 2).mT},
+        {"a": x, "b": 1.0},
+        (x, y),
+        [x, y],
+    ]
+    assert len({known, *(split(other)[1] for other in others)}) == 1 + len(others)
