@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.linalg import kron
-from fisherfn.linalg.kron import Factor, Pair
+from fisherfn.linalg.kron import Pair
 from fisherfn.linalg.rearranged import Element, Rearranged
 
 
@@ -80,8 +80,8 @@ def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank
         weights: w, the same for all.
         rank: how many terms are left.
     """
-    groups = [terms[0].A.shape[0] for terms in sums]
-    K_A, K_G = (torch.cat([_gram([getattr(pair, side) for pair in terms]) for terms in sums]) for side in ("A", "G"))
+    A, G = ([torch.stack([getattr(pair, side) for pair in terms], 1) for terms in sums] for side in ("A", "G"))
+    K_A, K_G = torch.cat([_gram(of_block) for of_block in A]), torch.cat([_gram(of_block) for of_block in G])
     M = torch.stack(list(weights)).to(K_A.dtype).unsqueeze(-1)
     sound = torch.isfinite((K_A + K_G).sum((-2, -1), keepdim=True) + M.sum())  # group by group
     squares, vectors = _psd(torch.where(sound, K_G, 0.0))
@@ -91,20 +91,14 @@ def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank
     inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
     c = MH @ y[..., -rank:] * inverse
     d = M * (K_A @ c) * inverse
-    traces = torch.cat([torch.stack([kron.diagonal(pair.G).sum(-1) for pair in terms], -1) for terms in sums])
-    negative = traces.double().unsqueeze(1) @ d < 0
-    half = torch.where(negative, -1.0, 1.0) * torch.where(sound, sigma.sqrt(), torch.nan)
-    coefficients = zip((c * half).split(groups), (d * half).split(groups), strict=True)
-    return [
-        tuple(
-            Pair(
-                _mixed([pair.A for pair in terms], of_A[..., -r]),
-                _mixed([pair.G for pair in terms], of_G[..., -r]),
-            )
-            for r in range(1, rank + 1)
-        )
-        for terms, (of_A, of_G) in zip(sums, coefficients, strict=True)
-    ]
+    traces = torch.cat([(g if g.ndim == 3 else g.diagonal(dim1=-2, dim2=-1)).sum(-1) for g in G]).unsqueeze(1)
+    half = torch.where(traces.double() @ d < 0, -1.0, 1.0) * torch.where(sound, sigma.sqrt(), torch.nan)
+    groups = [len(of_block) for of_block in A]
+    mixed_A, mixed_G = (
+        [_mixed(factors, part) for factors, part in zip(side, coefficients.split(groups), strict=True)]
+        for side, coefficients in ((A, c * half), (G, d * half))
+    )
+    return [tuple(Pair(a[:, -r], g[:, -r]) for r in range(1, rank + 1)) for a, g in zip(mixed_A, mixed_G, strict=True)]
 
 
 def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Tensor, "k r r"]]:
@@ -113,21 +107,18 @@ def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Te
     return torch.where(values > 1e-15 * values[..., -1:], values, 0.0), vectors
 
 
-def _gram(factors: Sequence[Factor]) -> Float[Tensor, "k r r"]:
+def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
     """`⟨F_r, F_q⟩`, the sums of rows in float64."""
-    if kron.is_diagonal(factors[0]):
-        rows = torch.stack(list(factors), 1).double()
-        return rows @ rows.mT
-    by_row = torch.stack(list(factors), 2)
+    if factors.ndim == 3:
+        return factors.double() @ factors.double().mT
+    by_row = factors.transpose(1, 2)
     return (by_row @ by_row.mT).double().sum(1)
 
 
-def _mixed(factors: Sequence[Factor], c: Float[Tensor, "k r"]) -> Factor:
-    """`Σ_r c_r F_r`."""
-    total = kron.times(factors[0], c[:, 0])
-    for r, F in enumerate(factors[1:], start=1):
-        total.addcmul_(F, c[:, r].to(F.dtype).reshape(-1, *[1] * (F.ndim - 1)))
-    return total
+def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float[Tensor, "k q *d"]:
+    """`Σ_r c_rq F_r`."""
+    flat = c.mT.to(factors.dtype) @ factors.flatten(2)
+    return flat.reshape(*flat.shape[:2], *factors.shape[2:])
 
 
 class _Krylov(NamedTuple):

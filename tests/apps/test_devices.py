@@ -66,7 +66,7 @@ def test_a_run_goes_on_on_the_other_device(own, optim, first, then):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_the_benchmark_measures_time_and_on_a_gpu_memory(device):
-    config = benchmark.BenchmarkConfig(rounds=1, batch_size=4, refresh=False, device=device)
+    config = benchmark.BenchmarkConfig(rounds=1, batch_size=4, refresh=False, compile=False, device=device)
     found = benchmark.measure("cuda_convnet", config)["contenders"]
     timings = [timing for one in found.values() for timing in one["parts"].values()]
     assert len(timings) == 1 + 3 * (len(found) - 1), "SGD's step, and three kinds of ours"
