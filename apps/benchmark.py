@@ -68,7 +68,8 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     refreshes = ours.refreshes(posed) if config.refresh else {}
     exact = {}
     if config.refresh and name in EXACT_ON:
-        exact = ours.exact(problem(name, config.batch_size or EXACT_EXAMPLES, config.device), config.compile)
+        compiles = config.compile and all(found[label].parts for label in ours.COMPILED)
+        exact = ours.exact(problem(name, config.batch_size or EXACT_EXAMPLES, config.device), compiles)
     steps: dict[tuple[str, str], Callable[[], Any]] = {
         (label, part): step for label, contender in found.items() for part, step in contender.parts.items()
     }

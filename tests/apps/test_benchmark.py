@@ -12,7 +12,7 @@ import benchmark
 import fisherfn as ff
 from common.benchmark import clock, contenders, optimizers, peers, report
 from common.benchmark.contenders import Contender, Cost, Cycle, cost
-from common.benchmark.ours import COMPILED, VARIANTS, kfac
+from common.benchmark.ours import COMPILED, FORWARD_BACKWARD, GRAM, IN_TOTAL, VARIANTS, kfac
 from common.benchmark.problems import WORKLOADS, posed, problem
 from common.config import ConfigError
 
@@ -292,3 +292,16 @@ def test_labels_are_drawn_from_the_model():
     assert set(binary.unique().tolist()) == {0.0, 1.0}
     # a standard deviation is 0.005 and 0.007
     assert abs(binary.mean() - 0.75) < 0.02 and abs(labels.double().mean() - 0.75) < 0.03
+
+
+def test_without_a_compiler_plain_steps_are_timed_and_the_error_is_shown(monkeypatch):
+    def no_compiler(fn, **options):
+        def failing(*args, **kwargs):
+            raise RuntimeError("no C++ compiler")
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    found = benchmark.measure("cuda_convnet", benchmark.BenchmarkConfig(rounds=1, batch_size=2))
+    assert "RuntimeError: no C++ compiler" in found["contenders"]["fisherfn, compiled"]["error"]
+    assert found["contenders"]["fisherfn"]["parts"] and list(found["exact"]) == [FORWARD_BACKWARD, IN_TOTAL, GRAM]

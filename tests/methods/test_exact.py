@@ -204,6 +204,27 @@ def test_the_step_does_not_depend_on_affine_charts_of_layer_inputs(method):
 
 
 @STRUCTURES
+@KINDS
+def test_a_gradient_in_rows_is_stepped_like_its_matrix(structure, fisher):
+    """In layers wider than the batch it comes as rows, here of another batch than the system's, of another size."""
+    generator = torch.Generator().manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 14), torch.nn.Tanh(), torch.nn.Linear(14, 10)).double()
+    model, params, context = ff.functional(net)
+    params = zoo.random_tree(params)
+    x, y = torch.randn(7, 12, generator=generator).double(), torch.randint(10, (7,), generator=generator)
+    ng = ff.natural_gradient(
+        model, params, x, likelihood=ff.Categorical(), method=ff.exact(structure), fisher=fisher, context=context
+    )
+    given = {"context": context, "samples": 2, "generator": generator}
+    mine, other = ng.stats(params, (x[:3], y[:3]), **given), ng.stats(params, (x[3:], y[3:]), **given)
+    state = ng.invert(ng.update(ng.init(params, damping=0.1), mine)[0])[0]
+    nat, _, info = ng.advance(state, other, invert=False, inner=True)
+    expected = ng.fisher(mine, structure).dense() + 0.1 * torch.eye(len(vec(params)), dtype=torch.float64)
+    close(nat, unvec(params, torch.linalg.solve(expected, vec(other.grads))), tol=1e-7)
+    close(info.inner, vec(other.grads) @ vec(nat))
+
+
+@STRUCTURES
 def test_only_the_newest_statistics_count_whatever_their_size(structure):
     """Batches of 5, 2 and 40 examples: an average of the first kind has no place for others."""
     problem = zoo.pick("mlp-categorical")
