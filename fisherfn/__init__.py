@@ -1,7 +1,7 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
 from fisherfn import errors, likelihoods, optim, tree
-from fisherfn.adapt import kl_clip
+from fisherfn.adapt import Adapted, Adaptive, AdaptiveState, Cadence, QuadraticModel, adaptive, kl_clip, quadratic_model
 from fisherfn.base import Method
 from fisherfn.compiled import compile
 from fisherfn.errors import FisherfnError, check
@@ -19,8 +19,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Adapted",
+    "Adaptive",
+    "AdaptiveState",
     "Approximation",
     "Bernoulli",
+    "Cadence",
     "Categorical",
     "DampedInverse",
     "Fisher",
@@ -32,9 +36,11 @@ __all__ = [
     "Likelihood",
     "Method",
     "NaturalGradient",
+    "QuadraticModel",
     "State",
     "Stats",
     "Tap",
+    "adaptive",
     "check",
     "compile",
     "deflation",
@@ -51,6 +57,7 @@ __all__ = [
     "likelihoods",
     "natural_gradient",
     "optim",
+    "quadratic_model",
     "tree",
     "two_level",
 ]

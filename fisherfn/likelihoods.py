@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.func import grad, vjp
 from torch.nn import functional as F
 
-from fisherfn.errors import HyperparameterError, ShapeError, TargetError, expect
+from fisherfn.errors import HyperparameterError, LikelihoodError, ShapeError, TargetError, expect
 
 
 @runtime_checkable
@@ -194,6 +195,36 @@ def draw(likelihood: object, shape: torch.Size, generator: torch.Generator, dtyp
     """The noise for outputs of this shape: the likelihood's own, else one uniform number an output."""
     own = getattr(likelihood, "noise", None)
     return own(shape, generator, dtype) if own is not None else _uniform(shape, generator, dtype)
+
+
+def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
+    """Return B v for every example, B the Fisher of its outputs.
+
+    By `fisher_product` or the columns of `fisher_sqrt`. A likelihood with neither, a plain callable, has the second
+    derivative of its `nll` in the outputs instead, at the targets of the data.
+
+    Raises:
+        LikelihoodError: an `nll` that cannot be differentiated twice.
+    """
+    product = getattr(likelihood, "fisher_product", None)
+    if product is not None:
+        return product(outputs, v)  # type: ignore[no-any-return]
+    root = getattr(likelihood, "fisher_sqrt", None)
+    if root is not None:
+        columns = root(outputs)
+        return torch.einsum("sn,sn...->n...", (columns * v).flatten(2).sum(-1), columns)
+
+    def slope(f: Tensor) -> Tensor:
+        return grad(lambda g: likelihood.nll(g, targets).sum())(f)  # type: ignore[attr-defined, no-any-return]
+
+    try:
+        # reverse over reverse: the gradient's own pullback is symmetric
+        return vjp(slope, outputs)[1](v)[0]  # type: ignore[no-any-return]
+    except (RuntimeError, NotImplementedError) as error:
+        raise LikelihoodError(
+            f"the curvature of the outputs is wanted, and nll cannot be differentiated twice ({str(error)[:120]}): give "
+            "the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
+        ) from error
 
 
 def _uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -192,6 +192,12 @@ class NaturalGradient:
             of_spectrum=method.eigenvalues and partial(method.eigenvalues, factors, self._shapes),
         )
 
+    def trace(self, state: State) -> Float[Tensor, ""]:
+        """Return the trace of the undamped approximate Fisher, in the precision of the factors."""
+        self._own(state)
+        trace = self.method.trace
+        return trace(state.factors, self._shapes) if trace else self.approximation(state).trace()
+
     def inverse(self, state: State) -> DampedInverse:
         """What `precondition` multiplies by, as an operator: the damped inverse of the last `invert`.
 
@@ -256,11 +262,19 @@ class NaturalGradient:
         return nat, new, info._replace(loss=stats.loss, context=stats.context)
 
     def advance(
-        self, state: State, grads: Tree | Stats, stats: Stats | None = None, *, invert: bool = True, inner: bool = False
+        self,
+        state: State,
+        grads: Tree | Stats,
+        stats: Stats | None = None,
+        *,
+        invert: bool = True,
+        inner: bool = False,
+        damping: Callable[[State], Tensor] | None = None,
     ) -> tuple[Tree, State, Info]:
         """`step` without the model: `update` from `stats` where given, `invert`, then `precondition` of `grads`.
 
-        For statistics or gradients that are there already; see `step`.
+        For statistics or gradients that are there already; see `step`. With `damping`, a function of the updated
+        state, the inverses are made with its λ instead of the state's.
         """
         self._own(state)
         sources = [given for given in (grads, stats) if isinstance(given, Stats)]
@@ -274,6 +288,7 @@ class NaturalGradient:
             new, result = self._updated(new, stats, invert)
             checks["statistics"], diagnostics = result.ok, result.diagnostics
         if invert:
+            new = new if damping is None else new._replace(damping=damping(new))
             new, result = self._inverted(new)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
         nat, product = self._precondition(new, grads, inner)

@@ -64,6 +64,7 @@ class Info(NamedTuple):
             `statistics`, `factorisation`, `step` for each block).
         diagnostics: measurements of the method by name, then by block (jitter used, residuals, …).
         context: the model's new context.
+        adapted: step size, momentum, damping and reduction ratio of an adaptive step (`ff.Adapted`).
     """
 
     loss: Any = ()
@@ -72,3 +73,4 @@ class Info(NamedTuple):
     checks: dict[str, Any] = {}
     diagnostics: dict[str, dict[str, Tensor]] = {}
     context: PyTree = ()
+    adapted: Any = ()

@@ -1,9 +1,9 @@
 """Network in, taps out: interception, zero taps and pullbacks, label sources, layout."""
 
 from fisherfn.stats.build import build
-from fisherfn.stats.chunks import in_chunks
+from fisherfn.stats.chunks import in_chunks, window
 from fisherfn.stats.collect import Sources, check_batch, collect
-from fisherfn.stats.functional import functional
+from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.labels import FISHERS, check_noise, need
 from fisherfn.stats.layout import Block, Layout
@@ -25,4 +25,6 @@ __all__ = [
     "in_chunks",
     "mean_gradient",
     "need",
+    "run",
+    "window",
 ]

@@ -57,6 +57,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
+            couples=mode.couples,
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)

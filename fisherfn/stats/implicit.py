@@ -23,6 +23,7 @@ from torch.func import vjp
 
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect_number
+from fisherfn.likelihoods import output_fisher
 from fisherfn.operators import to_scipy
 from fisherfn.stats.functional import run
 from fisherfn.stats.labels import need
@@ -60,7 +61,7 @@ class ImplicitFisher:
         outputs, pull = vjp(self._outputs, self._params)  # type: ignore[misc]
         # J v is what pulls v back through the pullback, which is linear: reverse mode alone, which every layer has
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
-        (product,) = pull(self._of_outputs(outputs, push(v)[0]) / self._examples)
+        (product,) = pull(output_fisher(self._likelihood, outputs, None, push(v)[0]) / self._examples)
         return product  # type: ignore[no-any-return]
 
     def solve(self, v: Tree, damping: float | Tensor, *, iterations: int = 50, start: Tree | None = None) -> Solved:
@@ -101,11 +102,3 @@ class ImplicitFisher:
     def _like_params(self, v: Tree) -> None:
         if not isinstance(v, dict) or v.keys() != self._params.keys():
             raise StructureError(f"a tree like params is wanted, with {', '.join(map(repr, self._params))}.")
-
-    def _of_outputs(self, outputs: Tensor, v: Tensor) -> Tensor:
-        """`B v`, example by example."""
-        if hasattr(self._likelihood, "fisher_product"):
-            return self._likelihood.fisher_product(outputs, v)  # type: ignore[no-any-return]
-        columns = self._likelihood.fisher_sqrt(outputs)
-        inner = (columns * v).flatten(2).sum(-1)
-        return torch.einsum("sn,sn...->n...", inner, columns)

@@ -106,6 +106,8 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
+    couples: bool = False
+    """Whether the model mixes the examples of a batch by design (batch norm in training mode)."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:

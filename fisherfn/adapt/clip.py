@@ -1,4 +1,4 @@
-"""How far to go along the natural gradient: the KL clip."""
+"""The KL bound: how far one step along the natural gradient may change the model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,22 @@
+"""How far a step goes: the KL bound, the quadratic model, damping, cadence, and the optimizer that needs no number."""
+
+from fisherfn.adapt.cadence import Cadence, Due
+from fisherfn.adapt.clip import clip_factor, kl_clip
+from fisherfn.adapt.damping import adapted_damping, reduction_ratio
+from fisherfn.adapt.optimizer import Adapted, Adaptive, AdaptiveState, adaptive
+from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+
+__all__ = [
+    "Adapted",
+    "Adaptive",
+    "AdaptiveState",
+    "Cadence",
+    "Due",
+    "QuadraticModel",
+    "adapted_damping",
+    "adaptive",
+    "clip_factor",
+    "kl_clip",
+    "quadratic_model",
+    "reduction_ratio",
+]

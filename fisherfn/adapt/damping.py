@@ -1,0 +1,72 @@
+r"""Damping from the reduction ratio: how well the quadratic model predicts what a step does to the loss.
+
+$$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta)}$$
+
+M leaves λ out here, so that ρ = 1 for a linear model with squared loss. Over k steps with ω = 19/20 per step, the
+Levenberg–Marquardt rule is
+
+$$\rho > \tfrac34:\ \lambda \leftarrow \omega^k \lambda, \qquad \rho < \tfrac14:\ \lambda \leftarrow \omega^{-k} \lambda .$$
+
+On the batch that made the step, ρ is close to 1 for almost any λ: the step fits this batch, and the rule by itself
+drives λ to zero, where steps fit nothing else. So λ has a floor in units of the curvature, $c\, \mathrm{tr} \hat F / n$
+with n the number of parameters.
+
+Source: Martens & Grosse 2015, section 6.5; the floor is this project's (docs/adaptive.md has the measurements).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+DECAY = 19 / 20
+"""ω, per step."""
+
+GOOD, POOR = 0.75, 0.25
+"""Reduction ratios above and below which λ moves."""
+
+REJECTED = 2.0
+"""Factor on λ after a rejected step."""
+
+
+def reduction_ratio(actual: Tensor, predicted: Tensor) -> Float[Tensor, ""]:
+    """Return ρ = actual / predicted change of the loss, guarded against its sign trap.
+
+    A predicted rise that comes true would give ρ > 0 and pass for a good step. Where the model predicts no fall, ρ is
+    −∞ for a step that did not lower the loss (or made it NaN) and 1 for one that did.
+    """
+    falls = predicted < 0
+    plain = actual / torch.where(falls, predicted, -1.0)
+    without = torch.where(actual < 0, 1.0, -torch.inf)
+    ratio = torch.where(falls, plain, without)
+    return torch.where(torch.isnan(ratio), -torch.inf, ratio)
+
+
+def adapted_damping(
+    damping: Float[Tensor, ""],
+    ratio: Float[Tensor, ""],
+    *,
+    steps: Tensor | int = 1,
+    floor: Tensor | float = 0.0,
+    frozen: Bool[Tensor, ""] | bool = False,
+    decay: float = DECAY,
+) -> Float[Tensor, ""]:
+    """Return λ after the Levenberg–Marquardt rule.
+
+    Args:
+        damping: λ so far.
+        ratio: ρ, from `reduction_ratio`.
+        steps: k, the steps that ρ was measured over.
+        floor: the least λ.
+        frozen: where true λ stays: ρ says nothing, as the change of the loss is numerical noise.
+        decay: ω, per step.
+    """
+    factor = decay ** torch.as_tensor(steps, dtype=damping.dtype, device=damping.device)
+    moved = torch.where(ratio > GOOD, damping * factor, torch.where(ratio < POOR, damping / factor, damping))
+    return torch.maximum(torch.where(torch.as_tensor(frozen), damping, moved), torch.as_tensor(floor).to(damping))
+
+
+def within_noise(before: Float[Tensor, ""], change: Float[Tensor, ""], dtype: torch.dtype) -> Bool[Tensor, ""]:
+    """Return whether a change of the loss is a few units in its last place, where ρ means nothing."""
+    return change.abs() <= 8 * torch.finfo(dtype).eps * before.abs()

@@ -1,0 +1,482 @@
+r"""The natural gradient without tuning: step size, momentum and damping from the quadratic model of each batch.
+
+$$\delta = -\alpha \hat F^{-1} \nabla h + \mu\, \delta_0, \qquad \theta \leftarrow \theta + \delta$$
+
+with δ₀ the previous update. One step, in order:
+
+1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as `ng.step`. Just before inverses are refreshed,
+   λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
+2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
+3. The step is tried on the examples of that model. One that raises their loss is rejected: the parameters stay, and λ
+   doubles, in the model at once and in the inverses at the next refresh.
+4. The next batch looks back: where its loss is higher than that of the batch before by more than sampling explains,
+   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see.
+
+Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
+(`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
+sizes by the loss itself, for the exact natural gradient, where the model would always say (α, μ) = (1, 0).
+
+Everything is tensors and masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and resumes.
+
+Source: Martens & Grosse 2015, sections 6 and 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.adapt.clip import clip_factor
+from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
+from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.likelihoods import Categorical
+from fisherfn.natgrad import Batch, NaturalGradient, State, pair
+from fisherfn.stats import Stats, run, window
+from fisherfn.types import Info, PyTree, Tree
+
+Rule: TypeAlias = Literal["model", "clip", "line_search"]
+RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
+
+START, FLOOR = 20.0, 3.0
+"""First λ in units of the first curvature tr F̂ / n, and the least λ in units of the geometric mean of that and today's.
+
+One pair of constants for all nets; docs/adaptive.md has the measurements.
+"""
+LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
+"""What "auto" means for the rule "clip"."""
+
+PART, LEAST = 4, 64
+"""The quadratic model is that of the first N / PART examples, but of at least so many."""
+
+SIGMAS, TOLERANCE = 4.0, 0.02
+"""How far the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
+
+GRID = 16
+"""Step sizes 1, 1/2, …, 2^-15 of a line search."""
+
+
+class Adapted(NamedTuple):
+    """What an adaptive step chose and found.
+
+    Attributes:
+        learning_rate: α.
+        momentum: μ.
+        damping: λ after the step.
+        reduction_ratio: ρ, the change of the loss divided by the change that the quadratic model predicted.
+        rejected: whether the step, or the one before it, was taken back.
+    """
+
+    learning_rate: Float[Tensor, ""]
+    momentum: Float[Tensor, ""]
+    damping: Float[Tensor, ""]
+    reduction_ratio: Float[Tensor, ""]
+    rejected: Bool[Tensor, ""]
+
+
+class AdaptiveState(NamedTuple):
+    """What the optimizer remembers: a pytree of tensors.
+
+    Attributes:
+        curvature: the method's state; λ is its `damping`.
+        update: δ₀, the last update that was accepted.
+        predicted: M, summed over the accepted steps since inverses were refreshed, in nats.
+        actual: the changes of the loss, likewise.
+        steps: how many steps these are.
+        shrink: factor on a given learning rate, halved by each rejection until inverses are refreshed.
+        first_curvature: tr F̂ / n at the first update.
+        loss: mean loss of the last batch; infinite before the first.
+        spread: squared standard error of that mean.
+        rejected: whether the last step was rejected; a loop may refresh inverses then.
+        average: running average of the parameters, `()` without one.
+        count: steps that were averaged.
+    """
+
+    curvature: State
+    update: Tree
+    predicted: Float[Tensor, ""]
+    actual: Float[Tensor, ""]
+    steps: Int[Tensor, ""]
+    shrink: Float[Tensor, ""]
+    first_curvature: Float[Tensor, ""]
+    loss: Float[Tensor, ""]
+    spread: Float[Tensor, ""]
+    rejected: Bool[Tensor, ""]
+    average: PyTree
+    count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+
+
+class _Tried(NamedTuple):
+    """A step before it is accepted: where it leads, what was predicted and what came."""
+
+    params: Tree
+    update: Tree
+    learning_rate: Tensor
+    momentum: Tensor
+    predicted: Tensor
+    actual: Tensor
+    before: Tensor
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """An optimizer around a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
+
+    ng: NaturalGradient
+    lr: float | None
+    momentum: float | None
+    damping: float | None
+    rule: Rule
+    kl_bound: float | None
+    ema: float
+    weight_decay: float
+    model_examples: int | None
+    average: float | None
+    look_back: bool
+
+    def init(self, params: Tree) -> AdaptiveState:
+        """Return the empty state."""
+        start = 1.0 if self.damping is None else self.damping
+        curvature = self.ng.init(params, damping=start, ema=self.ema)
+        zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
+        return AdaptiveState(
+            curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool(),
+            () if self.average is None else params, torch.zeros_like(curvature.count),
+        )  # fmt: skip
+
+    def step(
+        self,
+        params: Tree,
+        state: AdaptiveState,
+        batch: Batch,
+        *,
+        update: bool = True,
+        invert: bool = True,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        context: PyTree = None,
+        lr_scale: float | Tensor = 1.0,
+    ) -> tuple[Tree, AdaptiveState, Info]:
+        """Take one step: (new params, new state, info); `info.adapted` says what was chosen.
+
+        A step that is not ok (`info.ok`) returns params and state as they were.
+
+        Args:
+            params: as at the build.
+            state: from `init` or the last step.
+            batch: inputs and targets.
+            update: whether to take curvature statistics.
+            invert: whether to refresh the inverses.
+            generator: draws the labels of "mc"; or pass the draw itself as `noise`.
+            noise: from `ng.noise`.
+            context: for models with one; the new one is `info.context`.
+            lr_scale: factor on α (or on the learning rate), for schedules.
+
+        Raises:
+            StructureError: a state that is not this optimizer's; see `ng.stats` for the rest.
+        """
+        expect(state, AdaptiveState, "state", "pass what opt.init(params) or opt.step returned")
+        stats = self.ng.stats(
+            params, batch, generator=generator if update else None, noise=noise if update else None, context=context,
+            curvature=update,
+        )  # fmt: skip
+        nat, curvature, info = self.ng.advance(
+            state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
+            damping=lambda new: self._damping(state, new),
+        )  # fmt: skip
+        if update:
+            units = torch.where(state.curvature.count == 0, self._unit(curvature), state.first_curvature)
+            state = state._replace(first_curvature=units)
+        if invert:
+            zero = torch.zeros_like(state.actual)
+            state = state._replace(
+                predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
+            )
+        loss, spread = self._loss(stats, batch)
+        back = self._looks_back(state, stats, loss, spread)
+        tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
+        return self._decide(params, state, curvature, tried, back, (loss, spread), info, stats, lr_scale)
+
+    # ------------------------------------------------------------------------------------------------ 1. the damping
+
+    def _unit(self, curvature: State) -> Float[Tensor, ""]:
+        """tr F̂ / n, n the number of parameters."""
+        return self.ng.trace(curvature).to(curvature.damping) / sum(s.numel() for _, s in self.ng.layout.shapes)
+
+    def _damping(self, state: AdaptiveState, updated: State) -> Float[Tensor, ""]:
+        """λ for the inverses that are about to be refreshed."""
+        if self.damping is not None:
+            return updated.damping
+        unit = self._unit(updated)
+        first = torch.where(state.curvature.count == 0, unit, state.first_curvature)
+        nothing = (state.predicted == 0) | within_noise(state.loss, state.actual, torch.float32)
+        moved = adapted_damping(
+            updated.damping,
+            reduction_ratio(state.actual, state.predicted),
+            steps=state.steps,
+            floor=FLOOR * (first * unit).sqrt(),
+            frozen=nothing,
+        )
+        start = (state.curvature.count == 0) & (unit > 0)
+        return torch.where(start, START * unit, moved)
+
+    # ------------------------------------------------------------------------------------------------- 2. the length
+
+    def _try(
+        self,
+        params: Tree,
+        state: AdaptiveState,
+        curvature: State,
+        nat: Tree,
+        info: Info,
+        batch: Batch,
+        context: PyTree,
+        lr_scale: float | Tensor,
+    ) -> _Tried:
+        """Choose a step and take it on trial."""
+        part, own = self._part(batch, context)
+        rate, momentum = self._given(state, info, lr_scale)
+        if rate is not None and momentum is not None:
+            update = self._along(nat, state.update, rate, momentum)
+            model = quadratic_model(self.ng, params, part, [update], context=own)
+            weights = torch.ones_like(model.slope)
+        else:
+            directions = [nat] if self.rule == "line_search" else [nat, state.update]
+            model = quadratic_model(self.ng, params, part, directions, context=own)
+            if self.rule == "line_search":
+                weights = self._searched(params, nat, part, own, model)
+            else:
+                held = (None if rate is None else -rate, momentum)
+                weights = model.minimiser(curvature.damping.double(), held)
+                weights = torch.stack([weights[0] * lr_scale, weights[1]])
+            rate, momentum = -weights[0], weights[1] if len(weights) > 1 else torch.zeros_like(weights[0])
+            update = self._along(nat, state.update if len(weights) > 1 else None, rate, momentum)
+        new = tree.add(params, update)
+        after = self._losses(new, part, own)
+        change = (after.double() - model.losses.double()).mean()
+        before = model.losses.double().mean()
+        return _Tried(new, update, rate, momentum, model.value(weights), change, before)
+
+    def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
+        """The learning rate and momentum that are not the model's to choose, as tensors, or None."""
+        like = state.actual
+        lr, momentum = self.lr, self.momentum
+        if self.rule == "clip":
+            lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
+        rate = None if lr is None else like.new_tensor(lr) * lr_scale * state.shrink
+        if rate is not None and self.kl_bound is not None:
+            rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), bound=self.kl_bound)
+        return rate, None if momentum is None else like.new_tensor(momentum)
+
+    @staticmethod
+    def _along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
+        """−α nat + μ δ₀."""
+        if previous is None:
+            return tree.map(lambda d: d * -rate.to(d.dtype), nat)
+        return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
+
+    def _searched(self, params: Tree, nat: Tree, part: Batch, own: PyTree, model: QuadraticModel) -> Tensor:
+        """The step size of the grid with the lowest loss."""
+        sizes = [0.5**k for k in range(GRID)]
+        losses = [self._losses(tree.add(params, nat, scale=-size), part, own).double().mean() for size in sizes]
+        means = torch.stack(losses)
+        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
+        return -means.new_tensor(sizes)[best].reshape(1)
+
+    # ------------------------------------------------------------------------------------------------- 3. the verdict
+
+    def _decide(
+        self,
+        params: Tree,
+        state: AdaptiveState,
+        curvature: State,
+        tried: _Tried,
+        back: Tensor,
+        seen: tuple[Tensor, Tensor],
+        info: Info,
+        stats: Stats,
+        lr_scale: float | Tensor,
+    ) -> tuple[Tree, AdaptiveState, Info]:
+        """Accept the step, reject it, or take back the one before."""
+        ratio = reduction_ratio(tried.actual, tried.predicted)
+        rises = (tried.actual > 0) & ~within_noise(tried.before, tried.actual, torch.float32)
+        rejected = (back | rises | ~torch.isfinite(tried.actual)) & info_ok(info, back)
+        accepted = ~rejected & ~back
+
+        def moved(p: Tensor, new: Tensor, previous: Tensor) -> Tensor:
+            return torch.where(accepted, new, torch.where(back, p - previous, p))
+
+        def kept(new: Tensor, previous: Tensor) -> Tensor:
+            return torch.where(accepted, new, torch.where(back, 0.0, previous))
+
+        result = tree.map(moved, params, tried.params, state.update)
+        if self.weight_decay:  # decoupled, so no part of the model: ρ was measured before it
+            shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
+            result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
+        raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
+        zero = torch.zeros_like(tried.actual)
+        new = state._replace(
+            curvature=curvature._replace(damping=raised),
+            update=tree.map(kept, tried.update, state.update),
+            # after a rejection λ is no longer that of the inverses, and ρ says nothing about it
+            predicted=torch.where(accepted, state.predicted + tried.predicted, zero),
+            actual=torch.where(accepted, state.actual + tried.actual, zero),
+            steps=torch.where(accepted, state.steps + 1, 0),
+            shrink=torch.where(rejected, 0.5 * state.shrink, state.shrink),
+            loss=torch.where(back, torch.inf, seen[0]),
+            spread=torch.where(back, zero, seen[1]),
+            rejected=rejected | state.rejected,
+        )
+        if self.average is not None:
+            count = state.count + 1
+            weight = torch.minimum(1 - 1 / count.double(), zero + self.average)
+            average = tree.map(lambda old, p: torch.lerp(p, old, weight.to(p.dtype)), state.average, result)
+            new = new._replace(average=average, count=count)
+        adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
+        ok = {key: mask | back for key, mask in info.ok.items()}
+        sound = torch.stack(list(ok.values())).all()
+        info = info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
+        return tree.select(sound, result, params), tree.select(sound, new, state), info
+
+    def _looks_back(self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor) -> Bool[Tensor, ""]:
+        """Whether this batch's loss is so high that the last update must have been a mistake."""
+        sound = stats.checks["inputs"] & stats.checks["targets"]
+        if not self.look_back:
+            return torch.zeros_like(sound)
+        limit = state.loss + SIGMAS * (state.spread + spread).sqrt() + TOLERANCE * state.loss.abs()
+        fine = (loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
+        return sound & ~fine
+
+    # ----------------------------------------------------------------------------------------------------- the losses
+
+    def _loss(self, stats: Stats, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of the batch, and the squared standard error of that mean."""
+        losses = self.ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
+        n = losses.shape[0]
+        return losses.mean(), losses.var(correction=0) / max(n - 1, 1)
+
+    def _losses(self, params: Tree, part: Batch, context: PyTree) -> Float[Tensor, " n"]:
+        """The loss of each example of the part, with the same context (so the same dropout) as the model's."""
+        x, y = part
+        outputs, _ = run(self.ng.model, params, x, () if context is None else context)
+        losses: Tensor = self.ng.likelihood.nll(outputs, y)
+        return losses
+
+    def _part(self, batch: Batch, context: PyTree) -> tuple[Batch, PyTree]:
+        """The examples that the model is of: all of them where the net mixes them (batch norm in training mode)."""
+        x, y = pair(batch)
+        n = tree.leaves(x)[0].shape[0]
+        wanted = max(n // PART, LEAST) if self.model_examples is None else self.model_examples
+        if self.ng.layout.couples or wanted >= n:
+            return (x, y), context
+        part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
+        return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))
+
+
+def info_ok(info: Info, back: Tensor) -> Bool[Tensor, ""]:
+    """Whether a verdict means anything: a step that is not ok is none, unless it looks back."""
+    return torch.stack(list(info.ok.values())).all() | back
+
+
+def adaptive(
+    ng: NaturalGradient,
+    *,
+    lr: float | str = "auto",
+    momentum: float | str = "auto",
+    damping: float | str = "auto",
+    rule: Rule | str = "auto",
+    kl_bound: float | None = None,
+    ema: float = 0.95,
+    weight_decay: float = 0.0,
+    model_examples: int | None = None,
+    average: float | None = None,
+    look_back: bool = True,
+) -> Adaptive:
+    r"""Return an optimizer that finds step size, momentum and damping itself.
+
+    $$\theta \leftarrow \theta - \alpha \hat F^{-1}\nabla h + \mu\, \delta_0$$
+
+    Args:
+        ng: model, likelihood and method; every method of `ff.METHODS` will do.
+        lr: α; "auto" is the model's minimiser, or 1 under the rule "clip".
+        momentum: μ in [0, 1); "auto" is the model's minimiser, or 0.9 under the rule "clip".
+        damping: λ; "auto" follows the reduction ratio. A number is where λ starts, and only rejected steps raise it.
+        rule: "model", "clip" or "line_search"; "auto" is "clip" for class labels, "line_search" for the exact natural
+            gradient and "model" for the rest.
+        kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
+        ema: weight of the old factors, in [0, 1).
+        weight_decay: w, decoupled: α w θ is subtracted beside the step.
+        model_examples: examples of each batch that the quadratic model is of; None for a quarter, at least 64. A
+            model that mixes examples (batch norm in training mode) is always run on all.
+        average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
+            0.99.
+        look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
+            other reasons than the step (a second player, another data set).
+
+    Raises:
+        HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".
+        UnknownNameError: no rule of this name.
+
+    Source: Martens & Grosse 2015, sections 6 and 7.
+    """
+    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
+    given = {"lr": lr, "momentum": momentum, "damping": damping}
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    rules = {
+        "lr": (lambda v: v > 0, 'must be positive or "auto"'),
+        "momentum": (lambda v: 0 <= v < 1, 'must lie in [0, 1), or be "auto"'),
+        "damping": (lambda v: v >= 0, 'must be >= 0 or "auto"'),
+    }
+    for name, value in numbers.items():
+        if value is not None:
+            expect_number(name, value, *rules[name])
+    if rule != "auto" and rule not in RULES:
+        raise unknown("rule", rule, ("auto", *RULES))
+    chosen = _rule(ng, rule, numbers, kl_bound)
+    if kl_bound is not None:
+        expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None")
+        if chosen != "clip":
+            raise HyperparameterError(
+                f'a KL bound and the rule "{chosen}" both choose the length of the step: drop kl_bound, or set '
+                'rule="clip" (then lr and momentum are numbers, 1 and 0.9 by default).'
+            )
+    if model_examples is not None:
+        expect_number("model_examples", model_examples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+    for name, fraction in (("ema", ema), ("average", average)):
+        if fraction is not None:
+            expect_number(name, fraction, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    expect_number("weight_decay", weight_decay, lambda v: v >= 0, "must be >= 0")
+    bound = KL_BOUND if chosen == "clip" and kl_bound is None else kl_bound
+    return Adaptive(
+        ng, numbers["lr"], numbers["momentum"], numbers["damping"], chosen, bound, ema, weight_decay, model_examples,
+        average, look_back,
+    )  # fmt: skip
+
+
+def _number(name: str, value: float | str | None) -> Any:
+    """A number, or None for "auto"."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        return None
+    if value is None:
+        raise HyperparameterError(f'{name} is a number or "auto", got None.')
+    return value
+
+
+def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: float | None) -> Any:
+    if rule != "auto":
+        if rule == "line_search" and (numbers["lr"] is not None or numbers["momentum"] not in (None, 0)):
+            raise StructureError('the rule "line_search" finds the learning rate and has no momentum: leave both out.')
+        return rule
+    if kl_bound is not None:
+        return "clip"
+    if numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG":
+        return "line_search"
+    return "clip" if isinstance(ng.likelihood, Categorical) else "model"

@@ -1,0 +1,170 @@
+r"""The quadratic model of a batch along a few directions, with the exact Fisher, and its minimiser.
+
+$$M(\delta) = \tfrac12 \delta^\top (F + \lambda I)\, \delta + \nabla h^\top \delta, \qquad \delta = \sum_i w_i d_i$$
+
+Restricted to directions $d_i$ (the preconditioned gradient and the previous update) this is a quadratic in the few
+coefficients w, of which one is the step size and the other the momentum:
+
+$$M(w) = \tfrac12 w^\top \hat A w + b^\top w, \qquad
+  \hat A_{ij} = d_i^\top F d_j + \lambda\, d_i^\top d_j, \qquad b_i = \nabla h^\top d_i .$$
+
+Neither F nor a gradient is formed. With J the Jacobian of the outputs f and B the Fisher of the outputs,
+
+$$d_i^\top F d_j = \frac1N \sum_n (J_n d_i)^\top B_n (J_n d_j), \qquad
+  \nabla h^\top d_i = \frac1N \sum_n \Bigl(\frac{\partial h_n}{\partial f_n}\Bigr)^{\!\top} J_n d_i ,$$
+
+so that the products J d_i, in forward mode and beside one run of the model, are all that is needed.
+
+On a quadratic loss with λ = 0, steps along (preconditioned gradient, previous update) that minimise M are those of
+preconditioned conjugate gradients.
+
+Source: Martens & Grosse 2015, sections 6.4, 7 and appendix C.
+
+n example, i and j direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+
+from fisherfn import tree
+from fisherfn.errors import StructureError, expect
+from fisherfn.likelihoods import output_fisher
+from fisherfn.natgrad import Batch, NaturalGradient, pair
+from fisherfn.stats import run
+from fisherfn.types import PyTree, Tree
+
+PARALLEL = 1e-6
+"""Share of a direction's own curvature below which it counts as a combination of the directions before it."""
+
+
+class QuadraticModel(NamedTuple):
+    """The quadratic model of a batch, restricted to directions; λ enters where it is used.
+
+    Attributes:
+        slope: b, ∇hᵀd_i, in nats.
+        curvature: d_iᵀ F d_j, in nats.
+        gram: d_iᵀ d_j.
+        losses: the negative log-likelihood of each example, before the step, in nats.
+    """
+
+    slope: Float[Tensor, " d"]
+    curvature: Float[Tensor, "d d"]
+    gram: Float[Tensor, "d d"]
+    losses: Float[Tensor, " n"]
+
+    def value(self, weights: Float[Tensor, " d"], damping: Tensor | float = 0.0) -> Float[Tensor, ""]:
+        """Return M(w), the predicted change of the mean loss, in nats."""
+        return 0.5 * weights @ self._damped(damping) @ weights + self.slope @ weights
+
+    def minimiser(
+        self, damping: Tensor | float = 0.0, fixed: Sequence[Tensor | float | None] | None = None
+    ) -> Float[Tensor, " d"]:
+        """Return the coefficients with the lowest M.
+
+        A direction without curvature, or one that is a combination of those before it, gets the coefficient 0.
+
+        Args:
+            damping: λ of M.
+            fixed: for each direction its coefficient, or None where it is free.
+        """
+        matrix = self._damped(damping)
+        given = [None] * len(self.slope) if fixed is None else list(fixed)
+        free = torch.tensor([value is None for value in given], device=matrix.device)
+        held = torch.stack([matrix.new_zeros(()) if v is None else torch.as_tensor(v).to(matrix) for v in given])
+        right = torch.where(free, -(self.slope + matrix @ held), 0.0)
+        system = torch.where(free[:, None] & free, matrix, 0.0)
+        return held + _eliminated(system, right)
+
+    def _damped(self, damping: Tensor | float) -> Float[Tensor, "d d"]:
+        return self.curvature + damping * self.gram
+
+
+def quadratic_model(
+    ng: NaturalGradient, params: Tree, batch: Batch, directions: Sequence[Tree], *, context: PyTree = None
+) -> QuadraticModel:
+    """Return the quadratic model of a batch along directions, with the exact Fisher of its examples.
+
+    The curvature of the outputs is the likelihood's own Fisher, or the second derivative of its `nll` where it has
+    neither `fisher_product` nor `fisher_sqrt` (a plain callable).
+
+    Args:
+        ng: model and likelihood.
+        params: where the model is taken.
+        batch: inputs and targets.
+        directions: trees like params.
+        context: for models with one.
+
+    Raises:
+        StructureError: no direction, or one that is no tree like params.
+        LikelihoodError: a plain callable that cannot be differentiated twice.
+    """
+    x, y = pair(batch)
+    if not directions:
+        raise StructureError("a quadratic model needs a direction: pass [nat] or [nat, previous_update].")
+    for direction in directions:
+        expect(direction, dict, "a direction", "pass trees like params, as ng.step returns them")
+    outputs, moves = tangents(lambda p: run(ng.model, p, x, () if context is None else context)[0], params, directions)
+
+    def nll(f: Tensor) -> tuple[Tensor, Tensor]:
+        losses = ng.likelihood.nll(f, y)
+        return losses.mean(), losses
+
+    slope_of_outputs, losses = grad(nll, has_aux=True)(outputs)
+    n = outputs.shape[0]
+    products = torch.stack([output_fisher(ng.likelihood, outputs, y, move) for move in moves]) / n
+    flat = moves.flatten(1).double()
+    return QuadraticModel(
+        slope=flat @ slope_of_outputs.flatten().double(),
+        curvature=_symmetric(flat @ products.flatten(1).double().T),
+        gram=torch.stack([torch.stack([tree.dot(d, e) for e in directions]) for d in directions]).double(),
+        losses=losses.detach(),
+    )
+
+
+def tangents(
+    outputs_of: Callable[[Tree], Tensor], params: Tree, directions: Sequence[Tree]
+) -> tuple[Float[Tensor, "n *o"], Float[Tensor, "d n *o"]]:
+    """Return the outputs f(params), and J d for each direction d.
+
+    In forward mode, all directions beside one run of the model; by two reverse passes where the model uses a function
+    without a forward rule (the pullback is linear in its cotangent, and J d is what pulls d back through it).
+    """
+    stacked: Tree = {name: torch.stack([d[name].to(p.dtype) for d in directions]) for name, p in params.items()}
+    try:
+        outputs, moves = vmap(lambda d: jvp(outputs_of, (params,), (d,)), out_dims=(None, 0))(stacked)
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward" not in str(error):
+            raise
+        outputs, pull = vjp(outputs_of, params)  # type: ignore[misc]
+        _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
+        moves = torch.stack([push({name: d[name] for name in params})[0] for d in directions])
+    return outputs, moves
+
+
+def _eliminated(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Solve a positive semidefinite system, with 0 for rows that vanish or depend on those before them.
+
+    Gauss–Jordan elimination on the system scaled to a unit diagonal. Pivots below `PARALLEL` are skipped by mask, so
+    that each member of a vmapped call has a decision of its own.
+    """
+    diagonal = matrix.diagonal()
+    scale = torch.where(diagonal > 0, torch.where(diagonal > 0, diagonal, 1.0).rsqrt(), 0.0)
+    table = torch.cat([matrix * scale[:, None] * scale, (right * scale)[:, None]], 1)
+    for i, unit in enumerate(torch.eye(len(diagonal), device=matrix.device).bool()):
+        pivot = table[i, i]
+        usable = pivot > PARALLEL
+        row = torch.where(usable, table[i] / torch.where(usable, pivot, 1.0), 0.0)
+        column = torch.where(unit, 0.0, table[:, i])
+        table = torch.where(unit[:, None], row, table - column[:, None] * row)
+    return table[:, -1] * scale
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.T)
