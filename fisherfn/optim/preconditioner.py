@@ -182,15 +182,17 @@ class _Unlabelled:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("valid", "_likelihood"):
-            raise AttributeError(name)  # there are no targets to be valid
+            raise AttributeError(name)  # there are no targets to check
         return getattr(self._likelihood, name)
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of drawn targets their own; of none zero, with a gradient of zeros."""
-        if targets.numel() == 0:
-            return (0.0 * outputs).reshape(outputs.shape[0], -1).sum(1)
-        nll: Tensor = self._likelihood.nll(outputs, targets)
-        return nll
+        """Return zeros, which have a gradient of zeros whatever the outputs (0 times an infinite logit is NaN)."""
+        return outputs.new_zeros(outputs.shape[0])
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the likelihood that scores sampled labels; without targets all examples count the same."""
+        own = getattr(self._likelihood, "observed", None)
+        return (self._likelihood, None) if own is None else own(outputs, None)
 
 
 def _unstated(outputs: Tensor, targets: Any) -> Tensor:

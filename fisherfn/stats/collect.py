@@ -45,7 +45,7 @@ def collect(
     """Statistics of one batch (or chunk)."""
     outputs, pull, inputs, new_context = tapped_run(model, layout, params, x, context)
     loss_cot, nll = loss_cotangent(labels.likelihood, outputs, y)
-    cots = _fisher_rows(labels, outputs, loss_cot, noise)
+    cots = _fisher_rows(labels, outputs, y, loss_cot, noise)
     loss_grads, grads = pull(loss_cot), _pull_all(pull, cots)
     if layout.fallbacks:
         names = [block.weight for block in layout.fallbacks]
@@ -150,11 +150,11 @@ def _zero_taps(layout: Layout, like: Tensor, examples: int) -> list[Tensor]:
     return [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
 
 
-def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
+def _fisher_rows(labels: Sources, outputs: Tensor, y: Any, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
     """Cotangents beside the loss's own, `[S, N, …]`: none where the loss's serves, or where none are wanted."""
     if not labels.curvature or labels.fisher == "empirical":
         return loss_cot.new_empty((0, *loss_cot.shape))
-    return fisher_cotangents(labels.likelihood, outputs, labels.fisher, noise)
+    return fisher_cotangents(labels.likelihood, outputs, y, labels.fisher, noise)
 
 
 def _pull_all(pull: Callable[[Tensor], Taps], cots: Tensor) -> Taps:
