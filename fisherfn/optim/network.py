@@ -86,9 +86,14 @@ class Network:
         return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
 
     def move_buffers(self, context: Tree) -> None:
-        """Write back what the net's buffers became."""
+        """Write back what the net's buffers became; one that was assigned in another shape or type is replaced."""
         for name, buffer in self.net.named_buffers():
-            buffer.copy_(context[name])
+            new = context[name]
+            if new.shape == buffer.shape and new.dtype == buffer.dtype:
+                buffer.copy_(new)
+            else:
+                module, _, key = name.rpartition(".")
+                self.net.get_submodule(module)._buffers[key] = new.clone()
 
     @contextlib.contextmanager
     def alone_in_autocast(self) -> Iterator[None]:

@@ -84,6 +84,7 @@ def _validate(params: Tree, x: PyTree) -> int:
 
 def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
     before = _global_generators(params)
+    x = tree.map(torch.clone, x)  # a model that changes its inputs is refused, and they stay as they were
     with torch.no_grad(), Intercept(params) as mode:
         outputs, _ = call(model, params, x, context)
     after = _global_generators(params)
