@@ -57,7 +57,7 @@ class MissingPackageError(FisherfnError, ImportError):
 
 
 class LikelihoodError(FisherfnError, TypeError):
-    """The likelihood lacks a method that this Fisher needs."""
+    """The likelihood lacks a method that this Fisher needs, or couples the examples of different chunks."""
 
 
 class TargetError(FisherfnError, ValueError):
@@ -104,6 +104,11 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
         TargetError,
         "targets lie outside the likelihood's range (class indices run from 0 to C-1, Bernoulli targets from 0 to 1, "
         "all must be finite); check the labels and the width of the model's output",
+    ),
+    "chunks": (
+        LikelihoodError,
+        "an example's loss is another one in its chunk than in the whole batch: the likelihood couples the examples (a "
+        "contrastive loss, or a mean inside nll), so chunks would give another gradient. Leave out chunk_size",
     ),
     "loss": (
         NonFiniteError,

@@ -133,7 +133,7 @@ class NaturalGradient:
             ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
             StructureError: names, or a context, that are not those of the build.
             NoiseError: "mc" with neither `generator` nor `noise`.
-            LikelihoodError: a likelihood that lacks what this Fisher needs.
+            LikelihoodError: a likelihood that lacks what this Fisher needs, or chunks of one that couples the examples.
             TargetError: targets of the wrong type.
         """
         self.layout.validate(params)
@@ -151,7 +151,7 @@ class NaturalGradient:
         if chunk_size is None or chunk_size >= examples:
             return part(x, y, noise, context)
         expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
-        return in_chunks(part, self.layout, x, y, noise, context, chunk_size)
+        return in_chunks(part, self.layout, x, y, noise, context, chunk_size, self.likelihood)
 
     def update(self, state: State, stats: Stats) -> tuple[State, Info]:
         """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""

@@ -35,7 +35,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     """
     examples = _validate(params, x)
     outputs, mode = _trace(model, params, x, context, examples)
-    more, by_example = _trace_one_more(model, params, x, context, examples)
+    more, by_example = _trace_one_more(model, params, x, context, outputs)
     _all_used(model, params, x, context)
     found, why = candidates(mode, more, params, examples)
     tolerance = _tolerance(mode, outputs)
@@ -116,27 +116,45 @@ def _restore(generators: dict[torch.device, Tensor]) -> None:
 
 
 def _trace_one_more(
-    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
+    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor
 ) -> tuple[Intercept, tuple[bool, ...]]:
     """A second trace with one example more shows where the examples are, also in the context.
 
     What it has for each example (dropout noise) must grow with the batch, so the trace fails until it does.
     """
-    leaves = tree.leaves(context)
+    leaves, examples = tree.leaves(context), outputs.shape[0]
     seeds = tuple(path.partition("/")[0] == "dropout" for path in tree.flatten(context))
     alike = tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == examples for leaf in leaves)
     more = tree.map(_one_more, x)
     first: Exception | None = None
     for grown in dict.fromkeys([seeds, alike]):
         try:
-            return _trace(model, params, more, _grown_context(context, grown), examples + 1)[1], grown
+            longer, mode = _trace(model, params, more, _grown_context(context, grown), examples + 1)
+            return _of_examples(outputs, longer, mode), grown
         except (RuntimeError, ShapeError) as error:
             first = first or error
+    if isinstance(first, _Square):
+        raise first
     raise ShapeError(
         f"the model runs on {examples} examples and not on {examples + 1}: {str(first).splitlines()[0]} "
         "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
         f"an entry for each example beside others that only happen to be {examples}."
     ) from first
+
+
+class _Square(ShapeError):
+    """Outputs with a second axis that follows the batch."""
+
+
+def _of_examples(outputs: Tensor, longer: Tensor, mode: Intercept) -> Intercept:
+    """The trace, if the batch's size shows in the first axis of the outputs alone."""
+    if longer.shape[1:] == outputs.shape[1:]:
+        return mode
+    raise _Square(
+        f"the model's outputs are {list(outputs.shape)}, with one example more {list(longer.shape)}: they compare the "
+        "examples of the batch (a similarity matrix?) and have no shape per example. Return an embedding for each and "
+        'compare them in the likelihood, a function (outputs, targets) -> [N], with fisher="empirical".'
+    )
 
 
 def _tolerance(mode: Intercept, outputs: Tensor) -> float:
