@@ -102,8 +102,9 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "inputs": (NonFiniteError, "the batch's inputs hold NaN or infinity; clean the data, or skip this batch"),
     "targets": (
         TargetError,
-        "targets lie outside the likelihood's range (class indices run from 0 to C-1, Bernoulli targets from 0 to 1, "
-        "all must be finite); check the labels and the width of the model's output",
+        "targets lie outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
+        "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite); check the labels, a "
+        "mask on the outputs, and the width of the model's output",
     ),
     "chunks": (
         LikelihoodError,
@@ -112,8 +113,9 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     ),
     "loss": (
         NonFiniteError,
-        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged; "
-        "lower the rate, tighten the KL clip or raise the damping, and go on from an earlier state",
+        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged (lower the "
+        "learning rate, tighten the KL clip or raise the damping, and go on from an earlier state), or the model or "
+        "the likelihood overflows on this batch (exp, a division, the log of 0)",
     ),
     "gradient": (
         NonFiniteError,

@@ -160,10 +160,15 @@ class Categorical:
 
     def valid(self, outputs: Tensor, targets: PyTree) -> Bool[Tensor, ""]:
         labels, weights = self._split(outputs, targets)
+        classes = outputs.shape[-1]
         if labels.is_floating_point():
-            valid = (labels >= 0) & torch.isfinite(labels)
+            valid = (labels >= 0) & torch.isfinite(labels) & ~((labels > 0) & (outputs == -math.inf))
         else:
-            valid = ((labels >= 0) & (labels < outputs.shape[-1])) | (labels == self.ignore_index)
+            picked = outputs.gather(-1, labels.clamp(0, classes - 1).long().unsqueeze(-1)).squeeze(-1)
+            inside = (labels >= 0) & (labels < classes) & (picked != -math.inf)
+            valid = inside | (labels == self.ignore_index)
+        if self.label_smoothing:  # every class has some mass
+            valid = valid.all() & (outputs != -math.inf).all()
         return valid.all() if weights is None else valid.all() & ((weights >= 0) & torch.isfinite(weights)).all()
 
     def _split(self, outputs: Tensor, targets: PyTree) -> tuple[Tensor, Tensor | None]:
