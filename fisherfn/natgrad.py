@@ -403,6 +403,7 @@ def natural_gradient(
     fisher: FisherKind = "mc",
     samples: int = 1,
     context: PyTree = None,
+    unused: Literal["raise", "ignore"] | str = "raise",
 ) -> NaturalGradient:
     """Build a natural gradient: one trace with example inputs finds the layers and checks them by numbers.
 
@@ -419,6 +420,8 @@ def natural_gradient(
         samples: draws S for "mc".
         context: anything else that the model reads and that is not differentiated: buffers, another player's
             parameters; what it has for each example (dropout seeds, masks) goes along with the examples.
+        unused: what becomes of parameters that the outputs do not depend on: "raise" the error, or "ignore" them, which
+            leaves them in no block and makes their gradients and steps zero.
 
     Raises:
         CoverageError: a parameter whose per-example gradients cannot be had.
@@ -439,7 +442,9 @@ def natural_gradient(
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):
         likelihood = likelihoods.Callback(likelihood)
-    layout = build(model, params, x, () if context is None else context)
+    if unused not in ("raise", "ignore"):
+        raise unknown("unused", unused, ("raise", "ignore"))
+    layout = build(model, params, x, () if context is None else context, unused=unused)
     ng = NaturalGradient(model, layout, likelihood, method, fisher, samples)
     ng._kind(fisher), ng._samples(samples)
     if fisher != "empirical":

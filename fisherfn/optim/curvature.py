@@ -16,6 +16,7 @@ from fisherfn.base import Method
 from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.methods import METHODS
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
+from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
 from fisherfn.stats import FISHERS, Layout, Stats
@@ -28,7 +29,7 @@ Outcome: TypeAlias = tuple[Tree, State, Info]
 """The natural gradient, the new state and what was measured, as `ng.step` returns them."""
 
 
-class Curvature:
+class Curvature(Copies):
     """A module's natural gradient, built at its first batch, with its state, cadence and randomness.
 
     The arguments are those of `NaturalGradient` in the same package.
@@ -60,7 +61,7 @@ class Curvature:
             expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
         self.network = Network(net)
         self._make = partial(
-            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples
+            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore"
         )  # fmt: skip
         self._damping, self._ema, self._chunk_size = damping, ema, chunk_size
         self._update_every, self._invert_every = update_every, invert_every
@@ -83,7 +84,7 @@ class Curvature:
             with self.network.alone_in_autocast():
                 ng = self.network.build(make, x)
                 self._state = self._restored(ng, self._saved)
-            self.ng, self._saved = ng, {}
+            self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
         return self.ng
 
     def ready(self) -> NaturalGradient:

@@ -30,6 +30,8 @@ class Network:
         self._fixed: set[str] | None = None
         self._seeded = False
         self._low: torch.dtype | None = None
+        self.unused: frozenset[str] = frozenset()
+        """Parameters that the outputs do not depend on: they stay as they are."""
 
     # ------------------------------------------------------------------------------------------- its parameters
 
@@ -68,15 +70,15 @@ class Network:
         return {name: p.detach() for name, p in self.parameters().items()}
 
     def gradients(self) -> Tree:
-        """The `.grad` of every trained parameter."""
+        """The `.grad` of every trained parameter; zero for those that the outputs do not depend on."""
         found = self.parameters()
-        lacking = [name for name, p in found.items() if p.grad is None]
+        lacking = [name for name, p in found.items() if p.grad is None and name not in self.unused]
         if lacking:
             raise StructureError(
                 f"{', '.join(map(repr, lacking[:4]))} have no gradient: call loss.backward() before step(), and "
                 "zero_grad() after it; freeze (requires_grad_(False)) what the loss does not depend on."
             )
-        return {name: p.grad.detach() for name, p in found.items() if p.grad is not None}
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in found.items()}
 
     # ------------------------------------------------------------------------------------------ its other inputs
 
@@ -110,16 +112,17 @@ class Network:
         self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
         params, generator = self.values(), torch.Generator().manual_seed(0)
         try:
-            made = make(self._model(), params, self.context(x, generator))
+            made = make(self.model(), params, self.context(x, generator))
         except NoiseError:  # the net may call F.dropout by itself
             if self._seeded:
                 raise
             self._seeded = True
-            made = make(self._model(), params, self.context(x, generator))
+            made = make(self.model(), params, self.context(x, generator))
         self._fixed = set(params)
         return made
 
-    def _model(self) -> Model:
+    def model(self) -> Model:
+        """Return the net as a pure model."""
         plain, _, _ = functional(self.net)
 
         def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:

@@ -157,8 +157,9 @@ class Preconditioner(WithCurvature):
 
     def _write(self, nat: Tree) -> None:
         for name, p in self._curvature.network.parameters().items():
-            assert p.grad is not None
-            p.grad.copy_(nat[name])
+            if name not in self._curvature.network.unused:
+                assert p.grad is not None
+                p.grad.copy_(nat[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The curvature as flat tensors."""

@@ -26,8 +26,8 @@ FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
 
 
-def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
-    """The layout of `model`: every parameter in exactly one block.
+def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str = "raise") -> Layout:
+    """The layout of `model`: every parameter in exactly one block, or unused where `unused` is "ignore".
 
     Raises:
         UnusedParameterError: a parameter does not reach the outputs.
@@ -36,8 +36,15 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     examples = _validate(params, x)
     outputs, mode = _trace(model, params, x, context, examples)
     more, by_example = _trace_one_more(model, params, x, context, outputs)
-    _all_used(model, params, x, context)
-    found, why = candidates(mode, more, params, examples)
+    left = _unused(model, params, x, context)
+    if left and (unused == "raise" or len(left) == len(params)):
+        raise UnusedParameterError(
+            f"the model's outputs do not depend on {', '.join(map(repr, left[:4]))}{', …' if len(left) > 4 else ''}: "
+            "leave these out of params (they have no gradient and no curvature), build with "
+            'unused="ignore", or check that the model reads them from its params argument.'
+        )
+    used = {name: p for name, p in params.items() if name not in left}
+    found, why = candidates(mode, more, used, examples)
     tolerance = _tolerance(mode, outputs)
     if any(by_example) and not mode.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
@@ -57,10 +64,11 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
+            unused=tuple(left),
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
-    blocks = _with_fallbacks(kept, params, why | reasons)
+    blocks = _with_fallbacks(kept, used, why | reasons)
     complete = layout(blocks)
     try:
         _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
@@ -213,19 +221,15 @@ def _one_more(leaf: Tensor) -> Tensor:
     return torch.cat([leaf, leaf[:1]])
 
 
-def _all_used(model: Model, params: Tree, x: PyTree, context: PyTree) -> None:
+def _unused(model: Model, params: Tree, x: PyTree, context: PyTree) -> list[str]:
+    """The parameters that the outputs do not depend on."""
     with torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         outputs, _ = run(model, leaves, x, context)
         grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
-    if unused:
-        raise UnusedParameterError(
-            f"the model's outputs do not depend on {', '.join(map(repr, unused))}: leave these out of params "
-            "(they have no gradient and no curvature), or check that the model reads them from its params argument."
-        )
+    return [name for name, g in zip(leaves, grads, strict=True) if g is None]
 
 
 def _cotangent(outputs: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
+    unused: tuple[str, ...] = ()
+    """Parameters that the outputs do not depend on: in no block, and zero in every tree that is made of matrices."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -157,6 +159,9 @@ class Layout:
         tensors: Tree = {}
         for block in self.blocks:
             tensors.update(block.tensors(matrices[block.key]))
+        if self.unused:
+            like, shapes = next(iter(tensors.values())), dict(self.shapes)
+            tensors |= {name: like.new_zeros(shapes[name]) for name in self.unused}
         return {name: tensors[name] for name in self.names}
 
     def validate(self, values: Tree) -> None:
@@ -185,11 +190,14 @@ def report(layout: Layout) -> str:
         entries = sum(sizes[name] for name in block.names)
         shape = "×".join(map(str, block.shape))
         lines.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", block.why))
+    for name in layout.unused:
+        lines.append((name, "unused", "–", name, f"{sizes[name]:,}", "the outputs do not depend on it"))
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "  ".join("─" * width for width in widths)
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
-    total = sum(sizes.values())
+    left = sum(sizes[name] for name in layout.unused)
+    total = sum(sizes.values()) - left
     layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     fallback = f", {total - covered:,} by the fallback" if covered < total else ""
     return "\n".join(
@@ -197,6 +205,7 @@ def report(layout: Layout) -> str:
             rows[0],
             rule,
             *rows[1:],
-            f"all {total:,} entries covered: {covered:,} by {layers}{fallback}",
+            f"all {total:,} entries covered: {covered:,} by {layers}{fallback}"
+            + (f"; {left:,} unused" if left else ""),
         ]
     )
