@@ -48,6 +48,10 @@ class CoverageError(FisherfnError, ValueError):
     """A parameter whose per-example gradients cannot be had, not even by the fallback."""
 
 
+class ModelError(FisherfnError, RuntimeError):
+    """The model does something that torch's function transforms cannot follow."""
+
+
 class TooLargeError(FisherfnError, ValueError):
     """A dense computation beyond the size that is tried."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherfn import tree
 from fisherfn.errors import NoiseError, StructureError, expect
 from fisherfn.layers import dropout_seeds
-from fisherfn.stats.functional import functional
+from fisherfn.stats.functional import check_net, functional
 from fisherfn.types import Model, PyTree, Tree
 
 T = TypeVar("T")
@@ -109,6 +109,7 @@ class Network:
 
     def build(self, make: Callable[[Model, Tree, Tree], T], x: PyTree) -> T:
         """`make(model, params, context)`, with dropout's seeds in the context where the net turns out to need them."""
+        check_net(self.net)
         self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
         params, generator = self.values(), torch.Generator().manual_seed(0)
         try:

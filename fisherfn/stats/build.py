@@ -12,6 +12,7 @@ from torch.func import vjp
 from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
 from fisherfn.layers import FallbackFacts
+from fisherfn.stats.border import border
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
 from fisherfn.stats.collect import example_gradients, tapped_run
@@ -26,6 +27,7 @@ FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
 
 
+@border()
 def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str = "raise") -> Layout:
     """The layout of `model`: every parameter in exactly one block, or unused where `unused` is "ignore".
 
@@ -37,7 +39,13 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str
     outputs, mode = _trace(model, params, x, context, examples)
     more, by_example = _trace_one_more(model, params, x, context, outputs)
     left = _unused(model, params, x, context)
-    if left and (unused == "raise" or len(left) == len(params)):
+    if len(left) == len(params):
+        raise UnusedParameterError(
+            "the model's outputs depend on none of the parameters: its forward runs under torch.no_grad() or "
+            "torch.inference_mode(), detaches, or reads its parameters from elsewhere than the params argument. "
+            "Remove that from the forward."
+        )
+    if left and unused == "raise":
         raise UnusedParameterError(
             f"the model's outputs do not depend on {', '.join(map(repr, left[:4]))}{', …' if len(left) > 4 else ''}: "
             "leave these out of params (they have no gradient and no curvature), build with "
@@ -84,7 +92,8 @@ def _validate(params: Tree, x: PyTree) -> int:
     for name, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             raise StructureError(
-                f"params[{name!r}] must be a floating-point tensor, got {getattr(p, 'dtype', type(p))}."
+                f"params[{name!r}] must be a real floating-point tensor, got {getattr(p, 'dtype', type(p))}. A complex "
+                "one is written as two real ones, or as torch.view_as_complex of a real parameter."
             )
     leaves = tree.leaves(x)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
@@ -108,7 +117,15 @@ def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
         )
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ShapeError(f"the model must return one tensor [N, …] for N = {examples} examples, got {found}.")
+        raise ShapeError(
+            f"the model must return one tensor [N, …] for N = {examples} examples, got {found}: return what the "
+            "likelihood takes, or wrap the net in one that does (an object with .logits is taken as it is)."
+        )
+    if outputs.is_complex():
+        raise ShapeError(
+            f"the model's outputs are {outputs.dtype}, and gradients are taken of real numbers: return "
+            "torch.view_as_real(outputs), and write the likelihood for real and imaginary parts."
+        )
     return outputs, mode
 
 

@@ -16,6 +16,7 @@ from torch.func import vjp, vmap
 
 from fisherfn import tree
 from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect
+from fisherfn.stats.border import border
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
@@ -32,6 +33,7 @@ class Sources(NamedTuple):
     curvature: bool
 
 
+@border()
 def collect(
     model: Model,
     layout: Layout,

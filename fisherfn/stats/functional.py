@@ -35,6 +35,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     torch.Size([3, 1])
     """
     expect(net, torch.nn.Module, "net", "pass a torch.nn.Module; a function of params and x is a model already")
+    check_net(net)
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
 
@@ -48,6 +49,21 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
         return _logits(outputs), {**context, **moved}
 
     return model, params, buffers
+
+
+def check_net(net: torch.nn.Module) -> None:
+    """Raise `StructureError` for a net that cannot be run with other parameters: a scripted or an empty lazy one."""
+    scripted = [name for name, module in net.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise StructureError(
+            f"the module {scripted[0] or 'net'!r} was made by torch.jit, and cannot be run with other parameters: pass "
+            "the module that it was scripted or traced from (torch.compile is fine)."
+        )
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise StructureError(
+                f"{name!r} of a lazy module has no shape yet: run the net once, net(x), before passing it to fisherfn."
+            )
 
 
 def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
