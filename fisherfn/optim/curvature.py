@@ -71,9 +71,10 @@ class Curvature(Copies):
         self._state: State | None = None
         self._saved: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
+        self._by_kind: dict[Any, NaturalGradient] = {}
 
     def build(self, x: PyTree) -> NaturalGradient:
-        """Find the layers with these inputs, once."""
+        """Find the layers with these inputs: once for each example shape and mode of the net, with one state."""
         if self.ng is None:
             _one_process()
             x = _finite(_inputs(x))
@@ -85,7 +86,18 @@ class Curvature(Copies):
                 ng = self.network.build(make, x)
                 self._state = self._restored(ng, self._saved)
             self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
-        return self.ng
+            self._by_kind[self.network.kind(x)] = ng
+        kind = self.network.kind(_inputs(x))
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self._for_shape(self.ng, _finite(_inputs(x)))
+        return self._by_kind[kind]
+
+    def _for_shape(self, ng: NaturalGradient, x: PyTree) -> NaturalGradient:
+        def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
+            return replace(ng, model=model).for_shape(params, x, context=context)
+
+        with self.network.alone_in_autocast():
+            return self.network.build(make, x)
 
     def ready(self) -> NaturalGradient:
         """The natural gradient, there after the first batch."""
@@ -228,6 +240,7 @@ class Curvature(Copies):
         params = self.network.values()
         empty = ng.init(params, damping=self._damping, ema=self._ema)
         device = next(iter(params.values())).device
+        saved = {"examples": empty.examples} | saved if saved else saved  # one from before examples were counted
         return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
 
 
@@ -240,8 +253,8 @@ def _generator(given: torch.Generator | int) -> torch.Generator:
 
 
 def _inputs(x: PyTree) -> PyTree:
-    """Several inputs as the tuple that they were before a data loader made a list of it."""
-    return tuple(x) if isinstance(x, list) else x
+    """Several inputs as the tuple that they were before a data loader made a list of it, or as a dict."""
+    return tree.plain(tuple(x) if isinstance(x, list) else x)
 
 
 def _finite(x: PyTree) -> PyTree:

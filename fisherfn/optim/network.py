@@ -87,6 +87,12 @@ class Network:
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
         return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
 
+    def kind(self, x: PyTree) -> Any:
+        """Return what layers are found for: the inputs' example shapes, and the mode of every module."""
+        leaves = tree.flatten(x).items() if isinstance(x, dict) else enumerate(tree.leaves(x))
+        shapes = tuple((path, leaf.shape[1:]) for path, leaf in leaves if isinstance(leaf, Tensor))
+        return shapes, tuple(module.training for module in self.net.modules())
+
     def move_buffers(self, context: Tree) -> None:
         """Write back what the net's buffers became; one that was assigned in another shape or type is replaced."""
         for name, buffer in self.net.named_buffers():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfn import tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
@@ -172,7 +173,7 @@ class Preconditioner(WithCurvature):
 
 def _split(batch: Any) -> tuple[PyTree, Any]:
     """Inputs, and targets or None."""
-    return pair(batch) if isinstance(batch, (tuple, list)) else (batch, None)
+    return pair(batch) if isinstance(batch, (tuple, list)) else (tree.plain(batch), None)
 
 
 class _Unlabelled:

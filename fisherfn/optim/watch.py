@@ -10,10 +10,11 @@ $$g_n = N\,\frac{\partial L}{\partial s_n} \quad\text{or}\quad g_n = \frac{\part
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
 from fisherfn.layers import Call
@@ -26,10 +27,11 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A layer's call: its input, and the zero leaf that was added to its output."""
+    """A layer's call: its input, the zero leaf that was added to its output, and what its family noted."""
 
     input: Tensor
     leaf: Tensor
+    facts: Any
 
 
 class Pass(NamedTuple):
@@ -59,7 +61,7 @@ class Watch(Intercept):
         name = self._names[id(call.weight)]
         dtype = torch.promote_types(output.dtype, call.weight.dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        self.calls.setdefault(name, []).append(Seen(call.input.detach(), leaf))
+        self.calls.setdefault(name, []).append(Seen(call.input.detach(), leaf, call.facts))
         return output + leaf.to(output.dtype)
 
 
@@ -71,7 +73,34 @@ def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
         ShapeError: other shapes than at the build.
     """
     sizes = [_examples(layout, each) for each in passes]
+    layouts = [_as_seen(layout, each) for each in passes]
+    if any(other != layouts[0] for other in layouts):
+        raise ShapeError(
+            "the passes watched before this step have examples of different shapes (sequences of other lengths?): make "
+            "a step after each of them, or pad them to one length."
+        )
+    layout = layouts[0]
     return join([(n, _part(layout, each, sum(sizes))) for n, each in zip(sizes, passes, strict=True)])
+
+
+def _as_seen(layout: Layout, each: Pass) -> Layout:
+    """The layout for the example shapes of a pass: those of the build, or others (longer sequences) where one can tell.
+
+    Rows that examples and positions share do not say how many of them are examples.
+    """
+    blocks = []
+    for block in layout.blocks:
+        seen = zip(block.uses, each.calls[block.weight], strict=True)
+        uses = tuple(use._replace(facts=call.facts, output_shape=_of_example(use, call)) for use, call in seen)
+        blocks.append(replace(block, uses=uses))
+    changed = any(new.uses != old.uses for new, old in zip(blocks, layout.blocks, strict=True))
+    merged = any(use.repeats > 1 for block in layout.blocks for use in block.uses)
+    return replace(layout, blocks=tuple(blocks)) if changed and not merged else layout
+
+
+def _of_example(use: Use, seen: Seen) -> Size:
+    shape = seen.leaf.shape
+    return Size((*shape[: use.axis], *shape[use.axis + 1 :]))
 
 
 def _examples(layout: Layout, each: Pass) -> int:
@@ -108,8 +137,8 @@ def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
 
 
 def _gradient(block: Block, use: Use, seen: Seen) -> Tensor:
-    found = tuple(n for axis, n in enumerate(seen.leaf.shape) if axis != use.axis)
-    if found != tuple(use.output_shape):
+    found = _of_example(use, seen)
+    if found != use.output_shape:
         raise ShapeError(
             f"layer {block.key!r} gave outputs {list(found)} an example while watched, {list(use.output_shape)} at the "
             "build: watch batches of the same example shape."

@@ -42,6 +42,12 @@ class Stats:
     layout: Layout
 
     @property
+    def examples(self) -> int:
+        """N."""
+        block = self.layout.blocks[0]
+        return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
+
+    @property
     def taps(self) -> dict[str, Tap]:
         """Every block's tap of the Fisher's draws. Prefer `lazy_tap(key)` where one at a time will do."""
         return {block.key: self.tap(block.key) for block in self.layout.blocks}
