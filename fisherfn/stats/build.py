@@ -23,6 +23,9 @@ from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
 from fisherfn.types import Model, PyTree, Tree
 
+FEW = 4
+"""Examples that a build is made with, where they are enough: its cost then does not grow with the batch."""
+
 FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
 
@@ -36,9 +39,42 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str
         CoverageError: a parameter's per-example gradients do not add up to its gradient, in no layer and not alone.
     """
     examples = _validate(params, x)
+    if examples > FEW:
+        try:
+            return _build(model, params, *_few(x, context), unused, whole=(x, context))
+        except (RuntimeError, ValueError):  # what some examples do not show, or cannot do, all may
+            pass
+    return _build(model, params, x, context, unused)
+
+
+class _TooFewError(ValueError):
+    """Some examples do not show what all do."""
+
+
+def _few(x: PyTree, context: PyTree) -> tuple[PyTree, PyTree]:
+    """The first examples, with their dropout seeds: what a build costs need not grow with the batch."""
+    seeded = [path.partition("/")[0] == "dropout" for path in tree.flatten(context)]
+    pairs = zip(tree.leaves(context), seeded, strict=True)
+    return tree.map(lambda leaf: leaf[:FEW], x), tree.replace_leaves(
+        context, [leaf[:FEW] if mine else leaf for leaf, mine in pairs]
+    )
+
+
+def _build(
+    model: Model,
+    params: Tree,
+    x: PyTree,
+    context: PyTree,
+    unused: str,
+    whole: tuple[PyTree, PyTree] | None = None,
+) -> Layout:
+    """`build` with these examples; those of `whole` say what they leave unused."""
+    examples = tree.leaves(x)[0].shape[0]
     outputs, mode = _trace(model, params, x, context, examples)
     more, by_example = _trace_one_more(model, params, x, context, outputs)
     left = _unused(model, params, x, context)
+    if left and whole is not None and _unused(model, params, *whole) != left:
+        raise _TooFewError("some parameters are used by other examples only")
     if len(left) == len(params):
         raise UnusedParameterError(
             "the model's outputs depend on none of the parameters: its forward runs under torch.no_grad() or "
