@@ -50,7 +50,7 @@ class State(NamedTuple):
         damping: λ, in the units of the Fisher of the mean loss.
         ema: weight of the old factors in the long run.
         count: updates so far.
-        examples: examples of these updates, or the sum of their weights: a smaller batch counts less in the average.
+        examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
         factors: what `update` estimates, in the method's own structure, by block.
         inverses: what `invert` makes of them.
     """
@@ -381,12 +381,12 @@ class NaturalGradient:
         count, n = state.count + 1, float(stats.examples) if weight is None else weight
         k = count.to(state.ema.dtype)
         # a state saved before examples were counted has none: its batches are taken to be of this size
-        old = torch.where((state.count > 0) & (state.examples == 0), (k - 1) * n, state.examples)
-        # how large this batch is relative to the mean: for equal batches 1, and ρ is min(1 - 1/k, ema)
-        r = n * k / (old + n)
-        rho = torch.minimum(1 - r / k, state.ema / (state.ema + (1 - state.ema) * r))
+        before = torch.where((state.count > 0) & (state.examples == 0), n, state.examples)
+        mean = before + (n - before) / k
+        r = n / mean  # 1 for equal batches, and then ρ = min(1 - 1/k, ema)
+        rho = torch.minimum(1 - r / k, state.ema / (1 + (1 - state.ema) * (r - 1)))
         result = self.method.update(state.factors, self._taps(stats), rho, self.mean, inverting)
-        return state._replace(factors=result.factors, count=count, examples=old + n), result
+        return state._replace(factors=result.factors, count=count, examples=mean), result
 
     def _inverted(self, state: State) -> tuple[State, Estimated]:
         result = self.method.invert(state.factors, state.damping)
