@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_fused_recurrence
+from fisherfn.layers.composite import Elementary, is_fused_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
@@ -16,7 +17,7 @@ from fisherfn.layers.matmul import MATMUL
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, FALLBACK)
+_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, ELEMENTWISE, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -29,6 +30,7 @@ def families(function: Callable[..., Any]) -> Sequence[Family]:
 
 
 __all__ = [
+    "ELEMENTWISE",
     "FALLBACK",
     "FAMILIES",
     "Call",
@@ -37,6 +39,8 @@ __all__ = [
     "Family",
     "SeededDropout",
     "apart",
+    "broadcasts",
+    "changes_input",
     "changes_weight",
     "couples_examples",
     "draws_globally",
@@ -44,5 +48,8 @@ __all__ = [
     "drops",
     "families",
     "is_fused_recurrence",
+    "meeting",
     "need_seeds",
+    "spreads",
+    "without_affine",
 ]

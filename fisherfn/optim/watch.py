@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fisherfn.errors import ShapeError, StructureError
-from fisherfn.layers import Call
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Use
+from fisherfn.stats.shared import Followed, Plan
 
 REDUCTIONS = ("mean", "sum")
 
@@ -48,18 +48,22 @@ class Pass(NamedTuple):
 class Watch(Intercept):
     """Notes the layer calls of a module that runs by itself, its parameters being leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__(dict(params), taps={})
-        self.calls: dict[str, list[Seen]] = {}
+    def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
+        self._seen: dict[str, dict[int, Seen]] = {}
+        super().__init__(dict(params), taps={}, shared=Followed(plan))
+
+    @property
+    def calls(self) -> dict[str, list[Seen]]:
+        """All uses of each layer, in order."""
+        return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         """Nothing: the pass is the user's own, dropout from the global generator included."""
 
-    def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
-        name = self._names[id(call.weight)]
-        dtype = torch.promote_types(output.dtype, call.weight.dtype)
+    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
+        dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        self.calls.setdefault(name, []).append(Seen(call.input.detach(), leaf))
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf)
         return output + leaf.to(output.dtype)
 
 

@@ -18,6 +18,7 @@ from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
 from fisherfn.types import Model, PyTree, Tree
@@ -35,9 +36,9 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
     """
     examples = _validate(params, x)
     outputs, mode = _trace(model, params, x, context, examples)
-    more, by_example = _trace_one_more(model, params, x, context, examples)
+    scout, more, by_example = _trace_one_more(model, params, x, context, examples, mode)
     _all_used(model, params, x, context)
-    found, why = candidates(mode, more, params, examples)
+    found, why = candidates(mode, more, scout, params, examples)
     tolerance = _tolerance(mode, outputs)
     if any(by_example) and not mode.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
@@ -57,6 +58,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
+            steps=tuple(scout.steps),
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
@@ -82,9 +84,11 @@ def _validate(params: Tree, x: PyTree) -> int:
     return int(leaves[0].shape[0])
 
 
-def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
+def _trace(
+    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, scout: Scout | None = None
+) -> tuple[Tensor, Intercept]:
     before = _global_generators(params)
-    with torch.no_grad(), Intercept(params) as mode:
+    with torch.no_grad(), Intercept(params, shared=scout) as mode:
         outputs, _ = call(model, params, x, context)
     after = _global_generators(params)
     if not all(torch.equal(before[device], after[device]) for device in before):
@@ -115,9 +119,9 @@ def _restore(generators: dict[torch.device, Tensor]) -> None:
 
 
 def _trace_one_more(
-    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
-) -> tuple[Intercept, tuple[bool, ...]]:
-    """A second trace with one example more shows where the examples are, also in the context.
+    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, mode: Intercept
+) -> tuple[Scout, Intercept, tuple[bool, ...]]:
+    """A second trace with one example more shows where the examples are, also in the context, and what has none.
 
     What it has for each example (dropout noise) must grow with the batch, so the trace fails until it does.
     """
@@ -127,8 +131,9 @@ def _trace_one_more(
     more = tree.map(_one_more, x)
     first: Exception | None = None
     for grown in dict.fromkeys([seeds, alike]):
+        scout = Scout(mode.trace, examples)
         try:
-            return _trace(model, params, more, _grown_context(context, grown), examples + 1)[1], grown
+            return scout, _trace(model, params, more, _grown_context(context, grown), examples + 1, scout)[1], grown
         except (RuntimeError, ShapeError) as error:
             first = first or error
     raise ShapeError(
@@ -285,8 +290,7 @@ def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> t
             blocks.append(by_weight[name])
         elif name not in covered:
             facts = FallbackFacts(p.shape)
-            form = "one dense block" if facts.dense else "a block for each entry"
-            reason = f"{why.get(name, 'no layer family claims it')}; {form}"
+            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
             blocks.append(
                 Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
             )

@@ -5,24 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from fisherfn.layers import FAMILIES
+from fisherfn.layers import ELEMENTWISE, FAMILIES, FallbackFacts
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
+from fisherfn.stats.scout import Scout
 from fisherfn.types import Tree
 
 
-def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
+def candidates(
+    mode: Intercept, more: Intercept, scout: Scout, params: Tree, examples: int
+) -> tuple[list[Block], dict[str, str]]:
     """A block for each weight that some layer family saw, and why some of them cannot be one."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
     claimed = set(mode.other_uses)
-    for name in (n for n in params if n in mode.records):
+    bias_names = {r.bias for records in mode.records.values() for r in records}
+    for name in params:
+        if name not in mode.records:
+            if name in scout.failed:
+                why[name] = f"no layer family claims it, read by {scout.failed[name]}"
+            elif name not in bias_names and name in mode.other_uses:
+                blocks.append(_elementwise(name, params[name]))
+            continue
         records = mode.records[name]
         kinds = list(dict.fromkeys(r.kind for r in records))
         biases = {r.bias for r in records if r.bias is not None}
-        axes = _example_axes(records, more.records.get(name, []), examples)
+        again = more.records.get(name, [])
+        axes = _example_axes(records, again, examples)
         reason = None
-        if axes is None:
+        if any(record.copies for record in again) and name in scout.failed:
+            reason = f"{kinds[0]} layer that no example enters, its output read by {scout.failed[name]}"
+        elif axes is None:
             reason = f"{kinds[0]} layer whose first axis is not the example's"
         elif name in mode.other_uses:
             reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
@@ -35,20 +48,28 @@ def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) ->
         bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
-            Use(
-                r.call.facts,
-                _without(r.output.shape, axis),
-                bias is not None and r.bias == bias,
-                torch.promote_types(r.output.dtype, params[name].dtype),
-                axis,
-                repeats,
-            )
-            for r, (axis, repeats) in zip(records, axes, strict=True)
+            _use(record, other.copies is not None, bias, axis, repeats, params[name].dtype)
+            for record, other, (axis, repeats) in zip(records, again, axes, strict=True)
         )
         key = name.rpartition(".")[0] or name
         bias_shape = Size() if bias is None else params[bias].shape
         blocks.append(Block(key, kinds[0], name, params[name].shape, bias, bias_shape, uses, _seen(records, uses)))
     return blocks, why
+
+
+def _elementwise(name: str, parameter: Tensor) -> Block:
+    """A parameter that all examples share up to a broadcast."""
+    facts = FallbackFacts(parameter.shape)
+    use = Use(facts, parameter.shape, False, parameter.dtype, shared=True)
+    seen = f"seen in the trace; {facts.form}"
+    return Block(name, ELEMENTWISE.name, name, parameter.shape, None, Size(), (use,), seen)
+
+
+def _use(record: Record, shared: bool, bias: str | None, axis: int, repeats: int, dtype: torch.dtype) -> Use:
+    merged = shared and not FAMILIES[record.kind].any_axis
+    shape = record.output.shape if shared and not merged else _without(record.output.shape, axis)
+    dtype = torch.promote_types(record.output.dtype, dtype)
+    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, axis, repeats, shared)
 
 
 def _example_axes(records: list[Record], more: list[Record], examples: int) -> list[tuple[int, int]] | None:
@@ -60,6 +81,10 @@ def _example_axes(records: list[Record], more: list[Record], examples: int) -> l
         return None
     axes = []
     for record, other in zip(records, more, strict=True):
+        if other.copies is not None:  # no example enters: copies have them on the first axis
+            merged = not FAMILIES[record.kind].any_axis
+            axes.append((0, record.output.shape[0] if merged else 1))
+            continue
         grown = [
             _grown(a.shape, b.shape) for a, b in ((record.call.input, other.call.input), (record.output, other.output))
         ]
@@ -94,4 +119,5 @@ def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
     times = f", used {len(uses)} times" if len(uses) > 1 else ""
     g = torch.empty((1, uses[0].repeats, *uses[0].output_shape), device="meta")
     shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.facts).shape[3]
-    return f"seen in the trace{times}" + (f", {shared} shared positions" if shared > 1 else "")
+    late = ", no example enters" if any(use.shared for use in uses) else ""
+    return f"seen in the trace{times}{late}" + (f", {shared} shared positions" if shared > 1 else "")

@@ -20,6 +20,7 @@ from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
 from fisherfn.stats.layout import Layout
+from fisherfn.stats.shared import Followed
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree
 
@@ -74,14 +75,17 @@ def tapped_run(
 
     Inputs and output-gradients come with the examples first, wherever the layer has them.
     """
+    examples = tree.leaves(x)[0].shape[0]
 
     # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
     def forward(*taps: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
-        with Intercept(params, _by_layer(layout, taps), uncoupled) as mode:
+        shared = Followed(layout.plan)
+        with Intercept(params, _by_layer(layout, taps), uncoupled, shared) as mode:
             outputs, new_context = call(model, params, x, context)
-        return outputs, (_inputs(layout, mode), new_context)
+        shared.finish()
+        return outputs, (_inputs(layout, mode, examples), new_context)
 
-    taps = _zero_taps(layout, tree.leaves(params)[0], tree.leaves(x)[0].shape[0])
+    taps = _zero_taps(layout, tree.leaves(params)[0], examples)
     outputs, pull, (inputs, new_context) = vjp(forward, *taps, has_aux=True)  # type: ignore[misc]
 
     def pull_examples_first(cotangent: Tensor) -> Taps:
@@ -90,7 +94,7 @@ def tapped_run(
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 
 
-def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
+def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
     """What every layer saw at every use."""
     for block in layout.layers:
         uses = len(mode.records.get(block.weight, ()))
@@ -99,7 +103,7 @@ def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
                 f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
                 "on its input. Build with inputs that take the same path."
             )
-    return [record.call.input for block in layout.layers for record in mode.records[block.weight]]
+    return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:

@@ -14,7 +14,8 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
-from fisherfn.layers import FAMILIES, Family
+from fisherfn.layers import ELEMENTWISE, FAMILIES, Family
+from fisherfn.stats.shared import Plan, Step
 from fisherfn.types import PyTree, Tree
 
 
@@ -28,6 +29,8 @@ class Use(NamedTuple):
         axis: where the examples are.
         dtype: of the output-gradients: the output's, or the weight's where that is finer.
         repeats: rows an example has on that axis (examples and positions may be merged, examples outermost).
+        shared: whether no example enters the call, so that its output meets the batch one broadcast later; statistics
+            have the examples on the first axis.
     """
 
     facts: Any
@@ -36,6 +39,7 @@ class Use(NamedTuple):
     dtype: torch.dtype
     axis: int = 0
     repeats: int = 1
+    shared: bool = False
 
     def full_shape(self, examples: int) -> tuple[int, ...]:
         """The output's shape for so many examples."""
@@ -106,6 +110,8 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
+    steps: tuple[Step, ...] = ()
+    """All calls of the trace that read tensors which all examples share."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -121,6 +127,15 @@ class Layout:
     def fallbacks(self) -> tuple[Block, ...]:
         """Blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What a run does about tensors that all examples share: the steps that concern a layer."""
+        parameters = frozenset(block.weight for block in self.blocks if block.kind == ELEMENTWISE.name)
+        layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
+        layers = {name: uses for name, uses in layers.items() if any(uses)}
+        followed = parameters | layers.keys()
+        return Plan(parameters, layers, tuple(step for step in self.steps if step.origins & followed))
 
     def by_example(self, context: PyTree) -> list[bool]:
         """For each leaf of a context whether it goes with the examples.

@@ -191,7 +191,7 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
             self.norm, self.scale, self.head = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            return self.head(torch.tanh(self.norm(x) * self.scale))
+            return self.head(torch.tanh(torch.einsum("ni,i->ni", self.norm(x), self.scale)))
 
     with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="scale"):
         with_context(Scaled().double().train(), normal(4, 3))
