@@ -63,9 +63,7 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
     blocks = _with_fallbacks(kept, params, why | reasons)
-    complete = layout(blocks)
-    _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
-    return complete
+    return _verify_fallbacks(model, layout(blocks), params, x, context, cotangent, tolerance)
 
 
 def _validate(params: Tree, x: PyTree) -> int:
@@ -305,28 +303,52 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
 
 def _verify_fallbacks(
     model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
-) -> None:
-    """Per-example gradients of the fallback must add up to the gradient, or the examples are coupled."""
+) -> Layout:
+    """The layout with the way in which its fallbacks' gradients can be had.
+
+    Per-example gradients must add up to the gradient, or the examples are coupled.
+    """
     names = [block.weight for block in layout.fallbacks]
     if not names:
-        return
+        return layout
     few = torch.zeros_like(cotangent)
     few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
     truth = _gradients(model, params, x, context, few)
     part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
     own = window(layout, context, slice(FALLBACK_EXAMPLES))
+    some = cotangent[None, :FALLBACK_EXAMPLES]
     try:
-        singles = example_gradients(model, layout, params, names, part, own, cotangent[None, :FALLBACK_EXAMPLES])
-    except (RuntimeError, ValueError) as error:
-        listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
-        raise CoverageError(
-            f"{listed}: these need per-example gradients, and the model cannot run on single examples under vmap: "
-            f"{str(error).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass its "
-            "buffers as context), dropout (draw its noise outside), branches on values."
-        ) from error
+        singles = example_gradients(model, layout, params, names, part, own, some)
+    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
+        layout = replace(layout, one_by_one=_cause(error))
+        try:
+            singles = example_gradients(model, layout, params, names, part, own, some)
+        except (RuntimeError, ValueError) as alone:
+            listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
+            raise CoverageError(
+                f"{listed}: these need per-example gradients, and the model cannot run on single examples: "
+                f"{str(alone).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass "
+                "its buffers as context), dropout (draw its noise outside)."
+            ) from alone
     for name in names:
         if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance):
             raise CoverageError(
                 f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
                 "of a batch (batch norm in training mode?). Call net.eval(), or keep this parameter out of params."
             )
+    return layout
+
+
+def _cause(error: Exception) -> str:
+    """Why the model does not run under `torch.vmap`, in a few words."""
+    said = str(error)
+    for sign, cause in (
+        ("data-dependent control flow", "the model branches on values"),
+        (".item()", "the model branches on values"),
+        ("in-place", "the model writes into a tensor of its own"),
+        ("inplace", "the model writes into a tensor of its own"),
+        ("randomness", "the model draws numbers"),
+    ):
+        if sign in said:
+            return cause
+    return f"torch.vmap raises {type(error).__name__}"

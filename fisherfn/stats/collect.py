@@ -126,7 +126,10 @@ def example_gradients(
     context: PyTree,
     cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Per-example gradients of some parameters for each row of cotangents, by `vmap` over single-example runs."""
+    """Per-example gradients of some parameters for each row of cotangents, by runs on single examples.
+
+    These are one run under `torch.vmap`, or one after another where the layout says that the model has no such run.
+    """
     chosen = {name: params[name] for name in names}
     leaves, by_example = tree.leaves(context), layout.by_example(context)
 
@@ -145,6 +148,11 @@ def example_gradients(
         return rows
 
     own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
+    if layout.one_by_one:
+        alone = [tree.map(lambda leaf, n=n: leaf[n], (x, own)) for n in range(cotangents.shape[1])]
+        each = [single(x_n, own_n, cotangents[:, n]) for n, (x_n, own_n) in enumerate(alone)]
+        one_by_one: Tree = tree.map(lambda *parts: torch.stack(parts, 1), *each)
+        return one_by_one
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
 

@@ -110,6 +110,8 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
+    one_by_one: str = ""
+    """Why the fallback runs the model once per example, one after another; empty where one vectorised run serves."""
     steps: tuple[Step, ...] = ()
     """All calls of the trace that read tensors which all examples share."""
 
@@ -207,11 +209,10 @@ def report(layout: Layout) -> str:
     total = sum(sizes.values())
     layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     fallback = f", {total - covered:,} by the fallback" if covered < total else ""
-    return "\n".join(
-        [
-            rows[0],
-            rule,
-            *rows[1:],
-            f"all {total:,} entries covered: {covered:,} by {layers}{fallback}",
+    last = [f"all {total:,} entries covered: {covered:,} by {layers}{fallback}"]
+    if layout.one_by_one:
+        last += [
+            f"the fallback runs the model once per example, one after another ({layout.one_by_one}): statistics of N "
+            "examples cost N forward and backward passes of one example more"
         ]
-    )
+    return "\n".join([rows[0], rule, *rows[1:], *last])

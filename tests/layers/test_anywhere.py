@@ -197,6 +197,54 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
         with_context(Scaled().double().train(), normal(4, 3))
 
 
+# ------------------------------------------------------------------------------------------ models without a vmap
+
+
+def branching(p, x):
+    """A branch on values that gives every example the same either way, as a padding mask that may be left out."""
+    h = torch.einsum("ntd,d->ntd", x, p["w"])
+    if bool((x > 0).all()):
+        return Readout(2)(h)
+    return Readout(2)(torch.where(x > 0, h, h * 1.0))
+
+
+def writing(p, x):
+    """Rows written into a tensor of the model's own."""
+    h = torch.zeros(x.shape, dtype=x.dtype)
+    h[..., 0] = torch.einsum("nt,t->nt", x[..., 0], p["w"][: x.shape[1]])
+    return Readout(2)(h + torch.einsum("ntd,d->ntd", x, p["w"]))
+
+
+def numbers(p, x):
+    """A length read from the values."""
+    length = int((x.abs() > 0).sum() / x.numel()) + 1
+    return Readout(2)(torch.einsum("ntd,d->ntd", x, p["w"])[:, : length + 1])
+
+
+WITHOUT_VMAP = {"branches on values": branching, "writes into a tensor": writing, "branches on values (item)": numbers}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VMAP)
+@pytest.mark.parametrize("method", ["kfac", "exactNG"])
+def test_where_vmap_raises_the_fallback_runs_example_by_example(name, method):
+    params, x = {"w": normal(3)}, normal(4, 2, 3, seed=1)
+    problem = zoo.from_model(WITHOUT_VMAP[name], params, x, "categorical", zoo.generator(), {})
+    for fisher in zoo.FISHERS:
+        run = sampled(problem, fisher, method=method)
+        assert kinds(run.ng) == {"w": "fallback"}
+        check_fisher(problem, run, fisher)
+        same(dict(run.stats.grads), oracles.mean_gradient(problem))
+        check_chunks(problem, run)
+    last = str(run.ng.layout).splitlines()[-1]
+    assert name.split(" (")[0] in last and "once per example" in last and "passes" in last
+
+
+def test_a_model_that_runs_under_vmap_says_nothing_of_it():
+    problem = zoo.pick("scale-matrix")
+    assert not problem.build().layout.one_by_one
+    assert "once per example" not in str(problem.build().layout)
+
+
 # ----------------------------------------------------------------------------------------------- one traced example
 
 INNER = {
