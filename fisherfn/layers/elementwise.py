@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,10 +47,11 @@ def changes_input(function: Callable[..., Any]) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int) -> Float[Tensor, "..."]:
+def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: int) -> Float[Tensor, "..."]:
     """Lay out copies `[N, *shape]` for a broadcast against a tensor that has the examples on `axis`, from the right.
 
-    The shared tensor has a length of 1 there, or fewer axes.
+    The shared tensor has a length of 1 there, or fewer axes. The other tensor may have `repeats` rows per example,
+    `outer` of them further out than the examples.
 
     Raises:
         ValueError: it has another length on that axis.
@@ -63,7 +65,10 @@ def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int) -> Float
         if copies.shape[place] != 1:
             raise ValueError(f"a shared tensor has length {copies.shape[place]} where the examples are")
         laid = copies.squeeze(place).movedim(0, place - 1)
-    return laid if repeats == 1 else laid.repeat_interleave(repeats, axis)
+    if repeats == 1:
+        return laid
+    row = torch.arange(copies.shape[0] * repeats, device=copies.device)
+    return laid.index_select(axis, row // (repeats // outer) % copies.shape[0])
 
 
 ELEMENTWISE = Family("elementwise", (), lambda function, args, kwargs: None, rows, columns, to_matrix, from_matrix)

@@ -106,8 +106,8 @@ def _part(layout: Layout, each: Pass, total: int) -> Stats:
 
 def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
     calls = list(zip(block.uses, each.calls[block.weight], strict=True))
-    inputs = tuple(seen.input.movedim(use.axis, 0) for use, seen in calls)
-    grads = tuple(factor * _gradient(block, use, seen).movedim(use.axis, 0) for use, seen in calls)
+    inputs = tuple(use.examples_first(seen.input) for use, seen in calls)
+    grads = tuple(factor * use.examples_first(_gradient(block, use, seen)) for use, seen in calls)
     return LayerStats(inputs, tuple(g.unsqueeze(0) for g in grads), grads)
 
 

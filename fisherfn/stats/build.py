@@ -234,11 +234,11 @@ def _verify(
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
     grads = pull(cotangent)
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
     if couples:  # what batch norm mixes by design must not hide another mixture
         pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
-    leaks = pull(first)
+    leaks = pull(_alone(cotangent, 0))
+    rearranged = any(use.outer > 1 for block in layout.layers for use in block.uses)
+    last = pull(_alone(cotangent, -1)) if rearranged else {}
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:
@@ -246,6 +246,7 @@ def _verify(
         found, scale = (block.tensors(total) for total in _sums(tap))
         wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n], tolerance)]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
+        others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
         leak = any(bool((g != 0).any()) for g in others)
         if leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
@@ -258,6 +259,13 @@ def _verify(
         else:
             kept.append(block)
     return kept, why
+
+
+def _alone(cotangent: Tensor, example: int) -> Tensor:
+    """The part of a cotangent that is one example's."""
+    alone = torch.zeros_like(cotangent)
+    alone[example] = cotangent[example]
+    return alone
 
 
 def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:

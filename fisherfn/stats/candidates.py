@@ -9,6 +9,7 @@ from fisherfn.layers import ELEMENTWISE, FAMILIES, FallbackFacts
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
 from fisherfn.stats.scout import Scout
+from fisherfn.stats.shared import Place
 from fisherfn.types import Tree
 
 
@@ -31,25 +32,25 @@ def candidates(
         kinds = list(dict.fromkeys(r.kind for r in records))
         biases = {r.bias for r in records if r.bias is not None}
         again = more.records.get(name, [])
-        axes = _example_axes(records, again, examples)
+        places = _places(records, again, examples)
         reason = None
         if any(record.copies for record in again) and name in scout.failed:
             reason = f"{kinds[0]} layer that no example enters, its output read by {scout.failed[name]}"
-        elif axes is None:
+        elif places is None:
             reason = f"{kinds[0]} layer whose first axis is not the example's"
         elif name in mode.other_uses:
             reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
         elif len(kinds) > 1 or len({_matrix_shape(r, params[name]) for r in records}) > 1:
             reason = f"{name!r} is the weight of different layers, {' and '.join(kinds)}"
-        if reason is not None or axes is None:
+        if reason is not None or places is None:
             why |= dict.fromkeys({name, *biases}, str(reason))
             continue
         why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
         bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
-            _use(record, other.copies is not None, bias, axis, repeats, params[name].dtype)
-            for record, other, (axis, repeats) in zip(records, again, axes, strict=True)
+            _use(record, other.copies is not None, bias, place, params[name].dtype)
+            for record, other, place in zip(records, again, places, strict=True)
         )
         key = name.rpartition(".")[0] or name
         bias_shape = Size() if bias is None else params[bias].shape
@@ -65,37 +66,37 @@ def _elementwise(name: str, parameter: Tensor) -> Block:
     return Block(name, ELEMENTWISE.name, name, parameter.shape, None, Size(), (use,), seen)
 
 
-def _use(record: Record, shared: bool, bias: str | None, axis: int, repeats: int, dtype: torch.dtype) -> Use:
-    merged = shared and not FAMILIES[record.kind].any_axis
-    shape = record.output.shape if shared and not merged else _without(record.output.shape, axis)
+def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype) -> Use:
+    whole = shared and FAMILIES[record.kind].any_axis
+    shape = record.output.shape if whole else _without(record.output.shape, place.axis)
     dtype = torch.promote_types(record.output.dtype, dtype)
-    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, axis, repeats, shared)
+    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, *place, shared)
 
 
-def _example_axes(records: list[Record], more: list[Record], examples: int) -> list[tuple[int, int]] | None:
-    """For each use the axis that has the examples, and how many rows each has there; None if they are not to be found.
+def _places(records: list[Record], more: list[Record], examples: int) -> list[Place] | None:
+    """For each use where the examples are, the axis counted from the left; None if they are not to be found.
 
     One example more makes exactly one axis longer, in the layer's input and output alike.
     """
     if len(records) != len(more):
         return None
-    axes = []
+    places = []
     for record, other in zip(records, more, strict=True):
+        family = FAMILIES[record.kind]
         if other.copies is not None:  # no example enters: copies have them on the first axis
-            merged = not FAMILIES[record.kind].any_axis
-            axes.append((0, record.output.shape[0] if merged else 1))
+            places.append(Place(0, 1 if family.any_axis else record.output.shape[0]))
             continue
-        grown = [
+        axes = [
             _grown(a.shape, b.shape) for a, b in ((record.call.input, other.call.input), (record.output, other.output))
         ]
-        axis = grown[0]
-        if axis is None or grown[1] != axis or (axis > 0 and not FAMILIES[record.kind].any_axis):
+        axis = axes[0]
+        if axis is None or axes[1] != axis or (axis > 0 and not family.any_axis):
             return None
         length, longer = record.output.shape[axis], other.output.shape[axis]
         if length != record.call.input.shape[axis] or length * (examples + 1) != longer * examples:
             return None
-        axes.append((axis, length // examples))
-    return axes
+        places.append(Place(axis, length // examples, 1 if other.place is None else other.place.outer))
+    return places
 
 
 def _grown(shape: Size, other: Size) -> int | None:

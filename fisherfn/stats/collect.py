@@ -114,7 +114,7 @@ def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
 
 def _examples_first(layout: Layout, flat: Sequence[Tensor]) -> Taps:
     uses = (use for block in layout.layers for use in block.uses)
-    return _by_layer(layout, [x.movedim(use.axis, 0) if use.axis else x for use, x in zip(uses, flat, strict=True)])
+    return _by_layer(layout, [use.examples_first(x) for use, x in zip(uses, flat, strict=True)])
 
 
 def example_gradients(

@@ -29,7 +29,7 @@ from fisherfn.layers import (
     without_affine,
 )
 from fisherfn.stats.scout import Scout
-from fisherfn.stats.shared import Copies, Followed, Growth, layer_copies, shapes, spread
+from fisherfn.stats.shared import Copies, Followed, Growth, Place, layer_copies, shapes, spread
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -45,6 +45,7 @@ class Record(NamedTuple):
         bias: the name of its bias, if that is a parameter.
         output: what it returned, before any tap.
         copies: the input of each of so many examples, where no example enters the call.
+        place: where the output has the examples, as the second trace of the build sees it.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Record(NamedTuple):
     bias: str | None
     output: Tensor
     copies: Copies | None = None
+    place: Place | None = None
 
     def input(self, examples: int) -> Tensor:
         """The input with an axis of examples."""
@@ -173,7 +175,8 @@ class Intercept(Elementary):
         use = len(self.records.setdefault(name, []))
         bias = None if call.bias is None else self._names.get(id(call.bias))
         if not self._is_shared_use(name, use, growth):
-            self.records[name].append(Record(family.name, call, bias, output))
+            place = growth[0] if growth else None
+            self.records[name].append(Record(family.name, call, bias, output, place=place))
             if self._scout is not None:
                 self._scout.look(func, args, kwargs, output, growth, self._names, besides=(call.weight, call.bias))
             return self._tapped(name, use, call.input, output)

@@ -28,7 +28,8 @@ class Use(NamedTuple):
         biased: whether the block's bias was added.
         axis: where the examples are.
         dtype: of the output-gradients: the output's, or the weight's where that is finer.
-        repeats: rows an example has on that axis (examples and positions may be merged, examples outermost).
+        repeats: rows an example has on that axis, where examples and positions are merged.
+        outer: how many of these are further out than the examples: the halves of a `torch.cat` are 2.
         shared: whether no example enters the call, so that its output meets the batch one broadcast later; statistics
             have the examples on the first axis.
     """
@@ -39,11 +40,21 @@ class Use(NamedTuple):
     dtype: torch.dtype
     axis: int = 0
     repeats: int = 1
+    outer: int = 1
     shared: bool = False
 
     def full_shape(self, examples: int) -> tuple[int, ...]:
         """The output's shape for so many examples."""
         return (*self.output_shape[: self.axis], examples * self.repeats, *self.output_shape[self.axis :])
+
+    def examples_first(self, x: Tensor) -> Tensor:
+        """An input or output of the call with the examples outermost on the first axis."""
+        x = x.movedim(self.axis, 0) if self.axis else x
+        if self.outer == 1:
+            return x
+        inner = self.repeats // self.outer
+        merged: Tensor = x.unflatten(0, (self.outer, -1, inner))
+        return merged.transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)

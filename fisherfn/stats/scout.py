@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.layers import broadcasts, changes_input, spreads
-from fisherfn.stats.shared import Copies, Growth, Ledger, Shared, Step, name_of, origins_of, spread, tensors_of
+from fisherfn.stats.shared import Copies, Growth, Ledger, Place, Shared, Step, name_of, origins_of, spread, tensors_of
 from fisherfn.types import PyTree
 
 
@@ -40,7 +40,7 @@ class Scout(Ledger):
         if name != name_of(func) or len(shapes) != len(outputs):
             self._place = len(self._before)  # out of step: nothing later can be compared
             return None
-        found: list[tuple[int, int] | None] = []
+        found: list[Place | None] = []
         for old, new in zip(shapes, outputs, strict=True):
             if old == new.shape:
                 found.append(None)
@@ -51,8 +51,23 @@ class Scout(Ledger):
             length, longer = old[axes[0]], new.shape[axes[0]]
             if length * (self._examples + 1) != longer * self._examples:
                 return None
-            found.append((axes[0] - new.ndim, length // self._examples))
+            place = Place(axes[0] - new.ndim, length // self._examples)
+            found.append(place if place.repeats == 1 else place._replace(outer=self.outer(new, place)))
         return found
+
+    def outer(self, x: Tensor, place: Place) -> int:
+        """How many rows of each example are further out than the examples.
+
+        The last example is the first one again: its rows are where the first one's values are.
+        """
+        rows = x.detach().movedim(place.axis, 0).flatten(1) if x.ndim > 1 else x.detach().unsqueeze(-1)
+        rows = rows.nan_to_num() if rows.is_floating_point() else rows.double()
+        for outer in (n for n in range(1, place.repeats + 1) if place.repeats % n == 0):
+            each = rows.unflatten(0, (outer, self._examples + 1, -1))
+            first, last = each[:, 0], each[:, -1]
+            if bool((first - last).norm() <= 1e-3 * first.norm()):
+                return outer
+        return 1
 
     def note_parameters(self, arguments: PyTree, names: Mapping[int, str], besides: tuple[Any, ...] = ()) -> None:
         """Note the parameters among the arguments of a call: all examples share them."""
@@ -84,11 +99,11 @@ class Scout(Ledger):
                 raise ValueError("examples not found")
             if all(each is None for each in growth):
                 self._derived(func, args, kwargs, output, shared)
-                self.steps.append(Step(name_of(func), None, 1, origins))
+                self.steps.append(Step(name_of(func), None, origins))
             else:
-                ((axis, repeats),) = growth  # type: ignore[misc]
-                self._met(func, args, kwargs, output, shared, axis, repeats)
-                self.steps.append(Step(name_of(func), axis, repeats, origins))
+                (place,) = growth
+                self._met(func, args, kwargs, output, shared, place)
+                self.steps.append(Step(name_of(func), place, origins))
         except Exception:  # whatever torch has against it: the parameter falls back
             self.fail(origins, name_of(func))
 
@@ -99,7 +114,7 @@ class Scout(Ledger):
         super().add_layer(func, weight, shared, output, copies)
         origins = origins_of(shared)
         if shared:
-            self.steps.append(Step(name_of(func), None, 1, origins))
+            self.steps.append(Step(name_of(func), None, origins))
         try:
             if copies(2).shape[1:] != output.shape:
                 raise ValueError("copies of another shape")
@@ -120,11 +135,12 @@ class Scout(Ledger):
                 raise ValueError("copies of another shape")
 
     def _met(
-        self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared], axis: int, repeats: int
+        self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared], place: Place | None
     ) -> None:
-        if not (broadcasts(func) or spreads(func)) or (changes_input(func) and self.is_shared(args[0])):
+        changed = changes_input(func) and self.is_shared(args[0])
+        if place is None or changed or not (broadcasts(func) or spreads(func)):
             raise ValueError("no broadcast")
         if changes_input(func):
             args = (args[0].clone(), *args[1:])
-        if self.meet(func, args, kwargs, shared, axis, repeats).shape != output.shape:
+        if self.meet(func, args, kwargs, shared, place).shape != output.shape:
             raise ValueError("copies of another shape")

@@ -28,9 +28,24 @@ Copies: TypeAlias = Callable[[int], Tensor]
 """Makes a copy of a shared tensor for each of so many examples, `[N, *shape]`."""
 
 
-Growth: TypeAlias = list[tuple[int, int] | None] | None
-"""For each output of a call the axis of the examples, from the right, and the rows of each there; None for an output
-that all examples share. None altogether where that is not to be found."""
+class Place(NamedTuple):
+    """Where a tensor has the examples.
+
+    Attributes:
+        axis: counted from the right.
+        repeats: rows per example on that axis.
+        outer: how many of these are further out than the examples: 1 if the examples are outermost, 2 for the two
+            halves of a `torch.cat`.
+    """
+
+    axis: int
+    repeats: int = 1
+    outer: int = 1
+
+
+Growth: TypeAlias = list[Place | None] | None
+"""For each output of a call the place of the examples; None for an output that all examples share. None altogether
+where that is not to be found."""
 
 
 class Step(NamedTuple):
@@ -38,14 +53,12 @@ class Step(NamedTuple):
 
     Attributes:
         function: its name.
-        axis: where its output has the examples, counted from the right; None where the output is shared, too.
-        repeats: rows per example on that axis.
+        place: where its output has the examples; None where the output is shared, too.
         origins: the weights that its shared tensors come from.
     """
 
     function: str
-    axis: int | None
-    repeats: int
+    place: Place | None
     origins: frozenset[str]
 
 
@@ -120,17 +133,16 @@ class Ledger:
         args: Any,
         kwargs: Any,
         shared: dict[int, Shared],
-        axis: int,
-        repeats: int,
+        place: Place,
     ) -> Tensor:
         """Run a call with a copy per example in the place of shared tensors."""
         if spreads(func):
             whole: Tensor = func(*args, **kwargs)  # a view: only its shape is wanted
             ((_, entry),) = shared.items()
-            return meeting(entry.copies(whole.shape[axis] // repeats), axis, repeats).expand(whole.shape)
+            return meeting(entry.copies(whole.shape[place.axis] // place.repeats), *place).expand(whole.shape)
         shapes = [leaf.shape for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        examples = torch.broadcast_shapes(*shapes)[axis] // repeats
-        laid = {key: meeting(entry.copies(examples), axis, repeats) for key, entry in shared.items()}
+        examples = torch.broadcast_shapes(*shapes)[place.axis] // place.repeats
+        laid = {key: meeting(entry.copies(examples), *place) for key, entry in shared.items()}
         new_args, new_kwargs = _replaced((args, kwargs), laid)
         return func(*new_args, **new_kwargs)  # type: ignore[no-any-return]
 
@@ -147,8 +159,8 @@ class Followed(Ledger):
         """Run a call that reads shared tensors, as the build's did."""
         if broadcasts(func) or spreads(func):
             step = self.next(func)
-            if step.axis is not None:  # runs once, on the copies
-                return self.meet(func, args, kwargs, shared, step.axis, step.repeats)
+            if step.place is not None:  # runs once, on the copies
+                return self.meet(func, args, kwargs, shared, step.place)
             output = func(*args, **kwargs)
         else:
             output = func(*args, **kwargs)

@@ -53,6 +53,56 @@ def partly(layer, x):
     return merged(layer, x).sum(1) + layer(x[:, 0])
 
 
+def halves(layer, x):
+    """An encoder on the halves of a `torch.cat`."""
+    left, right = torch.tanh(layer(torch.cat([x[:, 0], x[:, 1]]))).chunk(2)
+    return left * right + left
+
+
+def middle(layer, x):
+    """Rows further out and further in than the examples, `[2, N, 3]` merged."""
+    both = torch.stack([x, x.flip(1)])
+    return torch.tanh(layer(both.flatten(0, 2))).unflatten(0, both.shape[:3]).sum(0)
+
+
+class Scale(nn.Module):
+    """A hand-written normalisation with a scale and a shift."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.w * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)) + self.b
+
+
+HALVES = {
+    "linear": (nn.Linear(3, 3), halves, (3, 2, 3), "linear"),
+    "linear-many": (nn.Linear(3, 3), halves, (5, 2, 3), "linear"),
+    "conv": (nn.Conv1d(2, 2, 2), halves, (3, 2, 2, 3), "conv"),
+    "group-norm": (nn.GroupNorm(1, 2), halves, (3, 2, 2, 3), "group norm"),
+    "layer-norm-sequence": (nn.LayerNorm(3), halves, (3, 2, 4, 3), "layer norm"),
+    "linear-middle": (nn.Linear(2, 3), middle, (3, 3, 2), "linear"),
+    "conv-middle": (nn.Conv1d(2, 2, 2), middle, (4, 3, 2, 3), "conv"),
+    "conv-inner": (nn.Conv1d(2, 2, 2), inner, (3, 3, 2, 3), "conv"),
+    "scale": (Scale(3), halves, (3, 2, 3), "elementwise"),
+    "scale-middle": (Scale(2), middle, (3, 3, 2), "elementwise"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_an_encoder_on_several_parts_of_each_example_is_a_layer(name):
+    """`torch.cat([a, b])` has the examples inside: their rows are told apart by the second trace."""
+    layer, how, shape, kind = HALVES[name]
+    problem = from_net(Calls(layer, how), shape, "categorical", blocks={"any": ()})
+    for fisher in zoo.FISHERS:
+        run = sampled(problem, fisher)
+        assert set(kinds(run.ng).values()) == {kind}
+        check_fisher(problem, run, fisher)
+        check_gradients(problem, run.ng, run.stats)
+        check_chunks(problem, run)
+
+
 ARRANGED = {
     "conv-merged": (nn.Conv1d(2, 2, 2), merged, (3, 2, 2, 3)),
     "conv-merged-square": (nn.Conv2d(1, 2, 2), merged, (3, 3, 1, 3, 3)),
