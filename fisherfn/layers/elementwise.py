@@ -51,7 +51,8 @@ def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: i
     """Lay out copies `[N, *shape]` for a broadcast against a tensor that has the examples on `axis`, from the right.
 
     The shared tensor has a length of 1 there, or fewer axes. The other tensor may have `repeats` rows per example,
-    `outer` of them further out than the examples.
+    `outer` of them further out than the examples. Where a call repeats a longer shared tensor once per example, its own
+    length is innermost.
 
     Raises:
         ValueError: it has another length on that axis.
@@ -62,9 +63,17 @@ def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: i
         laid: Tensor = copies.reshape(copies.shape[0], *(1,) * missing, *copies.shape[1:])
     else:
         place = copies.ndim - right - 1
-        if copies.shape[place] != 1:
-            raise ValueError(f"a shared tensor has length {copies.shape[place]} where the examples are")
-        laid = copies.squeeze(place).movedim(0, place - 1)
+        length = copies.shape[place]
+        laid = copies.movedim(0, place - 1)  # examples, then the shared tensor's own
+        if length == 1:
+            laid = laid.squeeze(place)
+        elif repeats % length or outer > 1:
+            raise ValueError(f"a shared tensor has length {length} where the examples are")
+        else:
+            again = repeats // length
+            laid = laid.unsqueeze(place)
+            laid = laid.expand(*laid.shape[:place], again, *laid.shape[place + 1 :])
+            return laid.flatten(place - 1, place + 1)
     if repeats == 1:
         return laid
     row = torch.arange(copies.shape[0] * repeats, device=copies.device)
