@@ -75,6 +75,20 @@ class Diagonal(Scaled):
         return self.last(F.linear(torch.tanh(self.first(x)), torch.diag(self.scale)))
 
 
+class Language(nn.Module):
+    """A causal language model on hand-written parts whose output layer is its embedding."""
+
+    def __init__(self, words=4, width=3, length=3, bias=True):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, words, bias=bias)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        h = self.words(ids) + self.places(torch.arange(ids.shape[1]).unsqueeze(0))
+        return self.head(torch.tanh(h + self.mix(h.cumsum(1))))
+
+
 class Patches(nn.Module):
     """A transformer of hand-written parts, as vision and language models have them.
 

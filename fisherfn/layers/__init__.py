@@ -15,9 +15,11 @@ from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
+from fisherfn.layers.tied import KINDS as TIED_KINDS
+from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, ELEMENTWISE, FALLBACK)
+_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -31,14 +33,19 @@ def families(function: Callable[..., Any]) -> Sequence[Family]:
 
 __all__ = [
     "ELEMENTWISE",
+    "EMBEDDING",
     "FALLBACK",
     "FAMILIES",
+    "LINEAR",
+    "TIED",
+    "TIED_KINDS",
     "Call",
     "Elementary",
     "FallbackFacts",
     "Family",
     "SeededDropout",
     "apart",
+    "balance",
     "broadcasts",
     "changes_input",
     "changes_weight",
@@ -51,5 +58,7 @@ __all__ = [
     "meeting",
     "need_seeds",
     "spreads",
+    "swapped_columns",
+    "swapped_rows",
     "without_affine",
 ]

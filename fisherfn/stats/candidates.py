@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from fisherfn.layers import ELEMENTWISE, FAMILIES, FallbackFacts
+from fisherfn.layers import ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackFacts
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
 from fisherfn.stats.scout import Scout
@@ -40,6 +40,8 @@ def candidates(
             reason = f"{kinds[0]} layer whose first axis is not the example's"
         elif name in mode.other_uses:
             reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
+        elif set(kinds) == TIED_KINDS and not biases:
+            kinds = [TIED.name]
         elif len(kinds) > 1 or len({_matrix_shape(r, params[name]) for r in records}) > 1:
             reason = f"{name!r} is the weight of different layers, {' and '.join(kinds)}"
         if reason is not None or places is None:
@@ -49,7 +51,7 @@ def candidates(
         bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
-            _use(record, other.copies is not None, bias, place, params[name].dtype)
+            _use(record, other.copies is not None, bias, place, params[name].dtype, kinds[0])
             for record, other, place in zip(records, again, places, strict=True)
         )
         key = name.rpartition(".")[0] or name
@@ -66,11 +68,12 @@ def _elementwise(name: str, parameter: Tensor) -> Block:
     return Block(name, ELEMENTWISE.name, name, parameter.shape, None, Size(), (use,), seen)
 
 
-def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype) -> Use:
+def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype, kind: str) -> Use:
     whole = shared and FAMILIES[record.kind].any_axis
     shape = record.output.shape if whole else _without(record.output.shape, place.axis)
     dtype = torch.promote_types(record.output.dtype, dtype)
-    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, *place, shared)
+    transposed = kind == TIED.name and record.kind == LINEAR.name
+    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, *place, shared, transposed)
 
 
 def _places(records: list[Record], more: list[Record], examples: int) -> list[Place] | None:

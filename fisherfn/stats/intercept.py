@@ -17,6 +17,7 @@ from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
 from fisherfn.layers import (
     ELEMENTWISE,
+    EMBEDDING,
     Call,
     Elementary,
     Family,
@@ -222,7 +223,8 @@ class Intercept(Elementary):
             known = self._followed is None or self._followed.is_shared(tensor)
             return isinstance(tensor, Tensor) and id(tensor) not in self._names and known
 
-        bias_alone = id(bias) in self._names and id(weight) not in self._names
+        tied = any(record.kind == EMBEDDING.name for record in self.records.get(self._names.get(id(weight), ""), ()))
+        bias_alone = id(bias) in self._names and (tied or id(weight) not in self._names)
         return computed(weight), computed(bias) or bias_alone
 
     def _enters_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class Use(NamedTuple):
         outer: how many of these are further out than the examples: the halves of a `torch.cat` are 2.
         shared: whether no example enters the call, so that its output meets the batch one broadcast later; statistics
             have the examples on the first axis.
+        transposed: whether inputs and output-gradients have changed places: the output layer of a tied embedding.
     """
 
     facts: Any
@@ -42,6 +43,7 @@ class Use(NamedTuple):
     repeats: int = 1
     outer: int = 1
     shared: bool = False
+    transposed: bool = False
 
     def full_shape(self, examples: int) -> tuple[int, ...]:
         """The output's shape for so many examples."""

@@ -12,7 +12,16 @@ from tests import zoo
 METHODS = pytest.mark.parametrize("method", sorted(ff.METHODS))
 PROBLEMS = pytest.mark.parametrize(
     "id",
-    ["mlp-categorical", "sequence-pooled", "scale-matrix", "patches", "conv-groups", "conv-transpose", "tokens"],
+    [
+        "mlp-categorical",
+        "sequence-pooled",
+        "scale-matrix",
+        "patches",
+        "language",
+        "conv-groups",
+        "conv-transpose",
+        "tokens",
+    ],
 )
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 
