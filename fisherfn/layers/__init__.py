@@ -13,7 +13,7 @@ from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
-from fisherfn.layers.matmul import MATMUL
+from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
 from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
@@ -55,10 +55,12 @@ __all__ = [
     "drops",
     "families",
     "is_fused_recurrence",
+    "is_transpose",
     "meeting",
     "need_seeds",
     "spreads",
     "swapped_columns",
     "swapped_rows",
+    "untransposed",
     "without_affine",
 ]

@@ -27,6 +27,8 @@ from fisherfn.layers import (
     draws_globally,
     families,
     is_fused_recurrence,
+    is_transpose,
+    untransposed,
     without_affine,
 )
 from fisherfn.stats.scout import Scout
@@ -96,6 +98,7 @@ class Intercept(Elementary):
         self.couples = False
         self.trace: list[tuple[str, tuple[Size, ...]]] = []
         """All calls of a trace, by name and shapes of outputs."""
+        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
@@ -104,7 +107,7 @@ class Intercept(Elementary):
         self._refuse(func, args, kwargs)
         # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
         here = _level() == self._entered
-        simpler = without_affine(func, args, kwargs, self._apart) if here else None
+        simpler = self._simpler(func, args, kwargs) if here else None
         if simpler is not None:
             with self:
                 return simpler()
@@ -120,10 +123,22 @@ class Intercept(Elementary):
         if matched is not None:
             self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
             return self._record(*matched, func, args, kwargs, output, growth)
-        self._note_reads(output, (args, kwargs))
+        if here and args and id(args[0]) in self._names and is_transpose(args[0], output):
+            self._transposes[id(output)] = output, args[0]  # whoever uses it reads the weight
+        else:
+            self._note_reads(output, (args, kwargs))
         if self._scout is not None:
             self._scout.look(func, args, kwargs, output, growth if here else None, self._names)
         return output
+
+    def _simpler(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same call as a plain layer and what is not the layer's own."""
+
+        def original(tensor: Any) -> Tensor | None:
+            return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
+
+        plain = untransposed(func, args, kwargs, original) if self._transposes else None
+        return plain or without_affine(func, args, kwargs, self._apart)
 
     def _match(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,6 +175,7 @@ class Intercept(Elementary):
             return
         known = {id(tensor) for tensor in besides}
         read = {id(leaf) for leaf in tree.leaves(arguments)} - known
+        read |= {id(self._transposes[key][1]) for key in read & self._transposes.keys()}
         self.other_uses |= {name for key, name in self._names.items() if key in read}
 
     def _record(
