@@ -71,7 +71,7 @@ def untransposed(
     if function is not F.linear:
         if bias is None or bias.shape == weight.shape[:1]:
             return lambda: F.linear(x, weight, bias)
-        return lambda: F.linear(x, weight) + bias  # type: ignore[operator]
+        return lambda: F.linear(x, weight) + bias
     return lambda: x @ weight if bias is None else x @ weight + bias
 
 
