@@ -190,7 +190,7 @@ class Curvature(Copies):
         if not self.updates:
             yield
             return
-        with Watch(self.network.parameters()) as seen:
+        with Watch(self.network.parameters(), layout.plan) as seen:
             yield
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))

@@ -17,11 +17,11 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
-from fisherfn.layers import Call
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Use
+from fisherfn.stats.shared import Followed, Plan
 
 REDUCTIONS = ("mean", "sum")
 
@@ -50,18 +50,24 @@ class Pass(NamedTuple):
 class Watch(Intercept):
     """Notes the layer calls of a module that runs by itself, its parameters being leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__(dict(params), taps={})
-        self.calls: dict[str, list[Seen]] = {}
+    def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
+        self._seen: dict[str, dict[int, Seen]] = {}
+        super().__init__(dict(params), taps={}, shared=Followed(plan))
+
+    @property
+    def calls(self) -> dict[str, list[Seen]]:
+        """All uses of each layer, in order."""
+        return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         """Nothing: the pass is the user's own, dropout from the global generator included."""
 
-    def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
-        name = self._names[id(call.weight)]
-        dtype = torch.promote_types(output.dtype, call.weight.dtype)
+    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
+        dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        self.calls.setdefault(name, []).append(Seen(call.input.detach(), leaf, call.facts))
+        records = self.records.get(name, [])
+        facts = records[use].call.facts if use < len(records) else None
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts)
         return output + leaf.to(output.dtype)
 
 
@@ -91,7 +97,10 @@ def _as_seen(layout: Layout, each: Pass) -> Layout:
     blocks = []
     for block in layout.blocks:
         seen = zip(block.uses, each.calls[block.weight], strict=True)
-        uses = tuple(use._replace(facts=call.facts, output_shape=_of_example(use, call)) for use, call in seen)
+        uses = tuple(
+            use if call.facts is None else use._replace(facts=call.facts, output_shape=_of_example(use, call))
+            for use, call in seen
+        )
         blocks.append(replace(block, uses=uses))
     changed = any(new.uses != old.uses for new, old in zip(blocks, layout.blocks, strict=True))
     merged = any(use.repeats > 1 for block in layout.blocks for use in block.uses)
@@ -131,8 +140,8 @@ def _part(layout: Layout, each: Pass, total: int) -> Stats:
 
 def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
     calls = list(zip(block.uses, each.calls[block.weight], strict=True))
-    inputs = tuple(seen.input.movedim(use.axis, 0) for use, seen in calls)
-    grads = tuple(factor * _gradient(block, use, seen).movedim(use.axis, 0) for use, seen in calls)
+    inputs = tuple(use.examples_first(seen.input) for use, seen in calls)
+    grads = tuple(factor * use.examples_first(_gradient(block, use, seen)) for use, seen in calls)
     return LayerStats(inputs, tuple(g.unsqueeze(0) for g in grads), grads)
 
 

@@ -19,6 +19,7 @@ from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
 from fisherfn.types import Model, PyTree, Tree
@@ -71,7 +72,7 @@ def _build(
     """`build` with these examples; those of `whole` say what they leave unused."""
     examples = tree.leaves(x)[0].shape[0]
     outputs, mode = _trace(model, params, x, context, examples)
-    more, by_example = _trace_one_more(model, params, x, context, outputs)
+    scout, more, by_example = _trace_one_more(model, params, x, context, outputs, mode)
     left = _unused(model, params, x, context)
     if left and whole is not None and _unused(model, params, *whole) != left:
         raise _TooFewError("some parameters are used by other examples only")
@@ -88,7 +89,7 @@ def _build(
             'unused="ignore", or check that the model reads them from its params argument.'
         )
     used = {name: p for name, p in params.items() if name not in left}
-    found, why = candidates(mode, more, used, examples)
+    found, why = candidates(mode, more, scout, used, examples)
     tolerance = _tolerance(mode, outputs)
     if any(by_example) and not mode.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
@@ -109,17 +110,19 @@ def _build(
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
             unused=tuple(left),
+            steps=tuple(scout.steps),
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
     blocks = _with_fallbacks(kept, used, why | reasons)
     complete = layout(blocks)
     try:
-        _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
+        return _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
     except CoverageError:
-        if not _holds_in_double(model, complete, params, x, context, cotangent):
+        checked = _in_double(model, complete, params, x, context, cotangent)
+        if checked is None:
             raise
-    return complete
+        return checked
 
 
 def _validate(params: Tree, x: PyTree) -> int:
@@ -139,10 +142,12 @@ def _validate(params: Tree, x: PyTree) -> int:
     return int(leaves[0].shape[0])
 
 
-def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
+def _trace(
+    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, scout: Scout | None = None
+) -> tuple[Tensor, Intercept]:
     before = _global_generators(params)
     x = tree.map(torch.clone, x)  # a model that changes its inputs is refused, and they stay as they were
-    with torch.no_grad(), Intercept(params) as mode:
+    with torch.no_grad(), Intercept(params, shared=scout) as mode:
         outputs, _ = call(model, params, x, context)
     after = _global_generators(params)
     if not all(torch.equal(before[device], after[device]) for device in before):
@@ -181,9 +186,9 @@ def _restore(generators: dict[torch.device, Tensor]) -> None:
 
 
 def _trace_one_more(
-    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor
-) -> tuple[Intercept, tuple[bool, ...]]:
-    """A second trace with one example more shows where the examples are, also in the context.
+    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor, mode: Intercept
+) -> tuple[Scout, Intercept, tuple[bool, ...]]:
+    """A second trace with one example more shows where the examples are, also in the context, and what has none.
 
     What it has for each example (dropout noise) must grow with the batch, so the trace fails until it does.
     """
@@ -193,9 +198,10 @@ def _trace_one_more(
     more = tree.map(_one_more, x)
     first: Exception | None = None
     for grown in dict.fromkeys([seeds, alike]):
+        scout = Scout(mode.trace, examples)
         try:
-            longer, mode = _trace(model, params, more, _grown_context(context, grown), examples + 1)
-            return _of_examples(outputs, longer, mode), grown
+            longer, second = _trace(model, params, more, _grown_context(context, grown), examples + 1, scout)
+            return scout, _of_examples(outputs, longer, second), grown
         except (RuntimeError, ShapeError) as error:
             first = first or error
     if isinstance(first, _Square):
@@ -311,11 +317,11 @@ def _verify(
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
     grads = pull(cotangent)
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
     if couples:  # what batch norm mixes by design must not hide another mixture
         pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
-    leaks = pull(first)
+    leaks = pull(_alone(cotangent, 0))
+    rearranged = any(use.outer > 1 for block in layout.layers for use in block.uses)
+    last = pull(_alone(cotangent, -1)) if rearranged else {}
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:
@@ -323,6 +329,7 @@ def _verify(
         found, scale = (block.tensors(total) for total in _sums(tap))
         wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n], tolerance)]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
+        others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
         leak = any(bool((g != 0).any()) for g in others)
         if leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
@@ -335,6 +342,13 @@ def _verify(
         else:
             kept.append(block)
     return kept, why
+
+
+def _alone(cotangent: Tensor, example: int) -> Tensor:
+    """The part of a cotangent that is one example's."""
+    alone = torch.zeros_like(cotangent)
+    alone[example] = cotangent[example]
+    return alone
 
 
 def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
@@ -362,8 +376,10 @@ def _noise(truth: Tree) -> float:
     return 100 * torch.finfo(torch.float64).eps * float(tree.norm(truth))
 
 
-def _holds_in_double(model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor) -> bool:
-    """Whether the fallback's check passes in double precision, so that numerical noise failed it.
+def _in_double(
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
+) -> Layout | None:
+    """The checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
 
     Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
     """
@@ -372,15 +388,14 @@ def _holds_in_double(model: Model, layout: Layout, params: Tree, x: PyTree, cont
         return leaf.double() if leaf.is_floating_point() else leaf
 
     if all(dtype == torch.float64 for dtype in layout.dtypes):
-        return False
+        return None
     params, x, context = (tree.map(double, each) for each in (params, x, context))
     try:
-        _verify_fallbacks(
+        return _verify_fallbacks(
             model, layout, params, x, context, cotangent.double(), 5 * torch.finfo(torch.float64).eps ** 0.5
         )
     except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
-        return False
-    return True
+        return None
 
 
 def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
@@ -393,8 +408,7 @@ def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> t
             blocks.append(by_weight[name])
         elif name not in covered:
             facts = FallbackFacts(p.shape)
-            form = "one dense block" if facts.dense else "a block for each entry"
-            reason = f"{why.get(name, 'no layer family claims it')}; {form}"
+            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
             blocks.append(
                 Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
             )
@@ -409,25 +423,33 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
 
 def _verify_fallbacks(
     model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
-) -> None:
-    """Per-example gradients of the fallback must add up to the gradient, or the examples are coupled."""
+) -> Layout:
+    """The layout with the way in which its fallbacks' gradients can be had.
+
+    Per-example gradients must add up to the gradient, or the examples are coupled.
+    """
     names = [block.weight for block in layout.fallbacks]
     if not names:
-        return
+        return layout
     few = torch.zeros_like(cotangent)
     few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
     truth = _gradients(model, params, x, context, few)
     part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
     own = window(layout, context, slice(FALLBACK_EXAMPLES))
+    some = cotangent[None, :FALLBACK_EXAMPLES]
     try:
-        singles = example_gradients(model, layout, params, names, part, own, cotangent[None, :FALLBACK_EXAMPLES])
-    except (RuntimeError, ValueError) as error:
-        listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
-        raise CoverageError(
-            f"{listed}: these need per-example gradients, and the model cannot run on single examples under vmap: "
-            f"{str(error).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass its "
-            "buffers as context), dropout (draw its noise outside), branches on values."
-        ) from error
+        singles = example_gradients(model, layout, params, names, part, own, some)
+    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
+        layout = replace(layout, one_by_one=_cause(error))
+        try:
+            singles = example_gradients(model, layout, params, names, part, own, some)
+        except (RuntimeError, ValueError) as alone:
+            listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
+            raise CoverageError(
+                f"{listed}: these need per-example gradients, and the model cannot run on single examples: "
+                f"{str(alone).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass "
+                "its buffers as context), dropout (draw its noise outside)."
+            ) from alone
     noise = _noise(truth)
     for name in names:
         if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance, noise):
@@ -435,3 +457,19 @@ def _verify_fallbacks(
                 f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
                 "of a batch (batch norm in training mode?). Call net.eval(), or keep this parameter out of params."
             )
+    return layout
+
+
+def _cause(error: Exception) -> str:
+    """Why the model does not run under `torch.vmap`, in a few words."""
+    said = str(error)
+    for sign, cause in (
+        ("data-dependent control flow", "the model branches on values"),
+        (".item()", "the model branches on values"),
+        ("in-place", "the model writes into a tensor of its own"),
+        ("inplace", "the model writes into a tensor of its own"),
+        ("randomness", "the model draws numbers"),
+    ):
+        if sign in said:
+            return cause
+    return f"torch.vmap raises {type(error).__name__}"

@@ -21,6 +21,7 @@ from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
 from fisherfn.stats.layout import Layout
+from fisherfn.stats.shared import Followed
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree
 
@@ -76,14 +77,17 @@ def tapped_run(
 
     Inputs and output-gradients come with the examples first, wherever the layer has them.
     """
+    examples = tree.leaves(x)[0].shape[0]
 
     # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
     def forward(*taps: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
-        with Intercept(params, _by_layer(layout, taps), uncoupled) as mode:
+        shared = Followed(layout.plan)
+        with Intercept(params, _by_layer(layout, taps), uncoupled, shared) as mode:
             outputs, new_context = call(model, params, x, context)
-        return outputs, (_inputs(layout, mode), new_context)
+        shared.finish()
+        return outputs, (_inputs(layout, mode, examples), new_context)
 
-    taps = _zero_taps(layout, tree.leaves(params)[0], tree.leaves(x)[0].shape[0])
+    taps = _zero_taps(layout, tree.leaves(params)[0], examples)
     outputs, pull, (inputs, new_context) = vjp(forward, *taps, has_aux=True)  # type: ignore[misc]
 
     def pull_examples_first(cotangent: Tensor) -> Taps:
@@ -92,7 +96,7 @@ def tapped_run(
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 
 
-def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
+def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
     """What every layer saw at every use."""
     for block in layout.layers:
         uses = len(mode.records.get(block.weight, ()))
@@ -101,7 +105,7 @@ def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
                 f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
                 "on its input. Build with inputs that take the same path."
             )
-    return [record.call.input for block in layout.layers for record in mode.records[block.weight]]
+    return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
@@ -112,7 +116,7 @@ def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
 
 def _examples_first(layout: Layout, flat: Sequence[Tensor]) -> Taps:
     uses = (use for block in layout.layers for use in block.uses)
-    return _by_layer(layout, [x.movedim(use.axis, 0) if use.axis else x for use, x in zip(uses, flat, strict=True)])
+    return _by_layer(layout, [use.examples_first(x) for use, x in zip(uses, flat, strict=True)])
 
 
 def example_gradients(
@@ -124,7 +128,10 @@ def example_gradients(
     context: PyTree,
     cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Per-example gradients of some parameters for each row of cotangents, by `vmap` over single-example runs."""
+    """Per-example gradients of some parameters for each row of cotangents, by runs on single examples.
+
+    These are one run under `torch.vmap`, or one after another where the layout says that the model has no such run.
+    """
     chosen = {name: params[name] for name in names}
     leaves, by_example = tree.leaves(context), layout.by_example(context)
 
@@ -143,6 +150,11 @@ def example_gradients(
         return rows
 
     own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
+    if layout.one_by_one:
+        alone = [tree.map(lambda leaf, n=n: leaf[n], (x, own)) for n in range(cotangents.shape[1])]
+        each = [single(x_n, own_n, cotangents[:, n]) for n, (x_n, own_n) in enumerate(alone)]
+        one_by_one: Tree = tree.map(lambda *parts: torch.stack(parts, 1), *each)
+        return one_by_one
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fisherfn as ff
 from tests.methods.protocol import METHODS
-from tests.nets import Scaled, Tied, Transformer
+from tests.nets import Diagonal, Tied, Transformer
 from tests.optim.problems import CLASSES, NETS, Loop, problem, same
 from tests.zoo import as_installed
 
@@ -223,7 +223,7 @@ WRONG = {
     "the net not run": (lambda: passed(linear(), X, runs=0, backward=False), E.StructureError, "used 0 times"),
     "another reduction": (lambda: passed(linear(), X, reduction="none"), E.UnknownNameError, "reduction"),
     "no layers yet": (lambda: ff.optim.Preconditioner(linear()).watch().__enter__(), E.StructureError, "watch\\(x\\)"),
-    "a parameter in no layer": (lambda: passed(Scaled(), torch.ones(6, 3)), E.StructureError, "'scale' belong to no"),
+    "a parameter in no layer": (lambda: passed(Diagonal(), torch.ones(6, 3)), E.StructureError, "'scale' belong to no"),
     "sequences of two lengths before a step": (
         lambda: two_lengths(nn.Sequential(linear(), nn.Flatten())),
         E.ShapeError,

@@ -263,7 +263,7 @@ class Normed(nn.Module):
         self.scale = nn.Parameter(torch.ones(6))
 
     def forward(self, x):
-        return self.last(torch.tanh(self.norm(self.first(x))) * self.scale)
+        return self.last(torch.tanh(self.norm(self.first(x))) * self.scale.exp())
 
 
 def test_a_mode_that_was_changed_after_the_build_is_named():
