@@ -48,6 +48,10 @@ class CoverageError(FisherfnError, ValueError):
     """A parameter whose per-example gradients cannot be had, not even by the fallback."""
 
 
+class ModelError(FisherfnError, RuntimeError):
+    """The model does something that torch's function transforms cannot follow."""
+
+
 class TooLargeError(FisherfnError, ValueError):
     """A dense computation beyond the size that is tried."""
 
@@ -57,7 +61,7 @@ class MissingPackageError(FisherfnError, ImportError):
 
 
 class LikelihoodError(FisherfnError, TypeError):
-    """The likelihood lacks a method that this Fisher needs."""
+    """The likelihood lacks a method that this Fisher needs, or couples the examples of different chunks."""
 
 
 class TargetError(FisherfnError, ValueError):
@@ -102,13 +106,20 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "inputs": (NonFiniteError, "the batch's inputs hold NaN or infinity; clean the data, or skip this batch"),
     "targets": (
         TargetError,
-        "targets lie outside the likelihood's range (class indices run from 0 to C-1, Bernoulli targets from 0 to 1, "
-        "all must be finite); check the labels and the width of the model's output",
+        "targets lie outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
+        "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite); check the labels, a "
+        "mask on the outputs, and the width of the model's output",
+    ),
+    "chunks": (
+        LikelihoodError,
+        "an example's loss is another one in its chunk than in the whole batch: the likelihood couples the examples (a "
+        "contrastive loss, or a mean inside nll), so chunks would give another gradient. Leave out chunk_size",
     ),
     "loss": (
         NonFiniteError,
-        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged; "
-        "lower the rate, tighten the KL clip or raise the damping, and go on from an earlier state",
+        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged (lower the "
+        "learning rate, tighten the KL clip or raise the damping, and go on from an earlier state), or the model or "
+        "the likelihood overflows on this batch (exp, a division, the log of 0)",
     ),
     "gradient": (
         NonFiniteError,

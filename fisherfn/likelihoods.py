@@ -17,17 +17,20 @@ from torch import Tensor
 from torch.func import grad, vjp
 from torch.nn import functional as F
 
-from fisherfn.errors import HyperparameterError, LikelihoodError, ShapeError, TargetError, expect
+from fisherfn.errors import HyperparameterError, LikelihoodError, ShapeError, TargetError, expect, expect_number
+from fisherfn.types import PyTree
 
 
 @runtime_checkable
 class Likelihood(Protocol):
     """The likelihood protocol.
 
-    One's own needs only what its Fisher needs: `nll` always, `sample` for "mc", `fisher_sqrt` for "type2". Three more
-    methods are optional: `noise(shape, generator, dtype)` where the draw is not one uniform number an output,
-    `valid(outputs, targets)`, a mask that says whether targets are in range, and `fisher_product(outputs, v)`, the
-    output Fisher times v, which is cheaper than by the columns of its root.
+    One's own needs only what its Fisher needs: `nll` always, `sample` for "mc", `fisher_sqrt` for "type2". Four more
+    methods are optional: `noise(shape, generator, dtype)` where the draw is not one uniform number per output,
+    `valid(outputs, targets)`, a mask that says whether targets are in range, `fisher_product(outputs, v)`, the
+    output Fisher times v, which is cheaper than by the columns of its root, and `observed(outputs, targets)` where
+    observations count unequally: the likelihood that sampled labels are scored by, and a weight for each example or
+    position that multiplies the Fisher of "mc" and "type2".
     """
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,26 +55,83 @@ class Callback:
 class Categorical:
     r"""Class probabilities `softmax(outputs)` over the last axis: classification, language models.
 
-    $-\log p(y \mid f) = \log \sum_c e^{f_c} - f_y$, summed over positions between the first and the last axis.
-    Outputs `[N, …, C]` are logits, targets `[N, …]` class indices.
+    Outputs `[N, …, C]` are logits. It takes the targets and options of `torch.nn.functional.cross_entropy`:
+
+    - class indices `[N, …]`; positions whose index is `ignore_index` do not count;
+    - class probabilities `[N, …, C]` (soft labels, mixup, distillation), in floating point;
+    - a pair `(labels, weights)` of either with a weight for each example `[N]` or position `[N, …]`.
+
+    The loss is the sum over positions, averaged over **all N examples** of the batch. Torch's `reduction="mean"`
+    divides by the number (or total weight) of counted positions instead: its value is this one times N over that
+    number, and a damping λ here corresponds to λ times the same factor there.
+
+    With $m$ the total target mass of a position (1 for a plain label, 0 for an ignored one, else the product of its
+    weights), the Fisher of "mc" and "type2" is the Gauss-Newton matrix of this loss,
+    $\frac1N \sum m\, J^\top (\mathrm{diag}(p) - pp^\top) J$: a weight of 2 counts as an example seen twice. The
+    empirical Fisher is made of the gradients of the weighted loss terms, so that weights enter it squared.
+
+    Args:
+        ignore_index: the index of positions that do not count.
+        weight: a weight for each class, `[C]`.
+        label_smoothing: the share ε of every label that is spread over all classes evenly, in [0, 1].
 
     >>> Categorical().nll(torch.zeros(1, 2), torch.tensor([0]))  # log 2
     tensor([0.6931])
+    >>> Categorical().nll(torch.zeros(1, 3, 2), torch.tensor([[0, -100, -100]]))
+    tensor([0.6931])
     """
 
-    def nll(self, outputs: Float[Tensor, "n *t c"], targets: Tensor) -> Float[Tensor, " n"]:
-        expect(targets, Tensor, "targets", "one class index for each position")
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise TargetError(
-                f"Categorical targets are class indices (integers), got {targets.dtype}; use targets.long()."
-            )
-        _same_shape(targets, outputs.shape[:-1], "Categorical", "one class index for each position")
-        inside = (targets >= 0) & (targets < outputs.shape[-1])
-        index = targets.clamp(0, outputs.shape[-1] - 1).long().unsqueeze(-1)
+    ignore_index: int = -100
+    weight: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not isinstance(self.weight, Tensor):
+            raise HyperparameterError(f"Categorical weight is a tensor [C] or None, got {type(self.weight).__name__}.")
+        expect_number("label_smoothing", self.label_smoothing, lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+        expect_number("ignore_index", self.ignore_index, lambda v: True, "must be a whole number", whole=True)
+
+    def nll(self, outputs: Float[Tensor, "n *t c"], targets: PyTree) -> Float[Tensor, " n"]:
+        labels, weights = self._split(outputs, targets)
+        if labels.is_floating_point():
+            mass = self._class_weights(outputs) * self._smooth(labels.to(outputs.dtype))
+            # a class without mass does not count, whatever its logit (0 · inf is NaN)
+            picked = torch.where(mass == 0, 0.0, mass * outputs).sum(-1)
+            nll = mass.sum(-1) * torch.logsumexp(outputs, -1) - picked
+        else:
+            nll = self._of_indices(outputs, labels)
+        return _sum(nll if weights is None else weights * nll)
+
+    def _of_indices(self, outputs: Float[Tensor, "n *t c"], labels: Int[Tensor, "n *t"]) -> Float[Tensor, "n *t"]:
+        index = labels.clamp(0, outputs.shape[-1] - 1).long().unsqueeze(-1)
         # log-sum-exp minus the picked logit: the softmax is never stored
-        picked = outputs.gather(-1, index).squeeze(-1)
-        nll = torch.logsumexp(outputs, -1) - picked
-        return _sum(torch.where(inside, nll, math.nan))
+        normaliser = torch.logsumexp(outputs, -1)
+        nll = normaliser - outputs.gather(-1, index).squeeze(-1)
+        if self.weight is not None:
+            nll = nll * self._class_weights(outputs)[index.squeeze(-1)]
+        if self.label_smoothing:
+            spread = self._class_weights(outputs) / outputs.shape[-1]
+            smooth = spread.sum() * normaliser - (spread * outputs).sum(-1)
+            nll = (1 - self.label_smoothing) * nll + self.label_smoothing * smooth
+        inside = (labels >= 0) & (labels < outputs.shape[-1])
+        return torch.where(labels == self.ignore_index, 0.0, torch.where(inside, nll, math.nan))
+
+    def observed(self, outputs: Float[Tensor, "n *t c"], targets: PyTree) -> tuple[Categorical, Tensor | None]:
+        """Return the distribution that labels are sampled from, and each position's target mass `[N, …]`.
+
+        Without targets (None) every position counts the same.
+        """
+        if targets is None:
+            return Categorical(), None
+        labels, weights = self._split(outputs, targets)
+        classes = self._class_weights(outputs)
+        if labels.is_floating_point():
+            mass = (classes * self._smooth(labels.to(outputs.dtype))).sum(-1)
+        else:
+            own = classes[labels.clamp(0, outputs.shape[-1] - 1).long()]
+            mass = (1 - self.label_smoothing) * own + self.label_smoothing * classes.mean()
+            mass = torch.where(labels == self.ignore_index, 0.0, mass)
+        return Categorical(), mass if weights is None else weights * mass
 
     def sample(self, outputs: Float[Tensor, "n *t c"], noise: Float[Tensor, "n *t"]) -> Int[Tensor, "n *t"]:
         """Inverse distribution function: class c when `cdf[c-1] <= noise < cdf[c]`, noise uniform in [0, 1)."""
@@ -99,8 +159,60 @@ class Categorical:
         p = outputs.softmax(-1)
         return p * (v - (p * v).sum(-1, keepdim=True))
 
-    def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
-        return ((targets >= 0) & (targets < outputs.shape[-1])).all()
+    def valid(self, outputs: Tensor, targets: PyTree) -> Bool[Tensor, ""]:
+        labels, weights = self._split(outputs, targets)
+        classes = outputs.shape[-1]
+        if labels.is_floating_point():
+            valid = (labels >= 0) & torch.isfinite(labels) & ~((labels > 0) & (outputs == -math.inf))
+        else:
+            picked = outputs.gather(-1, labels.clamp(0, classes - 1).long().unsqueeze(-1)).squeeze(-1)
+            inside = (labels >= 0) & (labels < classes) & (picked != -math.inf)
+            valid = inside | (labels == self.ignore_index)
+        if self.label_smoothing:  # every class has some mass
+            valid = valid.all() & (outputs != -math.inf).all()
+        return valid.all() if weights is None else valid.all() & ((weights >= 0) & torch.isfinite(weights)).all()
+
+    def _split(self, outputs: Tensor, targets: PyTree) -> tuple[Tensor, Tensor | None]:
+        """Labels, and the weight of every position or None; raises unless their shapes and types fit."""
+        labels, weights = targets if isinstance(targets, (tuple, list)) and len(targets) == 2 else (targets, None)
+        expect(labels, Tensor, "targets", "pass class indices, class probabilities, or (labels, weights)")
+        positions = outputs.shape[:-1]
+        if labels.is_floating_point():
+            if labels.shape != outputs.shape:
+                raise TargetError(
+                    f"Categorical targets are class indices (integers) of shape {tuple(positions)}, or class "
+                    f"probabilities of shape {tuple(outputs.shape)}; got {labels.dtype} of shape {tuple(labels.shape)}."
+                )
+        elif labels.dtype == torch.bool or labels.is_complex():
+            raise TargetError(
+                f"Categorical targets are class indices (integers) or class probabilities, got {labels.dtype}."
+            )
+        else:
+            rule = "one class index for each position; class probabilities are floating-point"
+            _same_shape(labels, positions, "Categorical", rule)
+        if weights is None:
+            return labels, None
+        expect(weights, Tensor, "weights", "pass a tensor with a weight for each example or position")
+        if weights.shape not in (positions[:1], positions):
+            _same_shape(weights, positions, "Categorical weights as", "a weight for each example or position")
+        weights = weights.to(outputs.dtype)
+        return labels, weights.reshape(*weights.shape, *(1,) * (len(positions) - weights.ndim)).expand(positions)
+
+    def _class_weights(self, outputs: Tensor) -> Float[Tensor, " c"]:
+        classes = outputs.shape[-1:]
+        if self.weight is None:
+            return outputs.new_ones(classes)
+        if self.weight.shape != classes:
+            raise ShapeError(
+                f"Categorical weight has shape {tuple(self.weight.shape)}, and the model gives {classes[0]} classes: "
+                "pass one weight for each class."
+            )
+        return self.weight.to(outputs)
+
+    def _smooth(self, probabilities: Float[Tensor, "n *t c"]) -> Float[Tensor, "n *t c"]:
+        if not self.label_smoothing:
+            return probabilities
+        return (1 - self.label_smoothing) * probabilities + self.label_smoothing / probabilities.shape[-1]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -50,6 +50,7 @@ class State(NamedTuple):
         damping: λ, in the units of the Fisher of the mean loss.
         ema: weight of the old factors in the long run.
         count: updates so far.
+        examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
         factors: what `update` estimates, in the method's own structure, by block.
         inverses: what `invert` makes of them.
     """
@@ -57,6 +58,7 @@ class State(NamedTuple):
     damping: Float[Tensor, ""]
     ema: Float[Tensor, ""]
     count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+    examples: Float[Tensor, ""]
     factors: PyTree
     inverses: PyTree
 
@@ -79,7 +81,7 @@ class NaturalGradient:
         Args:
             params: as at the build.
             damping: λ ≥ 0, in the units of the Fisher of the mean NLL. A tensor may be batched under `torch.vmap`.
-            ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema).
+            ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema) for batches of equal size.
 
         Raises:
             HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
@@ -92,7 +94,29 @@ class NaturalGradient:
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
         factors, inverses = self.method.init(self._shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)
-        return State(λ, torch.as_tensor(ema, dtype=dtype, device=device), count, factors, inverses)
+        ema = torch.as_tensor(ema, dtype=dtype, device=device)
+        return State(λ, ema, count, torch.zeros((), dtype=dtype, device=device), factors, inverses)
+
+    def for_shape(self, params: Tree, x: PyTree, *, context: PyTree = None) -> NaturalGradient:
+        """Return the natural gradient for inputs of another example shape (longer sequences), with the same state.
+
+        States and preconditioned gradients of both are interchangeable. What a state holds of a batch itself (`exact`
+        and two-level keep taps) is that of the last update, whatever its shape. Costs a build, so keep the result.
+
+        Raises:
+            StructureError: on these inputs the parameters fall into other blocks.
+        """
+        self.layout.validate(params)
+        unused = "ignore" if self.layout.unused else "raise"
+        layout = build(self.model, params, tree.plain(x), self._context(context), unused=unused)
+        mine, its = ({b.names: (b.key, b.kind, b.shape) for b in each.blocks} for each in (self.layout, layout))
+        if mine != its or self.layout.unused != layout.unused:
+            names = sorted({", ".join(names) for names, _ in mine.items() ^ its.items()})[:4]
+            raise StructureError(
+                f"on inputs of this shape (or in this mode of the net) {'; '.join(names) or 'other parameters'} fall "
+                "into other blocks, so the state cannot be shared: build another natural_gradient, with its own state."
+            )
+        return replace(self, layout=layout)
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """The draw that `generator=` would make, `[N, S, …]`: a chunk or rank takes its slice of examples."""
@@ -133,7 +157,7 @@ class NaturalGradient:
             ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
             StructureError: names, or a context, that are not those of the build.
             NoiseError: "mc" with neither `generator` nor `noise`.
-            LikelihoodError: a likelihood that lacks what this Fisher needs.
+            LikelihoodError: a likelihood that lacks what this Fisher needs, or chunks of one that couples the examples.
             TargetError: targets of the wrong type.
         """
         self.layout.validate(params)
@@ -151,13 +175,21 @@ class NaturalGradient:
         if chunk_size is None or chunk_size >= examples:
             return part(x, y, noise, context)
         expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
-        return in_chunks(part, self.layout, x, y, noise, context, chunk_size)
+        return in_chunks(part, self.layout, x, y, noise, context, chunk_size, self.likelihood)
 
-    def update(self, state: State, stats: Stats) -> tuple[State, Info]:
-        """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`)."""
+    def update(self, state: State, stats: Stats, *, weight: float | Tensor | None = None) -> tuple[State, Info]:
+        """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`).
+
+        Args:
+            state: the one to go on from.
+            stats: of a batch.
+            weight: how much these statistics count beside those of other updates; None: as many as their examples.
+        """
         self._own(state)
         self._of_this_net(stats)
-        new, result = self._updated(state, stats)
+        if weight is not None:
+            expect_number("weight", weight, lambda v: v > 0, "must be positive")
+        new, result = self._updated(state, stats, weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
         return _sound(info, new, state), info
@@ -317,7 +349,7 @@ class NaturalGradient:
             LikelihoodError: a likelihood without `fisher_sqrt`.
         """
         self.layout.validate(params)
-        context = self._context(context)
+        context, x = self._context(context), tree.plain(x)
         check_batch(self.layout, x, ())
         return ImplicitFisher(self.model, self.likelihood, params, x, context)
 
@@ -357,12 +389,19 @@ class NaturalGradient:
     def _taps(self, stats: Stats) -> dict[str, AnyTap]:
         return {block.key: stats.lazy_tap(block.key) for block in self.layout.blocks}
 
-    def _updated(self, state: State, stats: Stats, inverting: bool = True) -> tuple[State, Estimated]:
+    def _updated(
+        self, state: State, stats: Stats, inverting: bool = True, weight: float | Tensor | None = None
+    ) -> tuple[State, Estimated]:
         """The updated state whether sound or not, and the masks that say which."""
-        count = state.count + 1
-        rho = torch.minimum(1 - 1 / count.to(state.ema.dtype), state.ema)
+        count, n = state.count + 1, float(stats.examples) if weight is None else weight
+        k = count.to(state.ema.dtype)
+        # a state saved before examples were counted has none: its batches are taken to be of this size
+        before = torch.where((state.count > 0) & (state.examples == 0), n, state.examples)
+        mean = before + (n - before) / k
+        r = n / mean  # 1 for equal batches, and then ρ = min(1 - 1/k, ema)
+        rho = torch.minimum(1 - r / k, state.ema / (1 + (1 - state.ema) * (r - 1)))
         result = self.method.update(state.factors, self._taps(stats), rho, self.mean, inverting)
-        return state._replace(factors=result.factors, count=count), result
+        return state._replace(factors=result.factors, count=count, examples=mean), result
 
     def _inverted(self, state: State) -> tuple[State, Estimated]:
         result = self.method.invert(state.factors, state.damping)
@@ -418,6 +457,7 @@ def natural_gradient(
     fisher: FisherKind = "mc",
     samples: int = 1,
     context: PyTree = None,
+    unused: Literal["raise", "ignore"] | str = "raise",
 ) -> NaturalGradient:
     """Build a natural gradient: one trace with example inputs finds the layers and checks them by numbers.
 
@@ -434,6 +474,8 @@ def natural_gradient(
         samples: draws S for "mc".
         context: anything else that the model reads and that is not differentiated: buffers, another player's
             parameters; what it has for each example (dropout seeds, masks) goes along with the examples.
+        unused: what becomes of parameters that the outputs do not depend on: "raise" the error, or "ignore" them, which
+            leaves them in no block and makes their gradients and steps zero.
 
     Raises:
         CoverageError: a parameter whose per-example gradients cannot be had.
@@ -454,7 +496,9 @@ def natural_gradient(
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):
         likelihood = likelihoods.Callback(likelihood)
-    layout = build(model, params, x, () if context is None else context)
+    if unused not in ("raise", "ignore"):
+        raise unknown("unused", unused, ("raise", "ignore"))
+    layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused)
     ng = NaturalGradient(model, layout, likelihood, method, fisher, samples)
     ng._kind(fisher), ng._samples(samples)
     if fisher != "empirical":
@@ -466,8 +510,11 @@ def pair(batch: Batch) -> tuple[PyTree, PyTree]:
     """Inputs and targets."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise StructureError(f"a batch is (inputs, targets), got {found}: several inputs go as a tuple in the first.")
-    return batch[0], batch[1]
+        raise StructureError(
+            f"a batch is (inputs, targets), got {found}: several inputs go as a tuple or dict in the first place, and "
+            'targets in the second: labels = batch.pop("labels"), then (batch, labels).'
+        )
+    return tree.plain(batch[0]), batch[1]
 
 
 def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,18 @@ from fisherfn.errors import StructureError
 from fisherfn.types import PyTree
 
 T = TypeVar("T", bound=PyTree)
+
+
+def plain(inputs: PyTree) -> PyTree:
+    """Return several inputs by name as a dict in the order of names, whatever mapping they come in; other inputs as is.
+
+    >>> import collections
+    >>> list(plain(collections.UserDict(mask=torch.ones(1), ids=torch.ones(1))))
+    ['ids', 'mask']
+    """
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
+        return inputs
+    return {name: inputs[name] for name in sorted(inputs)}
 
 
 def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:

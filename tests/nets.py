@@ -57,7 +57,7 @@ class TiedWeights(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Linear layers with a scale vector between them: no layer claims the vector."""
+    """Linear layers with a scale vector between them."""
 
     def __init__(self):
         super().__init__()
@@ -66,6 +66,57 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x)) * self.scale)
+
+
+class Diagonal(Scaled):
+    """The same with the scale as a computed weight: no layer claims the vector."""
+
+    def forward(self, x):
+        return self.last(F.linear(torch.tanh(self.first(x)), torch.diag(self.scale)))
+
+
+class Language(nn.Module):
+    """A causal language model on hand-written parts whose output layer is its embedding."""
+
+    def __init__(self, words=4, width=3, length=3, bias=True):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, words, bias=bias)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        h = self.words(ids) + self.places(torch.arange(ids.shape[1]).unsqueeze(0))
+        return self.head(torch.tanh(h + self.mix(h.cumsum(1))))
+
+
+class Patches(nn.Module):
+    """A transformer of hand-written parts, as vision and language models have them.
+
+    Class token, position embedding, a table of positions, a net on a grid, RMSNorm, layer scale, a computed bias.
+    """
+
+    def __init__(self, width=3, length=3, outputs=2):
+        super().__init__()
+        self.cls, self.pos = nn.Parameter(torch.ones(1, 1, width)), nn.Parameter(torch.ones(1, length, width))
+        self.words, self.table = nn.Embedding(length, width), nn.Parameter(torch.ones(2 * length - 1, 1))
+        self.grid = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, width, bias=False))
+        self.gain, self.scale = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.inner, self.q_bias = nn.Linear(width, width, bias=False), nn.Parameter(torch.ones(width - 1))
+        self.last, self.shift = nn.Linear(width, outputs), nn.Parameter(torch.ones(outputs))
+        place = torch.arange(length)
+        self.register_buffer("place", place)
+        self.register_buffer("relative", place[:, None] - place + length - 1)
+
+    def forward(self, x):
+        h = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+        h = h + self.words(self.place.unsqueeze(0)) * self.grid(self.place.to(h).unsqueeze(-1))
+        mixed = (self.table[self.relative.flatten()].view(*self.relative.shape) + h @ h.mT).softmax(-1) @ h
+        mixed = (1.0 + self.gain) * (mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + 0.1))
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias[:1])])
+        h = h + self.scale.view(1, 1, -1) * F.linear(mixed, self.inner.weight, bias)
+        out = self.last(torch.tanh(h[:, 0]))
+        out += self.shift
+        return out
 
 
 class Matmul(nn.Module):

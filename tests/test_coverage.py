@@ -31,7 +31,7 @@ def test_layers_are_found_without_fallback(id):
     assert "fallback" not in str(problem.build().layout).splitlines()[2:-1].__str__()
 
 
-@pytest.mark.parametrize(("id", "name"), [("scale-vector", "scale"), ("weight-elsewhere", "first.weight")])
+@pytest.mark.parametrize(("id", "name"), [("scale-matrix", "scale"), ("weight-elsewhere", "first.weight")])
 def test_what_no_layer_claims_is_reported_with_a_reason(id, name):
     lines = [line for line in str(zoo.pick(id).build().layout).splitlines() if name in line and "fallback" in line]
     assert lines, "the fallback is not in the report"
@@ -39,7 +39,7 @@ def test_what_no_layer_claims_is_reported_with_a_reason(id, name):
 
 
 @pytest.mark.parametrize(
-    "id", ["scale-vector", "matmul", "weight-elsewhere", "tied-weights", "frozen-weight", "layer-norm"]
+    "id", ["scale-vector", "scale-matrix", "matmul", "weight-elsewhere", "tied-weights", "frozen-weight", "layer-norm"]
 )
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_the_full_fisher_has_the_cross_terms_of_the_fallback(id, fisher):
@@ -51,10 +51,11 @@ def test_the_full_fisher_has_the_cross_terms_of_the_fallback(id, fisher):
     close(run.ng.fisher(run.stats).dense(), dense)
 
 
+@pytest.mark.parametrize("id", ["scale-vector", "scale-matrix"])
 @pytest.mark.parametrize("fisher", FISHERS)
-def test_a_small_fallback_is_one_dense_block_for_kfac(fisher):
+def test_a_small_fallback_is_one_dense_block_for_kfac(id, fisher):
     """a = 1 and g the gradient: A = 1, G the exact block; damping π-split of an exact block is (F + λI)⁻¹-like."""
-    problem = zoo.pick("scale-vector")
+    problem = zoo.pick(id)
     run = sampled(problem, fisher)
     dense = oracles.fisher_matrix(problem, fisher, run.draws)
     at = oracles.positions(problem.params, ("scale",))
@@ -63,14 +64,15 @@ def test_a_small_fallback_is_one_dense_block_for_kfac(fisher):
     close(run.ng.matvec(state, v)["scale"], dense[at[:, None], at] @ v["scale"])
 
 
-def test_a_fallback_is_a_tap_with_a_equal_to_one():
-    run = sampled(zoo.pick("scale-vector"), samples=3)
+@pytest.mark.parametrize("id", ["scale-vector", "scale-matrix"])
+def test_a_fallback_is_a_tap_with_a_equal_to_one(id):
+    run = sampled(zoo.pick(id), samples=3)
     tap = run.stats.taps["scale"]
     assert tap.a.shape == (1, 5, 1, 1) and tap.g.shape == (1, 3, 5, 1, 4)
     assert bool((tap.a == 1).all())
 
 
-def big_scale(width=3000):
+def big_scale(kind, width=3000):
     generator = zoo.generator()
     params = {
         "scale": torch.randn(width, generator=generator, dtype=torch.float64),
@@ -79,16 +81,19 @@ def big_scale(width=3000):
     x = torch.randn(4, width, generator=generator, dtype=torch.float64)
 
     def model(params, x):
-        return F.linear(torch.tanh(x * params["scale"]), params["last.weight"])
+        scaled = x * params["scale"] if kind == "elementwise" else torch.einsum("ni,i->ni", x, params["scale"])
+        return F.linear(torch.tanh(scaled), params["last.weight"])
 
     blocks = {"scale": ("scale",), "last": ("last.weight",)}
     return zoo.from_model(model, params, x, "categorical", generator, blocks)
 
 
-def test_a_big_fallback_is_one_block_an_entry():
+@pytest.mark.parametrize("kind", ["elementwise", "fallback"])
+def test_a_big_parameter_without_a_matrix_is_one_block_per_entry(kind):
     """K = entries: the K-FAC blocks are scalars, the full Fisher keeps every cross term."""
-    problem = big_scale()
+    problem = big_scale(kind)
     run = sampled(problem, "empirical")
+    assert run.ng.layout.block("scale").kind == kind
     assert run.stats.taps["scale"].g.shape == (3000, 1, 4, 1, 1)
     U = oracles.columns(problem, "empirical")
     v = zoo.random_tree(problem.params)

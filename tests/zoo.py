@@ -19,9 +19,12 @@ from torch.func import functional_call
 
 import fisherfn as ff
 from tests.nets import (
+    Diagonal,
     Elsewhere,
+    Language,
     Matmul,
     MeanPool,
+    Patches,
     Pool,
     Scaled,
     Squeeze,
@@ -209,7 +212,10 @@ CASES = [
         "blocks",
     ),
     case("callable", callable_problem, "blocks"),
-    case("scale-vector", lambda: from_net(Scaled(), (5, 3), "categorical"), "blocks", "fallback"),
+    case("scale-vector", lambda: from_net(Scaled(), (5, 3), "categorical"), "blocks"),
+    case("scale-matrix", lambda: from_net(Diagonal(), (5, 3), "categorical"), "blocks", "fallback"),
+    case("language", lambda: from_net(Language(), (3, 3), "categorical", vocabulary=4), "blocks"),
+    case("patches", lambda: from_net(Patches(), (3, 2, 3), "categorical"), "blocks"),
     case("matmul", lambda: from_net(Matmul(), (5, 3), "gaussian"), "blocks"),
     case("weight-elsewhere", lambda: from_net(Elsewhere(), (5, 3), "categorical"), "fallback"),
     case(

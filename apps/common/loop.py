@@ -36,6 +36,7 @@ class Task(NamedTuple):
         train: inputs and targets, in memory.
         test: the same, held out.
         per_output: what losses are divided by when reported: outputs an example for autoencoders, else 1.
+        drops: whether the model drops units in training mode, so that each step draws seeds for its examples.
     """
 
     model: Any
@@ -46,6 +47,11 @@ class Task(NamedTuple):
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     per_output: int
+    drops: bool = False
+
+    def seeded(self, context: Tree, examples: int, generator: torch.Generator) -> Tree:
+        """The context of one step: with dropout's seeds for its examples, where the model needs them."""
+        return context | {"dropout": ff.dropout_seeds(examples, generator)} if self.drops else context
 
 
 class Snapshot(NamedTuple):
@@ -160,10 +166,13 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     bar = tqdm(batches, desc=title, disable=quiet, leave=False, unit="step", initial=at.batches, total=total)
     began, first = time.perf_counter(), at
     for batch in bar:
-        new = optimizer.step(at.params, at.state, batch, at.context, optimizer.draw(batch, draws), at.step)
+        labels = optimizer.draw(batch, draws)
+        context = task.seeded(at.context, batch[0].shape[0], draws)
+        new = optimizer.step(at.params, at.state, batch, context, labels, at.step)
         at = at._replace(step=at.step + 1, batches=at.batches + 1)
         if sound(new.info):
-            at = at._replace(params=new.params, state=new.state, context=new.context, in_a_row=0)
+            buffers = {name: new.context[name] for name in at.context}  # all but the seeds
+            at = at._replace(params=new.params, state=new.state, context=buffers, in_a_row=0)
         else:
             at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
         if at.in_a_row >= min(PATIENCE, total):

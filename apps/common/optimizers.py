@@ -269,7 +269,8 @@ def _step_in_parts(
     whole, part = batches
     masks = []
     if update:
-        state, info = ng.update(state, ng.stats(params, part, noise=noise, context=context))
+        own = context | {"dropout": context["dropout"][: part[0].shape[0]]} if "dropout" in context else context
+        state, info = ng.update(state, ng.stats(params, part, noise=noise, context=own))
         masks.append(info)
     if invert:
         state, info = ng.invert(state)

@@ -74,7 +74,18 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
     if likelihood is None:
         raise ConfigError(f"{data.name} has no labels for {name} to predict: choose an autoencoder")
     per_output = splits[0][1][0].numel() if spec.task == "reconstruct" else 1
-    return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output), net
+    drops = _drops(model, params, context, splits[0][0])
+    return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output, drops), net
+
+
+def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x: Tensor) -> bool:
+    """Whether the model asks for dropout's seeds."""
+    try:
+        with torch.no_grad():
+            model(params, x[:2], context)
+    except ff.errors.NoiseError:
+        return True
+    return False
 
 
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
@@ -117,9 +128,10 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
     """The library's natural gradient for this task, as configured."""
+    x = task.train[0][: config.batch_size]
     return ff.natural_gradient(
-        task.model, task.params, task.train[0][: config.batch_size], likelihood=task.likelihood, method=method(config),
-        fisher=config.fisher, samples=config.fisher_samples, context=task.context,
+        task.model, task.params, x, likelihood=task.likelihood, method=method(config), fisher=config.fisher,
+        samples=config.fisher_samples, context=task.seeded(task.context, x.shape[0], torch.Generator().manual_seed(0)),
     )  # fmt: skip
 
 

@@ -4,19 +4,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_fused_recurrence
+from fisherfn.layers.composite import Elementary, is_fused_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
-from fisherfn.layers.matmul import MATMUL
+from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
+from fisherfn.layers.tied import KINDS as TIED_KINDS
+from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, FALLBACK)
+_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -29,14 +32,22 @@ def families(function: Callable[..., Any]) -> Sequence[Family]:
 
 
 __all__ = [
+    "ELEMENTWISE",
+    "EMBEDDING",
     "FALLBACK",
     "FAMILIES",
+    "LINEAR",
+    "TIED",
+    "TIED_KINDS",
     "Call",
     "Elementary",
     "FallbackFacts",
     "Family",
     "SeededDropout",
     "apart",
+    "balance",
+    "broadcasts",
+    "changes_input",
     "changes_weight",
     "couples_examples",
     "draws_globally",
@@ -44,5 +55,12 @@ __all__ = [
     "drops",
     "families",
     "is_fused_recurrence",
+    "is_transpose",
+    "meeting",
     "need_seeds",
+    "spreads",
+    "swapped_columns",
+    "swapped_rows",
+    "untransposed",
+    "without_affine",
 ]

@@ -4,6 +4,9 @@ One seed an example, drawn by the caller's generator, is all the noise of a step
 dropout of the net is kept where a hash of (seed n, c, j), uniform in [0, 1), is at least p. So an example keeps its
 masks in a chunk, on another rank and in a vmapped member, and a resumed run draws what the straight one drew.
 
+Numbers that a model draws by itself with the examples first (`bernoulli_`, `rand`, `randn` and their like, as
+stochastic depth does) are made from the same seeds.
+
 The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose arithmetic fits 64-bit integers.
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fisherfn.errors import NoiseError, ShapeError
+from fisherfn.layers import random_numbers
 from fisherfn.layers.composite import Elementary
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
@@ -79,6 +83,8 @@ class SeededDropout(Elementary):
             given = _given(args, kwargs)
             dropped = self._dropped(func, given)
             return given["input"].copy_(dropped) if given.get("inplace") else dropped
+        if random_numbers.is_known(func) and kwargs.get("generator") is None:
+            return random_numbers.drawn(func, args, kwargs, self._uniform)
         return func(*args, **kwargs)
 
     def _dropped(self, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
@@ -94,18 +100,23 @@ class SeededDropout(Elementary):
 
     def _mask(self, x: Tensor, p: float, shape: torch.Size) -> Tensor:
         """Which entries (or channels) are kept, `[M, *shape]` broadcast to `x`."""
-        examples, rows = self._seeds.shape[0], x.shape[0]
-        if rows % examples:
+        keep = self._uniform(torch.Size((x.shape[0], *shape)), x.device, "a dropout") >= p
+        return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
+
+    def _uniform(self, shape: torch.Size, device: torch.device, who: str) -> Tensor:
+        """Numbers in [0, 1) from the seeds, in float64; `who` asks for them, for the error."""
+        examples, rows = self._seeds.shape[0], shape[0] if shape else 0
+        if not shape or rows % examples:
+            seen = f"{rows} rows along its first axis" if shape else "no axis"
             raise ShapeError(
-                f"a dropout sees {rows} rows along its first axis for {examples} seeds: its input must have the "
+                f"{who} sees {seen} for {examples} seeds: its input must have the "
                 "examples first, and context['dropout'] one seed for each of them (ff.dropout_seeds(N, generator))."
             )
         self._calls += 1
-        entries = torch.arange(rows // examples * shape.numel(), device=x.device)
-        key = _hash(_hash(self._seeds.to(x.device)) + self._calls)
-        uniform = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
-        keep = (uniform >= p).reshape(rows, *shape)
-        return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
+        entries = torch.arange(shape.numel() // examples, device=device)
+        key = _hash(_hash(self._seeds.to(device)) + self._calls)
+        uniform: Tensor = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
+        return uniform.reshape(shape)
 
 
 def need_seeds(context: Any) -> Int[Tensor, " n"]:

@@ -24,6 +24,11 @@ class Facts(NamedTuple):
     def dense(self) -> bool:
         return self.shape.numel() <= DENSE_UP_TO
 
+    @property
+    def form(self) -> str:
+        """The form of its blocks, for the report."""
+        return "one dense block" if self.dense else "a block for each entry"
+
 
 def rows(ones: Float[Tensor, " n"], facts: Facts) -> Float[Tensor, "k n 1 1"]:
     groups = 1 if facts.dense else facts.shape.numel()

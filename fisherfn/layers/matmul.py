@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns, rows
@@ -34,6 +35,44 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.ndim < 2 or weight.ndim != 2:
         return None
     return Call(x, weight, bias[0] if bias and bias[0].shape == weight.shape[1:] else None)
+
+
+def is_transpose(x: Any, output: Any) -> bool:
+    """Whether a call returned the transpose of a matrix, as a view of it."""
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.ndim != 2 or output.ndim != 2:
+        return False
+    return output.shape == x.shape[::-1] and output.stride() == x.stride()[::-1]
+
+
+def untransposed(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    original: Callable[[Any], Tensor | None],
+) -> Callable[[], Any] | None:
+    """A product with the transpose of a weight as the layer that it is; None for any other call.
+
+    `x @ W.T` is `F.linear(x, W)`, and `F.linear(x, W.T)` is `x @ W`. `original` gives W for its transpose.
+    """
+    if function is F.linear:
+        names: tuple[str, ...] = ("input", "weight", "bias")
+    elif function in _SUMS:
+        names = ("bias", "input", "weight")
+    elif function in _PRODUCTS:
+        names = ("input", "weight")
+    else:
+        return None
+    if len(args) + len(kwargs) > len(names) or (kwargs and function is not F.linear):
+        return None
+    given = dict(zip(names, args, strict=False)) | kwargs
+    weight, x, bias = original(given.get("weight")), given.get("input"), given.get("bias")
+    if weight is None or not isinstance(x, Tensor):
+        return None
+    if function is not F.linear:
+        if bias is None or bias.shape == weight.shape[:1]:
+            return lambda: F.linear(x, weight, bias)
+        return lambda: F.linear(x, weight) + bias
+    return lambda: x @ weight if bias is None else x @ weight + bias
 
 
 def to_matrix(weight: Float[Tensor, "i o"], facts: None) -> Float[Tensor, "1 o i"]:

@@ -16,6 +16,7 @@ from fisherfn.base import Method
 from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.methods import METHODS
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
+from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
 from fisherfn.stats import FISHERS, Layout, Stats
@@ -28,7 +29,7 @@ Outcome: TypeAlias = tuple[Tree, State, Info]
 """The natural gradient, the new state and what was measured, as `ng.step` returns them."""
 
 
-class Curvature:
+class Curvature(Copies):
     """A module's natural gradient, built at its first batch, with its state, cadence and randomness.
 
     The arguments are those of `NaturalGradient` in the same package.
@@ -60,7 +61,7 @@ class Curvature:
             expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
         self.network = Network(net)
         self._make = partial(
-            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples
+            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore"
         )  # fmt: skip
         self._damping, self._ema, self._chunk_size = damping, ema, chunk_size
         self._update_every, self._invert_every = update_every, invert_every
@@ -70,9 +71,10 @@ class Curvature:
         self._state: State | None = None
         self._saved: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
+        self._by_kind: dict[Any, NaturalGradient] = {}
 
     def build(self, x: PyTree) -> NaturalGradient:
-        """Find the layers with these inputs, once."""
+        """Find the layers with these inputs: once for each example shape and mode of the net, with one state."""
         if self.ng is None:
             _one_process()
             x = _finite(_inputs(x))
@@ -83,8 +85,19 @@ class Curvature:
             with self.network.alone_in_autocast():
                 ng = self.network.build(make, x)
                 self._state = self._restored(ng, self._saved)
-            self.ng, self._saved = ng, {}
-        return self.ng
+            self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
+            self._by_kind[self.network.kind(x)] = ng
+        kind = self.network.kind(_inputs(x))
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self._for_shape(self.ng, _finite(_inputs(x)))
+        return self._by_kind[kind]
+
+    def _for_shape(self, ng: NaturalGradient, x: PyTree) -> NaturalGradient:
+        def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
+            return replace(ng, model=model).for_shape(params, x, context=context)
+
+        with self.network.alone_in_autocast():
+            return self.network.build(make, x)
 
     def ready(self) -> NaturalGradient:
         """The natural gradient, there after the first batch."""
@@ -177,7 +190,7 @@ class Curvature:
         if not self.updates:
             yield
             return
-        with Watch(self.network.parameters()) as seen:
+        with Watch(self.network.parameters(), layout.plan) as seen:
             yield
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))
@@ -227,6 +240,7 @@ class Curvature:
         params = self.network.values()
         empty = ng.init(params, damping=self._damping, ema=self._ema)
         device = next(iter(params.values())).device
+        saved = {"examples": empty.examples} | saved if saved else saved  # one from before examples were counted
         return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
 
 
@@ -239,8 +253,8 @@ def _generator(given: torch.Generator | int) -> torch.Generator:
 
 
 def _inputs(x: PyTree) -> PyTree:
-    """Several inputs as the tuple that they were before a data loader made a list of it."""
-    return tuple(x) if isinstance(x, list) else x
+    """Several inputs as the tuple that they were before a data loader made a list of it, or as a dict."""
+    return tree.plain(tuple(x) if isinstance(x, list) else x)
 
 
 def _finite(x: PyTree) -> PyTree:

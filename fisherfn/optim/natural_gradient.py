@@ -176,7 +176,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         return self.info.loss if loss is None else loss
 
     def _move(self, nat: Tree) -> None:
-        names = {id(p): name for name, p in self._curvature.network.parameters().items()}
+        network = self._curvature.network
+        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
         for group in self.param_groups:
             for p in (p for p in group["params"] if id(p) in names):
                 direction, state = nat[names[id(p)]], self.state[p]
@@ -211,6 +212,10 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         """As in torch; what was watched goes with the gradients that it belongs to."""
         super().zero_grad(set_to_none)
         self._curvature.forget(used=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        return {**own, **super().__getstate__()}
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the curvature as flat tensors beside it."""

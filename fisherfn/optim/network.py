@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherfn import tree
 from fisherfn.errors import NoiseError, StructureError, expect
 from fisherfn.layers import dropout_seeds
-from fisherfn.stats.functional import functional
+from fisherfn.stats.functional import check_net, functional
 from fisherfn.types import Model, PyTree, Tree
 
 T = TypeVar("T")
@@ -30,6 +30,8 @@ class Network:
         self._fixed: set[str] | None = None
         self._seeded = False
         self._low: torch.dtype | None = None
+        self.unused: frozenset[str] = frozenset()
+        """Parameters that the outputs do not depend on: they stay as they are."""
 
     # ------------------------------------------------------------------------------------------- its parameters
 
@@ -68,15 +70,15 @@ class Network:
         return {name: p.detach() for name, p in self.parameters().items()}
 
     def gradients(self) -> Tree:
-        """The `.grad` of every trained parameter."""
+        """The `.grad` of every trained parameter; zero for those that the outputs do not depend on."""
         found = self.parameters()
-        lacking = [name for name, p in found.items() if p.grad is None]
+        lacking = [name for name, p in found.items() if p.grad is None and name not in self.unused]
         if lacking:
             raise StructureError(
                 f"{', '.join(map(repr, lacking[:4]))} have no gradient: call loss.backward() before step(), and "
                 "zero_grad() after it; freeze (requires_grad_(False)) what the loss does not depend on."
             )
-        return {name: p.grad.detach() for name, p in found.items() if p.grad is not None}
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in found.items()}
 
     # ------------------------------------------------------------------------------------------ its other inputs
 
@@ -85,10 +87,21 @@ class Network:
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
         return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
 
+    def kind(self, x: PyTree) -> Any:
+        """Return what layers are found for: the inputs' example shapes, and the mode of every module."""
+        leaves = tree.flatten(x).items() if isinstance(x, dict) else enumerate(tree.leaves(x))
+        shapes = tuple((path, leaf.shape[1:]) for path, leaf in leaves if isinstance(leaf, Tensor))
+        return shapes, tuple(module.training for module in self.net.modules())
+
     def move_buffers(self, context: Tree) -> None:
-        """Write back what the net's buffers became."""
+        """Write back what the net's buffers became; one that was assigned in another shape or type is replaced."""
         for name, buffer in self.net.named_buffers():
-            buffer.copy_(context[name])
+            new = context[name]
+            if new.shape == buffer.shape and new.dtype == buffer.dtype:
+                buffer.copy_(new)
+            else:
+                module, _, key = name.rpartition(".")
+                self.net.get_submodule(module)._buffers[key] = new.clone()
 
     @contextlib.contextmanager
     def alone_in_autocast(self) -> Iterator[None]:
@@ -102,19 +115,21 @@ class Network:
 
     def build(self, make: Callable[[Model, Tree, Tree], T], x: PyTree) -> T:
         """`make(model, params, context)`, with dropout's seeds in the context where the net turns out to need them."""
+        check_net(self.net)
         self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
         params, generator = self.values(), torch.Generator().manual_seed(0)
         try:
-            made = make(self._model(), params, self.context(x, generator))
+            made = make(self.model(), params, self.context(x, generator))
         except NoiseError:  # the net may call F.dropout by itself
             if self._seeded:
                 raise
             self._seeded = True
-            made = make(self._model(), params, self.context(x, generator))
+            made = make(self.model(), params, self.context(x, generator))
         self._fixed = set(params)
         return made
 
-    def _model(self) -> Model:
+    def model(self) -> Model:
+        """Return the net as a pure model."""
         plain, _, _ = functional(self.net)
 
         def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:

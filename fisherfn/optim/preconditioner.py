@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfn import tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
@@ -157,8 +158,9 @@ class Preconditioner(WithCurvature):
 
     def _write(self, nat: Tree) -> None:
         for name, p in self._curvature.network.parameters().items():
-            assert p.grad is not None
-            p.grad.copy_(nat[name])
+            if name not in self._curvature.network.unused:
+                assert p.grad is not None
+                p.grad.copy_(nat[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The curvature as flat tensors."""
@@ -171,7 +173,7 @@ class Preconditioner(WithCurvature):
 
 def _split(batch: Any) -> tuple[PyTree, Any]:
     """Inputs, and targets or None."""
-    return pair(batch) if isinstance(batch, (tuple, list)) else (batch, None)
+    return pair(batch) if isinstance(batch, (tuple, list)) else (tree.plain(batch), None)
 
 
 class _Unlabelled:
@@ -182,15 +184,17 @@ class _Unlabelled:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("valid", "_likelihood"):
-            raise AttributeError(name)  # there are no targets to be valid
+            raise AttributeError(name)  # there are no targets to check
         return getattr(self._likelihood, name)
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of drawn targets their own; of none zero, with a gradient of zeros."""
-        if targets.numel() == 0:
-            return (0.0 * outputs).reshape(outputs.shape[0], -1).sum(1)
-        nll: Tensor = self._likelihood.nll(outputs, targets)
-        return nll
+        """Return zeros, which have a gradient of zeros whatever the outputs (0 times an infinite logit is NaN)."""
+        return outputs.new_zeros(outputs.shape[0])
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the likelihood that scores sampled labels; without targets all examples count the same."""
+        own = getattr(self._likelihood, "observed", None)
+        return (self._likelihood, None) if own is None else own(outputs, None)
 
 
 def _unstated(outputs: Tensor, targets: Any) -> Tensor:

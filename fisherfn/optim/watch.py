@@ -10,26 +10,28 @@ $$g_n = N\,\frac{\partial L}{\partial s_n} \quad\text{or}\quad g_n = \frac{\part
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
-from fisherfn.layers import Call
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Use
+from fisherfn.stats.shared import Followed, Plan
 
 REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A layer's call: its input, and the zero leaf that was added to its output."""
+    """A layer's call: its input, the zero leaf that was added to its output, and what its family noted."""
 
     input: Tensor
     leaf: Tensor
+    facts: Any
 
 
 class Pass(NamedTuple):
@@ -48,18 +50,24 @@ class Pass(NamedTuple):
 class Watch(Intercept):
     """Notes the layer calls of a module that runs by itself, its parameters being leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__(dict(params), taps={})
-        self.calls: dict[str, list[Seen]] = {}
+    def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
+        self._seen: dict[str, dict[int, Seen]] = {}
+        super().__init__(dict(params), taps={}, shared=Followed(plan))
+
+    @property
+    def calls(self) -> dict[str, list[Seen]]:
+        """All uses of each layer, in order."""
+        return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         """Nothing: the pass is the user's own, dropout from the global generator included."""
 
-    def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
-        name = self._names[id(call.weight)]
-        dtype = torch.promote_types(output.dtype, call.weight.dtype)
+    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
+        dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        self.calls.setdefault(name, []).append(Seen(call.input.detach(), leaf))
+        records = self.records.get(name, [])
+        facts = records[use].call.facts if use < len(records) else None
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts)
         return output + leaf.to(output.dtype)
 
 
@@ -71,7 +79,37 @@ def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
         ShapeError: other shapes than at the build.
     """
     sizes = [_examples(layout, each) for each in passes]
+    layouts = [_as_seen(layout, each) for each in passes]
+    if any(other != layouts[0] for other in layouts):
+        raise ShapeError(
+            "the passes watched before this step have examples of different shapes (sequences of other lengths?): make "
+            "a step after each of them, or pad them to one length."
+        )
+    layout = layouts[0]
     return join([(n, _part(layout, each, sum(sizes))) for n, each in zip(sizes, passes, strict=True)])
+
+
+def _as_seen(layout: Layout, each: Pass) -> Layout:
+    """The layout for the example shapes of a pass: those of the build, or others (longer sequences) where one can tell.
+
+    Rows that examples and positions share do not say how many of them are examples.
+    """
+    blocks = []
+    for block in layout.blocks:
+        seen = zip(block.uses, each.calls[block.weight], strict=True)
+        uses = tuple(
+            use if call.facts is None else use._replace(facts=call.facts, output_shape=_of_example(use, call))
+            for use, call in seen
+        )
+        blocks.append(replace(block, uses=uses))
+    changed = any(new.uses != old.uses for new, old in zip(blocks, layout.blocks, strict=True))
+    merged = any(use.repeats > 1 for block in layout.blocks for use in block.uses)
+    return replace(layout, blocks=tuple(blocks)) if changed and not merged else layout
+
+
+def _of_example(use: Use, seen: Seen) -> Size:
+    shape = seen.leaf.shape
+    return Size((*shape[: use.axis], *shape[use.axis + 1 :]))
 
 
 def _examples(layout: Layout, each: Pass) -> int:
@@ -102,14 +140,14 @@ def _part(layout: Layout, each: Pass, total: int) -> Stats:
 
 def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
     calls = list(zip(block.uses, each.calls[block.weight], strict=True))
-    inputs = tuple(seen.input.movedim(use.axis, 0) for use, seen in calls)
-    grads = tuple(factor * _gradient(block, use, seen).movedim(use.axis, 0) for use, seen in calls)
+    inputs = tuple(use.examples_first(seen.input) for use, seen in calls)
+    grads = tuple(factor * use.examples_first(_gradient(block, use, seen)) for use, seen in calls)
     return LayerStats(inputs, tuple(g.unsqueeze(0) for g in grads), grads)
 
 
 def _gradient(block: Block, use: Use, seen: Seen) -> Tensor:
-    found = tuple(n for axis, n in enumerate(seen.leaf.shape) if axis != use.axis)
-    if found != tuple(use.output_shape):
+    found = _of_example(use, seen)
+    if found != use.output_shape:
         raise ShapeError(
             f"layer {block.key!r} gave outputs {list(found)} an example while watched, {list(use.output_shape)} at the "
             "build: watch batches of the same example shape."

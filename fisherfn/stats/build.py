@@ -12,32 +12,84 @@ from torch.func import vjp
 from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
 from fisherfn.layers import FallbackFacts
+from fisherfn.stats.border import border
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
 from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
 from fisherfn.types import Model, PyTree, Tree
+
+FEW = 4
+"""Examples that a build is made with, where they are enough: its cost then does not grow with the batch."""
 
 FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
 
 
-def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
-    """The layout of `model`: every parameter in exactly one block.
+@border()
+def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str = "raise") -> Layout:
+    """The layout of `model`: every parameter in exactly one block, or unused where `unused` is "ignore".
 
     Raises:
         UnusedParameterError: a parameter does not reach the outputs.
         CoverageError: a parameter's per-example gradients do not add up to its gradient, in no layer and not alone.
     """
     examples = _validate(params, x)
+    if examples > FEW:
+        try:
+            return _build(model, params, *_few(x, context), unused, whole=(x, context))
+        except (RuntimeError, ValueError):  # what some examples do not show, or cannot do, all may
+            pass
+    return _build(model, params, x, context, unused)
+
+
+class _TooFewError(ValueError):
+    """Some examples do not show what all do."""
+
+
+def _few(x: PyTree, context: PyTree) -> tuple[PyTree, PyTree]:
+    """The first examples, with their dropout seeds: what a build costs need not grow with the batch."""
+    seeded = [path.partition("/")[0] == "dropout" for path in tree.flatten(context)]
+    pairs = zip(tree.leaves(context), seeded, strict=True)
+    return tree.map(lambda leaf: leaf[:FEW], x), tree.replace_leaves(
+        context, [leaf[:FEW] if mine else leaf for leaf, mine in pairs]
+    )
+
+
+def _build(
+    model: Model,
+    params: Tree,
+    x: PyTree,
+    context: PyTree,
+    unused: str,
+    whole: tuple[PyTree, PyTree] | None = None,
+) -> Layout:
+    """`build` with these examples; those of `whole` say what they leave unused."""
+    examples = tree.leaves(x)[0].shape[0]
     outputs, mode = _trace(model, params, x, context, examples)
-    more, by_example = _trace_one_more(model, params, x, context, examples)
-    _all_used(model, params, x, context)
-    found, why = candidates(mode, more, params, examples)
+    scout, more, by_example = _trace_one_more(model, params, x, context, outputs, mode)
+    left = _unused(model, params, x, context)
+    if left and whole is not None and _unused(model, params, *whole) != left:
+        raise _TooFewError("some parameters are used by other examples only")
+    if len(left) == len(params):
+        raise UnusedParameterError(
+            "the model's outputs depend on none of the parameters: its forward runs under torch.no_grad() or "
+            "torch.inference_mode(), detaches, or reads its parameters from elsewhere than the params argument. "
+            "Remove that from the forward."
+        )
+    if left and unused == "raise":
+        raise UnusedParameterError(
+            f"the model's outputs do not depend on {', '.join(map(repr, left[:4]))}{', …' if len(left) > 4 else ''}: "
+            "leave these out of params (they have no gradient and no curvature), build with "
+            'unused="ignore", or check that the model reads them from its params argument.'
+        )
+    used = {name: p for name, p in params.items() if name not in left}
+    found, why = candidates(mode, more, scout, used, examples)
     tolerance = _tolerance(mode, outputs)
     if any(by_example) and not mode.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
@@ -58,13 +110,20 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree) -> Layout:
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
             couples=mode.couples,
+            unused=tuple(left),
+            steps=tuple(scout.steps),
         )
 
     kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
-    blocks = _with_fallbacks(kept, params, why | reasons)
+    blocks = _with_fallbacks(kept, used, why | reasons)
     complete = layout(blocks)
-    _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
-    return complete
+    try:
+        return _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
+    except CoverageError:
+        checked = _in_double(model, complete, params, x, context, cotangent)
+        if checked is None:
+            raise
+        return checked
 
 
 def _validate(params: Tree, x: PyTree) -> int:
@@ -73,7 +132,8 @@ def _validate(params: Tree, x: PyTree) -> int:
     for name, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             raise StructureError(
-                f"params[{name!r}] must be a floating-point tensor, got {getattr(p, 'dtype', type(p))}."
+                f"params[{name!r}] must be a real floating-point tensor, got {getattr(p, 'dtype', type(p))}. A complex "
+                "one is written as two real ones, or as torch.view_as_complex of a real parameter."
             )
     leaves = tree.leaves(x)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
@@ -83,9 +143,12 @@ def _validate(params: Tree, x: PyTree) -> int:
     return int(leaves[0].shape[0])
 
 
-def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int) -> tuple[Tensor, Intercept]:
+def _trace(
+    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, scout: Scout | None = None
+) -> tuple[Tensor, Intercept]:
     before = _global_generators(params)
-    with torch.no_grad(), Intercept(params) as mode:
+    x = tree.map(torch.clone, x)  # a model that changes its inputs is refused, and they stay as they were
+    with torch.no_grad(), Intercept(params, shared=scout) as mode:
         outputs, _ = call(model, params, x, context)
     after = _global_generators(params)
     if not all(torch.equal(before[device], after[device]) for device in before):
@@ -96,7 +159,15 @@ def _trace(model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
         )
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ShapeError(f"the model must return one tensor [N, …] for N = {examples} examples, got {found}.")
+        raise ShapeError(
+            f"the model must return one tensor [N, …] for N = {examples} examples, got {found}: return what the "
+            "likelihood takes, or wrap the net in one that does (an object with .logits is taken as it is)."
+        )
+    if outputs.is_complex():
+        raise ShapeError(
+            f"the model's outputs are {outputs.dtype}, and gradients are taken of real numbers: return "
+            "torch.view_as_real(outputs), and write the likelihood for real and imaginary parts."
+        )
     return outputs, mode
 
 
@@ -116,27 +187,46 @@ def _restore(generators: dict[torch.device, Tensor]) -> None:
 
 
 def _trace_one_more(
-    model: Model, params: Tree, x: PyTree, context: PyTree, examples: int
-) -> tuple[Intercept, tuple[bool, ...]]:
-    """A second trace with one example more shows where the examples are, also in the context.
+    model: Model, params: Tree, x: PyTree, context: PyTree, outputs: Tensor, mode: Intercept
+) -> tuple[Scout, Intercept, tuple[bool, ...]]:
+    """A second trace with one example more shows where the examples are, also in the context, and what has none.
 
     What it has for each example (dropout noise) must grow with the batch, so the trace fails until it does.
     """
-    leaves = tree.leaves(context)
+    leaves, examples = tree.leaves(context), outputs.shape[0]
     seeds = tuple(path.partition("/")[0] == "dropout" for path in tree.flatten(context))
     alike = tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == examples for leaf in leaves)
     more = tree.map(_one_more, x)
     first: Exception | None = None
     for grown in dict.fromkeys([seeds, alike]):
+        scout = Scout(mode.trace, examples)
         try:
-            return _trace(model, params, more, _grown_context(context, grown), examples + 1)[1], grown
+            longer, second = _trace(model, params, more, _grown_context(context, grown), examples + 1, scout)
+            return scout, _of_examples(outputs, longer, second), grown
         except (RuntimeError, ShapeError) as error:
             first = first or error
+    if isinstance(first, _Square):
+        raise first
     raise ShapeError(
         f"the model runs on {examples} examples and not on {examples + 1}: {str(first).splitlines()[0]} "
         "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
         f"an entry for each example beside others that only happen to be {examples}."
     ) from first
+
+
+class _Square(ShapeError):
+    """Outputs with a second axis that follows the batch."""
+
+
+def _of_examples(outputs: Tensor, longer: Tensor, mode: Intercept) -> Intercept:
+    """The trace, if the batch's size shows in the first axis of the outputs alone."""
+    if longer.shape[1:] == outputs.shape[1:]:
+        return mode
+    raise _Square(
+        f"the model's outputs are {list(outputs.shape)}, with one example more {list(longer.shape)}: they compare the "
+        "examples of the batch (a similarity matrix?) and have no shape per example. Return an embedding for each and "
+        'compare them in the likelihood, a function (outputs, targets) -> [N], with fisher="empirical".'
+    )
 
 
 def _tolerance(mode: Intercept, outputs: Tensor) -> float:
@@ -191,19 +281,15 @@ def _one_more(leaf: Tensor) -> Tensor:
     return torch.cat([leaf, leaf[:1]])
 
 
-def _all_used(model: Model, params: Tree, x: PyTree, context: PyTree) -> None:
+def _unused(model: Model, params: Tree, x: PyTree, context: PyTree) -> list[str]:
+    """The parameters that the outputs do not depend on."""
     with torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         outputs, _ = run(model, leaves, x, context)
         grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
-    if unused:
-        raise UnusedParameterError(
-            f"the model's outputs do not depend on {', '.join(map(repr, unused))}: leave these out of params "
-            "(they have no gradient and no curvature), or check that the model reads them from its params argument."
-        )
+    return [name for name, g in zip(leaves, grads, strict=True) if g is None]
 
 
 def _cotangent(outputs: Tensor) -> Tensor:
@@ -232,11 +318,11 @@ def _verify(
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
     grads = pull(cotangent)
-    first = torch.zeros_like(cotangent)
-    first[0] = cotangent[0]
     if couples:  # what batch norm mixes by design must not hide another mixture
         pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
-    leaks = pull(first)
+    leaks = pull(_alone(cotangent, 0))
+    rearranged = any(use.outer > 1 for block in layout.layers for use in block.uses)
+    last = pull(_alone(cotangent, -1)) if rearranged else {}
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:
@@ -244,6 +330,7 @@ def _verify(
         found, scale = (block.tensors(total) for total in _sums(tap))
         wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n], tolerance)]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
+        others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
         leak = any(bool((g != 0).any()) for g in others)
         if leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
@@ -258,6 +345,13 @@ def _verify(
     return kept, why
 
 
+def _alone(cotangent: Tensor, example: int) -> Tensor:
+    """The part of a cotangent that is one example's."""
+    alone = torch.zeros_like(cotangent)
+    alone[example] = cotangent[example]
+    return alone
+
+
 def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
     """`Σ g aᵀ`, and the same of absolute values: the size of what was added up."""
     sums = sizes = torch.zeros(())
@@ -268,12 +362,41 @@ def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
     return sums, sizes
 
 
-def _close(found: Tensor, truth: Tensor, scale: Tensor, tolerance: float) -> bool:
+def _close(found: Tensor, truth: Tensor, scale: Tensor, tolerance: float, noise: float = 0.0) -> bool:
     """Agreement to the working precision of the sum's terms (`scale`: the sum of their sizes), far from a missing one.
 
-    The sum itself may vanish: a bias before a batch norm has no gradient.
+    The sum itself may vanish: a bias before a batch norm has no gradient. With `noise`, the terms may vanish too.
     """
-    return bool((found - truth).norm() <= tolerance * scale.norm())
+    return bool((found - truth).norm() <= tolerance * scale.norm() + noise)
+
+
+def _noise(truth: Tree) -> float:
+    """The size of numerical noise in a gradient that is zero: 0 below double precision, where it would hide errors."""
+    if any(g.dtype != torch.float64 for g in truth.values()):
+        return 0.0
+    return 100 * torch.finfo(torch.float64).eps * float(tree.norm(truth))
+
+
+def _in_double(
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
+) -> Layout | None:
+    """The checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
+
+    Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
+    """
+
+    def double(leaf: Tensor) -> Tensor:
+        return leaf.double() if leaf.is_floating_point() else leaf
+
+    if all(dtype == torch.float64 for dtype in layout.dtypes):
+        return None
+    params, x, context = (tree.map(double, each) for each in (params, x, context))
+    try:
+        return _verify_fallbacks(
+            model, layout, params, x, context, cotangent.double(), 5 * torch.finfo(torch.float64).eps ** 0.5
+        )
+    except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
+        return None
 
 
 def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
@@ -286,8 +409,7 @@ def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> t
             blocks.append(by_weight[name])
         elif name not in covered:
             facts = FallbackFacts(p.shape)
-            form = "one dense block" if facts.dense else "a block for each entry"
-            reason = f"{why.get(name, 'no layer family claims it')}; {form}"
+            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
             blocks.append(
                 Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
             )
@@ -302,28 +424,53 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
 
 def _verify_fallbacks(
     model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
-) -> None:
-    """Per-example gradients of the fallback must add up to the gradient, or the examples are coupled."""
+) -> Layout:
+    """The layout with the way in which its fallbacks' gradients can be had.
+
+    Per-example gradients must add up to the gradient, or the examples are coupled.
+    """
     names = [block.weight for block in layout.fallbacks]
     if not names:
-        return
+        return layout
     few = torch.zeros_like(cotangent)
     few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
     truth = _gradients(model, params, x, context, few)
     part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
     own = window(layout, context, slice(FALLBACK_EXAMPLES))
+    some = cotangent[None, :FALLBACK_EXAMPLES]
     try:
-        singles = example_gradients(model, layout, params, names, part, own, cotangent[None, :FALLBACK_EXAMPLES])
-    except (RuntimeError, ValueError) as error:
-        listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
-        raise CoverageError(
-            f"{listed}: these need per-example gradients, and the model cannot run on single examples under vmap: "
-            f"{str(error).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass its "
-            "buffers as context), dropout (draw its noise outside), branches on values."
-        ) from error
+        singles = example_gradients(model, layout, params, names, part, own, some)
+    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
+        layout = replace(layout, one_by_one=_cause(error))
+        try:
+            singles = example_gradients(model, layout, params, names, part, own, some)
+        except (RuntimeError, ValueError) as alone:
+            listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
+            raise CoverageError(
+                f"{listed}: these need per-example gradients, and the model cannot run on single examples: "
+                f"{str(alone).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass "
+                "its buffers as context), dropout (draw its noise outside)."
+            ) from alone
+    noise = _noise(truth)
     for name in names:
-        if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance):
+        if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance, noise):
             raise CoverageError(
                 f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
                 "of a batch (batch norm in training mode?). Call net.eval(), or keep this parameter out of params."
             )
+    return layout
+
+
+def _cause(error: Exception) -> str:
+    """Why the model does not run under `torch.vmap`, in a few words."""
+    said = str(error)
+    for sign, cause in (
+        ("data-dependent control flow", "the model branches on values"),
+        (".item()", "the model branches on values"),
+        ("in-place", "the model writes into a tensor of its own"),
+        ("inplace", "the model writes into a tensor of its own"),
+        ("randomness", "the model draws numbers"),
+    ):
+        if sign in said:
+            return cause
+    return f"torch.vmap raises {type(error).__name__}"

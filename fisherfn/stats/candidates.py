@@ -5,45 +5,54 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from fisherfn.layers import FAMILIES
+from fisherfn.layers import ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackFacts
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
+from fisherfn.stats.scout import Scout
+from fisherfn.stats.shared import Place
 from fisherfn.types import Tree
 
 
-def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) -> tuple[list[Block], dict[str, str]]:
+def candidates(
+    mode: Intercept, more: Intercept, scout: Scout, params: Tree, examples: int
+) -> tuple[list[Block], dict[str, str]]:
     """A block for each weight that some layer family saw, and why some of them cannot be one."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
     claimed = set(mode.other_uses)
-    for name in (n for n in params if n in mode.records):
+    bias_names = {r.bias for records in mode.records.values() for r in records}
+    for name in params:
+        if name not in mode.records:
+            if name in scout.failed:
+                why[name] = f"no layer family claims it, read by {scout.failed[name]}"
+            elif name not in bias_names and name in mode.other_uses:
+                blocks.append(_elementwise(name, params[name]))
+            continue
         records = mode.records[name]
         kinds = list(dict.fromkeys(r.kind for r in records))
         biases = {r.bias for r in records if r.bias is not None}
-        axes = _example_axes(records, more.records.get(name, []), examples)
+        again = more.records.get(name, [])
+        places = _places(records, again, examples)
         reason = None
-        if axes is None:
+        if any(record.copies for record in again) and name in scout.failed:
+            reason = f"{kinds[0]} layer that no example enters, its output read by {scout.failed[name]}"
+        elif places is None:
             reason = f"{kinds[0]} layer whose first axis is not the example's"
         elif name in mode.other_uses:
             reason = f"{kinds[0]} layer of {name!r} is used in other ways too"
+        elif set(kinds) == TIED_KINDS and not biases:
+            kinds = [TIED.name]
         elif len(kinds) > 1 or len({_matrix_shape(r, params[name]) for r in records}) > 1:
             reason = f"{name!r} is the weight of different layers, {' and '.join(kinds)}"
-        if reason is not None or axes is None:
+        if reason is not None or places is None:
             why |= dict.fromkeys({name, *biases}, str(reason))
             continue
         why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
         bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
-            Use(
-                r.call.facts,
-                _without(r.output.shape, axis),
-                bias is not None and r.bias == bias,
-                torch.promote_types(r.output.dtype, params[name].dtype),
-                axis,
-                repeats,
-            )
-            for r, (axis, repeats) in zip(records, axes, strict=True)
+            _use(record, other.copies is not None, bias, place, params[name].dtype, kinds[0])
+            for record, other, place in zip(records, again, places, strict=True)
         )
         key = name.rpartition(".")[0] or name
         bias_shape = Size() if bias is None else params[bias].shape
@@ -51,26 +60,46 @@ def candidates(mode: Intercept, more: Intercept, params: Tree, examples: int) ->
     return blocks, why
 
 
-def _example_axes(records: list[Record], more: list[Record], examples: int) -> list[tuple[int, int]] | None:
-    """For each use the axis that has the examples, and how many rows each has there; None if they are not to be found.
+def _elementwise(name: str, parameter: Tensor) -> Block:
+    """A parameter that all examples share up to a broadcast."""
+    facts = FallbackFacts(parameter.shape)
+    use = Use(facts, parameter.shape, False, parameter.dtype, shared=True)
+    seen = f"seen in the trace; {facts.form}"
+    return Block(name, ELEMENTWISE.name, name, parameter.shape, None, Size(), (use,), seen)
+
+
+def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype, kind: str) -> Use:
+    whole = shared and FAMILIES[record.kind].any_axis
+    shape = record.output.shape if whole else _without(record.output.shape, place.axis)
+    dtype = torch.promote_types(record.output.dtype, dtype)
+    transposed = kind == TIED.name and record.kind == LINEAR.name
+    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, *place, shared, transposed)
+
+
+def _places(records: list[Record], more: list[Record], examples: int) -> list[Place] | None:
+    """For each use where the examples are, the axis counted from the left; None if they are not to be found.
 
     One example more makes exactly one axis longer, in the layer's input and output alike.
     """
     if len(records) != len(more):
         return None
-    axes = []
+    places = []
     for record, other in zip(records, more, strict=True):
-        grown = [
+        family = FAMILIES[record.kind]
+        if other.copies is not None:  # no example enters: copies have them on the first axis
+            places.append(Place(0, 1 if family.any_axis else record.output.shape[0]))
+            continue
+        axes = [
             _grown(a.shape, b.shape) for a, b in ((record.call.input, other.call.input), (record.output, other.output))
         ]
-        axis = grown[0]
-        if axis is None or grown[1] != axis or (axis > 0 and not FAMILIES[record.kind].any_axis):
+        axis = axes[0]
+        if axis is None or axes[1] != axis or (axis > 0 and not family.any_axis):
             return None
         length, longer = record.output.shape[axis], other.output.shape[axis]
         if length != record.call.input.shape[axis] or length * (examples + 1) != longer * examples:
             return None
-        axes.append((axis, length // examples))
-    return axes
+        places.append(Place(axis, length // examples, 1 if other.place is None else other.place.outer))
+    return places
 
 
 def _grown(shape: Size, other: Size) -> int | None:
@@ -94,4 +123,5 @@ def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
     times = f", used {len(uses)} times" if len(uses) > 1 else ""
     g = torch.empty((1, uses[0].repeats, *uses[0].output_shape), device="meta")
     shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.facts).shape[3]
-    return f"seen in the trace{times}" + (f", {shared} shared positions" if shared > 1 else "")
+    late = ", no example enters" if any(use.shared for use in uses) else ""
+    return f"seen in the trace{times}{late}" + (f", {shared} shared positions" if shared > 1 else "")

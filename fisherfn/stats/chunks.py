@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fisherfn import tree
+from fisherfn.errors import BATCH_CHECKS
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import PyTree
@@ -23,8 +26,13 @@ def in_chunks(
     noise: Tensor | None,
     context: PyTree,
     size: int,
+    likelihood: Any,
 ) -> Stats:
-    """`part(x, y, noise, context)` of consecutive chunks of `size` examples, joined."""
+    """`part(x, y, noise, context)` of consecutive chunks of `size` examples, joined.
+
+    Raises:
+        LikelihoodError: a loss that couples the examples of different chunks.
+    """
     examples = tree.leaves(x)[0].shape[0]
     parts: list[tuple[int, Stats]] = []
     for start in range(0, examples, size):
@@ -35,7 +43,32 @@ def in_chunks(
         parts.append((min(size, examples - start), stats))
         # a running statistic goes on from chunk to chunk, every example's own noise stays where it is
         context = _carry(layout, context, stats.context)
-    return replace(join(parts), context=_join_contexts(layout, [stats.context for _, stats in parts]))
+    joined = join(parts)
+    joined.checks["chunks"] = _separate(likelihood, joined.outputs, y, size)
+    return replace(joined, context=_join_contexts(layout, [stats.context for _, stats in parts]))
+
+
+def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
+    """Whether examples have the same loss in two chunks as in both joined; needs no run of the model.
+
+    Raises:
+        LikelihoodError: they do not. Where values cannot be looked at (`torch.vmap`, a trace) the mask says so instead.
+    """
+
+    def nll(part: slice) -> Tensor:
+        found: Tensor = likelihood.nll(outputs[part], tree.map(lambda leaf: leaf[part], y))
+        return found
+
+    with torch.no_grad():
+        joined, alone = nll(slice(2 * size)), torch.cat([nll(slice(size)), nll(slice(size, 2 * size))])
+    finite = torch.isfinite(joined) & torch.isfinite(alone)  # where they are not, another check says so
+    sizes = torch.where(finite, joined.abs() + alone.abs(), 0.0)
+    same = ~finite | ((joined - alone).abs() <= torch.finfo(joined.dtype).eps ** 0.5 * sizes.amax())
+    mask: Tensor = same.all()
+    if torch._C._functorch.maybe_current_level() is None and get_proxy_mode() is None and not bool(mask):
+        error, text = BATCH_CHECKS["chunks"]
+        raise error(f"{text}.")
+    return mask
 
 
 def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:

@@ -16,10 +16,12 @@ from torch.func import vjp, vmap
 
 from fisherfn import tree
 from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect
+from fisherfn.stats.border import border
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent
 from fisherfn.stats.layout import Layout
+from fisherfn.stats.shared import Followed
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree
 
@@ -32,6 +34,7 @@ class Sources(NamedTuple):
     curvature: bool
 
 
+@border()
 def collect(
     model: Model,
     layout: Layout,
@@ -45,7 +48,7 @@ def collect(
     """Statistics of one batch (or chunk)."""
     outputs, pull, inputs, new_context = tapped_run(model, layout, params, x, context)
     loss_cot, nll = loss_cotangent(labels.likelihood, outputs, y)
-    cots = _fisher_rows(labels, outputs, loss_cot, noise)
+    cots = _fisher_rows(labels, outputs, y, loss_cot, noise)
     loss_grads, grads = pull(loss_cot), _pull_all(pull, cots)
     if layout.fallbacks:
         names = [block.weight for block in layout.fallbacks]
@@ -74,14 +77,17 @@ def tapped_run(
 
     Inputs and output-gradients come with the examples first, wherever the layer has them.
     """
+    examples = tree.leaves(x)[0].shape[0]
 
     # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
     def forward(*taps: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
-        with Intercept(params, _by_layer(layout, taps), uncoupled) as mode:
+        shared = Followed(layout.plan)
+        with Intercept(params, _by_layer(layout, taps), uncoupled, shared) as mode:
             outputs, new_context = call(model, params, x, context)
-        return outputs, (_inputs(layout, mode), new_context)
+        shared.finish()
+        return outputs, (_inputs(layout, mode, examples), new_context)
 
-    taps = _zero_taps(layout, tree.leaves(params)[0], tree.leaves(x)[0].shape[0])
+    taps = _zero_taps(layout, tree.leaves(params)[0], examples)
     outputs, pull, (inputs, new_context) = vjp(forward, *taps, has_aux=True)  # type: ignore[misc]
 
     def pull_examples_first(cotangent: Tensor) -> Taps:
@@ -90,7 +96,7 @@ def tapped_run(
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 
 
-def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
+def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
     """What every layer saw at every use."""
     for block in layout.layers:
         uses = len(mode.records.get(block.weight, ()))
@@ -99,7 +105,7 @@ def _inputs(layout: Layout, mode: Intercept) -> list[Tensor]:
                 f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
                 "on its input. Build with inputs that take the same path."
             )
-    return [record.call.input for block in layout.layers for record in mode.records[block.weight]]
+    return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
@@ -110,7 +116,7 @@ def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
 
 def _examples_first(layout: Layout, flat: Sequence[Tensor]) -> Taps:
     uses = (use for block in layout.layers for use in block.uses)
-    return _by_layer(layout, [x.movedim(use.axis, 0) if use.axis else x for use, x in zip(uses, flat, strict=True)])
+    return _by_layer(layout, [use.examples_first(x) for use, x in zip(uses, flat, strict=True)])
 
 
 def example_gradients(
@@ -122,7 +128,10 @@ def example_gradients(
     context: PyTree,
     cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Per-example gradients of some parameters for each row of cotangents, by `vmap` over single-example runs."""
+    """Per-example gradients of some parameters for each row of cotangents, by runs on single examples.
+
+    These are one run under `torch.vmap`, or one after another where the layout says that the model has no such run.
+    """
     chosen = {name: params[name] for name in names}
     leaves, by_example = tree.leaves(context), layout.by_example(context)
 
@@ -141,6 +150,11 @@ def example_gradients(
         return rows
 
     own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
+    if layout.one_by_one:
+        alone = [tree.map(lambda leaf, n=n: leaf[n], (x, own)) for n in range(cotangents.shape[1])]
+        each = [single(x_n, own_n, cotangents[:, n]) for n, (x_n, own_n) in enumerate(alone)]
+        one_by_one: Tree = tree.map(lambda *parts: torch.stack(parts, 1), *each)
+        return one_by_one
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
 
@@ -150,11 +164,11 @@ def _zero_taps(layout: Layout, like: Tensor, examples: int) -> list[Tensor]:
     return [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
 
 
-def _fisher_rows(labels: Sources, outputs: Tensor, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
+def _fisher_rows(labels: Sources, outputs: Tensor, y: Any, loss_cot: Tensor, noise: Tensor | None) -> Tensor:
     """Cotangents beside the loss's own, `[S, N, …]`: none where the loss's serves, or where none are wanted."""
     if not labels.curvature or labels.fisher == "empirical":
         return loss_cot.new_empty((0, *loss_cot.shape))
-    return fisher_cotangents(labels.likelihood, outputs, labels.fisher, noise)
+    return fisher_cotangents(labels.likelihood, outputs, y, labels.fisher, noise)
 
 
 def _pull_all(pull: Callable[[Tensor], Taps], cots: Tensor) -> Taps:

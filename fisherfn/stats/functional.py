@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch import Tensor
 
-from fisherfn.errors import expect
+from fisherfn.errors import StructureError, expect
 from fisherfn.layers import Elementary, SeededDropout, drops, need_seeds
+from fisherfn.stats.swap import Swap, unwrapped, versions
 from fisherfn.types import Model, PyTree, Tree
 
 
 def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
-    """A module as `(model, params, context)`, its buffers being the context.
+    """Return a module as `(model, params, context)`, its buffers being the context.
 
     `model(params, x, context)` returns the outputs and the new buffers (batch norm's running statistics move in
-    training mode); neither the module nor the given context is changed. Several inputs are passed as a tuple.
-    Parameters that do not require a gradient stay in the module, frozen. Build with
+    training mode, buffers may be assigned); neither the module nor the given context is changed. Attributes that the
+    forward sets on the module (activations, counters) are dropped. Several inputs are a tuple, `net(*x)`, or a dict,
+    `net(**x)`, unless the forward takes no such names and so must want the dict itself. Of an output that is an object
+    with `.logits`, these are taken. Parameters that do not require a gradient stay in the module, frozen. Build with
     `natural_gradient(model, params, x, context=context, …)`; a module without buffers has the empty context `{}`.
 
     Dropout in training mode draws nothing by itself: its noise is in the context too, for the N examples of a step
@@ -30,17 +35,52 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     torch.Size([3, 1])
     """
     expect(net, torch.nn.Module, "net", "pass a torch.nn.Module; a function of params and x is a model already")
+    check_net(net)
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
-        inputs = x if isinstance(x, tuple) else (x,)
-        with SeededDropout(need_seeds(context)) if drops(net) or "dropout" in context else contextlib.nullcontext():
-            outputs = functional_call(net, {**params, **fresh}, inputs)
-        return outputs, {**context, **fresh}
+        swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
+        seeded = SeededDropout(need_seeds(context)) if drops(net) or "dropout" in context else contextlib.nullcontext()
+        with seeded, swap():
+            outputs = unwrapped(net)(*args, **kwargs)
+            moved = swap.buffers(fresh)
+        return _logits(outputs), {**context, **moved}
 
     return model, params, buffers
+
+
+def check_net(net: torch.nn.Module) -> None:
+    """Raise `StructureError` for a net that cannot be run with other parameters: a scripted or an empty lazy one."""
+    scripted = [name for name, module in net.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise StructureError(
+            f"the module {scripted[0] or 'net'!r} was made by torch.jit, and cannot be run with other parameters: pass "
+            "the module that it was scripted or traced from (torch.compile is fine)."
+        )
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise StructureError(
+                f"{name!r} of a lazy module has no shape yet: run the net once, net(x), before passing it to fisherfn."
+            )
+
+
+def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the net is called with: a tuple is several inputs, and a dict too if the forward takes them by name."""
+    if not isinstance(x, Mapping):
+        return (x if isinstance(x, tuple) else (x,)), {}
+    try:
+        inspect.signature(unwrapped(net).forward).bind(**x)
+    except TypeError:
+        return (x,), {}
+    return (), dict(x)
+
+
+def _logits(outputs: Any) -> Any:
+    """The logits of an output that is an object holding them, else the output itself."""
+    logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else outputs
 
 
 def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
@@ -54,7 +94,15 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
 
     For a caller that is in an `Elementary` mode already.
     """
+    before = versions(x)
     if isinstance(context, tuple) and context == ():
-        return model(params, x), ()
-    outputs, new_context = model(params, x, context)
+        outputs, new_context = model(params, x), ()
+    else:
+        outputs, new_context = model(params, x, context)
+    if versions(x) != before:
+        raise StructureError(
+            "the model changes its inputs in place (as x += 1, x.clamp_() or an inplace=True at the front do), and a "
+            "step runs it more than once on the same inputs. Write x = x + 1, or let the forward begin with "
+            "x = x.clone()."
+        )
     return outputs, new_context

@@ -25,6 +25,7 @@ from fisherfn import tree
 from fisherfn.errors import StructureError, expect_number
 from fisherfn.likelihoods import output_fisher
 from fisherfn.operators import to_scipy
+from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
 from fisherfn.stats.labels import need
 from fisherfn.types import Model, PyTree, Tree
@@ -55,6 +56,7 @@ class ImplicitFisher:
         self._likelihood, self._params = likelihood, params
         self._examples = tree.leaves(x)[0].shape[0]
 
+    @border()
     def __matmul__(self, v: Tree) -> Tree:
         """`F v`."""
         v = {name: v[name].to(leaf.dtype) for name, leaf in self._params.items()}

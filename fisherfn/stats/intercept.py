@@ -1,7 +1,8 @@
 """Seeing layers without hooks: a torch-function mode around one run of the model.
 
 The mode recognises calls whose weight *is* one of the parameters (the same tensor), notes their inputs and adds a zero
-"tap" to their outputs. Differentiating by the taps gives output-gradients, and no module is ever changed.
+"tap" to their outputs. Differentiating by the taps gives output-gradients, and no module is ever changed. Where no
+example enters a call, the tap is added one broadcast later (`fisherfn.stats.shared`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,28 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
 from fisherfn.layers import (
+    ELEMENTWISE,
+    EMBEDDING,
     Call,
     Elementary,
+    Family,
     apart,
     changes_weight,
     couples_examples,
     draws_globally,
     families,
     is_fused_recurrence,
+    is_transpose,
+    untransposed,
+    without_affine,
 )
+from fisherfn.stats.scout import Scout
+from fisherfn.stats.shared import Copies, Followed, Growth, Place, layer_copies, shapes, spread
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -31,46 +40,115 @@ Taps = dict[str, tuple[Tensor, ...]]
 
 
 class Record(NamedTuple):
-    """An intercepted call, by names."""
+    """An intercepted call, by names.
+
+    Attributes:
+        kind: its family.
+        call: its tensors and facts.
+        bias: the name of its bias, if that is a parameter.
+        output: what it returned, before any tap.
+        copies: the input of each of so many examples, where no example enters the call.
+        place: where the output has the examples, as the second trace of the build sees it.
+    """
 
     kind: str
     call: Call
     bias: str | None
     output: Tensor
+    copies: Copies | None = None
+    place: Place | None = None
+
+    def input(self, examples: int) -> Tensor:
+        """The input with an axis of examples."""
+        return self.call.input if self.copies is None else self.copies(examples)
 
 
 class Intercept(Elementary):
     """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use.
 
-    Without taps (the build's trace) it also notes which parameters anything but a layer reads, and whether some call
-    couples examples. With `uncoupled`, batch norms keep their batch's statistics fixed, so that the coupling they are
-    known for does not hide another.
+    Without taps (the build's traces) it also notes which parameters anything but a layer reads, and whether some call
+    couples examples.
+
+    Args:
+        params: the parameters, by identity.
+        taps: zero taps for each use of a layer.
+        uncoupled: batch norms keep their batch's statistics fixed, so that the coupling they are known for does not
+            hide another.
+        shared: how tensors that all examples share are found (second trace of the build) or followed.
     """
 
-    def __init__(self, params: Tree, taps: Taps | None = None, uncoupled: bool = False) -> None:
+    def __init__(
+        self,
+        params: Tree,
+        taps: Taps | None = None,
+        uncoupled: bool = False,
+        shared: Scout | Followed | None = None,
+    ) -> None:
         super().__init__()
         self._uncoupled = uncoupled
+        self._params = params
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._taps = taps
         self._entered = _level()
+        self._shared = shared
+        self._scout = shared if isinstance(shared, Scout) else None
+        self._followed = shared if isinstance(shared, Followed) else None
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
+        self.trace: list[tuple[str, tuple[Size, ...]]] = []
+        """All calls of a trace, by name and shapes of outputs."""
+        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
+        for name in self._followed.plan.parameters if self._followed else ():
+            self._follow(name, params[name])
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call, and notes what it is to the parameters."""
         self._refuse(func, args, kwargs)
+        # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
+        here = _level() == self._entered
+        simpler = self._simpler(func, args, kwargs) if here else None
+        if simpler is not None:
+            with self:
+                return simpler()
+        if self._followed is not None and here:
+            shared = self._followed.among(args, kwargs)
+            if shared and not self._enters_layer(func, args, kwargs):
+                return self._followed.take(func, args, kwargs, shared)
         couples = couples_examples(func, args, kwargs)
         self.couples |= couples
         output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
-        # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
-        for family in families(func) if _level() == self._entered else ():
+        growth = self._compare(func, output)
+        matched = self._match(func, args, kwargs) if here else None
+        if matched is not None:
+            self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
+            return self._record(*matched, func, args, kwargs, output, growth)
+        if here and args and id(args[0]) in self._names and is_transpose(args[0], output):
+            self._transposes[id(output)] = output, args[0]  # whoever uses it reads the weight
+        else:
+            self._note_reads(output, (args, kwargs))
+        if self._scout is not None:
+            self._scout.look(func, args, kwargs, output, growth if here else None, self._names)
+        return output
+
+    def _simpler(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same call as a plain layer and what is not the layer's own."""
+
+        def original(tensor: Any) -> Tensor | None:
+            return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
+
+        plain = untransposed(func, args, kwargs, original) if self._transposes else None
+        return plain or without_affine(func, args, kwargs, self._apart)
+
+    def _match(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Family, Call] | None:
+        """The family of a layer whose weight is a parameter, and its call."""
+        for family in families(func):
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
-                self._note_reads(output, (args, kwargs), besides=(call.weight, call.bias))
-                return self._record(family.name, call, output)
-        self._note_reads(output, (args, kwargs))
-        return output
+                return family, call
+        return None
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if draws_globally(func, args, kwargs):
@@ -97,17 +175,100 @@ class Intercept(Elementary):
             return
         known = {id(tensor) for tensor in besides}
         read = {id(leaf) for leaf in tree.leaves(arguments)} - known
+        read |= {id(self._transposes[key][1]) for key in read & self._transposes.keys()}
         self.other_uses |= {name for key, name in self._names.items() if key in read}
 
-    def _record(self, kind: str, call: Call, output: Tensor) -> Tensor:
+    def _record(
+        self,
+        family: Family,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        growth: Growth,
+    ) -> Tensor:
         name = self._names[id(call.weight)]
-        records = self.records.setdefault(name, [])
+        use = len(self.records.setdefault(name, []))
         bias = None if call.bias is None else self._names.get(id(call.bias))
-        records.append(Record(kind, call, bias, output))
+        if not self._is_shared_use(name, use, growth):
+            place = growth[0] if growth else None
+            self.records[name].append(Record(family.name, call, bias, output, place=place))
+            if self._scout is not None:
+                self._scout.look(func, args, kwargs, output, growth, self._names, besides=(call.weight, call.bias))
+            return self._tapped(name, use, call.input, output)
+        assert self._shared is not None
+        if self._scout is not None:
+            self._scout.note_parameters((args, kwargs), self._names, besides=(call.weight, call.bias))
+        shared = self._shared.among(args, kwargs)
+        shared = {key: entry for key, entry in shared.items() if key not in (id(call.weight), id(call.bias))}
+        inputs, outputs = layer_copies(
+            shared, family, func, args, kwargs, call, output, lambda x, y: self._tapped(name, use, x, y)
+        )
+        self.records[name].append(Record(family.name, call, bias, output, inputs))
+        self._shared.add_layer(func, name, shared, output, outputs)
+        return output
+
+    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
+        """An output with its tap, where there is one; `x` is the layer's input."""
         taps = () if self._taps is None else self._taps.get(name, ())
-        if len(records) > len(taps):
-            return output
-        return output + taps[len(records) - 1].to(output.dtype)
+        return output + taps[use].to(output.dtype) if use < len(taps) else output
+
+    # ---------------------------------------------------------------------------------- what all examples share
+
+    def _follow(self, name: str, parameter: Tensor) -> None:
+        """A parameter that all examples share: its copies are the parameter with its tap."""
+        assert self._followed is not None
+
+        def ones(examples: int) -> Tensor:
+            return parameter.new_ones(examples)
+
+        def copies(examples: int) -> Tensor:
+            return self._tapped(name, 0, ones(examples), spread(parameter, examples))
+
+        self.records[name] = [Record(ELEMENTWISE.name, Call(parameter, parameter, None), None, parameter, ones)]
+        self._followed.add(parameter, frozenset([name]), copies)
+
+    def _apart(self, weight: Any, bias: Any) -> tuple[bool, bool]:
+        """Whether a layer's weight and its bias are none of its own, so that they are better calls of their own.
+
+        A tensor that is no parameter may be computed from some; a run with a plan knows.
+        """
+
+        def computed(tensor: Any) -> bool:
+            known = self._followed is None or self._followed.is_shared(tensor)
+            return isinstance(tensor, Tensor) and id(tensor) not in self._names and known
+
+        tied = any(record.kind == EMBEDDING.name for record in self.records.get(self._names.get(id(weight), ""), ()))
+        bias_alone = id(bias) in self._names and (tied or id(weight) not in self._names)
+        return computed(weight), computed(bias) or bias_alone
+
+    def _enters_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call that reads shared tensors is a use of a layer that the plan knows; its step is taken."""
+        assert self._followed is not None
+        matched = self._match(func, args, kwargs)
+        if matched is None:
+            return False
+        name = self._names[id(matched[1].weight)]
+        if not self._is_shared_use(name, len(self.records.get(name, ())), None):
+            return False
+        self._followed.next(func)
+        return True
+
+    def _is_shared_use(self, name: str, use: int, growth: Growth) -> bool:
+        """Whether no example enters this use of a layer."""
+        if self._followed is None:
+            return growth == [None]
+        uses = self._followed.plan.layers.get(name, ())
+        return use < len(uses) and uses[use]
+
+    def _compare(self, func: Callable[..., Any], output: Any) -> Growth:
+        """How the outputs grow with the examples, in the second of two traces."""
+        if self._scout is not None:
+            return self._scout.growth(func, output)
+        if self._taps is None:
+            self.trace.append(shapes(func, output))
+        return None
 
 
 def _level() -> int | None:

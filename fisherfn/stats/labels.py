@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, expect
+from fisherfn.types import PyTree
 
 FISHERS = ("mc", "type2", "empirical")
 
 
 def loss_cotangent(
-    likelihood: object, outputs: Float[Tensor, "n *d"], targets: Tensor
+    likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree
 ) -> tuple[Float[Tensor, "n *d"], Float[Tensor, " n"]]:
     """`∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
 
@@ -34,9 +35,26 @@ def loss_cotangent(
 
 
 def fisher_cotangents(
+    likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree, fisher: str, noise: Tensor | None
+) -> Float[Tensor, "s n *d"]:
+    """The output-gradients of every draw ("mc") or the columns of the output Fisher's square root ("type2").
+
+    The targets only say how much each observation counts, where the likelihood distinguishes that.
+    """
+    observed = getattr(likelihood, "observed", None)
+    if observed is None:
+        return _equal_cotangents(likelihood, outputs, fisher, noise)
+    likelihood, weights = observed(outputs, targets)
+    columns = _equal_cotangents(likelihood, outputs, fisher, noise)
+    if weights is None:
+        return columns
+    roots: Tensor = weights.sqrt().reshape(*weights.shape, *(1,) * (outputs.ndim - weights.ndim))
+    return columns * roots.to(columns.dtype)
+
+
+def _equal_cotangents(
     likelihood: object, outputs: Float[Tensor, "n *d"], fisher: str, noise: Tensor | None
 ) -> Float[Tensor, "s n *d"]:
-    """The output-gradients of every draw ("mc") or the columns of the output Fisher's square root ("type2")."""
     if fisher == "type2":
         return need(likelihood, "fisher_sqrt", fisher)(outputs)  # type: ignore[no-any-return, operator]
     sample = need(likelihood, "sample", fisher)

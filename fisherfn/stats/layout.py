@@ -14,7 +14,8 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
-from fisherfn.layers import FAMILIES, Family
+from fisherfn.layers import ELEMENTWISE, FAMILIES, Family
+from fisherfn.stats.shared import Plan, Step
 from fisherfn.types import PyTree, Tree
 
 
@@ -27,7 +28,11 @@ class Use(NamedTuple):
         biased: whether the block's bias was added.
         axis: where the examples are.
         dtype: of the output-gradients: the output's, or the weight's where that is finer.
-        repeats: rows an example has on that axis (examples and positions may be merged, examples outermost).
+        repeats: rows an example has on that axis, where examples and positions are merged.
+        outer: how many of these are further out than the examples: the halves of a `torch.cat` are 2.
+        shared: whether no example enters the call, so that its output meets the batch one broadcast later; statistics
+            have the examples on the first axis.
+        transposed: whether inputs and output-gradients have changed places: the output layer of a tied embedding.
     """
 
     facts: Any
@@ -36,10 +41,22 @@ class Use(NamedTuple):
     dtype: torch.dtype
     axis: int = 0
     repeats: int = 1
+    outer: int = 1
+    shared: bool = False
+    transposed: bool = False
 
     def full_shape(self, examples: int) -> tuple[int, ...]:
         """The output's shape for so many examples."""
         return (*self.output_shape[: self.axis], examples * self.repeats, *self.output_shape[self.axis :])
+
+    def examples_first(self, x: Tensor) -> Tensor:
+        """An input or output of the call with the examples outermost on the first axis."""
+        x = x.movedim(self.axis, 0) if self.axis else x
+        if self.outer == 1:
+            return x
+        inner = self.repeats // self.outer
+        merged: Tensor = x.unflatten(0, (self.outer, -1, inner))
+        return merged.transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,12 @@ class Layout:
     """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
     couples: bool = False
     """Whether the model mixes the examples of a batch by design (batch norm in training mode)."""
+    unused: tuple[str, ...] = ()
+    """Parameters that the outputs do not depend on: in no block, and zero in every tree that is made of matrices."""
+    one_by_one: str = ""
+    """Why the fallback runs the model once per example, one after another; empty where one vectorised run serves."""
+    steps: tuple[Step, ...] = ()
+    """All calls of the trace that read tensors which all examples share."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -123,6 +146,15 @@ class Layout:
     def fallbacks(self) -> tuple[Block, ...]:
         """Blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What a run does about tensors that all examples share: the steps that concern a layer."""
+        parameters = frozenset(block.weight for block in self.blocks if block.kind == ELEMENTWISE.name)
+        layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
+        layers = {name: uses for name, uses in layers.items() if any(uses)}
+        followed = parameters | layers.keys()
+        return Plan(parameters, layers, tuple(step for step in self.steps if step.origins & followed))
 
     def by_example(self, context: PyTree) -> list[bool]:
         """For each leaf of a context whether it goes with the examples.
@@ -159,6 +191,9 @@ class Layout:
         tensors: Tree = {}
         for block in self.blocks:
             tensors.update(block.tensors(matrices[block.key]))
+        if self.unused:
+            like, shapes = next(iter(tensors.values())), dict(self.shapes)
+            tensors |= {name: like.new_zeros(shapes[name]) for name in self.unused}
         return {name: tensors[name] for name in self.names}
 
     def validate(self, values: Tree) -> None:
@@ -187,18 +222,22 @@ def report(layout: Layout) -> str:
         entries = sum(sizes[name] for name in block.names)
         shape = "×".join(map(str, block.shape))
         lines.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", block.why))
+    for name in layout.unused:
+        lines.append((name, "unused", "–", name, f"{sizes[name]:,}", "the outputs do not depend on it"))
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "  ".join("─" * width for width in widths)
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
-    total = sum(sizes.values())
+    left = sum(sizes[name] for name in layout.unused)
+    total = sum(sizes.values()) - left
     layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     fallback = f", {total - covered:,} by the fallback" if covered < total else ""
-    return "\n".join(
-        [
-            rows[0],
-            rule,
-            *rows[1:],
-            f"all {total:,} entries covered: {covered:,} by {layers}{fallback}",
+    last = [
+        f"all {total:,} entries covered: {covered:,} by {layers}{fallback}" + (f"; {left:,} unused" if left else "")
+    ]
+    if layout.one_by_one:
+        last += [
+            f"the fallback runs the model once per example, one after another ({layout.one_by_one}): statistics of N "
+            "examples cost N forward and backward passes of one example more"
         ]
-    )
+    return "\n".join([rows[0], rule, *rows[1:], *last])

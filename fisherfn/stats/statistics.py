@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fisherfn import rows, tree
 from fisherfn.errors import StructureError
+from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.taps import LazyTap, Sizes, Tap
 from fisherfn.types import Matrix, PyTree, Tree
@@ -40,6 +41,12 @@ class Stats:
     layers: dict[str, LayerStats]
     checks: dict[str, Tensor]
     layout: Layout
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        block = self.layout.blocks[0]
+        return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
 
     @property
     def taps(self) -> dict[str, Tap]:
@@ -107,7 +114,8 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
         return mean_gradient(lazy(block, inputs, [g.unsqueeze(0) for g in grads]), dtype)
     total: Matrix | None = None
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
-        weight = block.family.to_matrix(backward(x.to(dtype), g, use.facts, block.weight_shape), use.facts)
+        x = x.to(dtype) if x.is_floating_point() else x  # indices stay indices
+        weight = block.family.to_matrix(backward(x, g, use.facts, block.weight_shape), use.facts)
         if block.bias is not None:
             bias = block.family.columns(g.unsqueeze(0), use.facts).sum((1, 2, 3)) * float(use.biased)
             weight = torch.cat([weight, bias.unsqueeze(-1)], -1)
@@ -122,21 +130,47 @@ def mean_gradient(tap: LazyTap, dtype: torch.dtype) -> Matrix:
     return (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) / tap.sizes.n
 
 
-def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tap:
-    """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`."""
+def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | float = 1.0) -> Tap:
+    """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`.
+
+    `scale` is that of a tied embedding's output layer, see `fisherfn.layers.tied`.
+    """
     parts = []
-    for use, x in zip(block.uses, inputs, strict=True):
-        a = rows.split_examples(block.family.rows(x, use.facts), use.repeats)
+    for use, x, g in zip(block.uses, inputs, grads, strict=True):
+        a = swapped_rows(_columns_of(block, use, g), scale) if use.transposed else _rows(block, use, x)
         parts.append(a if block.bias is None else rows.with_column(a, float(use.biased)))
-    return Tap(rows.cat(parts), _columns(block, grads))
+    return Tap(rows.cat(parts), _columns(block, inputs, grads, scale))
 
 
-def _columns(block: Block, grads: Sequence[Tensor]) -> Float[Tensor, "k s n t o"]:
-    parts = []
-    for use, g in zip(block.uses, grads, strict=True):
-        columns = block.family.columns(g, use.facts)
-        parts.append(columns if use.repeats == 1 else columns.unflatten(2, (-1, use.repeats)).flatten(3, 4))
+def _rows(block: Block, use: Use, x: Tensor) -> rows.Rows:
+    return rows.split_examples(block.family.rows(x, use.facts), use.repeats)
+
+
+def _columns_of(block: Block, use: Use, g: Tensor) -> Float[Tensor, "k s n t o"]:
+    columns = block.family.columns(g, use.facts)
+    return columns if use.repeats == 1 else columns.unflatten(2, (-1, use.repeats)).flatten(3, 4)
+
+
+def _columns(
+    block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | float
+) -> Float[Tensor, "k s n t o"]:
+    """`g` alone: no row is made for it."""
+    parts = [
+        swapped_columns(rows.dense(_rows(block, use, x)), g.shape[0], scale)
+        if use.transposed
+        else _columns_of(block, use, g)
+        for use, x, g in zip(block.uses, inputs, grads, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+
+def _scale(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | float:
+    """The scale of a tied embedding's output layer, of all examples."""
+    head = next((at for at, use in enumerate(block.uses) if use.transposed), None)
+    if head is None:
+        return 1.0
+    words = next(at for at, use in enumerate(block.uses) if not use.transposed)
+    return balance(inputs[head], grads[words])
 
 
 def _second_moment(block: Block, inputs: Sequence[Tensor], positions: int) -> Float[Tensor, "k i i"] | None:
@@ -174,11 +208,12 @@ def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Laz
         tuple(((g.shape[0], use.repeats, *g.shape[2:]), g.dtype) for g, use in zip(grads, block.uses, strict=True)),
     )
     examples = inputs[0].shape[0] // block.uses[0].repeats
+    scale = _scale(block, inputs, grads)
     return LazyTap(
         sizes._replace(n=examples),
         stored,
-        make=lambda examples: make_tap(block, some_inputs(examples), some_grads(examples)),
-        columns=lambda examples: _columns(block, some_grads(examples)),
+        make=lambda examples: make_tap(block, some_inputs(examples), some_grads(examples), scale),
+        columns=lambda examples: _columns(block, some_inputs(examples), some_grads(examples), scale),
         moment=lambda examples: _second_moment(block, some_inputs(examples), sizes.t),
     )
 

@@ -76,7 +76,7 @@ def test_every_way_to_call_a_norm(call):
         assert kinds(run.ng) == {"w": kind}
 
 
-def test_a_bias_alone_falls_back():
+def test_a_bias_alone_is_a_shift():
     """weight=None: no product of a parameter and an input."""
 
     def model(p, x):
@@ -84,7 +84,7 @@ def test_a_bias_alone_falls_back():
 
     problem = zoo.from_model(model, {"b": normal(4)}, normal(3, 4, seed=2), "categorical", zoo.generator(), {})
     run = sampled(problem, "type2")
-    assert kinds(run.ng) == {"b": "fallback"}
+    assert kinds(run.ng) == {"b": "elementwise"}
     close(run.ng.fisher(run.stats).dense(), oracles.fisher_matrix(problem, "type2"))
 
 

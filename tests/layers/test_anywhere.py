@@ -53,6 +53,56 @@ def partly(layer, x):
     return merged(layer, x).sum(1) + layer(x[:, 0])
 
 
+def halves(layer, x):
+    """An encoder on the halves of a `torch.cat`."""
+    left, right = torch.tanh(layer(torch.cat([x[:, 0], x[:, 1]]))).chunk(2)
+    return left * right + left
+
+
+def middle(layer, x):
+    """Rows further out and further in than the examples, `[2, N, 3]` merged."""
+    both = torch.stack([x, x.flip(1)])
+    return torch.tanh(layer(both.flatten(0, 2))).unflatten(0, both.shape[:3]).sum(0)
+
+
+class Scale(nn.Module):
+    """A hand-written normalisation with a scale and a shift."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.w * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)) + self.b
+
+
+HALVES = {
+    "linear": (nn.Linear(3, 3), halves, (3, 2, 3), "linear"),
+    "linear-many": (nn.Linear(3, 3), halves, (5, 2, 3), "linear"),
+    "conv": (nn.Conv1d(2, 2, 2), halves, (3, 2, 2, 3), "conv"),
+    "group-norm": (nn.GroupNorm(1, 2), halves, (3, 2, 2, 3), "group norm"),
+    "layer-norm-sequence": (nn.LayerNorm(3), halves, (3, 2, 4, 3), "layer norm"),
+    "linear-middle": (nn.Linear(2, 3), middle, (3, 3, 2), "linear"),
+    "conv-middle": (nn.Conv1d(2, 2, 2), middle, (4, 3, 2, 3), "conv"),
+    "conv-inner": (nn.Conv1d(2, 2, 2), inner, (3, 3, 2, 3), "conv"),
+    "scale": (Scale(3), halves, (3, 2, 3), "elementwise"),
+    "scale-middle": (Scale(2), middle, (3, 3, 2), "elementwise"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_an_encoder_on_several_parts_of_each_example_is_a_layer(name):
+    """`torch.cat([a, b])` has the examples inside: their rows are told apart by the second trace."""
+    layer, how, shape, kind = HALVES[name]
+    problem = from_net(Calls(layer, how), shape, "categorical", blocks={"any": ()})
+    for fisher in zoo.FISHERS:
+        run = sampled(problem, fisher)
+        assert set(kinds(run.ng).values()) == {kind}
+        check_fisher(problem, run, fisher)
+        check_gradients(problem, run.ng, run.stats)
+        check_chunks(problem, run)
+
+
 ARRANGED = {
     "conv-merged": (nn.Conv1d(2, 2, 2), merged, (3, 2, 2, 3)),
     "conv-merged-square": (nn.Conv2d(1, 2, 2), merged, (3, 3, 1, 3, 3)),
@@ -117,7 +167,8 @@ def test_a_language_model_with_a_prediction_at_every_position(tied):
 
     problem = from_net(Language(), (3, 3), "categorical", vocabulary=5, blocks={"any": ()})
     run = sampled(problem, "type2")
-    assert ("fallback" in kinds(run.ng).values()) == tied
+    assert ("tied embedding" in kinds(run.ng).values()) == tied
+    assert "fallback" not in kinds(run.ng).values()
     check_fisher(problem, run, "type2")
     check_gradients(problem, run.ng, run.stats)
 
@@ -191,10 +242,58 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
             self.norm, self.scale, self.head = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            return self.head(torch.tanh(self.norm(x) * self.scale))
+            return self.head(torch.tanh(torch.einsum("ni,i->ni", self.norm(x), self.scale)))
 
     with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="scale"):
         with_context(Scaled().double().train(), normal(4, 3))
+
+
+# ------------------------------------------------------------------------------------------ models without a vmap
+
+
+def branching(p, x):
+    """A branch on values that gives every example the same either way, as a padding mask that may be left out."""
+    h = torch.einsum("ntd,d->ntd", x, p["w"])
+    if bool((x > 0).all()):
+        return Readout(2)(h)
+    return Readout(2)(torch.where(x > 0, h, h * 1.0))
+
+
+def writing(p, x):
+    """Rows written into a tensor of the model's own."""
+    h = torch.zeros(x.shape, dtype=x.dtype)
+    h[..., 0] = torch.einsum("nt,t->nt", x[..., 0], p["w"][: x.shape[1]])
+    return Readout(2)(h + torch.einsum("ntd,d->ntd", x, p["w"]))
+
+
+def numbers(p, x):
+    """A length read from the values."""
+    length = int((x.abs() > 0).sum() / x.numel()) + 1
+    return Readout(2)(torch.einsum("ntd,d->ntd", x, p["w"])[:, : length + 1])
+
+
+WITHOUT_VMAP = {"branches on values": branching, "writes into a tensor": writing, "branches on values (item)": numbers}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VMAP)
+@pytest.mark.parametrize("method", ["kfac", "exactNG"])
+def test_where_vmap_raises_the_fallback_runs_example_by_example(name, method):
+    params, x = {"w": normal(3)}, normal(4, 2, 3, seed=1)
+    problem = zoo.from_model(WITHOUT_VMAP[name], params, x, "categorical", zoo.generator(), {})
+    for fisher in zoo.FISHERS:
+        run = sampled(problem, fisher, method=method)
+        assert kinds(run.ng) == {"w": "fallback"}
+        check_fisher(problem, run, fisher)
+        same(dict(run.stats.grads), oracles.mean_gradient(problem))
+        check_chunks(problem, run)
+    last = str(run.ng.layout).splitlines()[-1]
+    assert name.split(" (")[0] in last and "once per example" in last and "passes" in last
+
+
+def test_a_model_that_runs_under_vmap_says_nothing_of_it():
+    problem = zoo.pick("scale-matrix")
+    assert not problem.build().layout.one_by_one
+    assert "once per example" not in str(problem.build().layout)
 
 
 # ----------------------------------------------------------------------------------------------- one traced example

@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fisherfn as ff
+from fisherfn.layers import random_numbers
 from tests import oracles, zoo
 from tests.layers.checks import kinds, normal
 from tests.nets import Readout
@@ -296,3 +297,107 @@ def test_a_users_own_masks_are_sliced_with_the_examples():
         stats = ng.stats(params, (X, Y), context=context, chunk_size=chunk_size)
         close(ng.fisher(stats).dense(), oracles.fisher_matrix(problem, "empirical"))
         close(dict(stats.grads), oracles.mean_gradient(problem))
+
+
+# --------------------------------------------------------------------------------------- numbers drawn by the model
+
+
+def drop_path(h, p=0.4):
+    """As timm: one number per example."""
+    return h * h.new_empty((len(h),) + (1,) * (h.ndim - 1)).bernoulli_(1 - p).div_(1 - p)
+
+
+def stochastic_depth(h, p=0.4):
+    """As torchvision."""
+    noise = torch.empty([len(h)] + [1] * (h.ndim - 1), dtype=h.dtype, device=h.device)
+    noise = noise.bernoulli_(1 - p)
+    return h * noise.div_(1 - p)
+
+
+def floored(h, p=0.4):
+    """As transformers."""
+    keep = 1 - p + torch.rand((len(h), *(1,) * (h.ndim - 1)), dtype=h.dtype, device=h.device)
+    return h.div(1 - p) * keep.floor_()
+
+
+DRAWS = {
+    "drop path": drop_path,
+    "stochastic depth": stochastic_depth,
+    "floored": floored,
+    "rand_like": lambda h: h * torch.rand_like(h),
+    "bernoulli of probabilities": lambda h: h * torch.bernoulli(h.detach().sigmoid()),
+    "randn": lambda h: h + 0.1 * torch.randn(h.shape[0], h.shape[1], dtype=h.dtype),
+    "randn_like": lambda h: h + 0.1 * torch.randn_like(h),
+    "normal_": lambda h: h + torch.empty_like(h).normal_(0.5, std=0.1),
+    "uniform_": lambda h: h * torch.empty_like(h).uniform_(0.5, 2.0),
+    "random order": lambda h: h.gather(1, torch.argsort(torch.randn(h.shape), 1)),
+}
+
+
+class Draws(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.inner, self.outer, self.draw = nn.Linear(3, 8), nn.Linear(8, 2), draw
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.draw(self.inner(x)) * self.scale))
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_numbers_that_a_model_draws_are_made_from_the_examples_seeds(name):
+    """Each example alone gets the numbers of the batch, and the Fisher is that of these numbers."""
+    module, before = Draws(DRAWS[name]).double().train(), torch.get_rng_state()
+    model, params, context, ng = build(module, X, seeds())
+    whole, _ = model(params, X, context)
+    other, _ = model(params, X, {**context, "dropout": seeds(seed=1)})
+    assert oracles.differs(other, whole, 1e-3)
+    for part in (slice(1, 3), torch.tensor([5, 0, 3]), torch.tensor([2])):
+        close(model(params, X[part], {**context, "dropout": context["dropout"][part]})[0], whole[part])
+    assert kinds(ng) == {"inner": "linear", "outer": "linear", "scale": "elementwise"}
+    stats = ng.stats(params, (X, Y), context=context)
+    problem = masked_problem(module, params, context, model)
+    close(ng.fisher(stats).dense(), oracles.fisher_matrix(problem, "empirical"))
+    parts = ng.stats(params, (X, Y), context=context, chunk_size=4)
+    close(ng.fisher(parts).dense(), ng.fisher(stats).dense())
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+
+
+def test_drawn_numbers_have_their_distributions():
+    n = 20_000
+    context = {"dropout": seeds(n)}
+    draws = {
+        "uniform": (lambda: torch.rand(n), 0.5, 1 / 12**0.5),
+        "range": (lambda: torch.empty(n).uniform_(1, 3), 2.0, 2 / 12**0.5),
+        "normal": (lambda: torch.randn(n), 0.0, 1.0),
+        "mean and deviation": (lambda: torch.empty(n).normal_(2.0, 3.0), 2.0, 3.0),
+        "bernoulli": (lambda: torch.empty(n).bernoulli_(0.3), 0.3, 0.21**0.5),
+    }
+    for draw, mean, deviation in draws.values():
+
+        class Alone(nn.Module):
+            def forward(self, x, draw=draw):
+                return draw()
+
+        model, _, _ = ff.functional(Alone())
+        numbers, _ = model({}, torch.zeros(n), context)
+        assert abs(float(numbers.mean()) - mean) < 5 * deviation / n**0.5
+        assert abs(float(numbers.std()) / deviation - 1) < 0.03
+
+
+def test_uniform_numbers_stay_below_one_in_every_precision():
+    numbers = torch.full((3,), 1 - 2.0**-32, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert (random_numbers.drawn(torch.rand, (3,), {"dtype": dtype}, lambda *_: numbers) < 1).all()
+
+
+def test_numbers_without_examples_are_refused():
+    """One number for the whole batch, as layer drop has it: it is no example's."""
+    with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="rand sees no axis"):
+        build(Draws(lambda h: h * torch.rand([])).double().train(), X, seeds())
+
+
+def test_without_seeds_drawn_numbers_are_refused_with_the_remedy():
+    model, params, context = ff.functional(Draws(drop_path).double().train())
+    with zoo.as_installed(), pytest.raises(ff.errors.NoiseError, match="bernoulli_.*dropout_seeds"):
+        ff.natural_gradient(model, params, X, likelihood=ff.Categorical(), context=context)

@@ -198,3 +198,50 @@ def test_factors_wider_than_the_limit_keep_their_diagonal(limit, form):
 def test_an_unknown_sharing_names_the_known_ones():
     with zoo.as_installed(), pytest.raises(ff.errors.UnknownNameError, match="expand"):
         ff.kfac(sharing="expanded")
+
+
+TRANSPOSED = {
+    "x @ w.T": (lambda p, x: x @ p["w"].T, "linear"),
+    "x @ w.T + b": (lambda p, x: x @ p["w"].T + p["b"], "linear"),
+    "x @ w.t()": (lambda p, x: x @ p["w"].t(), "linear"),
+    "x @ w.mT": (lambda p, x: torch.matmul(x, p["w"].mT), "linear"),
+    "x @ w.transpose": (lambda p, x: x.matmul(p["w"].transpose(0, 1)), "linear"),
+    "x @ w.permute": (lambda p, x: x @ p["w"].permute(1, 0), "linear"),
+    "addmm": (lambda p, x: torch.addmm(p["b"], x.flatten(0, 1), p["w"].t()).unflatten(0, x.shape[:2]), "linear"),
+    "mm": (lambda p, x: torch.mm(x.flatten(0, 1), p["w"].t()).unflatten(0, x.shape[:2]), "linear"),
+    "twice": (lambda p, x: (x @ p["w"].T) * torch.tanh(F.linear(x, p["w"], p["b"])), "linear"),
+    "the one transpose used twice": (lambda p, x: twice(p["w"].T, x), "linear"),
+    "read elsewhere": (lambda p, x: x @ p["w"].T + p["w"].T.sum(0), "fallback"),
+    "the other side": (lambda p, x: (p["w"] @ x.mT).mT, "fallback"),
+    "scaled": (lambda p, x: x @ (0.5 * p["w"].T), "fallback"),
+}
+
+
+def twice(transpose, x):
+    return (x @ transpose) * torch.tanh(x.flip(1) @ transpose)
+
+
+@pytest.mark.parametrize("way", TRANSPOSED)
+@pytest.mark.parametrize("d_out", [2, 3])
+def test_a_transposed_weight_is_a_layer_where_it_is_only_multiplied_with(way, d_out):
+    how, kind = TRANSPOSED[way]
+
+    def model(p, x):
+        return READ(torch.tanh(how(p, x) + p["b"]))
+
+    problem = problem_of(model, (3, 2, 3), d_out)
+    run = sampled(problem)
+    assert kinds(run.ng)["w"] == kind
+    check_gradients(problem, run.ng, run.stats)
+    check_fisher(problem, run, "mc")
+
+
+@pytest.mark.parametrize("d_out", [2, 3])
+def test_a_linear_layer_of_a_transposed_weight_is_a_product(d_out):
+    params = {"w": normal(3, d_out), "b": normal(d_out, seed=1)}
+    model = lambda p, x: READ(torch.tanh(F.linear(x, p["w"].T, p["b"])))  # noqa: E731
+    problem = zoo.from_model(model, params, normal(3, 2, 3, seed=2), "categorical", zoo.generator(), {})
+    run = sampled(problem)
+    assert kinds(run.ng) == {"w": "matmul", "b": "elementwise"}
+    check_gradients(problem, run.ng, run.stats)
+    check_fisher(problem, run, "mc")

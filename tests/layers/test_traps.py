@@ -19,15 +19,25 @@ def build(model, params, x, **kwargs):
     return ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="empirical", **kwargs)
 
 
-def test_batch_norm_does_not_hide_positions_outermost():
-    """`cat([x[:, 0], x[:, 1]])` has two rows an example, positions outermost: not what merged rows are."""
+@pytest.mark.parametrize("reverse", [False, True])
+def test_batch_norm_does_not_hide_rows_in_another_order(reverse):
+    """`cat([x[:, 0], x[:, 1]])` has two rows per example, positions outermost; reversed, the second half fits none."""
 
     def model(p, x, context):
-        h = F.batch_norm(F.linear(torch.cat([x[:, 0], x[:, 1]]), p["w"]), None, None, training=True)
-        return h[: len(x)] + 0.5 * h[len(x) :], context
+        second = x[:, 1].flip(0) if reverse else x[:, 1]
+        h = F.batch_norm(F.linear(torch.cat([x[:, 0], second]), p["w"]), None, None, training=True)
+        back = h[len(x) :].flip(0) if reverse else h[len(x) :]
+        return h[: len(x)] + 0.5 * back, context
 
-    with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="couples the examples"):
-        build(model, {"w": normal(3, 2)}, normal(4, 2, 2, seed=1), context={})
+    params, x, y = {"w": normal(3, 2)}, normal(4, 2, 2, seed=1), torch.tensor([0, 1, 2, 0])
+    if reverse:
+        with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="couples the examples"):
+            build(model, params, x, context={})
+        return
+    ng = build(model, params, x, context={})
+    assert ng.layout.block("w").uses[0].outer == 2
+    truth = torch.func.grad(lambda p: F.cross_entropy(model(p, x, {})[0], y))(params)
+    close(dict(ng.stats(params, (x, y), context={}).grads), truth)
 
 
 def test_batch_norm_in_training_mode_keeps_its_layers():

@@ -11,7 +11,17 @@ from tests import zoo
 
 METHODS = pytest.mark.parametrize("method", sorted(ff.METHODS))
 PROBLEMS = pytest.mark.parametrize(
-    "id", ["mlp-categorical", "sequence-pooled", "scale-vector", "conv-groups", "conv-transpose", "tokens"]
+    "id",
+    [
+        "mlp-categorical",
+        "sequence-pooled",
+        "scale-matrix",
+        "patches",
+        "language",
+        "conv-groups",
+        "conv-transpose",
+        "tokens",
+    ],
 )
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 

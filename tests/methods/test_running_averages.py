@@ -63,7 +63,11 @@ def two_batches(name, taps, ema):
     """(running factors, old fit, new fit, ρ, F̂ averaged as operators) after a second batch."""
     problem = given(*taps, method=build(name))
     old, both = course(problem, [taps, other_batch(*taps)], ema)
-    new, rho = alone(problem, other_batch(*taps)), min(1 - 1 / 2, ema)
+    n, n_new = taps[0].shape[1], taps[0].shape[1] + 1
+    # examples count alike until ema caps the old ones, at what it stands for in batches of the mean size
+    size = (n + n_new) / 2
+    rho = min(n / (n + n_new), ema * size / (ema * size + (1 - ema) * n_new))
+    new = alone(problem, other_batch(*taps))
     return both, old, new, rho, rho * dense(old) + (1 - rho) * dense(new)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fisherfn as ff
-from tests.nets import Tied, Transformer, mlp
+from tests.nets import Patches, Tied, Transformer, mlp
 
 CLASSES = 3
 
@@ -45,6 +45,7 @@ NETS = {
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, CLASSES)), (4,)),
     "functional-dropout": (FunctionalDropout, (4,)),
     "tied": (lambda: nn.Sequential(Tied(), nn.Linear(2, CLASSES)), (3,)),
+    "patches": (lambda: Patches(outputs=CLASSES), (2, 3)),
     "transformer": (lambda: Transformer(classes=CLASSES), None),
 }
 SEEDED = ("dropout", "functional-dropout")

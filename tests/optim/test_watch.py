@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fisherfn as ff
 from tests.methods.protocol import METHODS
-from tests.nets import Scaled, Tied, Transformer
+from tests.nets import Diagonal, Tied, Transformer
 from tests.optim.problems import CLASSES, NETS, Loop, problem, same
 from tests.zoo import as_installed
 
@@ -203,6 +203,15 @@ def passed(net, x, runs=1, backward=True, before=None, **more):
     pre.step()
 
 
+def two_lengths(net):
+    pre = ff.optim.Preconditioner(net, example_inputs=torch.ones(6, 2, 4))
+    for length in (2, 3):
+        with pre.watch():
+            loss = net(torch.ones(6, length, 4)).square().mean() / 2
+        loss.backward()
+    pre.step()
+
+
 def linear():
     return nn.Linear(4, CLASSES)
 
@@ -214,11 +223,11 @@ WRONG = {
     "the net not run": (lambda: passed(linear(), X, runs=0, backward=False), E.StructureError, "used 0 times"),
     "another reduction": (lambda: passed(linear(), X, reduction="none"), E.UnknownNameError, "reduction"),
     "no layers yet": (lambda: ff.optim.Preconditioner(linear()).watch().__enter__(), E.StructureError, "watch\\(x\\)"),
-    "a parameter in no layer": (lambda: passed(Scaled(), torch.ones(6, 3)), E.StructureError, "'scale' belong to no"),
-    "longer sequences": (
-        lambda: passed(nn.Sequential(linear(), nn.Flatten()), torch.ones(6, 2, 4), before=torch.ones(6, 1, 4)),
+    "a parameter in no layer": (lambda: passed(Diagonal(), torch.ones(6, 3)), E.StructureError, "'scale' belong to no"),
+    "sequences of two lengths before a step": (
+        lambda: two_lengths(nn.Sequential(linear(), nn.Flatten())),
         E.ShapeError,
-        "while watched",
+        "examples of different shapes",
     ),
 }
 

@@ -1,0 +1,77 @@
+"""Copies and pickles of what the drop-in classes hold: a copy works on the copied net, and on it alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple
+
+from fisherfn.base import Method
+from fisherfn.errors import StructureError
+from fisherfn.methods import METHODS
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.optim.network import Network
+from fisherfn.types import Model
+
+
+class Copies:
+    """Makes a curvature copyable: its pure functions are bound to a net, and are bound again to the copy's.
+
+    What was watched and not used yet stays with the original.
+    """
+
+    network: Network
+    ng: NaturalGradient | None
+    _make: partial[NaturalGradient]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__({name: copy.deepcopy(value, memo) for name, value in self._unbound().items()})
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = self._make.keywords
+        for what in ("method", "likelihood"):
+            if not _pickles(options[what]):
+                raise StructureError(
+                    f"an optimizer with this {what} cannot be pickled, as it is made of local functions. Give a method "
+                    "by its name and a likelihood as a class or function of a module, or save state_dict() instead."
+                )
+        return self._unbound()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(state["ng"], _Unbound):
+            self.ng = state["ng"].bound(self.network.model(), self._make.keywords["method"])
+
+    def _unbound(self) -> dict[str, Any]:
+        ng = None if self.ng is None else _Unbound.of(self.ng)
+        return {**vars(self), "_passes": [], "_by_kind": {}, "ng": ng}
+
+
+class _Unbound(NamedTuple):
+    """A natural gradient without the functions that belong to one net: the rest of its fields."""
+
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, ng: NaturalGradient) -> _Unbound:
+        return cls({field.name: getattr(ng, field.name) for field in fields(ng) if field.name not in _BOUND})
+
+    def bound(self, model: Model, method: Method | str) -> NaturalGradient:
+        method = METHODS[method]() if isinstance(method, str) else method
+        return NaturalGradient(model=model, method=method, **self.fields)
+
+
+_BOUND = ("model", "method")
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True

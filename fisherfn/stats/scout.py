@@ -1,0 +1,146 @@
+"""Finding the calls that read tensors which all examples share, by comparing two runs.
+
+The second run has one example more than the first. An output whose shape is the same in both is shared, too; one that
+grew along one axis is where the shared tensor meets the batch. Each step is tried on the spot: what torch refuses
+makes the weights that it comes from fall back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Size, Tensor
+
+from fisherfn import tree
+from fisherfn.layers import broadcasts, changes_input, spreads
+from fisherfn.stats.shared import Copies, Growth, Ledger, Place, Shared, Step, name_of, origins_of, spread, tensors_of
+from fisherfn.types import PyTree
+
+
+class Scout(Ledger):
+    """Finds the steps: a run with one example more than the one before, whose calls it is compared with."""
+
+    def __init__(self, before: Sequence[tuple[str, tuple[Size, ...]]], examples: int) -> None:
+        super().__init__()
+        self._before, self._examples = before, examples
+        self._place = -1
+        self.steps: list[Step] = []
+        self.failed: dict[str, str] = {}
+        """Weights whose shared tensors are used in a call that cannot be followed, and the call's name."""
+
+    def growth(self, func: Callable[..., Any], output: Any) -> Growth:
+        """Compare the next call's outputs with the run before."""
+        self._place += 1
+        if self._place >= len(self._before):
+            return None
+        name, shapes = self._before[self._place]
+        outputs = tensors_of(output)
+        if name != name_of(func) or len(shapes) != len(outputs):
+            self._place = len(self._before)  # out of step: nothing later can be compared
+            return None
+        found: list[Place | None] = []
+        for old, new in zip(shapes, outputs, strict=True):
+            if old == new.shape:
+                found.append(None)
+                continue
+            axes = [axis for axis, (a, b) in enumerate(zip(old, new.shape, strict=False)) if a != b]
+            if len(old) != new.ndim or len(axes) != 1:
+                return None
+            length, longer = old[axes[0]], new.shape[axes[0]]
+            if length * (self._examples + 1) != longer * self._examples:
+                return None
+            place = Place(axes[0] - new.ndim, length // self._examples)
+            found.append(place if place.repeats == 1 else place._replace(outer=self.outer(new, place)))
+        return found
+
+    def outer(self, x: Tensor, place: Place) -> int:
+        """How many rows of each example are further out than the examples.
+
+        The last example is the first one again: its rows are where the first one's values are.
+        """
+        rows = x.detach().movedim(place.axis, 0).flatten(1) if x.ndim > 1 else x.detach().unsqueeze(-1)
+        rows = rows.nan_to_num() if rows.is_floating_point() else rows.double()
+        for outer in (n for n in range(1, place.repeats + 1) if place.repeats % n == 0):
+            each = rows.unflatten(0, (outer, self._examples + 1, -1))
+            first, last = each[:, 0], each[:, -1]
+            if bool((first - last).norm() <= 1e-3 * first.norm()):
+                return outer
+        return 1
+
+    def note_parameters(self, arguments: PyTree, names: Mapping[int, str], besides: tuple[Any, ...] = ()) -> None:
+        """Note the parameters among the arguments of a call: all examples share them."""
+        for leaf in tree.leaves(arguments):
+            if id(leaf) in names and not any(leaf is other for other in besides):
+                self.add(leaf, frozenset([names[id(leaf)]]), partial(spread, leaf))
+
+    def look(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        growth: Growth,
+        names: Mapping[int, str],
+        besides: tuple[Any, ...] = (),
+    ) -> None:
+        """Note what a call did with shared tensors: a step, or one that cannot be followed."""
+        if not tensors_of(output) and not changes_input(func):
+            return  # a shape, a number
+        self.note_parameters((args, kwargs), names, besides)
+        shared = self.among(args, kwargs)
+        shared = {key: entry for key, entry in shared.items() if not any(entry.tensor is other for other in besides)}
+        if not shared:
+            return
+        origins = origins_of(shared)
+        try:
+            if growth is None:
+                raise ValueError("examples not found")
+            if all(each is None for each in growth):
+                self._derived(func, args, kwargs, output, shared)
+                self.steps.append(Step(name_of(func), None, origins))
+            else:
+                (place,) = growth
+                self._met(func, args, kwargs, output, shared, place)
+                self.steps.append(Step(name_of(func), place, origins))
+        except Exception:  # whatever torch has against it: the parameter falls back
+            self.fail(origins, name_of(func))
+
+    def add_layer(
+        self, func: Callable[..., Any], weight: str, shared: dict[int, Shared], output: Tensor, copies: Copies
+    ) -> None:
+        """Note the output of a layer that no example enters, if copies of it can be had."""
+        super().add_layer(func, weight, shared, output, copies)
+        origins = origins_of(shared)
+        if shared:
+            self.steps.append(Step(name_of(func), None, origins))
+        try:
+            if copies(2).shape[1:] != output.shape:
+                raise ValueError("copies of another shape")
+        except Exception:  # as above
+            self.fail(origins | {weight}, name_of(func))
+
+    def fail(self, origins: frozenset[str], cause: str) -> None:
+        """Give these weights up, for a call of this name."""
+        for name in origins:
+            self.failed.setdefault(name, cause)
+
+    def _derived(self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared]) -> None:
+        if changes_input(func):
+            raise ValueError("a shared tensor changed in place")
+        self.derive(func, args, kwargs, shared, output)
+        for part in tensors_of(output):
+            if self.entries[id(part)].copies(2).shape[1:] != part.shape:
+                raise ValueError("copies of another shape")
+
+    def _met(
+        self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared], place: Place | None
+    ) -> None:
+        changed = changes_input(func) and self.is_shared(args[0])
+        if place is None or changed or not (broadcasts(func) or spreads(func)):
+            raise ValueError("no broadcast")
+        if changes_input(func):
+            args = (args[0].clone(), *args[1:])
+        if self.meet(func, args, kwargs, shared, place).shape != output.shape:
+            raise ValueError("copies of another shape")

@@ -1,0 +1,109 @@
+"""Running a module with other parameters and buffers, and leaving it as it was.
+
+Each slot (an entry of a module's parameters or buffers) is filled once, found by the tensor that it holds: a submodule
+under two names has one set of slots, and a tied tensor fills all of its own. What the run did to the module is undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fisherfn import tree
+from fisherfn.errors import StructureError
+from fisherfn.types import PyTree, Tree
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Swap:
+    """A module whose parameters and buffers have been replaced; `buffers()` reads what the run made of the latter."""
+
+    def __init__(self, net: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self._modules: dict[nn.Module, str] = {}
+        self._slots: list[tuple[dict[str, Any], str, str]] = []
+        self._filled: set[tuple[int, str]] = set()
+        self._values = values
+        names: dict[int, str] = {}  # as `named_parameters` and `named_buffers` have them: the first of several
+        for path, module in net.named_modules():
+            self._modules[module] = path
+            for table in (module._parameters, module._buffers):
+                for key, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    name = names.setdefault(id(tensor), f"{path}.{key}" if path else key)
+                    self._filled.add((id(table), key))
+                    if name in values:
+                        self._slots.append((table, key, name))
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Fill the slots, and undo all that happens to the modules' attributes meanwhile."""
+        before = [(module, dict(vars(module)), [dict(vars(module)[t]) for t in _TABLES]) for module in self._modules]
+        try:
+            for table, key, name in self._slots:
+                table[key] = self._values[name]
+            for module in self._modules:
+                _see_through(module)
+            yield
+        finally:
+            for module, attributes, tables in before:
+                # the tables are the same objects as before: the run may have changed their entries
+                for name, entries in zip(_TABLES, tables, strict=True):
+                    attributes[name].clear()
+                    attributes[name].update(entries)
+                own = vars(module)
+                own.clear()
+                own.update(attributes)
+
+    def buffers(self, names: Mapping[str, Tensor]) -> Tree:
+        """The buffers as the run left them: changed in place, or assigned.
+
+        Raises:
+            StructureError: a buffer that did not exist before the run.
+        """
+        assigned: dict[str, Tensor] = {}
+        for table, key, name in self._slots:
+            tensor = table.get(key)
+            if name in names and tensor is not None and tensor is not self._values[name]:
+                assigned[name] = tensor.detach()
+        self._none_born()
+        return {name: assigned.get(name, self._values[name]) for name in names}
+
+    def _none_born(self) -> None:
+        for module in self._modules:
+            for key, tensor in module._buffers.items():
+                if tensor is not None and (id(module._buffers), key) not in self._filled:
+                    path = f"{self._modules[module]}.{key}".lstrip(".")
+                    raise StructureError(
+                        f"the buffer {path!r} is made by the first forward, and a step can only move buffers that "
+                        "exist: run the net once, net(x), before it is passed to fisherfn."
+                    )
+
+
+def _see_through(module: nn.Module) -> None:
+    """Let the run reach the modules that `torch.compile` and `DataParallel` wrap: the library traces them itself."""
+    for key, child in module._modules.items():
+        if child is not None:
+            module._modules[key] = unwrapped(child)
+    if vars(module).get("_compiled_call_impl") is not None:
+        vars(module)["_compiled_call_impl"] = None
+    weights: list[str] = vars(module).get("_flat_weights_names", [])
+    if weights and isinstance(module, nn.RNNBase):
+        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in weights]
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The module inside those that `torch.compile` and `DataParallel` make."""
+    while (inner := net._modules.get("module" if isinstance(net, nn.DataParallel) else "_orig_mod")) is not None:
+        net = inner
+    return net
+
+
+def versions(inputs: PyTree) -> list[int]:
+    """Return how often each tensor was changed in place; inference tensors, which do not count, are left out."""
+    tensors = [leaf for leaf in tree.leaves(inputs) if isinstance(leaf, Tensor)]
+    return [leaf._version for leaf in tensors if not leaf.is_inference()]

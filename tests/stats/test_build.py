@@ -1,0 +1,106 @@
+"""A build is made with a few examples where they are enough, with all of them where they are not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import fisherfn as ff
+from tests.zoo import as_installed
+
+E = ff.errors
+N, CLASSES = 32, 3
+
+
+class Seen(nn.Module):
+    """Notes how many examples every run has."""
+
+    def __init__(self, *, unused=False):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)
+        self.other = nn.Linear(2, 2) if unused else None
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def build(net, x, **more):
+    model, params, context = ff.functional(net)
+    return ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context, **more)
+
+
+def test_the_runs_of_a_build_do_not_grow_with_the_batch():
+    net, x = Seen(), torch.randn(N, 4)
+    layout = build(net, x).layout
+    assert net.sizes and max(net.sizes) <= 5
+    assert layout == build(Seen(), x[:4]).layout
+
+
+def test_only_what_looks_unused_is_looked_at_with_all():
+    net, x = Seen(unused=True), torch.randn(N, 4)
+    layout = build(net, x, unused="ignore").layout
+    assert sorted(net.sizes)[-2:] == [5, N] and layout.unused == ("other.weight", "other.bias")
+
+
+class Routed(nn.Module):
+    """Positive inputs go through one more layer; the first examples have none."""
+
+    def __init__(self, by_values):
+        super().__init__()
+        self.by_values = by_values
+        self.first, self.expert, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def looks(self, x):
+        return (x[:, 0] > 0).any() if self.by_values else len(x) > 6
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if self.looks(x):
+            h = h + self.expert(h) * (x[:, :1] > 0)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("by_values", [True, False])
+def test_a_layer_that_the_first_examples_do_not_use_is_found_with_all(by_values):
+    x = torch.randn(N, 4)
+    x[:8, 0] = -1
+    layout = build(Routed(by_values), x).layout
+    assert {block.key for block in layout.layers} == {"first", "expert", "last"}
+
+
+@pytest.mark.parametrize("where", ["dropout", "own"])
+def test_what_the_context_has_for_each_example_goes_along(where):
+    x = torch.randn(N, 4)
+    if where == "dropout":
+        net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, CLASSES))
+        model, params, context = ff.functional(net)
+        context = context | {"dropout": torch.arange(N)}
+    else:
+        net = nn.Linear(4, CLASSES)
+        params, context = dict(net.named_parameters()), {"noise": torch.randn(N, 4), "scale": torch.ones(())}
+
+        def model(p, x, context):
+            return functional_call(net, p, (x + context["noise"],)) * context["scale"], context
+
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context, fisher="type2")
+    assert dict(ng.layout.context_by_example)["dropout" if where == "dropout" else "noise"]
+    stats = ng.stats(params, (x, torch.zeros(N).long()), context=context, chunk_size=10)
+    assert torch.isfinite(stats.loss)
+
+
+class Reshapes(nn.Module):
+    """A batch size written into a reshape."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.last(x.reshape(N, 2, 2).flatten(1))
+
+
+def test_an_error_is_that_of_all_examples():
+    with as_installed(), pytest.raises(E.ShapeError, match=f"runs on {N} examples and not on {N + 1}"):
+        build(Reshapes(), torch.randn(N, 4))
