@@ -334,8 +334,8 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
         return vjp(slope, outputs)[1](v)[0]  # type: ignore[no-any-return]
     except (RuntimeError, NotImplementedError) as error:
         raise LikelihoodError(
-            f"the curvature of the outputs is wanted, and nll cannot be differentiated twice ({str(error)[:120]}): give "
-            "the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
+            f"the curvature of the outputs is wanted, and nll cannot be differentiated twice ({str(error)[:120]}): "
+            "give the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
         ) from error
 
 

@@ -48,7 +48,9 @@ class Cadence:
             for value in (first, last):
                 expect_number(name, value, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
             if first > last:
-                raise HyperparameterError(f"{name}: the shortest interval, {first}, is longer than the longest, {last}.")
+                raise HyperparameterError(
+                    f"{name}: the shortest interval, {first}, is longer than the longest, {last}."
+                )
 
     @classmethod
     def fixed(cls, update: int, invert: int) -> Cadence:

@@ -206,7 +206,7 @@ class Adaptive:
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
     def _unit(self, curvature: State) -> Float[Tensor, ""]:
-        """tr F̂ / n, n the number of parameters."""
+        """Tr F̂ / n, n the number of parameters."""
         return self.ng.trace(curvature).to(curvature.damping) / sum(s.numel() for _, s in self.ng.layout.shapes)
 
     def _damping(self, state: AdaptiveState, updated: State) -> Float[Tensor, ""]:
@@ -369,11 +369,14 @@ class Adaptive:
         return losses
 
     def _part(self, batch: Batch, context: PyTree) -> tuple[Batch, PyTree]:
-        """The examples that the model is of: all of them where the net mixes them (batch norm in training mode)."""
+        """The examples that the model is of: all where the net mixes them (batch norm in training mode).
+
+        A line search takes all as well: along its direction the loss need not fall on a part.
+        """
         x, y = pair(batch)
         n = tree.leaves(x)[0].shape[0]
         wanted = max(n // PART, LEAST) if self.model_examples is None else self.model_examples
-        if self.ng.layout.couples or wanted >= n:
+        if self.rule == "line_search" or self.ng.layout.couples or wanted >= n:
             return (x, y), context
         part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
         return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))

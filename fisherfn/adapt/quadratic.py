@@ -138,7 +138,8 @@ def tangents(
     """
     stacked: Tree = {name: torch.stack([d[name].to(p.dtype) for d in directions]) for name, p in params.items()}
     try:
-        outputs, moves = vmap(lambda d: jvp(outputs_of, (params,), (d,)), out_dims=(None, 0))(stacked)
+        pairs: Any = vmap(lambda d: jvp(outputs_of, (params,), (d,)), out_dims=(None, 0))  # type: ignore[arg-type]
+        outputs, moves = pairs(stacked)
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error):
             raise
