@@ -32,7 +32,7 @@ from common.plots import Points, curve_grid
 from common.results import ResultExistsError, default_name
 from common.spectra import GRADIENT, Values, compare
 from common.train_config import APPS, LABELS, TrainConfig
-from common.trainer import make_optimizer, make_task, natural_gradient, reported, tuned
+from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, reported, tuned
 
 FOLDER = "approximation_error"
 
@@ -80,7 +80,7 @@ class ErrorConfig:
     methods: str = option(",".join(METHODS), "methods, with commas between them", check=KNOWN)
     fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
-    damping: float | None = option(None, "λ of the steps that are compared; null: as tuned for kfac", check=POSITIVE)
+    damping: float | None = option(None, "λ of the steps that are compared; null: 1", check=POSITIVE)
     damping_form: Literal["factored", "eigen"] = option("factored", "how damping enters Kronecker factors")
     eigenvalues: int = option(50, "how many", check=Check("from 1 to 200", lambda count: 1 <= count <= 200))
 
@@ -126,8 +126,8 @@ def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
     full = APPS[config.app](**{name: value for name, value in given.items() if value is not None} | {"optim": "adam"})
     data = load(full.data, data_path=full.data_path, seed=full.seed, download=full.download)
     model = full.model or full.model_for(data)
-    rate, damping = (tuned(full.app, model, data.name, optim) for optim in ("adam", "kfac"))
-    full = filled(full, {"model": model, "lr": rate["lr"], "damping": damping["damping"]})
+    rate = tuned(full.app, model, data.name, "adam")["lr"]
+    full = filled(full, {"model": model, "lr": rate, "damping": FIXED["damping"]})
     found = {name: getattr(full, name) for name in ("data", "model", "batch_size", "lr", "damping")}
     return dataclasses.replace(config, **found), full, make_task(full, data)[0]
 
@@ -160,7 +160,7 @@ def measurements(
         wide = config.spectra_every > 0 and step % config.spectra_every == 0
         if wide or step % config.every == 0:
             labels, count = seeded(config.seed, step, stream=1), config.eigenvalues if wide else 0
-            loss, values = compare(nets, params, batch, full.damping or 0.0, count, labels, context)
+            loss, values = compare(nets, params, batch, float(full.damping or 0.0), count, labels, context)
             yield Record(step, loss / task.per_output, values)
         new = adam.step(params, state, batch, context, (), step)
         ff.check(new.info)

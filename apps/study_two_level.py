@@ -1,6 +1,6 @@
 """What a coarse space adds to K-FAC: distance to the exact step, training loss and cost, at the same damping.
 
-`python apps/study_two_level.py --data CURVES` measures three things, all at the λ that is tuned for K-FAC. K-FAC and
+`python apps/study_two_level.py --data CURVES` measures three things, all at one λ. K-FAC and
 the fine method of every two-level one are damped by λI, as the exact natural gradient is, so that all approximate the
 same step.
 
@@ -34,7 +34,7 @@ from common.data import load
 from common.loop import Task
 from common.plots import curve_grid
 from common.train_config import APPS, TrainConfig
-from common.trainer import make_task, reported, tuned
+from common.trainer import FIXED, make_task, reported
 
 FOLDER = "study_two_level"
 FINE = ff.kfac(damping_form="eigen")
@@ -71,8 +71,8 @@ class StudyConfig:
     data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
     model: str | None = option(None, "net; null: the one that suits the data")
     batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
-    damping: float | None = option(None, "λ; null: as tuned for kfac", check=POSITIVE)
-    clipping: float | None = option(None, "bound of the KL clip; null: as tuned for kfac", check=POSITIVE)
+    damping: float | None = option(None, "λ; null: 1", check=POSITIVE)
+    clipping: float | None = option(None, "KL bound; null: 0.01", check=POSITIVE)
     steps: int = option(200, "steps a run", check=POSITIVE)
     seeds: int = option(3, "runs a method, seeds 0, 1, …", check=POSITIVE)
     points: int = option(3, "batches of K-FAC's run on which distances are measured", check=POSITIVE)
@@ -110,7 +110,7 @@ def prepared(config: StudyConfig, seed: int) -> tuple[TrainConfig, Task]:
     full = APPS[config.app](**given, optim="kfac", seed=seed)
     data = load(full.data, data_path=full.data_path, seed=0)
     model = full.model or full.model_for(data)
-    full = filled(full, tuned(full.app, model, data.name, "kfac") | {"model": model})
+    full = filled(full, FIXED | {"model": model})
     return full, make_task(full, data)[0]
 
 
@@ -124,11 +124,8 @@ def natural_gradient(full: TrainConfig, task: Task, method: ff.Method) -> ff.Nat
 
 def run(config: StudyConfig, full: TrainConfig, task: Task, method: ff.Method) -> Iterator[tuple[Any, Any, Any, float]]:
     """Training with momentum and clip: before every step its batch, parameters and context, and the loss there."""
-    assert full.lr is not None and full.damping is not None
-    optimizer = optimizers.natural(
-        natural_gradient(full, task, method), lr=full.lr, damping=full.damping, clipping=full.clipping,
-        momentum=full.momentum, ema=full.ema,
-    )  # fmt: skip
+    fixed: Any = {name: float(getattr(full, name)) for name in FIXED}
+    optimizer = optimizers.natural(natural_gradient(full, task, method), **fixed, ema=full.ema)
     params, context, state = task.params, task.context, optimizer.init(task.params)
     generator = torch.Generator().manual_seed(full.seed)
     for index in range(config.steps):
@@ -167,7 +164,7 @@ def measured(config: StudyConfig, full: TrainConfig, task: Task) -> Iterator[dic
             continue
         ng = nets["K-FAC"]
         stats = ng.stats(params, batch, generator=torch.Generator().manual_seed(index), context=context)
-        found = {name: distance(net, params, stats, full.damping or 0.0, name) for name, net in nets.items()}
+        found = {name: distance(net, params, stats, float(full.damping or 0.0), name) for name, net in nets.items()}
         yield {"step": index, "loss": loss, "methods": found}
 
 

@@ -157,7 +157,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
     check = metadata.get("check")
-    if check and not check.holds(value):
+    if check and not isinstance(value, str) and not check.holds(value):
         raise ConfigError(f"{name} must be {check.wording}, got {_shown(value)}")
     choices = _choices(metadata)
     if choices and value not in choices and not (metadata.get("own") and is_own(value)):

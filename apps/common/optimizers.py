@@ -126,8 +126,7 @@ def natural(
     momentum: float = 0.9,
     ema: float = 0.95,
     weight_decay: float = 0.0,
-    update_every: int = 5,
-    invert_every: int = 10,
+    cadence: ff.Cadence = ff.Cadence.fixed(5, 10),  # noqa: B008  # immutable
     fisher_batch_size: int | None = None,
     penalty: Penalty | None = None,
     compile: bool = False,
@@ -142,8 +141,7 @@ def natural(
         momentum: μ.
         ema: weight of the old factors.
         weight_decay: decoupled.
-        update_every: steps between statistics.
-        invert_every: steps between inverses.
+        cadence: when to take statistics and refresh inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
         penalty: added to the loss; preconditioned with the rest of the gradient.
         compile: steps as compiled graphs, one each for those with and without statistics and inverses.
@@ -189,11 +187,31 @@ def natural(
     moved = ff.compile(move) if compile else move
 
     def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
-        update, invert = index % update_every == 0, index % invert_every == 0
+        update, invert = cadence(index)
         labels = noise if isinstance(noise, Tensor) and update else None
         return moved(params, state, batch, context, labels, update, invert)
 
     return Optimizer(init, draw, step)
+
+
+def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) -> Optimizer:
+    """The natural gradient without tuning, `ff.adaptive`, as an optimizer of the trainers.
+
+    After a rejected step, statistics and inverses are refreshed at once.
+    """
+    moved = ff.compile(opt.step) if compile else opt.step
+
+    def draw(batch: Batch, generator: torch.Generator) -> Any:
+        return opt.ng.noise(batch[:2], generator) if opt.ng.fisher_kind == "mc" else ()
+
+    def step(params: Tree, state: ff.AdaptiveState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        again = bool(state.rejected)
+        update, invert = (flag or again for flag in cadence(index))
+        labels = noise if isinstance(noise, Tensor) and update else None
+        new, state, info = moved(params, state, batch[:2], update=update, invert=invert, noise=labels, context=context)
+        return Stepped(new, state, info.context, info)
+
+    return Optimizer(opt.init, draw, step)
 
 
 class ImplicitState(NamedTuple):

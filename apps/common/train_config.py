@@ -63,19 +63,27 @@ class TrainConfig:
 
     batch_size: int = option(256, "examples a step", check=POSITIVE)
     num_epochs: int = option(20, "passes through the data", aliases=("epochs", "n_epochs"), check=NON_NEGATIVE)
-    lr: float | None = option(
-        None, "rate; null: as tuned for this model, data and optimizer", aliases=("learning_rate",), check=POSITIVE
-    )
-    momentum: float = option(0.9, "weight of the previous direction, for all but adam", check=FRACTION)
+    lr: float | Literal["auto"] | None = option(
+        None, "learning rate; auto, the default: from the quadratic model of each batch, or as tuned for sgd and adam",
+        aliases=("learning_rate",), check=POSITIVE,
+    )  # fmt: skip
+    momentum: float | Literal["auto"] | None = option(
+        None, "weight of the previous update; auto, the default: from the quadratic model of each batch, for sgd 0.9",
+        check=FRACTION,
+    )  # fmt: skip
     nesterov: bool = option(False, "Nesterov's look-ahead, for sgd")
     weight_decay: float = option(0.0, "decoupled from the gradient, in rates", check=NON_NEGATIVE)
     beta_1: float = option(0.9, "adam: weight of the old first moment", check=FRACTION)
     beta_2: float = option(0.999, "adam: weight of the old second moment", check=FRACTION)
 
-    damping: float | None = option(None, "added to the Fisher; null: as tuned", check=NON_NEGATIVE)
+    damping: float | Literal["auto"] | None = option(
+        None, "added to the Fisher; auto, the default: from the reduction ratio; a number is where it starts",
+        check=NON_NEGATIVE,
+    )  # fmt: skip
     clipping: float | None = option(
-        None, "bound of the KL clip, 0 for no clip; null: as tuned", aliases=("kl_clip",), check=NON_NEGATIVE
-    )
+        None, "KL bound, 0 for none; null: none for autoencoders, 0.001 for classifiers", aliases=("kl_clip",),
+        check=NON_NEGATIVE,
+    )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
     damping_form: Literal["factored", "eigen"] | None = option(
         None, "how damping enters Kronecker factors; null: factored (exactNG has λI alone)"
@@ -98,10 +106,10 @@ class TrainConfig:
     fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)
     update_every: int | None = option(
-        None, "steps between statistics; null: 5, for exactNG 1", aliases=("T_cov",), check=POSITIVE
+        None, "steps between statistics; null: from 2 up to 10, for exactNG 1", aliases=("T_cov",), check=POSITIVE
     )
     invert_every: int | None = option(
-        None, "steps between inverses; null: 10, for exactNG 1", aliases=("T_inv",), check=POSITIVE
+        None, "steps between inverses; null: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
     )
 
     seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)

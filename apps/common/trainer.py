@@ -35,8 +35,8 @@ TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
 
 
-CADENCE = {"default": (5, 10), "exactNG": (1, 1)}
-"""Steps between statistics and between inverses; exactNG averages nothing, and a Fisher of an old batch is none."""
+FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "clipping": 0.01, "momentum": 0.9}
+"""A natural gradient whose numbers are all fixed, where something needs one: studies at matched damping, cg_steps."""
 
 COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
 """What a checkpoint's facts say of a snapshot beside its tensors."""
@@ -52,11 +52,11 @@ METHOD_OPTIONS = {
 
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
-    """The recorded settings for this model, data and optimizer, else the defaults of the trainer `app`."""
+    """Return the recorded settings of a first-order optimizer for this model and data, else the trainer's."""
+    if optim in ff.METHODS:  # these find their own
+        return {}
     table = yaml.safe_load(TUNED.read_text())
-    default = table["default"][app]
-    method = optim if optim in default else "kfac"
-    return {**default[method], **table["tuned"].get(model, {}).get(data, {}).get(method, {})}
+    return {**table["default"][app][optim], **table["tuned"].get(model, {}).get(data, {}).get(optim, {})}
 
 
 def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
@@ -89,41 +89,54 @@ def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x:
 
 
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
-    """The optimizer that `--optim` names, on this task."""
-    lr = _tuned(config.lr, "lr")
+    """Return the optimizer that `--optim` names, on this task."""
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
     if config.optim == "sgd":
+        momentum = _number(config.momentum)
+        momentum = FIXED["momentum"] if momentum is None else momentum
         return optimizers.sgd(
-            task.model, task.likelihood, lr=lr, momentum=config.momentum, nesterov=config.nesterov,
+            task.model, task.likelihood, lr=_tuned(config.lr, "lr"), momentum=momentum, nesterov=config.nesterov,
             weight_decay=config.weight_decay, compile=config.compile,
         )  # fmt: skip
     if config.optim == "adam":
-        betas = (config.beta_1, config.beta_2)
         return optimizers.adam(
-            task.model, task.likelihood, lr=lr, betas=betas, weight_decay=config.weight_decay, compile=config.compile
-        )
+            task.model, task.likelihood, lr=_tuned(config.lr, "lr"), betas=(config.beta_1, config.beta_2),
+            weight_decay=config.weight_decay, compile=config.compile,
+        )  # fmt: skip
     ng = natural_gradient(config, task)
+    given = {name: _number(getattr(config, name)) for name in FIXED}
+    fixed: dict[str, Any] = {name: FIXED[name] if value is None else value for name, value in given.items()}
     if config.cg_steps is not None:
         return optimizers.implicit(
-            ng, lr=lr, damping=_tuned(config.damping, "damping"), clipping=config.clipping, momentum=config.momentum,
-            weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile,
+            ng, **fixed, weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile
+        )
+    if all(given[name] is not None for name in ("lr", "damping", "clipping")):
+        return optimizers.natural(
+            ng, **fixed, ema=config.ema, weight_decay=config.weight_decay, cadence=cadence(config),
+            fisher_batch_size=config.fisher_batch_size, compile=config.compile,
         )  # fmt: skip
-    update_every, invert_every = CADENCE.get(config.optim, CADENCE["default"])
-    return optimizers.natural(
-        ng,
-        lr=lr,
-        damping=_tuned(config.damping, "damping"),
-        clipping=config.clipping,
-        momentum=config.momentum,
-        ema=config.ema,
-        weight_decay=config.weight_decay,
-        update_every=config.update_every or update_every,
-        invert_every=config.invert_every or invert_every,
-        fisher_batch_size=config.fisher_batch_size,
-        compile=config.compile,
-    )
+    if config.fisher_batch_size is not None:
+        raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and clipping, too")
+    bound = given.pop("clipping")
+    auto: dict[str, Any] = {name: "auto" if value is None else value for name, value in given.items()}
+    adaptive = ff.adaptive(ng, **auto, kl_bound=bound or None, ema=config.ema, weight_decay=config.weight_decay)
+    return optimizers.adaptive(adaptive, cadence(config), compile=config.compile)
+
+
+def cadence(config: TrainConfig) -> ff.Cadence:
+    """Return when statistics are taken and inverses refreshed: as given, else ever less often."""
+    if config.optim == "exactNG":  # averages nothing, and the Fisher of an old batch is none
+        default = ff.Cadence.fixed(1, 1)
+    else:
+        default = ff.Cadence()
+    update, invert = default.update, default.invert
+    if config.update_every is not None:
+        update = (config.update_every, config.update_every)
+    if config.invert_every is not None:
+        invert = (config.invert_every, config.invert_every)
+    return ff.Cadence(update, invert, default.growth)
 
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
@@ -161,7 +174,8 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
     """
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     model = config.model or config.model_for(data)
-    config = filled(config, tuned(config.app, model, data.name, config.optim) | {"model": model})
+    config = filled(config, {"model": model})
+    config = opened(config, tuned(config.app, model, data.name, config.optim))
     with (
         contextlib.closing(Results.open(config, app or config.app)) as results,
         contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
@@ -190,6 +204,12 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
         pictures(results, task, data, snapshot)
     print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
     return results.path
+
+
+def opened(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """Return the configuration with recorded settings where it has nothing, or "auto"."""
+    wanted = {name: value for name, value in settings.items() if _number(getattr(config, name)) is None}
+    return dataclasses.replace(config, **wanted)
 
 
 def described(config: TrainConfig, task: Task) -> str:
@@ -296,10 +316,16 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device {name} cannot be used here: {str(error).splitlines()[0]} Try --device cpu") from None
 
 
-def _tuned(value: float | None, name: str) -> float:
-    if value is None:
+def _tuned(value: float | str | None, name: str) -> float:
+    number = _number(value)
+    if number is None:
         raise ConfigError(f"{name} is open: give --{name}, or enter it in {TUNED.name}")
-    return value
+    return number
+
+
+def _number(value: float | str | None) -> float | None:
+    """A number, or None where it is open: "auto" is what nothing given means."""
+    return None if isinstance(value, str) else value
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta)}$$
 M leaves λ out here, so that ρ = 1 for a linear model with squared loss. Over k steps with ω = 19/20 per step, the
 Levenberg–Marquardt rule is
 
-$$\rho > \tfrac34:\ \lambda \leftarrow \omega^k \lambda, \qquad \rho < \tfrac14:\ \lambda \leftarrow \omega^{-k} \lambda .$$
+$$\lambda \leftarrow \omega^k \lambda \ \text{ where } \rho > \tfrac34, \qquad
+  \lambda \leftarrow \omega^{-k} \lambda \ \text{ where } \rho < \tfrac14 .$$
 
 On the batch that made the step, ρ is close to 1 for almost any λ: the step fits this batch, and the rule by itself
-drives λ to zero, where steps fit nothing else. So λ has a floor in units of the curvature, $c\, \mathrm{tr} \hat F / n$
-with n the number of parameters.
+drives λ to zero, where steps fit nothing else. So λ has a floor in units of the curvature $u = \mathrm{tr} \hat F / n$,
+with n the number of parameters: $c \sqrt{u_0 u}$, the geometric mean of the first curvature and today's.
 
 Source: Martens & Grosse 2015, section 6.5; the floor is this project's (docs/adaptive.md has the measurements).
 """

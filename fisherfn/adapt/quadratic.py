@@ -138,8 +138,11 @@ def tangents(
     """
     stacked: Tree = {name: torch.stack([d[name].to(p.dtype) for d in directions]) for name, p in params.items()}
     try:
-        pairs: Any = vmap(lambda d: jvp(outputs_of, (params,), (d,)), out_dims=(None, 0))  # type: ignore[arg-type]
-        outputs, moves = pairs(stacked)
+
+        def along(direction: Tree) -> Any:
+            return jvp(outputs_of, (params,), (direction,))
+
+        outputs, moves = vmap(along, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error):
             raise

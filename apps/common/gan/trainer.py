@@ -88,8 +88,7 @@ def make_optimizer(
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,
-        update_every=config.update_every or every,
-        invert_every=config.invert_every or every,
+        cadence=ff.Cadence.fixed(config.update_every or every, config.invert_every or every),
         penalty=player.penalty,
     )
 

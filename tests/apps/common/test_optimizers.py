@@ -92,7 +92,7 @@ def test_the_natural_step_is_clip_then_momentum_then_decay(problem):
     lr, κ, μ, decay = 0.5, 1e-3, 0.9, 0.1
     ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context)
     optimizer = optimizers.natural(
-        ng, lr=lr, damping=0.1, clipping=κ, momentum=μ, weight_decay=decay, update_every=2, invert_every=4
+        ng, lr=lr, damping=0.1, clipping=κ, momentum=μ, weight_decay=decay, cadence=ff.Cadence.fixed(2, 4)
     )
     ours, _ = run(optimizer, params, context, batches)
 
@@ -130,7 +130,7 @@ def test_runs_can_be_vmapped(problem, name):
         ng = ff.natural_gradient(
             model, params, batches[0][0], likelihood=ff.Categorical(), method=name, context=context
         )
-        optimizer = optimizers.natural(ng, lr=0.1, damping=0.1, update_every=2, invert_every=3)
+        optimizer = optimizers.natural(ng, lr=0.1, damping=0.1, cadence=ff.Cadence.fixed(2, 3))
     else:
         optimizer = getattr(optimizers, name)(model, ff.Categorical(), lr=0.1)
     members = [{n: p + 0.1 * i for n, p in params.items()} for i in range(3)]
@@ -211,7 +211,7 @@ def test_compiled_optimizers_walk_the_same_way(problem, monkeypatch):
     makers = {
         "sgd": functools.partial(optimizers.sgd, model, ff.Categorical(), lr=0.1),
         "adam": functools.partial(optimizers.adam, model, ff.Categorical(), lr=0.1),
-        "natural": functools.partial(optimizers.natural, ng, lr=0.1, damping=0.1, update_every=2, invert_every=4),
+        "natural": functools.partial(optimizers.natural, ng, lr=0.1, damping=0.1, cadence=ff.Cadence.fixed(2, 4)),
         "implicit": functools.partial(optimizers.implicit, ng, lr=0.1, damping=0.1),
     }
     traced = []
