@@ -43,7 +43,7 @@ from fisherfn.types import Info, PyTree, Tree
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
 RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
 
-START, FLOOR = 20.0, 3.0
+START, FLOOR = 20.0, 1.0
 """First λ in units of the first curvature tr F̂ / n, and the least λ in units of the geometric mean of that and today's.
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.

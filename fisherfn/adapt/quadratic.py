@@ -77,7 +77,7 @@ class QuadraticModel(NamedTuple):
         matrix = self._damped(damping)
         given = [None] * len(self.slope) if fixed is None else list(fixed)
         free = torch.tensor([value is None for value in given], device=matrix.device)
-        held = torch.stack([matrix.new_zeros(()) if v is None else torch.as_tensor(v).to(matrix) for v in given])
+        held = torch.stack([torch.as_tensor(0.0 if v is None else v, dtype=matrix.dtype) for v in given])
         right = torch.where(free, -(self.slope + matrix @ held), 0.0)
         system = torch.where(free[:, None] & free, matrix, 0.0)
         return held + _eliminated(system, right)
@@ -142,7 +142,8 @@ def tangents(
         def along(direction: Tree) -> Any:
             return jvp(outputs_of, (params,), (direction,))
 
-        outputs, moves = vmap(along, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
+        outputs, moves = vmap(along)(stacked)
+        outputs = outputs[0]  # every direction's are the same, computed once
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error):
             raise

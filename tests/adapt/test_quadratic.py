@@ -5,6 +5,7 @@ import torch
 
 import fisherfn as ff
 from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
+from tests.zoo import as_installed
 
 LIKELIHOODS = {"bernoulli": ff.Bernoulli(), "gaussian": ff.Gaussian(0.5), "categorical": ff.Categorical()}
 
@@ -32,9 +33,7 @@ def test_the_model_is_that_of_the_dense_fisher(name, count):
 def test_a_plain_callable_has_the_second_derivative_of_its_nll():
     problem = mlp(ff.Bernoulli())
     plain = problem._replace(likelihood=lambda f, y: ff.Bernoulli().nll(f, y))
-    found = ff.quadratic_model(
-        built(plain, fisher="empirical"), plain.params, (plain.x, plain.y), directions(problem)
-    )
+    found = ff.quadratic_model(built(plain, fisher="empirical"), plain.params, (plain.x, plain.y), directions(problem))
     known = ff.quadratic_model(built(problem), problem.params, (problem.x, problem.y), directions(problem))
     torch.testing.assert_close(found.curvature, known.curvature, rtol=1e-10, atol=1e-10)
 
@@ -132,5 +131,5 @@ def test_errors():
     ng = built(problem)
     with pytest.raises(ff.errors.StructureError, match="needs a direction"):
         ff.quadratic_model(ng, problem.params, (problem.x, problem.y), [])
-    with pytest.raises(ff.errors.StructureError, match="a direction cannot be Tensor"):
+    with pytest.raises(ff.errors.StructureError, match="a direction cannot be Tensor"), as_installed():
         ff.quadratic_model(ng, problem.params, (problem.x, problem.y), [torch.zeros(3)])

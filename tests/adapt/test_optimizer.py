@@ -1,0 +1,304 @@
+"""The adaptive optimizer against theory, and its guards one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fisherfn as ff
+from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
+from tests.zoo import as_installed
+
+ALL = [name for name in ff.METHODS]
+
+
+def steps(problem, opt, count, *, state=None, params=None, seed=0, **options):
+    """Parameters, state and infos of so many steps on the whole batch."""
+    params = problem.params if params is None else params
+    state = opt.init(params) if state is None else state
+    rng, infos = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        params, state, info = opt.step(params, state, (problem.x, problem.y), generator=rng, **options)
+        infos.append(info)
+    return params, state, infos
+
+
+def frozen(problem, damping):
+    """An optimizer whose inverses are those of one draw, and its state; λ is 0 in the model."""
+    ng = built(problem)
+    opt = ff.adaptive(ng, damping=0.0, model_examples=10**6, look_back=False)
+    stats = ng.stats(problem.params, (problem.x, problem.y), generator=torch.Generator().manual_seed(0))
+    curvature, _ = ng.update(ng.init(problem.params, damping=damping), stats)
+    curvature, _ = ng.invert(curvature)
+    return opt, opt.init(problem.params)._replace(
+        curvature=curvature._replace(damping=torch.zeros_like(curvature.damping))
+    )
+
+
+def test_on_a_quadratic_the_iterates_are_those_of_preconditioned_conjugate_gradients():
+    problem = quadratic()
+    opt, state = frozen(problem, damping=0.05)
+    F, theta = dense_fisher(problem), flat(problem.params)
+    ng = opt.ng
+    rhs = -flat(torch.func.grad(lambda p: loss(problem, p))(problem.params))
+
+    def preconditioned(r):
+        return flat(ng.precondition(state.curvature, unflat(problem, r)))
+
+    r, params = rhs.clone(), problem.params
+    z = preconditioned(r)
+    p, before = z, r @ z
+    for _ in range(6):
+        alpha = before / (p @ F @ p)
+        theta, r = theta + alpha * p, r - alpha * F @ p
+        z = preconditioned(r)
+        p, before = z + (r @ z) / before * p, r @ z
+        params, state, info = opt.step(params, state, (problem.x, problem.y), update=False, invert=False)
+        torch.testing.assert_close(flat(params), theta, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(float(info.adapted.reduction_ratio), 1.0, rtol=1e-6, atol=0)
+
+
+def test_with_the_very_fisher_as_preconditioner_step_size_and_momentum_are_one_and_zero():
+    problem = mlp(ff.Gaussian(), examples=40)
+    ng = built(problem, ff.exact(), fisher="type2")
+    opt = ff.adaptive(ng, rule="model", damping=0.1, look_back=False, model_examples=10**6)
+    _, _, infos = steps(problem, opt, 3)
+    for info in infos:
+        assert float(info.adapted.learning_rate) == pytest.approx(1.0, abs=1e-8)
+        assert float(info.adapted.momentum) == pytest.approx(0.0, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_lowers_the_loss(method):
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem, method))
+    params, _, infos = steps(problem, opt, 12)
+    assert float(loss(problem, params)) < 0.9 * float(infos[0].loss)
+    ff.check(infos[-1])
+
+
+def test_classes_take_the_clip_and_images_the_model():
+    assert ff.adaptive(built(mlp(ff.Categorical()))).rule == "clip"
+    assert ff.adaptive(built(mlp())).rule == "model"
+    assert ff.adaptive(built(mlp(), "exactNG")).rule == "line_search"
+
+
+def test_the_clip_is_that_of_kl_clip_with_momentum():
+    problem = mlp(ff.Categorical(), examples=40)
+    ng = built(problem)
+    opt = ff.adaptive(ng, damping=0.1, kl_bound=1e-2, look_back=False)
+    params, state, _ = steps(problem, opt, 5)
+    rng = torch.Generator().manual_seed(0)
+    theta, curvature, v = problem.params, ng.init(problem.params, damping=0.1), ff.tree.zeros_like(problem.params)
+    for _ in range(5):
+        nat, curvature, info = ng.step(theta, curvature, (problem.x, problem.y), generator=rng, inner=True)
+        v = ff.tree.add(ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2), v, scale=0.9)
+        theta = ff.tree.add(theta, v, scale=-1.0)
+    torch.testing.assert_close(flat(params), flat(theta), rtol=1e-10, atol=1e-10)
+
+
+def test_a_line_search_takes_the_best_of_its_grid():
+    problem = mlp(examples=40)
+    ng = built(problem, "exactNG")
+    opt = ff.adaptive(ng, damping=1e-3)
+    new, _, infos = steps(problem, opt, 1)
+    nat = ng(
+        problem.params,
+        ng.stats(problem.params, (problem.x, problem.y), generator=torch.Generator().manual_seed(0)),
+        damping=1e-3,
+    )
+    tried = {0.5**k: float(loss(problem, ff.tree.add(problem.params, nat, scale=-(0.5**k)))) for k in range(16)}
+    assert float(infos[0].adapted.learning_rate) == min(tried, key=tried.get)
+    assert float(loss(problem, new)) == pytest.approx(min(tried.values()))
+
+
+# ------------------------------------------------------------------------------------------------------- the guards
+
+
+def test_a_step_that_raises_the_loss_is_rejected_and_doubles_lambda():
+    problem = mlp()
+    opt = ff.adaptive(built(problem), lr=1e4, momentum=0.0, damping=0.1)
+    params, state, (info,) = steps(problem, opt, 1)
+    assert info.adapted.rejected and state.rejected
+    assert torch.equal(flat(params), flat(problem.params)) and not flat(state.update).any()
+    assert float(state.curvature.damping) == pytest.approx(0.2) and float(state.shrink) == 0.5
+    # a given rate is halved again, until inverses are refreshed
+    _, again, _ = opt.step(params, state, (problem.x, problem.y), update=False, invert=False)
+    assert float(again.shrink) == 0.25
+    _, after, _ = steps(problem, opt, 1, state=again, params=params)
+    assert float(after.shrink) == 0.5, "halved by this rejection alone"
+
+
+def test_a_given_damping_is_left_alone_by_good_steps():
+    problem = mlp(examples=80)
+    _, state, infos = steps(problem, ff.adaptive(built(problem), damping=0.3), 8)
+    assert not any(info.adapted.rejected for info in infos)
+    assert float(state.curvature.damping) == pytest.approx(0.3)
+
+
+def test_lambda_starts_and_ends_in_units_of_the_curvature():
+    problem = mlp(examples=80)
+    ng = built(problem)
+    opt = ff.adaptive(ng)
+    _, state, infos = steps(problem, opt, 1)
+    unit = float(ng.trace(state.curvature)) / flat(problem.params).numel()
+    assert float(infos[0].adapted.damping) == pytest.approx(20 * unit)
+    _, state, infos = steps(problem, opt, 200)
+    now = float(ng.trace(state.curvature)) / flat(problem.params).numel()
+    assert float(state.curvature.damping) >= 0.999 * (float(state.first_curvature) * now) ** 0.5
+
+
+def test_the_next_batch_takes_back_a_step_that_its_own_examples_did_not_betray():
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), damping=0.1)
+    params, state, _ = steps(problem, opt, 3)
+    jump = unflat(problem, 30 * torch.ones_like(flat(params)))
+    damaged = ff.tree.add(params, jump)  # as if the last update had been this one
+    fooled = state._replace(update=jump)
+    back, new, info = opt.step(damaged, fooled, (problem.x, problem.y), update=False, invert=False)
+    assert info.adapted.rejected
+    torch.testing.assert_close(flat(back), flat(params))
+    assert not flat(new.update).any() and float(new.curvature.damping) == pytest.approx(0.2)
+    kept = replace(opt, look_back=False)
+    there, _, _ = kept.step(damaged, fooled, (problem.x, problem.y), update=False, invert=False)
+    assert (flat(there) - flat(params)).norm() > 1
+
+
+def test_a_loss_that_became_nan_is_taken_back_but_a_broken_batch_is_not_the_steps_fault():
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), damping=0.1)
+    params, state, _ = steps(problem, opt, 2)
+    jump = {name: torch.full_like(p, 1e308) for name, p in params.items()}
+    fooled = state._replace(update=ff.tree.scale(jump, 1.0))
+    broken = {name: torch.full_like(p, torch.inf) for name, p in params.items()}
+    _, _, info = opt.step(broken, fooled, (problem.x, problem.y), update=False, invert=False)
+    assert all(info.ok.values()) and info.adapted.rejected
+    nan = problem.x.clone()
+    nan[0, 0] = torch.nan
+    same, kept, info = opt.step(params, state, (nan, problem.y), update=False, invert=False)
+    assert not any(info.ok.values()) and torch.equal(flat(same), flat(params))
+    assert float(kept.curvature.damping) == float(state.curvature.damping)
+    with pytest.raises(ff.errors.NonFiniteError, match="inputs"):
+        ff.check(info)
+
+
+def test_both_losses_of_the_ratio_are_of_the_same_dropout():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 50), torch.nn.Dropout(0.5), torch.nn.Linear(50, 2)).double()
+    model, params, context = ff.functional(net)
+    problem = mlp(ff.Gaussian(), examples=80)
+    context = context | {"dropout": ff.dropout_seeds(80, torch.Generator().manual_seed(0))}
+    ng = ff.natural_gradient(model, params, problem.x, likelihood=ff.Gaussian(), context=context)
+    opt = ff.adaptive(ng, lr=1e-9, momentum=0.0, damping=1.0, model_examples=80)
+    _, _, info = opt.step(
+        params, opt.init(params), (problem.x, problem.y), generator=torch.Generator().manual_seed(0), context=context
+    )
+    assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4), "a tiny step is as predicted"
+
+
+def test_batch_norm_is_modelled_on_the_whole_batch_and_moves_its_statistics_once():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2)).double()
+    model, params, context = ff.functional(net)
+    problem = mlp(ff.Gaussian(), examples=300)
+    ng = ff.natural_gradient(model, params, problem.x, likelihood=ff.Gaussian(), context=context)
+    assert ng.layout.couples
+    opt = ff.adaptive(ng, lr=1e-9, momentum=0.0, damping=1.0, model_examples=64)
+    _, _, info = opt.step(
+        params, opt.init(params), (problem.x, problem.y), generator=torch.Generator().manual_seed(0), context=context
+    )
+    assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4)
+    net(problem.x)
+    assert all(torch.equal(info.context[name], buffer) for name, buffer in net.named_buffers())
+
+
+# --------------------------------------------------------------------------------------------------- pure functions
+
+
+@pytest.mark.parametrize("rule", ["model", "clip", "line_search"])
+def test_vmapped_members_are_their_own_runs(rule):
+    problems = [mlp(examples=80, seed=seed) for seed in range(3)]
+    opt = ff.adaptive(built(problems[0]), rule=rule)
+    batch = (problems[0].x, problems[0].y)
+    noises = [opt.ng.noise(batch, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    stacked = ff.tree.map(lambda *each: torch.stack(each), *(p.params for p in problems))
+
+    def run(params):
+        state = opt.init(params)
+        for noise in noises:
+            params, state, info = opt.step(params, state, batch, noise=noise)
+        return params, info.adapted
+
+    together, adapted = torch.vmap(run)(stacked)
+    for index, problem in enumerate(problems):
+        alone, own = run(problem.params)
+        torch.testing.assert_close(flat(ff.tree.map(lambda leaf, i=index: leaf[i], together)), flat(alone))
+        torch.testing.assert_close(adapted.damping[index], own.damping)
+
+
+def test_a_saved_run_goes_on_bit_for_bit():
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), average=0.9)
+    straight, _, _ = steps(problem, opt, 8, update=True)
+    params, state, _ = steps(problem, opt, 4)
+    restored = ff.tree.unflatten(opt.init(problem.params), ff.tree.flatten(state))
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        opt.ng.noise((problem.x, problem.y), rng)
+    for _ in range(4):
+        params, restored, _ = opt.step(params, restored, (problem.x, problem.y), generator=rng)
+    assert torch.equal(flat(params), flat(straight))
+
+
+def test_a_compiled_step_is_the_plain_one():
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem))
+    batch = (problem.x, problem.y)
+    noise = opt.ng.noise(batch, torch.Generator().manual_seed(0))
+    compiled = ff.compile(opt.step, backend="eager")
+    plain, _, _ = opt.step(problem.params, opt.init(problem.params), batch, noise=noise)
+    fast, _, _ = compiled(problem.params, opt.init(problem.params), batch, noise=noise)
+    torch.testing.assert_close(flat(fast), flat(plain), rtol=1e-12, atol=1e-12)
+
+
+def test_the_average_is_that_of_the_parameters():
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), average=0.5)
+    params, state, seen = problem.params, opt.init(problem.params), []
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        params, state, _ = opt.step(params, state, (problem.x, problem.y), generator=rng)
+        seen.append(flat(params))
+    expected = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
+    torch.testing.assert_close(flat(state.average), expected)
+
+
+def test_weight_decay_is_taken_beside_the_step():
+    problem = mlp(examples=80)
+    plain, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
+    decayed, _, _ = steps(problem, ff.adaptive(built(problem), weight_decay=0.1), 1)
+    torch.testing.assert_close(flat(decayed), flat(plain) * (1 - 0.1 * float(info.adapted.learning_rate)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": "fast"}, "lr is a number or \"auto\", got 'fast'"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"momentum": 1.0}, "momentum must lie in"),
+        ({"damping": -1.0}, "damping must be >= 0"),
+        ({"rule": "model", "kl_bound": 0.1}, "a KL bound and the rule"),
+        ({"kl_bound": -0.1}, "kl_bound must be positive"),
+        ({"model_examples": 0}, "model_examples must be a whole number"),
+        ({"average": 1.0}, "average must lie in"),
+        ({"rule": "line_search", "momentum": 0.9}, "has no momentum"),
+    ],
+)
+def test_settings_that_contradict_are_refused(options, words):
+    with pytest.raises(ff.FisherfnError, match=words):
+        ff.adaptive(built(mlp()), **options)
+
+
+def test_unknown_rules_are_named():
+    with pytest.raises(ff.errors.UnknownNameError, match="did you mean 'model'"), as_installed():
+        ff.adaptive(built(mlp()), rule="modle")
