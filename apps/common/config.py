@@ -149,7 +149,7 @@ def validate(config: Any) -> None:
         value = getattr(config, field.name)
         if value is None and not _accepts(hints[field.name], None):
             raise ConfigError(f"{field.name} must be {_described(hints[field.name])}, got null")
-        if value is not None:
+        if value is not None and not _is_word(hints[field.name], value):
             _check_value(field.name, value, field.metadata)
 
 
@@ -157,7 +157,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
     check = metadata.get("check")
-    if check and not isinstance(value, str) and not check.holds(value):
+    if check and not check.holds(value):
         raise ConfigError(f"{name} must be {check.wording}, got {_shown(value)}")
     choices = _choices(metadata)
     if choices and value not in choices and not (metadata.get("own") and is_own(value)):
@@ -278,6 +278,11 @@ def _accepts(hint: Any, value: Any) -> bool:
     kinds = _alternatives(hint)
     literals = [literal for kind in kinds if typing.get_origin(kind) is Literal for literal in typing.get_args(kind)]
     return type(value) in kinds or any(type(value) is type(literal) and value == literal for literal in literals)
+
+
+def _is_word(hint: Any, value: Any) -> bool:
+    """Whether a value is a word that stands for a number, like "auto"."""
+    return isinstance(value, str) and str not in _alternatives(hint) and _accepts(hint, value)
 
 
 def _described(hint: Any) -> str:

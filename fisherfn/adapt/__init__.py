@@ -3,10 +3,11 @@
 from fisherfn.adapt.cadence import Cadence, Due
 from fisherfn.adapt.clip import clip_factor, kl_clip
 from fisherfn.adapt.damping import adapted_damping, reduction_ratio
-from fisherfn.adapt.optimizer import Adapted, Adaptive, AdaptiveState, adaptive
+from fisherfn.adapt.optimizer import START, Adapted, Adaptive, AdaptiveState, adaptive
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
 
 __all__ = [
+    "START",
     "Adapted",
     "Adaptive",
     "AdaptiveState",

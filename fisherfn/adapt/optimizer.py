@@ -161,7 +161,8 @@ class Adaptive:
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         context: PyTree = None,
-        lr_scale: float | Tensor = 1.0,
+        chunk_size: int | None = None,
+        lr_scale: float | Tensor | dict[str, float] = 1.0,
     ) -> tuple[Tree, AdaptiveState, Info]:
         """Take one step: (new params, new state, info); `info.adapted` says what was chosen.
 
@@ -176,7 +177,8 @@ class Adaptive:
             generator: draws the labels of "mc"; or pass the draw itself as `noise`.
             noise: from `ng.noise`.
             context: for models with one; the new one is `info.context`.
-            lr_scale: factor on α (or on the learning rate), for schedules.
+            chunk_size: examples at a time for the statistics, to bound memory.
+            lr_scale: factor on α (or on the learning rate), for schedules; or one for each parameter, by name.
 
         Raises:
             StructureError: a state that is not this optimizer's; see `ng.stats` for the rest.
@@ -184,12 +186,14 @@ class Adaptive:
         expect(state, AdaptiveState, "state", "pass what opt.init(params) or opt.step returned")
         stats = self.ng.stats(
             params, batch, generator=generator if update else None, noise=noise if update else None, context=context,
-            curvature=update,
+            curvature=update, chunk_size=chunk_size,
         )  # fmt: skip
         nat, curvature, info = self.ng.advance(
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
+        if isinstance(lr_scale, dict):
+            nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         if update:
             units = torch.where(state.curvature.count == 0, self._unit(curvature), state.first_curvature)
             state = state._replace(first_curvature=units)

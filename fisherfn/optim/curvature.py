@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfn import tree
+from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
 from fisherfn.base import Method
 from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.methods import METHODS
@@ -41,34 +42,47 @@ class Curvature(Copies):
         *,
         likelihood: Any,
         method: Method | str,
-        damping: float,
+        damping: float | str,
         ema: float,
-        update_every: int,
-        invert_every: int,
+        update_every: int | None,
+        invert_every: int | None,
         fisher: str,
         samples: int,
         chunk_size: int | None,
         generator: torch.Generator | int,
         scaler: torch.amp.GradScaler | None,
+        adaptive: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(method, str) and method not in METHODS:
             raise unknown("method", method, METHODS)
         if fisher not in FISHERS:
             raise unknown("fisher", fisher, FISHERS)
-        expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
+        if isinstance(damping, str) and damping != "auto":
+            raise HyperparameterError(f'damping is a number or "auto", got {damping!r}.')
+        if not isinstance(damping, str):
+            expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
         expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         for name, every in (("update_every", update_every), ("invert_every", invert_every)):
-            expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
+            if every is not None:
+                expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
         self.network = Network(net)
         self._make = partial(
             natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore"
         )  # fmt: skip
-        self._damping, self._ema, self._chunk_size = damping, ema, chunk_size
-        self._update_every, self._invert_every = update_every, invert_every
+        self._adaptive = adaptive
+        self._measures_damping = damping == "auto"
+        self._damping = 1.0 if isinstance(damping, str) else damping
+        self._ema, self._chunk_size = ema, chunk_size
+        default = Cadence() if adaptive is not None else Cadence.fixed(5, 10)
+        self._cadence = Cadence(
+            default.update if update_every is None else (update_every, update_every),
+            default.invert if invert_every is None else (invert_every, invert_every),
+        )
         self._generator, self.scaler = _generator(generator), scaler
         self.steps = 0
         self.ng: NaturalGradient | None = None
         self._state: State | None = None
+        self._rest: AdaptiveState | None = None
         self._saved: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._by_kind: dict[Any, NaturalGradient] = {}
@@ -126,18 +140,42 @@ class Curvature(Copies):
         self._damping = value
         if self._state is not None:
             self._state = self._state._replace(damping=torch.full_like(self._state.damping, float(value)))
+        if self._rest is not None and self._state is not None:
+            self._rest = self._rest._replace(curvature=self._state)
 
     # -------------------------------------------------------------------------------------------------- the step
 
     @property
     def updates(self) -> bool:
         """Whether the next step takes statistics."""
-        return self.steps % self._update_every == 0
+        return self._cadence(self.steps).update or self._again()
 
     @property
     def inverts(self) -> bool:
         """Whether the next step refreshes the inverses."""
-        return self.steps % self._invert_every == 0
+        return self._cadence(self.steps).invert or self._again()
+
+    def _again(self) -> bool:
+        """Whether the last step was rejected: then everything is refreshed at once."""
+        return self._rest is not None and bool(self._rest.rejected)
+
+    def adapted(self, batch: Any, lr_scale: float | dict[str, float]) -> tuple[Tree, AdaptiveState, Info]:
+        """The parameters after an adaptive step on a batch."""
+        x, y = pair(batch)
+        ng, x = self.build(x), _inputs(x)
+        assert self._adaptive is not None and self._rest is not None
+        with self.network.alone_in_autocast():
+            context = self.network.context(x, self._generator)
+            return adaptive(ng, **self._adaptive).step(
+                self.network.values(), self._rest, (x, y), update=self.updates, invert=self.inverts,
+                generator=self._generator, context=context, chunk_size=self._chunk_size, lr_scale=lr_scale,
+            )  # fmt: skip
+
+    def _measured(self, ng: NaturalGradient) -> Callable[[State], Tensor] | None:
+        """λ measured once, at the first refresh of the inverses, where no number was given."""
+        if not self._measures_damping or self._rest is not None or self.steps:
+            return None
+        return lambda new: START * ng.trace(new).to(new.damping) / sum(s.numel() for _, s in ng.layout.shapes)
 
     def of_batch(self, batch: Any, *, inner: bool) -> Outcome:
         """The natural gradient of a batch, gradient and curvature from one forward."""
@@ -154,7 +192,7 @@ class Curvature(Copies):
         """The same for a gradient that is there already, with these statistics if it is time for some."""
         ng, state = self.ready(), self.state
         with self.network.alone_in_autocast():
-            return ng.advance(state, grads, stats, invert=self.inverts, inner=inner)
+            return ng.advance(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
         """Statistics of a batch, with another Fisher or likelihood than the build's where given."""
@@ -167,8 +205,12 @@ class Curvature(Copies):
                 chunk_size=self._chunk_size,
             )  # fmt: skip
 
-    def commit(self, state: State, context: PyTree = ()) -> None:
+    def commit(self, state: State | AdaptiveState, context: PyTree = ()) -> None:
         """Take over what a step made, and the buffers of its context."""
+        if isinstance(state, AdaptiveState):
+            self._rest, state = state, state.curvature
+        elif self._rest is not None:
+            self._rest = self._rest._replace(curvature=state)
         self._state, self.steps = state, self.steps + 1
         if isinstance(context, dict):
             self.network.move_buffers(context)
@@ -213,7 +255,8 @@ class Curvature(Copies):
 
     def state_dict(self) -> dict[str, Any]:
         """Flat tensors and numbers: it passes `torch.load(weights_only=True)`."""
-        flat = dict(self._saved) if self._state is None else tree.flatten(self._state)
+        held = self._state if self._rest is None else self._rest
+        flat = dict(self._saved) if held is None else tree.flatten(held)
         return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -238,6 +281,12 @@ class Curvature(Copies):
 
     def _restored(self, ng: NaturalGradient, saved: dict[str, Tensor]) -> State:
         params = self.network.values()
+        if self._adaptive is not None:
+            rest = adaptive(ng, **self._adaptive).init(params)
+            device = rest.curvature.damping.device
+            moved = {path: leaf.to(device) for path, leaf in saved.items()}
+            self._rest = tree.unflatten(rest, moved) if saved else rest
+            return self._rest.curvature
         empty = ng.init(params, damping=self._damping, ema=self._ema)
         device = next(iter(params.values())).device
         saved = {"examples": empty.examples} | saved if saved else saved  # one from before examples were counted

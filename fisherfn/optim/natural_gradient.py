@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
-from fisherfn.errors import StructureError, check, expect_number, unknown
+from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
 from fisherfn.optim.curvature import Curvature, Outcome, WithCurvature
 from fisherfn.types import Info, PyTree, Tree
 
@@ -22,11 +23,16 @@ PATIENCE = 10
 class NaturalGradient(WithCurvature, torch.optim.Optimizer):
     r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` is forward, backward and step.
 
+    $$\delta \leftarrow -\alpha \hat F^{-1} \nabla + \mu\, \delta, \qquad \theta \leftarrow \theta + \delta$$
+
+    It needs no number: α, μ and the damping λ come from the quadratic model of each batch (`ff.adaptive`). With a
+    learning rate η and a damping given, all numbers are fixed, as in other optimizers:
+
     $$v \leftarrow \mu v + \nu \hat F^{-1} \nabla, \qquad \theta \leftarrow \theta - \eta (v + w \theta)$$
 
-    with ν the KL clip's factor (`ff.kl_clip`) at the largest rate of all groups. Loss, gradient, λ and κ are of the
-    mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers move as in training. The layers
-    are found at the first batch, or at once with `example_inputs`.
+    with ν the factor of the KL bound (`ff.kl_clip`) at the largest learning rate of all groups. Loss, gradient, λ and κ
+    are of the mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers move as in training.
+    The layers are found at the first batch, or at once with `example_inputs`.
 
     Attributes:
         info: the last step's `ff.Info`.
@@ -46,15 +52,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         *,
         likelihood: Any,
-        lr: float | Tensor,
+        lr: float | Tensor | Literal["auto"] | str = "auto",
         method: Method | str = "kfac",
-        momentum: float = 0.9,
+        momentum: float | Literal["auto"] | str = "auto",
         weight_decay: float = 0.0,
-        kl_bound: float | None = 1e-3,
-        damping: float = 0.1,
+        kl_bound: float | None | Literal["auto"] | str = "auto",
+        damping: float | Literal["auto"] | str = "auto",
         ema: float = 0.95,
-        update_every: int = 5,
-        invert_every: int = 10,
+        update_every: int | None = None,
+        invert_every: int | None = None,
         fisher: str = "mc",
         samples: int = 1,
         chunk_size: int | None = None,
@@ -70,15 +76,20 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             params: parameters of the net or groups of them, each with its own `lr`, `momentum` and `weight_decay`.
             likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, one's own, or with `fisher="empirical"`
                 a callable `(outputs, targets) -> [N]`.
-            lr: rate η.
+            lr: learning rate η; "auto" takes α from the quadratic model, and the groups then hold the factor 1.0 on α,
+                so that schedulers work.
             method: `ff.kfac()` or a name of `ff.METHODS`.
-            momentum: μ in [0, 1).
+            momentum: μ in [0, 1); "auto" is from the quadratic model, and 0.9 where both learning rate and damping are
+                given.
             weight_decay: w, decoupled: η w θ is subtracted beside the step.
-            kl_bound: κ > 0, in nats an example; None for no clip.
-            damping: λ ≥ 0, in the units of the Fisher of the mean NLL. `opt.damping` changes it later.
+            kl_bound: κ > 0, in nats per example; None for none. "auto" is 1e-3 where a learning rate is given or labels
+                are classes, else none.
+            damping: λ ≥ 0, in the units of the Fisher of the mean NLL; "auto" follows the reduction ratio. With an
+                automatic learning rate a number is where λ starts, and rejected steps raise it. `opt.damping` changes
+                it later.
             ema: weight of the old factors, in [0, 1).
-            update_every: steps from one taking of statistics to the next.
-            invert_every: steps from one refresh of the inverses to the next.
+            update_every: steps between statistics; None: 5, or from 2 growing to 10 where a number is automatic.
+            invert_every: steps between refreshes of the inverses; None: 10, or from 4 growing to 20.
             fisher: "mc", "type2" or "empirical".
             samples: draws an example for "mc".
             chunk_size: examples at a time, to bound memory; the result is that of the whole batch.
@@ -92,17 +103,31 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             StructureError: parameters that are not the net's; what a build raises comes with the first batch.
             UnknownNameError: no method, or no Fisher, of this name.
         """
+        auto = {name: value == "auto" for name, value in (("lr", lr), ("damping", damping), ("momentum", momentum))}
+        adapts = auto["lr"] or auto["damping"]
+        rule = "model" if kl_bound is None else "auto"
+        if kl_bound == "auto":
+            kl_bound = None if adapts else 1e-3
+        if kl_bound is not None:
+            expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
+        settings = {"rule": rule, "momentum": momentum, "damping": damping, "kl_bound": kl_bound, "ema": ema}
+        for name, value in (("lr", lr), ("momentum", momentum)):
+            if isinstance(value, str) and value != "auto":
+                raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        self._lr = 1.0 if isinstance(lr, str) else lr
         self._curvature = Curvature(
             net, likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
             invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
-            scaler=scaler,
+            scaler=scaler, adaptive={"lr": "auto" if auto["lr"] else float(lr), **settings} if adapts else None,
         )  # fmt: skip
         if on_bad not in ("raise", "skip"):
             raise unknown("on_bad", on_bad, ("raise", "skip"))
-        if kl_bound is not None:
-            expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
-        self._kl_bound, self._on_bad = kl_bound, on_bad
+        self._adapts, self._auto_lr, self._warned = adapts, auto["lr"], auto["damping"]
+        self._kl_bound: Any = 1e-3 if adapts and kl_bound is None else kl_bound
+        self._on_bad = on_bad
         self.info, self.skipped, self._in_a_row = Info(), 0, 0
+        momentum = 0.9 if isinstance(momentum, str) else momentum
+        lr = self._lr
         groups = list(net.parameters() if params is None else params)
         if not groups:
             raise StructureError("there is no parameter to train: the list is empty.")
@@ -129,6 +154,12 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._adapts and batch is not None:
+            return self._adapted(batch)
+        if self._auto_lr:
+            raise StructureError(
+                "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or give lr=."
+            )
         rate = max(group["lr"] for group in self.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = self._outcome(batch, clips)
@@ -140,6 +171,31 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         return loss if batch is None else self.info.loss
+
+    def _adapted(self, batch: Any) -> Any:
+        """A step whose numbers are found."""
+        names = {id(p): name for name, p in self._curvature.network.parameters().items()}
+        groups = [(names[id(p)], group) for group in self.param_groups for p in group["params"] if id(p) in names]
+        scales = {name: float(group["lr"]) / float(self._lr) for name, group in groups}
+        common = next(iter(scales.values()))
+        same = all(scale == common for scale in scales.values())
+        before = self._curvature.damping
+        params, state, self.info = self._curvature.adapted(batch, common if same else scales)
+        if not _sound(self.info):
+            return self._refuse()
+        found = self.info.adapted
+        for name, p in self._curvature.network.parameters().items():
+            p.copy_(params[name])
+        for name, group in groups:
+            if group["weight_decay"] and not found.rejected:
+                step = found.learning_rate * scales[name] * group["weight_decay"]
+                self._curvature.network.parameters()[name].mul_(1 - step)
+        self._curvature.commit(state, self.info.context)
+        self._in_a_row = 0
+        if not self._warned and float(found.damping) > before:
+            self._warned = True
+            warnings.warn(f"a step was rejected: the damping rose from {before:g} to {found.damping:g}.", stacklevel=3)
+        return self.info.loss
 
     def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
         """`with opt.watch(): loss = criterion(net(x), y)`, then `loss.backward()` and `opt.step()`.

@@ -20,7 +20,7 @@ from common.train_config import APPS, OPTIMIZERS, CnnConfig, TrainConfig
 
 
 def test_the_demo_prints_every_epoch_of_all_three_and_draws_them(own, capsys):
-    demo.demo(demo.DemoConfig(data="own:load", num_epochs=2))
+    demo.demo(demo.DemoConfig(data="own:load", model=None, num_epochs=2))
     printed = capsys.readouterr().out
     table = printed[printed.index("SGD   ") :].splitlines()
     assert [line.split()[0] for line in table[2:5]] == ["0", "1", "2"]
@@ -34,7 +34,7 @@ def small_search(monkeypatch, tmp_path):
     tuned = tmp_path / "configs" / "tuned.yml"
     tuned.parent.mkdir()
     tuned.write_text(
-        "# how\ndefault: {train_mlp: {sgd: {lr: 7}, kfac: {lr: 8}}}\ntuned: {AE_CURVES: {CURVES: {sgd: {lr: 9}}}}\n"
+        "# how\ndefault: {train_mlp: {sgd: {lr: 7}, adam: {lr: 8}}}\ntuned: {AE_CURVES: {CURVES: {sgd: {lr: 9}}}}\n"
     )
     grid = {
         "sgd": [{"lr": 1e30}, {"lr": 1e-12}, {"lr": 0.1}],
@@ -97,7 +97,8 @@ def test_tuned_settings_belong_to_a_model_and_its_data(small_search):
     assert trainer.tuned("train_mlp", "AE_CURVES", "CURVES", "sgd") == {"lr": 9}
     for model, data in (("AE_CURVES", "DIGITS"), ("AE_MNIST", "CURVES")):
         assert trainer.tuned("train_mlp", model, data, "sgd") == {"lr": 7}
-    assert trainer.tuned("train_mlp", "AE_CURVES", "CURVES", "other") == {"lr": 8}  # methods are like K-FAC
+    assert trainer.tuned("train_mlp", "AE_CURVES", "CURVES", "adam") == {"lr": 8}
+    assert trainer.tuned("train_mlp", "AE_CURVES", "CURVES", "kfac") == {}, "a natural gradient finds its own"
 
 
 @pytest.mark.parametrize("app", APPS)

@@ -15,6 +15,8 @@ from common.models import MLPS, MODELS, SCHEMES, Model, ModelError, initialise, 
 
 # as published; the batch norms of DeepLinear and MLP are included (two numbers a unit)
 COUNTS = {"AE_CURVES": 842_340, "AE_MNIST": 2_837_314, "AE_FACES": 7_537_655, "DeepLinear": 16_040, "MLP": 4_106_920}
+# the same nets with another activation and a linear code, the published one for MNIST; for CURVES 784-400-200-100-50-25-6
+COUNTS |= {f"AE_{data}_{kind}": COUNTS[f"AE_{data}"] for data in ("CURVES", "MNIST") for kind in ("TANH", "SIGMOID")}
 # 784·10+10 + 10·30+30 + 30·20+20 + 20·15+15 + 15·10+10
 COUNTS["ToyNet"] = 7_850 + 330 + 620 + 315 + 160
 ACTIVATIONS = {"AE_CURVES": nn.ReLU, "AE_MNIST": nn.ReLU, "AE_FACES": nn.ReLU, "ToyNet": nn.Tanh}
@@ -40,7 +42,8 @@ def weights(net: nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_registry() -> None:
-    names = ["AE_CURVES", "AE_MNIST", "AE_FACES", "DeepLinear", "MLP", "ToyNet"]
+    names = ["AE_CURVES", "AE_MNIST", "AE_FACES", "AE_CURVES_TANH", "AE_MNIST_TANH"]
+    names += ["AE_CURVES_SIGMOID", "AE_MNIST_SIGMOID", "DeepLinear", "MLP", "ToyNet"]
     names += ["cuda_convnet", "toyCNN", "resnet18", "resnet34", "resnet50", "vgg11", "conv_AE_MNIST", "conv_AE_CIFAR10"]
     assert list(MODELS) == names
     tasks = {name: resolve(name).task for name in MODELS}
@@ -54,7 +57,23 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
     assert sum(p.numel() for p in net.parameters()) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", MLPS)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        (f"AE_{of}_{kind}", act)
+        for of in ("CURVES", "MNIST")
+        for kind, act in (("TANH", nn.Tanh), ("SIGMOID", nn.Sigmoid))
+    ],
+)
+def test_a_linear_code_has_no_activation_and_all_other_layers_have_one(name: str, activation: type) -> None:
+    layers = list(MODELS[name].build(published(name)))
+    code = min((layer for layer in layers if isinstance(layer, nn.Linear)), key=lambda layer: layer.out_features)
+    for layer, after in zip(layers, layers[1:], strict=False):
+        if isinstance(layer, nn.Linear):
+            assert isinstance(after, nn.Linear) if layer is code else isinstance(after, activation)
+
+
+@pytest.mark.parametrize("name", [name for name in MLPS if not name.endswith(("TANH", "SIGMOID"))])
 def test_between_the_linear_layers(name: str) -> None:
     layers = list(MODELS[name].build(published(name)))
     assert all(isinstance(layer, nn.Linear) for layer in layers[::2])
