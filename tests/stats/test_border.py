@@ -1,5 +1,6 @@
 """What torch's function transforms cannot follow ends in a typed error with a remedy, and the remedy works."""
 
+import copy
 import warnings
 
 import pytest
@@ -262,13 +263,58 @@ class Normed(nn.Module):
         self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
         self.scale = nn.Parameter(torch.ones(6))
 
+    def hidden(self, x):
+        return torch.tanh(self.norm(self.first(x)))
+
     def forward(self, x):
-        return self.last(torch.tanh(self.norm(self.first(x))) * self.scale.exp())
+        return self.last(self.hidden(x) * self.scale.exp())
+
+
+class NormedOutside(Normed):
+    """The same with the scale outside all layers."""
+
+    def forward(self, x):
+        return self.last(self.hidden(x) @ torch.diag(self.scale.exp()))
 
 
 def test_a_mode_that_was_changed_after_the_build_is_named():
-    net, x = Normed().eval(), torch.randn(8, 4)
+    net, x = NormedOutside().eval(), torch.randn(8, 4)
     opt = ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.1, example_inputs=x)
+    assert [block.weight for block in opt.layout.fallbacks] == ["scale"]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     net.train()
     with as_installed(), pytest.raises(E.FisherfnError, match="training mode"):
         opt.step((x, torch.zeros(8).long()))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_mode_that_was_changed_after_the_build_gives_the_numbers_of_the_new_mode():
+    first = Normed()
+    x, y = torch.randn(8, 4), torch.randint(0, CLASSES, (8,))
+    trained = []
+    for mode in (False, True):
+        net = copy.deepcopy(first).train(mode)
+        opt = ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.1, example_inputs=x)
+        assert not opt.layout.fallbacks
+        net.train()
+        losses = [opt.step((x, y)) for _ in range(3)]
+        trained.append({**net.state_dict(), "losses": torch.stack(losses)})
+    late, early = trained
+    assert all(torch.equal(late[name], early[name]) for name in early)
+    assert torch.allclose(early["losses"][0], F.cross_entropy(copy.deepcopy(first).train()(x), y))
+
+
+def test_after_a_change_of_mode_the_gradient_is_that_of_autograd():
+    net = Normed().double().eval()
+    x, y, large = torch.randn(8, 4).double(), torch.randint(0, CLASSES, (8,)), 1e8
+    opt = ff.optim.NaturalGradient(
+        net, likelihood=ff.Categorical(), method=ff.kfac("eigen"), lr=large, momentum=0.0, kl_bound=None, damping=large,
+        example_inputs=x,
+    )  # fmt: skip
+    net.train()
+    before = [p.detach().clone() for p in net.parameters()]
+    twin = copy.deepcopy(net)
+    F.cross_entropy(twin(x), y).backward()
+    opt.step((x, y))  # with a damping far above the curvature, a step along the gradient
+    for p, old, own in zip(net.parameters(), before, twin.parameters(), strict=True):
+        assert torch.allclose(old - p, own.grad, rtol=1e-3, atol=1e-6)
