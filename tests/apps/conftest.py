@@ -43,5 +43,6 @@ def own(tmp_path, monkeypatch):
     """A folder with a module of one's own, as the current one."""
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # before the folders of earlier tests, which have a module of that name, too
     monkeypatch.delitem(sys.modules, "own", raising=False)
     return tmp_path

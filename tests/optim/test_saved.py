@@ -23,7 +23,15 @@ def through_a_file(saved):
 
 
 def optimizer(net, method="kfac", **more):
-    options = {"lr": 0.3, "kl_bound": 1e-2, "update_every": 2, "invert_every": 4, "generator": 7, **more}
+    options = {
+        "lr": 0.3,
+        "damping": 0.1,
+        "kl_bound": 1e-2,
+        "update_every": 2,
+        "invert_every": 4,
+        "generator": 7,
+        **more,
+    }
     if method == "exactNG":
         options |= {"update_every": 1, "invert_every": 1}
     return ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), method=method, **options)
@@ -55,6 +63,32 @@ def test_a_run_goes_on_bit_for_bit(method, built):
         second.step(batch)
     assert equal(resumed, straight)
     assert second.damping == opt.damping
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["before the first batch", "after some"])
+def test_a_run_without_numbers_goes_on_bit_for_bit(built):
+    case = problem(steps=ALL)
+    straight, resumed = case.again(), case.again()
+
+    def make(net):
+        return ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), kl_bound=None, generator=7)
+
+    opt, first = make(straight), make(resumed)
+    for batch in case.batches:
+        opt.step(batch)
+    for batch in case.batches[:HALF]:
+        first.step(batch)
+    saved = through_a_file({"net": resumed.state_dict(), "opt": first.state_dict()})
+    resumed = case.again()
+    second = make(resumed)
+    if built:
+        second.step(case.batches[0])
+    resumed.load_state_dict(saved["net"])
+    second.load_state_dict(saved["opt"])
+    for batch in case.batches[HALF:]:
+        second.step(batch)
+    assert equal(resumed, straight)
+    assert float(second.info.adapted.damping) == opt.damping
 
 
 def test_schedulers_and_dropout_go_on_too():
