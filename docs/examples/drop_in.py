@@ -39,9 +39,9 @@ def plain(net, loader, epochs, lr):
         yield loss
 
 
-def converted(net, loader, epochs, lr):
+def converted(net, loader, epochs):
     """The same with an optimizer that takes the batch."""
-    optimizer = ff.optim.NaturalGradient(net, likelihood=ff.Bernoulli(), lr=lr)
+    optimizer = ff.optim.NaturalGradient(net, likelihood=ff.Bernoulli())
     for _ in range(epochs):
         for x, y in loader:
             loss = optimizer.step((x, y))
@@ -76,17 +76,19 @@ def spots(examples, generator):
     return torch.einsum("ni,nj->nij", *profile.unbind(1)).reshape(examples, 64)
 
 
-def run(loop, lr, x, widths, epochs, seed):
+def run(loop, x, widths, epochs, seed, *rate):
     """Training loss after every epoch, in nats a pixel over the whole training set, and seconds of training."""
     net = autoencoder(widths, seed)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(x, x), batch_size=256, shuffle=True, generator=order)
     losses, seconds, began = [float(measure(net, x))], 0.0, time.perf_counter()
-    for _ in loop(net, loader, epochs, lr):
+    for _ in loop(net, loader, epochs, *rate):
         seconds += time.perf_counter() - began
         losses.append(float(measure(net, x)))
         began = time.perf_counter()
-    print(f"{loop.__name__:10} rate {lr:<8g} seed {seed}: {losses[-1]:.4f} after {epochs} epochs, {seconds:.0f} s")
+    print(
+        f"{loop.__name__:10} {'rate %g' % rate if rate else 'no rate':14} seed {seed}: {losses[-1]:.4f} after {epochs} epochs, {seconds:.0f} s"
+    )
     return losses
 
 
@@ -102,10 +104,10 @@ def main(out: Path, small: bool = False, folder: Path | None = None) -> dict:
     hidden = [1000, 500, 250, 30, 250, 500, 1000] if folder else [32, 6, 32]
     widths, epochs = [x.shape[1], *hidden, x.shape[1]], 2 if small else 10
     seeds = range(1 if small else 3)
-    natural = [run(converted, 1.0, x, widths, epochs, seed) for seed in seeds]
-    tried = {lr: run(plain, lr, x, widths, epochs, seed=0) for lr in RATES}
+    natural = [run(converted, x, widths, epochs, seed) for seed in seeds]
+    tried = {lr: run(plain, x, widths, epochs, 0, lr) for lr in RATES}
     best = min(RATES, key=lambda lr: tried[lr][-1])
-    adam = [tried[best], *(run(plain, best, x, widths, epochs, seed) for seed in seeds[1:])]
+    adam = [tried[best], *(run(plain, x, widths, epochs, seed, best) for seed in seeds[1:])]
     losses = {f"Adam, rate {best:g}": adam, "converted loop, K-FAC": natural}
     draw(out / "drop_in.png", losses)
     return losses

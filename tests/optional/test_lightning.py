@@ -75,7 +75,7 @@ class Preconditioned(lightning.LightningModule):
 
 
 def natural(net, **more):
-    return ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.2, kl_bound=1e-2, **more)
+    return ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.2, damping=0.1, kl_bound=1e-2, **more)
 
 
 def trainer(epochs=EPOCHS, **more):
