@@ -44,4 +44,5 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a run appends the current folder: the next test has its own
     return tmp_path
