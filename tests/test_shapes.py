@@ -134,7 +134,7 @@ class Normed(nn.Module):
 
     def forward(self, x):
         h = torch.tanh(self.norm(self.first(x)))
-        return self.last(h if self.scale is None else h * self.scale.exp())
+        return self.last(h if self.scale is None else h @ torch.diag(self.scale.exp()))  # in no layer
 
 
 def test_a_change_of_mode_is_checked_as_a_build_is():

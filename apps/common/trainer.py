@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fisherfn as ff
 from common import optimizers, tensorboard
+from common.checkpoints import CheckpointError
 from common.config import ConfigError, as_yaml, filled
 from common.data import Data, Split, enlarged, load
 from common.loop import Settings, Snapshot, Task, start, train
@@ -242,11 +243,22 @@ def save(results: Results, snapshot: Snapshot) -> None:
 
 
 def restore(results: Results, like: Snapshot) -> Snapshot:
-    """The checkpoint as a snapshot, in the structure of a fresh one."""
+    """The checkpoint as a snapshot, in the structure of a fresh one.
+
+    Raises:
+        CheckpointError: it lacks what this version keeps, or belongs to another model or method.
+    """
     flat, meta = results.load_checkpoint()
     draws = flat.pop("state.draws")
     trees = {"params": like.params, "context": like.context, "state": like.state}
-    trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), ff.tree.unflatten(trees, flat), trees)
+    try:
+        saved_trees = ff.tree.unflatten(trees, flat)
+    except ff.errors.StructureError as error:
+        raise CheckpointError(
+            f"the checkpoint in {results.path} does not fit this run, or an older version wrote it: start again with "
+            f"--overwrite, or resume with the version that wrote it. {error}"
+        ) from error
+    trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), saved_trees, trees)
     return Snapshot(**trees, **{name: meta[name] for name in COUNTS}, draws=draws)
 
 

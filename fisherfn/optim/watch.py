@@ -27,11 +27,15 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A layer's call: its input, the zero leaf that was added to its output, and what its family noted."""
+    """A layer's call: its input, the zero leaf that was added to its output, and what its family noted.
+
+    `shared`: no example entered the call, so `input` and `leaf` are those of each example's copy.
+    """
 
     input: Tensor
     leaf: Tensor
     facts: Any
+    shared: bool
 
 
 class Pass(NamedTuple):
@@ -66,8 +70,9 @@ class Watch(Intercept):
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
         records = self.records.get(name, [])
-        facts = records[use].call.facts if use < len(records) else None
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts)
+        shared = use >= len(records) or records[use].copies is not None
+        facts = None if shared else records[use].call.facts
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts, shared)
         return output + leaf.to(output.dtype)
 
 
@@ -98,7 +103,7 @@ def _as_seen(layout: Layout, each: Pass) -> Layout:
     for block in layout.blocks:
         seen = zip(block.uses, each.calls[block.weight], strict=True)
         uses = tuple(
-            use if call.facts is None else use._replace(facts=call.facts, output_shape=_of_example(use, call))
+            use if call.shared else use._replace(facts=call.facts, output_shape=_of_example(use, call))
             for use, call in seen
         )
         blocks.append(replace(block, uses=uses))

@@ -13,7 +13,7 @@ import torch
 
 import fisherfn as ff
 from common import trainer
-from common.checkpoints import load_checkpoint
+from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from common.config import ConfigError, read
 from common.data import load
 from common.results import read_metrics
@@ -213,3 +213,15 @@ def test_an_option_of_another_method_is_refused(own):
     done = command("--data", "own:load", "--optim", "kfac", "--structure", "block", cwd=own)
     assert done.returncode == 1 and "structure is no option of kfac" in done.stderr
     assert not (own / "results").exists()
+
+
+def test_a_checkpoint_from_before_examples_were_counted_is_refused_with_a_remedy(own):
+    arguments = ["--model", "own:build", "--optim", "kfac", "--result_name", "x", "--damping", "1"]
+    path = quiet_run(*arguments) / "checkpoint.pt"
+    tensors, meta = load_checkpoint(path)
+    older = {name: tensor for name, tensor in tensors.items() if not name.endswith("/examples")}
+    assert len(older) == len(tensors) - 1
+    save_checkpoint(path, older, meta)
+    with pytest.raises(CheckpointError, match=r"start again with --overwrite.*missing .*examples"):
+        quiet_run(*arguments, "--num_epochs", "4", "--resume")
+    assert quiet_run(*arguments, "--overwrite") == path.parent
