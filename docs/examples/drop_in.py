@@ -86,9 +86,8 @@ def run(loop, x, widths, epochs, seed, *rate):
         seconds += time.perf_counter() - began
         losses.append(float(measure(net, x)))
         began = time.perf_counter()
-    print(
-        f"{loop.__name__:10} {'rate %g' % rate if rate else 'no rate':14} seed {seed}: {losses[-1]:.4f} after {epochs} epochs, {seconds:.0f} s"
-    )
+    named = " ".join([loop.__name__, *(f"rate {each:g}" for each in rate)])
+    print(f"{named:20} seed {seed}: {losses[-1]:.4f} after {epochs} epochs, {seconds:.0f} s")
     return losses
 
 

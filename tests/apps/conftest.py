@@ -45,5 +45,4 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # before the folders of earlier tests, which have a module of that name, too
     monkeypatch.delitem(sys.modules, "own", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # a run appends the current folder: the next test has its own
     return tmp_path

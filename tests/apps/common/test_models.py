@@ -15,7 +15,7 @@ from common.models import MLPS, MODELS, SCHEMES, Model, ModelError, initialise, 
 
 # as published; the batch norms of DeepLinear and MLP are included (two numbers a unit)
 COUNTS = {"AE_CURVES": 842_340, "AE_MNIST": 2_837_314, "AE_FACES": 7_537_655, "DeepLinear": 16_040, "MLP": 4_106_920}
-# the same nets with another activation and a linear code, the published one for MNIST; for CURVES 784-400-200-100-50-25-6
+# the same widths with another activation and a linear code
 COUNTS |= {f"AE_{data}_{kind}": COUNTS[f"AE_{data}"] for data in ("CURVES", "MNIST") for kind in ("TANH", "SIGMOID")}
 # 784·10+10 + 10·30+30 + 30·20+20 + 20·15+15 + 15·10+10
 COUNTS["ToyNet"] = 7_850 + 330 + 620 + 315 + 160
