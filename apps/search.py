@@ -1,4 +1,6 @@
-"""Equal-budget search: as many settings for each optimizer on the same model, data, seed, batch size and epochs.
+"""Equal-budget search of first-order optimizers: as many learning rates each on the same problem, seed and budget.
+
+A natural gradient is not searched: it finds its own numbers (docs/adaptive.md).
 
 `python apps/search.py --app train_cnn --data CIFAR10 --data_path DIR` records every trial in
 apps/configs/search/cuda_convnet-CIFAR10.json and the best of each optimizer (lowest final training loss) in
@@ -31,56 +33,19 @@ def thirds(first: int, count: int, digits: int = 6) -> list[dict[str, float]]:
     return [{"lr": round(10 ** ((first - third) / 3), digits)} for third in range(count)]
 
 
-def natural(*settings: tuple[float, float, float]) -> list[dict[str, float]]:
-    """Rate, damping and clip of each."""
-    return [{"lr": lr, "damping": damping, "clipping": clipping} for lr, damping, clipping in settings]
-
-
 GRIDS: dict[str, Grid] = {
     "train_mlp": {
         "sgd": thirds(-3, 10),
         "adam": thirds(-3, 10),
-        "kfac": natural(
-            (1.0, 0.1, 0.001),
-            (1.0, 1.0, 0.001),
-            (1.0, 1.0, 0.01),
-            (1.0, 1.0, 0.1),
-            (1.0, 3.0, 0.3),
-            (1.0, 10.0, 0.01),
-            (1.0, 10.0, 0.1),
-            (1.0, 10.0, 1.0),
-            (0.3, 1.0, 0.001),
-            (0.3, 10.0, 1.0),
-        ),
     },
     "train_cnn": {
         "sgd": thirds(-3, 8),  # 1e-1 … 4.6e-4
         "adam": thirds(-4, 8),  # 4.6e-2 … 2.2e-4
-        "kfac": natural(
-            (1.0, 0.1, 0.01),
-            (1.0, 0.1, 0.001),
-            (1.0, 0.01, 0.001),
-            (1.0, 0.003, 0.001),
-            (1.0, 0.003, 0.0003),
-            (1.0, 0.001, 0.0003),
-            (0.3, 0.03, 0.01),
-            (0.3, 0.01, 0.001),
-        ),
     },
     "train_autoencoder": {
         # the loss is a sum over 784 or 3,072 outputs, so rates of sgd are that much smaller
         "sgd": thirds(-9, 8, digits=8),  # 1e-3 … 4.6e-6
         "adam": thirds(-3, 8),  # 1e-1 … 4.6e-4
-        "kfac": natural(
-            (1.0, 0.1, 0.01),
-            (1.0, 0.1, 0.1),
-            (1.0, 1.0, 0.01),
-            (1.0, 1.0, 0.1),
-            (1.0, 10.0, 0.1),
-            (1.0, 10.0, 1.0),
-            (1.0, 100.0, 1.0),
-            (0.3, 1.0, 1.0),
-        ),
     },
 }
 """By trainer; within one, every optimizer has the same number of settings."""
@@ -142,7 +107,7 @@ def best(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         finished = [t for t in trials if t["optim"] == optim and t["train_loss"] is not None]
         if finished:
             winner = min(finished, key=lambda t: t["train_loss"])
-            chosen[optim] = {key: winner[key] for key in ("lr", "damping", "clipping") if key in winner}
+            chosen[optim] = {"lr": winner["lr"]}
     return chosen
 
 

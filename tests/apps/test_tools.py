@@ -39,7 +39,6 @@ def small_search(monkeypatch, tmp_path):
     grid = {
         "sgd": [{"lr": 1e30}, {"lr": 1e-12}, {"lr": 0.1}],
         "adam": [{"lr": 1e30}],
-        "kfac": [{"lr": 1.0, "damping": 1.0, "clipping": 0.01}],
     }
     for module in (search, trainer):
         monkeypatch.setattr(module, "TUNED", tuned)
@@ -51,7 +50,7 @@ def test_the_search_records_every_trial_and_the_best_of_each(own, small_search):
     full, data = search.base(search.SearchConfig(data="own:load", num_epochs=3, batch_size=8, seed=2))
     assert (full.app, full.model, full.batch_size, full.seed) == ("train_mlp", "own:build", 8, 2)
     trials = search.search(full, data)
-    assert [t["optim"] for t in trials] == ["sgd", "sgd", "sgd", "adam", "kfac"]
+    assert [t["optim"] for t in trials] == ["sgd", "sgd", "sgd", "adam"]
     assert trials[0]["train_loss"] is None or trials[0]["train_loss"] > 1e6
     assert 0 <= trials[2]["test_accuracy"] <= 1
     search.record(full, data.name, trials)
@@ -62,7 +61,6 @@ def test_the_search_records_every_trial_and_the_best_of_each(own, small_search):
     assert small_search.read_text().startswith("# how\n")
     table = yaml.safe_load(small_search.read_text())
     assert table["tuned"]["own:build"]["SMALL"]["sgd"] == {"lr": 0.1}
-    assert table["tuned"]["own:build"]["SMALL"]["kfac"] == {"lr": 1.0, "damping": 1.0, "clipping": 0.01}
     assert table["tuned"]["AE_CURVES"] == {"CURVES": {"sgd": {"lr": 9}}}
     # and this is what a run takes that leaves its settings open
     assert trainer.tuned("train_mlp", "own:build", "SMALL", "sgd") == {"lr": 0.1}
@@ -81,6 +79,12 @@ def test_other_trainers_are_searched_with_their_own_defaults(own, small_search):
     assert (full.app, full.model, full.batch_size) == ("train_cnn", "own:convolutional", CnnConfig().batch_size)
     trial = search.trial(dataclasses.replace(full, optim="sgd", lr=0.1, num_epochs=1), data)
     assert math.isfinite(trial["train_loss"])
+
+
+def test_no_natural_gradient_is_tuned():
+    table = yaml.safe_load(trainer.TUNED.read_text())
+    entries = [*table["default"].values(), *(entry for data in table["tuned"].values() for entry in data.values())]
+    assert entries and all(set(entry) <= {"sgd", "adam"} for entry in entries)
 
 
 def test_within_a_search_every_optimizer_has_as_many_settings():
