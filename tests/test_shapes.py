@@ -93,7 +93,7 @@ def test_the_drop_in_keeps_one_state_for_all_lengths():
     net = Tagger().double()
     ng, params = build(net, BATCHES[0][0], fisher="type2")
     opt = ff.optim.NaturalGradient(
-        net, likelihood=ff.Categorical(), lr=0.5, momentum=0.0, kl_bound=None, fisher="type2", update_every=1,
+        net, likelihood=ff.Categorical(), lr=0.5, damping=0.1, momentum=0.0, kl_bound=None, fisher="type2", update_every=1,
         invert_every=1,
     )  # fmt: skip
     state = ng.init(params, damping=0.1)
@@ -231,7 +231,7 @@ def test_a_state_of_before_examples_were_counted_goes_on():
     assert float(old.examples) == float(new.examples) == 8
     close(old.factors["weight"].A, new.factors["weight"].A)
     net, its_net = nn.Linear(4, CLASSES).double(), nn.Linear(4, CLASSES).double()
-    opts = [ff.optim.NaturalGradient(each, likelihood=ff.Categorical(), lr=0.1) for each in (net, its_net)]
+    opts = [ff.optim.NaturalGradient(each, likelihood=ff.Categorical(), lr=0.1, damping=0.1) for each in (net, its_net)]
     opts[0].step((x, y))
     saved = copy.deepcopy({"net": net.state_dict(), "opt": opts[0].state_dict()})
     del saved["opt"]["curvature"]["state"]["examples"]

@@ -106,6 +106,7 @@ def test_the_drop_in_leaves_them_as_they_are_weight_decay_or_not():
         net,
         likelihood=ff.Categorical(),
         lr=0.5,
+        damping=0.1,
         weight_decay=0.1,
         kl_bound=1e-2,
         ema=0.9,
@@ -119,6 +120,16 @@ def test_the_drop_in_leaves_them_as_they_are_weight_decay_or_not():
     net.requires_grad_(False)
     for name, wanted in expected[0].items():
         torch.testing.assert_close(dict(net.named_parameters())[name].detach(), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_drop_in_without_numbers_leaves_them_as_they_are_too():
+    net, steps = Pooled().double(), batches()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    opt = ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), weight_decay=0.1, kl_bound=None)
+    for batch in steps:
+        opt.step(batch)
+    after = dict(net.named_parameters())
+    assert all(torch.equal(before[name], after[name]) == (name in UNUSED) for name in before)
 
 
 @pytest.mark.parametrize("watches", [False, True], ids=["inputs", "watch"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
+from fisherfn.natgrad import pair
 from fisherfn.optim.curvature import Curvature, Outcome, WithCurvature
 from fisherfn.types import Info, PyTree, Tree
 
@@ -174,9 +175,13 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
 
     def _adapted(self, batch: Any) -> Any:
         """A step whose numbers are found."""
-        names = {id(p): name for name, p in self._curvature.network.parameters().items()}
+        network = self._curvature.network
+        self._curvature.build(pair(batch)[0])  # which parameters the outputs depend on
+        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
         groups = [(names[id(p)], group) for group in self.param_groups for p in group["params"] if id(p) in names]
-        scales = {name: float(group["lr"]) / float(self._lr) for name, group in groups}
+        scales = dict.fromkeys(network.parameters(), 1.0)
+        scales |= {name: float(group["lr"]) / float(self._lr) for name, group in groups}
+        scales |= dict.fromkeys(network.unused, scales[groups[0][0]])
         common = next(iter(scales.values()))
         same = all(scale == common for scale in scales.values())
         before = self._curvature.damping
@@ -184,12 +189,12 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if not _sound(self.info):
             return self._refuse()
         found = self.info.adapted
-        for name, p in self._curvature.network.parameters().items():
+        for name, p in network.parameters().items():
             p.copy_(params[name])
         for name, group in groups:
             if group["weight_decay"] and not found.rejected:
                 step = found.learning_rate * scales[name] * group["weight_decay"]
-                self._curvature.network.parameters()[name].mul_(1 - step)
+                network.parameters()[name].mul_(1 - step)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         if not self._warned and float(found.damping) > before:

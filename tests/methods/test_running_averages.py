@@ -59,14 +59,21 @@ def alone(problem, batch):
     return course(problem, [batch], 0.0)[0]
 
 
+def second_weight(taps, ema):
+    """ρ of the second batch, which has one example more than the first.
+
+    Examples count alike until ema caps the old ones, at what it stands for in batches of the mean size.
+    """
+    n, n_new = taps[0].shape[1], taps[0].shape[1] + 1
+    size = (n + n_new) / 2
+    return min(n / (n + n_new), ema * size / (ema * size + (1 - ema) * n_new))
+
+
 def two_batches(name, taps, ema):
     """(running factors, old fit, new fit, ρ, F̂ averaged as operators) after a second batch."""
     problem = given(*taps, method=build(name))
     old, both = course(problem, [taps, other_batch(*taps)], ema)
-    n, n_new = taps[0].shape[1], taps[0].shape[1] + 1
-    # examples count alike until ema caps the old ones, at what it stands for in batches of the mean size
-    size = (n + n_new) / 2
-    rho = min(n / (n + n_new), ema * size / (ema * size + (1 - ema) * n_new))
+    rho = second_weight(taps, ema)
     new = alone(problem, other_batch(*taps))
     return both, old, new, rho, rho * dense(old) + (1 - rho) * dense(new)
 
@@ -187,7 +194,7 @@ def test_ekfac_turns_its_scalings_into_the_new_basis(taps, ema):
     problem = given(*taps, method=FAMILY["ekfac"]())
     batches = [taps, other_batch(*taps)]
     states = course(problem, batches, ema)
-    rho, new = min(0.5, ema), blocks(problem.stats(*batches[1]))["weight"]
+    rho, new = second_weight(taps, ema), blocks(problem.stats(*batches[1]))["weight"]
     after, F_old = states[1], dense(states[0])
     for k in range(len(after.A)):
         Q = torch.kron(after.QG[k].contiguous(), after.QA[k].contiguous())

@@ -228,7 +228,7 @@ WRONG = {
     "sequences of two lengths before a step": (
         lambda: two_lengths(nn.Sequential(linear(), nn.Flatten())),
         E.ShapeError,
-        "example shape",
+        "examples of different shapes",
     ),
 }
 
