@@ -93,8 +93,8 @@ def test_the_drop_in_keeps_one_state_for_all_lengths():
     net = Tagger().double()
     ng, params = build(net, BATCHES[0][0], fisher="type2")
     opt = ff.optim.NaturalGradient(
-        net, likelihood=ff.Categorical(), lr=0.5, damping=0.1, momentum=0.0, kl_bound=None, fisher="type2", update_every=1,
-        invert_every=1,
+        net, likelihood=ff.Categorical(), lr=0.5, damping=0.1, momentum=0.0, kl_bound=None, fisher="type2",
+        update_every=1, invert_every=1,
     )  # fmt: skip
     state = ng.init(params, damping=0.1)
     for x, y in BATCHES * 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Preconditioner(WithCurvature):
         method: Method | str = "kfac",
         optimizer: torch.optim.Optimizer | None = None,
         kl_bound: float | None = None,
-        damping: float = 0.1,
+        damping: float | Literal["auto"] | str = 0.1,
         ema: float = 0.95,
         update_every: int = 5,
         invert_every: int = 10,
@@ -60,7 +60,7 @@ class Preconditioner(WithCurvature):
             method: see `NaturalGradient`.
             optimizer: the one that takes the step; a `kl_bound` needs its rate, a `scaler` its gradients.
             kl_bound: κ > 0, in nats an example, at the largest rate of the optimizer's groups; None for no clip.
-            damping: see `NaturalGradient`.
+            damping: λ ≥ 0; "auto" is 20 tr F̂ / n, n the number of parameters, measured once at the first step.
             ema: see `NaturalGradient`.
             update_every: see `NaturalGradient`.
             invert_every: see `NaturalGradient`.
