@@ -23,7 +23,7 @@ class DemoConfig:
     data: str = option("CURVES", "data set")
     model: str | None = option("AE_CURVES_TANH", "net; null: the one that suits the data")
     data_path: str | None = option(None, "folder of data files")
-    num_epochs: int = option(20, "epochs for each optimizer")
+    num_epochs: int = option(15, "epochs for each optimizer")
     seed: int = option(0, "of initialisation, order and labels")
     result_dir: str = option("results", "folder of results")
 
