@@ -1,4 +1,4 @@
-"""How far a step goes: the KL bound, the quadratic model, damping, cadence, and the optimizer that needs no number."""
+"""The length of a step: the KL bound, the quadratic model, damping, cadence, and the optimizer that needs no number."""
 
 from fisherfn.adapt.cadence import Cadence, Due
 from fisherfn.adapt.clip import clip_factor, kl_clip

@@ -15,7 +15,7 @@ from fisherfn.errors import HyperparameterError, expect_number
 
 
 class Due(NamedTuple):
-    """What a step does beside its gradient; `ng.step(..., **due._asdict())`."""
+    """The refreshes that a step makes; `ng.step(..., **due._asdict())`."""
 
     update: bool
     invert: bool

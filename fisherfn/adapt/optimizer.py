@@ -49,20 +49,20 @@ START, FLOOR = 20.0, 1.0
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
-"""What "auto" means for the rule "clip"."""
+"""The meaning of "auto" for the rule "clip"."""
 
 PART, LEAST = 4, 64
 """The quadratic model is that of the first N / PART examples, but of at least so many."""
 
 SIGMAS, TOLERANCE = 4.0, 0.02
-"""How far the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
+"""The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
 
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
 
 
 class Adapted(NamedTuple):
-    """What an adaptive step chose and found.
+    """The choices of an adaptive step, and how well they did.
 
     Attributes:
         learning_rate: α.
@@ -80,7 +80,7 @@ class Adapted(NamedTuple):
 
 
 class AdaptiveState(NamedTuple):
-    """What the optimizer remembers: a pytree of tensors.
+    """The memory of the optimizer: a pytree of tensors.
 
     Attributes:
         curvature: the method's state; λ is its `damping`.

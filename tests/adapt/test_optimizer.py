@@ -208,6 +208,13 @@ def test_batch_norm_is_modelled_on_the_whole_batch_and_moves_its_statistics_once
         params, opt.init(params), (problem.x, problem.y), generator=torch.Generator().manual_seed(0), context=context
     )
     assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4)
+    found = []
+    for examples in (64, 300):
+        free = ff.adaptive(ng, damping=1.0, model_examples=examples)
+        noise = ng.noise((problem.x, problem.y), torch.Generator().manual_seed(0))
+        _, _, seen = free.step(params, free.init(params), (problem.x, problem.y), noise=noise, context=context)
+        found.append(float(seen.adapted.learning_rate))
+    assert found[0] == found[1], "the model is that of all examples, whatever part was asked for"
     net(problem.x)
     assert all(torch.equal(info.context[name], buffer) for name, buffer in net.named_buffers())
 
