@@ -1,11 +1,14 @@
 """Every parameter is covered, the report says by what and why, and the fallback is exact, cross terms included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
+from fisherfn.stats import Block
 from tests import oracles, zoo
 from tests.oracles import close, unvec, vec
 from tests.zoo import FISHERS, sampled
@@ -301,3 +304,52 @@ def test_layers_inside_a_transform_of_the_models_own_fall_back_and_are_exact(tra
     one = lambda p, n: likelihood.nll(model(p, x[n : n + 1]), y[n : n + 1]).sum()  # noqa: E731
     U = torch.stack([vec(torch.func.grad(one)(params, n)) for n in range(5)])
     close(ng.fisher(ng.stats(params, (x, y))).dense(), U.mT @ U / 5)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_a_notebook_shows_the_report_as_a_table():
+    layout = zoo.pick("scale-matrix").build().layout
+    html = layout._repr_html_()
+    assert html.count("<tr>") == 1 + len(layout.blocks) and html.startswith("<table>")
+    for line in str(layout).splitlines()[2 + len(layout.blocks) :]:
+        assert f"<p>{line}</p>" in html
+
+
+def test_the_table_escapes_names():
+    params = {"a<b": torch.eye(3)}
+    ng = ff.natural_gradient(lambda p, x: F.linear(x, p["a<b"]), params, torch.eye(3), likelihood=ff.Gaussian())
+    assert "<td>a&lt;b</td>" in ng.layout._repr_html_()
+
+
+def test_shares_add_up_and_the_fallback_says_what_it_costs():
+    layout = zoo.pick("scale-matrix").build().layout
+    lines = str(layout).splitlines()
+    rows = [line.split() for line in lines[2 : 2 + len(layout.blocks)]]
+    at = {row[0]: row for row in rows}
+    shares = [float(cell) for row in rows for cell in row if cell.count(".") == 1 and cell.replace(".", "").isdigit()]
+    assert abs(sum(shares) - 100) < 0.1 * len(rows)
+    scale = layout.block("scale")
+    assert f"{scale.cause}:" in at["scale"] and scale.cause in scale.why
+    assert "numbers per example and sample" in " ".join(at["scale"])
+    assert "forward pass more" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("why", "cause"),
+    [
+        ("no layer family claims it, read by einsum; one dense block", "einsum"),
+        ("linear layer that no example enters, its output read by matmul; a block for each entry", "matmul"),
+        ("linear layer of 'w' is used in other ways too; one dense block", "reused"),
+        ("bias of 'w' that is used in other ways too; one dense block", "reused"),
+        ("'w' is the weight of different layers, linear and conv2d; one dense block", "ambiguous"),
+        ("conv2d layer whose first axis is not the example's; one dense block", "axis"),
+        ("linear layer whose rows mix examples; one dense block", "mixed"),
+        ("no layer family claims it; one dense block", "unclaimed"),
+    ],
+)
+def test_a_cause_is_one_word(why, cause):
+    block = Block("w", "fallback", "w", torch.Size([2]), None, torch.Size(), (), why)
+    assert block.cause == cause
+    assert replace(block, kind="linear").cause == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Size, Tensor
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
 from fisherfn.layers import ELEMENTWISE, FAMILIES, Family
+from fisherfn.stats import report
 from fisherfn.stats.shared import Plan, Step
 from fisherfn.types import PyTree, Tree
 
@@ -78,6 +78,11 @@ class Block:
         return FAMILIES[self.kind]
 
     @property
+    def cause(self) -> str:
+        """Why it is in no layer, in one word; empty for a layer."""
+        return report.cause(self.why) if self.kind == "fallback" else ""
+
+    @property
     def facts(self) -> Any:
         """The static facts that its weight is read by."""
         return self.uses[0].facts
@@ -112,7 +117,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model, with the shapes that one trace found. `print(layout)` is the coverage report."""
+    """All blocks of a model, with the shapes that one trace found. `print(layout)` is the coverage report, a table in a notebook."""
 
     blocks: tuple[Block, ...]
     shapes: tuple[tuple[str, Size], ...]
@@ -211,33 +216,7 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        return report(self)
+        return report.text(self)
 
-
-def report(layout: Layout) -> str:
-    """The coverage report: a line a block, and a total that says that nothing was left out."""
-    sizes = {name: math.prod(shape) for name, shape in layout.shapes}
-    lines = [("block", "kind", "K×out×in", "parameters", "entries", "why")]
-    for block in layout.blocks:
-        entries = sum(sizes[name] for name in block.names)
-        shape = "×".join(map(str, block.shape))
-        lines.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", block.why))
-    for name in layout.unused:
-        lines.append((name, "unused", "–", name, f"{sizes[name]:,}", "the outputs do not depend on it"))
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    rule = "  ".join("─" * width for width in widths)
-    covered = sum(sizes[name] for block in layout.layers for name in block.names)
-    left = sum(sizes[name] for name in layout.unused)
-    total = sum(sizes.values()) - left
-    layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
-    fallback = f", {total - covered:,} by the fallback" if covered < total else ""
-    last = [
-        f"all {total:,} entries covered: {covered:,} by {layers}{fallback}" + (f"; {left:,} unused" if left else "")
-    ]
-    if layout.one_by_one:
-        last += [
-            f"the fallback runs the model once per example, one after another ({layout.one_by_one}): statistics of N "
-            "examples cost N forward and backward passes of one example more"
-        ]
-    return "\n".join([rows[0], rule, *rows[1:], *last])
+    def _repr_html_(self) -> str:
+        return report.html(self)

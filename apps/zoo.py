@@ -1,0 +1,138 @@
+"""Many nets of torch, timm, torchvision and transformers: which of them build, what is in layers, what a step costs.
+
+`python apps/zoo.py` tries every net in evaluation and in training mode, one process per net. Results are lines of a
+file; a rerun does what is missing in it. `--page docs/coverage.md` writes the tables between the page's markers.
+The packages beside torch are those of the extra `optional`; nets of a package that is not installed are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common.atomic import replace_text
+from common.config import POSITIVE, ConfigError, option, parse
+from common.trainer import reported
+from common.zoo import nets, table, trial
+
+QUICK = (
+    "torch/mlp-batch-norm", "torch/cnn-group-norm", "torch/transformer-tied", "torch/deeponet", "torch/lstm",
+    "timm/convnext_atto", "timm/vit_tiny_patch16_224", "timm/cait_xxs24_224", "timm/resnet18",
+    "torchvision/SwinTransformer", "torchvision/mobilenet_v2", "transformers/GPT2LMHeadModel",
+    "transformers/LlamaForCausalLM", "transformers/BertForMaskedLM", "transformers/T5ForConditionalGeneration",
+    "transformers/ViTForImageClassification",
+)  # fmt: skip
+"""Nets of `--quick`: a few from each source."""
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """Which nets, and where the results go."""
+
+    nets: str = option("", "parts of names with commas between, a net with any of them is tried; empty: all")
+    quick: bool = option(False, "try sixteen nets with fewer repeats, in less than ten minutes")
+    seconds: float = option(3.0, "CPU time for the repeats of a net in one mode", check=POSITIVE)
+    timeout: float = option(600.0, "seconds after which a net is given up", check=POSITIVE)
+    result: str = option("results/zoo.jsonl", "file of the results; nets that it holds are not tried again")
+    page: str | None = option(None, "page whose tables are written from the results")
+
+
+def chosen(config: ZooConfig) -> list[str]:
+    """Return the names of the nets to try, of packages that are installed."""
+    parts = [part.strip() for part in config.nets.split(",") if part.strip()]
+    found = [name for name in nets.names() if not parts or any(part in name for part in parts)]
+    if config.quick:
+        found = [name for name in found if name in QUICK]
+    if not found:
+        raise ConfigError(f"nets: no name has a part of {config.nets!r}")
+    return [name for name in found if nets.installed(name)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the results of a file; the last line may be half written."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def missing(names: Iterable[str], results: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the names that have no result in some mode."""
+    done = {(result["name"], result["mode"]) for result in results}
+    return [name for name in names if not all((name, mode) in done for mode in trial.MODES)]
+
+
+def run(config: ZooConfig) -> list[dict[str, Any]]:
+    """Try what is missing; return all results of the chosen nets."""
+    path, names = Path(config.result), chosen(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = missing(names, read(path))
+    nets.preload()
+    began = time.monotonic()
+    for number, name in enumerate(left, 1):
+        results = alone(name, config.timeout, min(config.seconds, 0.5) if config.quick else config.seconds)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(result) + "\n" for result in results))
+            file.flush()
+            os.fsync(file.fileno())
+        minutes = (time.monotonic() - began) / 60
+        print(f"[{number}/{len(left)}, {minutes:.0f} min] {name}: {'; '.join(map(table.short, results))}", flush=True)
+    return [result for result in read(path) if result["name"] in set(names)]
+
+
+def alone(name: str, timeout: float, seconds: float) -> list[dict[str, Any]]:
+    """Return the results of a net, found in a process of its own."""
+    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, name, seconds))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(timeout):
+            found: list[dict[str, Any]] = receiver.recv()
+            return found
+        error = "Timeout"
+    except EOFError:
+        error = "Crash"
+    finally:
+        process.kill()
+        process.join()
+    return [asdict(trial.Result(name, mode, error=error, typed=False, cause=error.lower())) for mode in trial.MODES]
+
+
+def _send(sender: Connection, name: str, seconds: float) -> None:
+    warnings.simplefilter("ignore")
+    sender.send(trial.try_net(name, seconds))
+    sender.close()
+
+
+def write(page: Path, results: list[dict[str, Any]]) -> None:
+    """Put the tables between the markers of a page."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(table.BEGIN) != 1 or text.count(table.END) != 1:
+        raise ConfigError(f"page: {page} must hold {table.BEGIN} and {table.END} once")
+    before, _, rest = text.partition(table.BEGIN)
+    _, _, after = rest.partition(table.END)
+    replace_text(page, f"{before}{table.BEGIN}\n\n{table.tables(results)}\n\n{table.END}{after}")
+
+
+if __name__ == "__main__":
+    with reported():
+        config = parse(ZooConfig, description=__doc__ or "")
+        found = run(config)
+        print("\n" + table.summary(found))
+        if config.page:
+            write(Path(config.page), found)
