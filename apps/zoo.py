@@ -57,10 +57,10 @@ def chosen(config: ZooConfig) -> list[str]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the results of a file; the last line may be half written."""
+    """Return the results of a file; a line that was half written is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []
-    for line in lines:
+    for line in filter(None, lines):
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
@@ -84,7 +84,7 @@ def run(config: ZooConfig) -> list[dict[str, Any]]:
     for number, name in enumerate(left, 1):
         results = alone(name, config.timeout, min(config.seconds, 0.5) if config.quick else config.seconds)
         with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(result) + "\n" for result in results))
+            file.write("\n" + "".join(json.dumps(result) + "\n" for result in results))
             file.flush()
             os.fsync(file.fileno())
         minutes = (time.monotonic() - began) / 60

@@ -6,7 +6,13 @@ Each entry of the table was seen to have one cause. Any other error is the model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import linecache
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jaxtyping
+import torch
 
 from fisherfn.errors import FisherfnError, ModelError
 
@@ -63,20 +69,78 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
+LONGEST = 399
+"""Characters of a message that says why a model is refused."""
+
+_CALLS = str(Path(__file__).with_name("functional.py"))
+_OURS = str(Path(__file__).parents[1])
+_NOT_THE_MODEL = (_OURS, "<", *(str(Path(module.__file__ or "").parent) for module in (torch, jaxtyping)))
+_BETWEEN = ("contextlib.py", "functools.py")
+
+
 @contextlib.contextmanager
 def border() -> Iterator[None]:
     """Turn an error of torch with a known cause into `ModelError`, which names it and a remedy.
+
+    What is raised while the model runs also names the line of the model.
 
     Raises:
         ModelError: the model does what torch's function transforms cannot follow.
     """
     try:
         yield
-    except FisherfnError:
+    except FisherfnError as error:
+        error.args = (with_line(str(error), error), *error.args[1:])
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         said = str(error)
         for needles, text in CAUSES:
             if any(needle in said for needle in needles):
-                raise ModelError(text) from error
+                raise ModelError(with_line(text, error)) from error
         raise
+
+
+def with_line(text: str, error: BaseException) -> str:
+    """Add the line of the model where an error arose, if there is one and the message stays short."""
+    found = _line(error)
+    if found is None:
+        return text
+    file, number, code = found
+    place = f"{file}, line {number}"
+    if place in text:
+        return text
+    for more in (f" It is {place}: {code}", f" It is {place}."):
+        if len(text) + len(more) <= LONGEST:
+            return text + more
+    return text
+
+
+def _line(error: BaseException) -> tuple[str, int, str] | None:
+    """Return file, number and code of the innermost line of the model that an error came from."""
+    inside, found = False, None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if found and file.startswith(_OURS):  # what follows is the library's
+            break
+        inside = inside or (file == _CALLS and frame.f_code.co_name == "call")
+        if inside and not file.startswith(_NOT_THE_MODEL) and Path(file).name not in _BETWEEN:
+            found = Path(file).name, number, linecache.getline(file, number).strip()
+    return found
+
+
+def brief(error: BaseException, longest: int = 100) -> str:
+    """Return the first line of an error, cut where it is long."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first if len(first) <= longest else first[: longest - 2].rstrip() + " …"
+
+
+def listed(names: Iterable[str], longest: int = 80) -> str:
+    """Return names in quotes, as many as are not too long together."""
+    quoted = [repr(name) for name in names]
+    shown = quoted[:1]
+    for name in quoted[1:]:
+        if len(", ".join([*shown, name])) > longest:
+            break
+        shown.append(name)
+    more = len(quoted) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -12,7 +12,7 @@ from torch.func import vjp
 from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
 from fisherfn.layers import FallbackFacts
-from fisherfn.stats.border import border
+from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
 from fisherfn.stats.collect import example_gradients, tapped_run
@@ -84,7 +84,7 @@ def _build(
         )
     if left and unused == "raise":
         raise UnusedParameterError(
-            f"the model's outputs do not depend on {', '.join(map(repr, left[:4]))}{', …' if len(left) > 4 else ''}: "
+            f"the model's outputs do not depend on {listed(left)}: "
             "leave these out of params (they have no gradient and no curvature), build with "
             'unused="ignore", or check that the model reads them from its params argument.'
         )
@@ -207,11 +207,13 @@ def _trace_one_more(
             first = first or error
     if isinstance(first, _Square):
         raise first
-    raise ShapeError(
-        f"the model runs on {examples} examples and not on {examples + 1}: {str(first).splitlines()[0]} "
-        "It must take any number of examples; look for a batch size written into a reshape, and at a context that has "
-        f"an entry for each example beside others that only happen to be {examples}."
-    ) from first
+    assert first is not None
+    text = (
+        f"the model runs on {examples} examples and not on {examples + 1}: {brief(first)} It must take any number of "
+        "examples: look for a batch size written into a reshape (write x.flatten(1), or -1 for it), or for a context "
+        f"of which some entries only happen to be {examples}."
+    )
+    raise ShapeError(with_line(text, first)) from first
 
 
 class _Square(ShapeError):
@@ -445,11 +447,14 @@ def _verify_fallbacks(
         try:
             singles = example_gradients(model, layout, params, names, part, own, some)
         except (RuntimeError, ValueError) as alone:
-            listed = "; ".join(f"{block.weight!r} ({block.why})" for block in layout.fallbacks)
             raise CoverageError(
-                f"{listed}: these need per-example gradients, and the model cannot run on single examples: "
-                f"{str(alone).splitlines()[0]} Common causes: batch norm in training mode (call net.eval(), or pass "
-                "its buffers as context), dropout (draw its noise outside)."
+                with_line(
+                    f"{listed(names)} (cause: {layout.fallbacks[0].cause}) {'is' if len(names) == 1 else 'are'} in no "
+                    "layer and so need the model to run on single examples, where it raises: "
+                    f"{brief(alone)} If batch norm in training mode is the reason, call net.eval(), or keep these "
+                    "parameters out of params.",
+                    alone,
+                )
             ) from alone
     noise = _noise(truth)
     for name in names:
