@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import time
 import warnings
 from collections.abc import Iterable
@@ -31,6 +33,8 @@ QUICK = (
     "transformers/ViTForImageClassification",
 )  # fmt: skip
 """Nets of `--quick`: a few from each source."""
+PATIENCE = 20
+"""Seconds of waiting for a second of CPU time, on a machine with other work."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ZooConfig:
     nets: str = option("", "parts of names with commas between, a net with any of them is tried; empty: all")
     quick: bool = option(False, "try sixteen nets with fewer repeats, in less than ten minutes")
     seconds: float = option(3.0, "CPU time for the repeats of a net in one mode", check=POSITIVE)
-    timeout: float = option(600.0, "seconds after which a net is given up", check=POSITIVE)
+    timeout: int = option(300, "CPU seconds after which a net is given up", check=POSITIVE)
     result: str = option("results/zoo.jsonl", "file of the results; nets that it holds are not tried again")
     page: str | None = option(None, "page whose tables are written from the results")
 
@@ -92,28 +96,29 @@ def run(config: ZooConfig) -> list[dict[str, Any]]:
     return [result for result in read(path) if result["name"] in set(names)]
 
 
-def alone(name: str, timeout: float, seconds: float) -> list[dict[str, Any]]:
-    """Return the results of a net, found in a process of its own."""
+def alone(name: str, timeout: int, seconds: float) -> list[dict[str, Any]]:
+    """Return the results of a net, found in a process of its own that may use so much CPU time."""
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, name, seconds))
+    process = context.Process(target=_send, args=(sender, name, timeout, seconds))
     process.start()
     sender.close()
     try:
-        if receiver.poll(timeout):
+        if receiver.poll(PATIENCE * timeout):
             found: list[dict[str, Any]] = receiver.recv()
             return found
-        error = "Timeout"
     except EOFError:
-        error = "Crash"
+        process.join()
     finally:
         process.kill()
         process.join()
+    error = "Timeout" if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) else "Crash"
     return [asdict(trial.Result(name, mode, error=error, typed=False, cause=error.lower())) for mode in trial.MODES]
 
 
-def _send(sender: Connection, name: str, seconds: float) -> None:
+def _send(sender: Connection, name: str, timeout: int, seconds: float) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout + 5))
     warnings.simplefilter("ignore")
     sender.send(trial.try_net(name, seconds))
     sender.close()

@@ -71,6 +71,27 @@ def test_parameters_that_are_nan_are_not_an_error_of_the_labels():
     assert len(str(caught.value)) < 450
 
 
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_a_mask_of_the_lowest_numbers_is_finite(drop_in):
+    """Additive masks hold -3.4e38, and the sum of two such numbers is minus infinity."""
+
+    class Added(Masked):
+        def forward(self, x, mask):
+            return self.body(x) + mask
+
+    mask = torch.zeros(N, CLASSES)
+    mask[:, 2] = torch.finfo(torch.float32).min
+    net, x, y = Added(), (torch.randn(N, 4), mask), torch.zeros(N).long()
+    if drop_in:
+        assert torch.isfinite(step(net, x, y))
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="empirical", context=context)
+    ff.check(ng.step(params, ng.init(params), (x, y), context=context)[2])
+    mask[0, 0] = torch.inf
+    with pytest.raises(E.NonFiniteError, match="inputs"):
+        ff.check(ng.step(params, ng.init(params), (x, y), context=context)[2])
+
+
 # ---------------------------------------------------------------------------------- coupling, or numerical noise
 
 

@@ -91,8 +91,8 @@ def multi_head_attention(
 
 def scaled_dot_product_attention(
     query: Float[Tensor, "*n l d"],
-    key: Float[Tensor, "*n s d"],
-    value: Float[Tensor, "*n s e"],
+    key: Float[Tensor, "*m s d"],
+    value: Float[Tensor, "*m s e"],
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,

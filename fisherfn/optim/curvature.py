@@ -309,7 +309,7 @@ def _inputs(x: PyTree) -> PyTree:
 def _finite(x: PyTree) -> PyTree:
     """Inputs that layers can be found with: those of a broken first batch would show nothing but NaN."""
     floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not bool(tree.finite(floats)):
+    if not bool(tree.finite_inputs(floats)):
         error, text = BATCH_CHECKS["inputs"]
         raise error(f"{text}. It is the first batch, and layers are found with it: pass example_inputs=x otherwise.")
     return x

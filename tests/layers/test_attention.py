@@ -125,6 +125,21 @@ def test_attention_with_a_linear_layer_each(causal):
     check(from_net(net, (3, 3, 4), "categorical"), dict.fromkeys(names, "linear"))
 
 
+def test_groups_of_queries_share_keys_and_values():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return self.out(seen.transpose(1, 2).flatten(2))
+
+    net = nn.Sequential(Grouped(), Readout(2))
+    check(from_net(net, (3, 3, 4), "categorical"), dict.fromkeys(["0.q", "0.k", "0.v", "0.out"], "linear"))
+
+
 def test_a_transformer_block():
     kinds_of = {"0.norm1": "layer norm", "0.norm2": "layer norm", "0.up": "linear", "0.down": "linear"}
     kinds_of |= {f"0.attention.{n}_proj": "linear" for n in ("q", "k", "v", "out")}

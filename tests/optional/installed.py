@@ -5,12 +5,16 @@ import warnings
 
 import pytest
 
+from common.zoo import nets
+
 
 def need(name):
     """The package, or a skipped module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages warn of when imported is theirs
         try:
+            if name in ("timm", "transformers"):
+                nets.torchvision()
             return importlib.import_module(name)
         except ImportError:
             reason = (

@@ -27,7 +27,7 @@ MODES = ("eval", "train")
 EVERY_UPDATE, EVERY_INVERT = 5, 10
 SECONDS = 3.0
 """CPU time for the repeats of a net in one mode."""
-FEWEST, MOST = 3, 15
+FEWEST, MOST = 2, 15
 """Repeats, whatever they take."""
 
 
