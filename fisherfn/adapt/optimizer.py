@@ -10,7 +10,8 @@ with δ₀ the previous update. One step, in order:
 3. The step is tried on the examples of that model. One that raises their loss is rejected: the parameters stay, and λ
    doubles, in the model at once and in the inverses at the next refresh.
 4. The next batch looks back: where its loss is higher than that of the batch before by more than sampling explains,
-   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see.
+   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see. So is a step
+   after which a good part of the parameters has no gradient at all: dead units do not come back by themselves.
 
 Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
@@ -57,6 +58,9 @@ PART, LEAST = 4, 64
 SIGMAS, TOLERANCE = 4.0, 0.02
 """The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
 
+DEAD = 0.1
+"""The share of all parameters that may lose their gradient in one step."""
+
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
 
@@ -92,6 +96,7 @@ class AdaptiveState(NamedTuple):
         first_curvature: tr F̂ / n at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
+        alive: for each parameter, whether its gradient was other than zero before the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
         count: steps that were averaged.
@@ -106,6 +111,7 @@ class AdaptiveState(NamedTuple):
     first_curvature: Float[Tensor, ""]
     loss: Float[Tensor, ""]
     spread: Float[Tensor, ""]
+    alive: Bool[Tensor, " parameters"]
     rejected: Bool[Tensor, ""]
     average: PyTree
     count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
@@ -146,7 +152,8 @@ class Adaptive:
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
         return AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool(),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)).clone(),
+            zero.bool(),
             () if self.average is None else params, torch.zeros_like(curvature.count),
         )  # fmt: skip
 
@@ -203,9 +210,10 @@ class Adaptive:
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
         loss, spread = self._loss(stats, batch)
-        back = self._looks_back(state, stats, loss, spread)
+        alive = torch.stack([torch.linalg.vector_norm(g, ord=torch.inf) != 0 for g in stats.grads.values()])
+        back = self._looks_back(state, stats, loss, spread, alive)
         tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
-        return self._decide(params, state, curvature, tried, back, (loss, spread), info, stats, lr_scale)
+        return self._decide(params, state, curvature, tried, back, (loss, spread, alive), info, stats, lr_scale)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
@@ -302,7 +310,7 @@ class Adaptive:
         curvature: State,
         tried: _Tried,
         back: Tensor,
-        seen: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor, Tensor],
         info: Info,
         stats: Stats,
         lr_scale: float | Tensor,
@@ -335,6 +343,7 @@ class Adaptive:
             shrink=torch.where(rejected, 0.5 * state.shrink, state.shrink),
             loss=torch.where(back, torch.inf, seen[0]),
             spread=torch.where(back, zero, seen[1]),
+            alive=accepted & seen[2],
             rejected=rejected | state.rejected,
         )
         if self.average is not None:
@@ -348,14 +357,18 @@ class Adaptive:
         info = info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
         return tree.select(sound, result, params), tree.select(sound, new, state), info
 
-    def _looks_back(self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor) -> Bool[Tensor, ""]:
-        """Whether this batch's loss is so high that the last update must have been a mistake."""
+    def _looks_back(
+        self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor, alive: Tensor
+    ) -> Bool[Tensor, ""]:
+        """Whether the last update must have been a mistake: the loss is too high, or too many parameters are dead."""
         sound = stats.checks["inputs"] & stats.checks["targets"]
         if not self.look_back:
             return torch.zeros_like(sound)
         limit = state.loss + SIGMAS * (state.spread + spread).sqrt() + TOLERANCE * state.loss.abs()
         fine = (loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
-        return sound & ~fine
+        sizes = [leaf.numel() for leaf in stats.grads.values()]
+        dead = (loss.new_tensor(sizes) * (state.alive & ~alive)).sum() > DEAD * sum(sizes)
+        return sound & (~fine | dead)
 
     # ----------------------------------------------------------------------------------------------------- the losses
 
@@ -424,7 +437,8 @@ def adaptive(
         average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
             0.99.
         look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
-            other reasons than the step (a second player, another data set).
+            other reasons than the step (a second player, another data set), or where batches use different parts of
+            the net in turn.
 
     Raises:
         HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".
