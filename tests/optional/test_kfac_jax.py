@@ -12,8 +12,8 @@ import fisherfn as ff
 from fisherfn.adapt import damping as rules
 from tests.optional.installed import need
 
-jax = need("jax")
-kfac_jax = need("kfac_jax")
+jax = need("jax", extra="reference")
+kfac_jax = need("kfac_jax", extra="reference")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS, WIDTHS, EXAMPLES = 20, (5, 8, 7, 4), 30
