@@ -7,8 +7,8 @@
 3. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
-A run is one line in `FOLDER/NET.jsonl`, written when it is finished; what is there is not run again. So the study can be
-stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat count
+A run is one line in `FOLDER/NET.jsonl`, written when it is finished; what is there is not run again. So the study can
+be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat count
 steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
 """
 

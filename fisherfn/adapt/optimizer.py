@@ -96,7 +96,7 @@ class AdaptiveState(NamedTuple):
         first_curvature: tr F̂ / n at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
-        alive: for each parameter, whether its preconditioned gradient was other than zero before the last accepted step.
+        alive: for each parameter, whether its preconditioned gradient was other than zero at the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
         count: steps that were averaged.

@@ -29,7 +29,8 @@ def problem(seed=0):
     """A tanh net with biases, inputs and classes, as arrays."""
     rng = np.random.default_rng(seed)
     layers = [
-        (rng.normal(size=(i, o)) / np.sqrt(i), 0.1 * rng.normal(size=o)) for i, o in zip(WIDTHS, WIDTHS[1:], strict=False)
+        (rng.normal(size=(i, o)) / np.sqrt(i), 0.1 * rng.normal(size=o))
+        for i, o in zip(WIDTHS, WIDTHS[1:], strict=False)
     ]
     x = rng.normal(size=(EXAMPLES, WIDTHS[0]))
     return layers, x, {"classes": rng.integers(WIDTHS[-1], size=EXAMPLES), "reals": rng.normal(size=(EXAMPLES, 4))}
