@@ -8,8 +8,8 @@
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
 A run is one line in `FOLDER/NET.jsonl`, written when it is finished; what is there is not run again. So the study can
-be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat count
-steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
+be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat
+count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from common.config import POSITIVE, ConfigError, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
 from common.optimizers import Optimizer
-from common.study import NETS, Net, Run, best, read, report, write
+from common.study import NETS, Net, Run, best, read, write
+from common.study_report import report
 from common.train_config import APPS, TrainConfig
 from common.trainer import cadence, make_optimizer, make_task, reported
 
@@ -55,7 +56,8 @@ class CompareConfig:
     compile: bool = option(False, "the race with compiled steps")
     threads: int = option(2, "threads of torch", check=POSITIVE)
     data_path: str | None = option(None, "folder with the files of the data sets; null: ./data")
-    folder: str = option("results/compare", "folder of the records, tables and pictures")
+    page: str | None = option(None, "page that gets the tables, and the picture beside it")
+    folder: str = option("results/compare", "folder of the records")
 
 
 def main(config: CompareConfig) -> None:
@@ -77,7 +79,7 @@ def main(config: CompareConfig) -> None:
                 write(records, done)
                 print(done.line(), flush=True)
     if "report" in phases:
-        report(Path(config.folder), nets)
+        report(Path(config.folder), nets, Path(config.page) if config.page else None)
 
 
 def listed(value: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The comparison's nets, its records, and the tables and pictures made of them."""
+"""The nets of the comparison (apps/compare.py) and the records of its runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Net(NamedTuple):
         epochs: length of every run.
         rates: by baseline, three times the decimal logarithm of the largest rate; the others follow in thirds.
         batch_size: None for the trainer's.
+        title: for tables and pictures.
     """
 
     app: str
@@ -31,6 +32,7 @@ class Net(NamedTuple):
     epochs: int
     rates: dict[str, int]
     batch_size: int | None = None
+    title: str = ""
 
 
 def _rates(sgd: int, adam: int) -> dict[str, int]:
@@ -38,17 +40,38 @@ def _rates(sgd: int, adam: int) -> dict[str, int]:
 
 
 NETS: dict[str, Net] = {
-    "MNIST": Net("train_mlp", "MNIST", "AE_MNIST", 30, _rates(-6, -6)),
-    "CURVES": Net("train_mlp", "CURVES", "AE_CURVES", 40, _rates(-6, -6)),
-    "CURVES_TANH": Net("train_mlp", "CURVES", "AE_CURVES_TANH", 40, _rates(-7, -6)),
-    "FACES": Net("train_mlp", "FACES", None, 10, _rates(-7, -7)),
-    "CIFAR10": Net("train_cnn", "CIFAR10", "cuda_convnet", 10, _rates(-2, -5)),
-    "MNIST_TANH": Net("train_mlp", "MNIST", "AE_MNIST_TANH", 30, _rates(-7, -6)),
-    "CURVES_SIGMOID": Net("train_mlp", "CURVES", "AE_CURVES_SIGMOID", 40, _rates(-6, -6)),
-    "MNIST_SIGMOID": Net("train_mlp", "MNIST", "AE_MNIST_SIGMOID", 30, _rates(-6, -6)),
-    "FACES_1024": Net("train_mlp", "FACES", None, 10, _rates(-7, -7), batch_size=1024),
-    "CONV_MNIST": Net("train_autoencoder", "MNIST", "conv_AE_MNIST", 10, _rates(-9, -4)),
-    "CONV_CIFAR10": Net("train_autoencoder", "CIFAR10", "conv_AE_CIFAR10", 10, _rates(-11, -4)),
+    "MNIST": Net("train_mlp", "MNIST", "AE_MNIST", 30, _rates(-6, -6), title="MNIST autoencoder"),
+    "CURVES": Net(
+        "train_mlp", "CURVES", "AE_CURVES", 40, _rates(-6, -6), title="CURVES autoencoder as published, ReLU code"
+    ),
+    "CURVES_TANH": Net(
+        "train_mlp", "CURVES", "AE_CURVES_TANH", 40, _rates(-7, -6), title="CURVES autoencoder, tanh and linear code"
+    ),
+    "FACES": Net("train_mlp", "FACES", None, 10, _rates(-7, -7), title="FACES autoencoder, batch 256"),
+    "CIFAR10": Net("train_cnn", "CIFAR10", "cuda_convnet", 10, _rates(-2, -5), title="cuda_convnet, CIFAR-10 subset"),
+    "MNIST_TANH": Net(
+        "train_mlp", "MNIST", "AE_MNIST_TANH", 30, _rates(-7, -6), title="MNIST autoencoder, tanh and linear code"
+    ),
+    "CURVES_SIGMOID": Net(
+        "train_mlp", "CURVES", "AE_CURVES_SIGMOID", 40, _rates(-6, -6), title="CURVES autoencoder, sigmoid"
+    ),
+    "MNIST_SIGMOID": Net(
+        "train_mlp", "MNIST", "AE_MNIST_SIGMOID", 30, _rates(-6, -6), title="MNIST autoencoder, sigmoid"
+    ),
+    "FACES_1024": Net(
+        "train_mlp", "FACES", None, 10, _rates(-7, -7), batch_size=1024, title="FACES autoencoder, batch 1,024"
+    ),
+    "CONV_MNIST": Net(
+        "train_autoencoder", "MNIST", "conv_AE_MNIST", 10, _rates(-9, -4), title="convolutional autoencoder, MNIST"
+    ),
+    "CONV_CIFAR10": Net(
+        "train_autoencoder",
+        "CIFAR10",
+        "conv_AE_CIFAR10",
+        10,
+        _rates(-11, -4),
+        title="convolutional autoencoder, CIFAR-10 subset",
+    ),
 }
 """The first five are the core of the study; the same command does the rest."""
 
@@ -104,13 +127,15 @@ class Run(NamedTuple):
 
 
 def read(path: Path) -> list[Run]:
-    """Return the finished runs of a file; a line that was cut off is none."""
+    """Return the finished runs of a file; a line that was cut off is none, a number that is none is NaN."""
     runs = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
-            runs.append(Run(**json.loads(text)))
+            run = Run(**json.loads(text))
         except json.JSONDecodeError:
             continue
+        points = [tuple(math.nan if value is None else value for value in point) for point in run.points]
+        runs.append(run._replace(points=points))
     return runs
 
 
@@ -118,7 +143,9 @@ def write(path: Path, run: Run) -> None:
     """Add a finished run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     points = [[None if not math.isfinite(v) else float(f"{v:.7g}") for v in point] for point in run.points]
+    whole = not path.exists() or path.read_text().endswith("\n")
     with path.open("a") as file:
+        file.write("" if whole else "\n")  # after a line that was cut off
         file.write(json.dumps(run._replace(points=points)._asdict()) + "\n")
 
 
@@ -126,7 +153,3 @@ def best(runs: Iterable[Run]) -> Run | None:
     """Return the run with the lowest final training loss, or None where none ended."""
     ended = [run for run in runs if math.isfinite(run.loss)]
     return min(ended, key=lambda run: run.loss, default=None)
-
-
-def report(folder: Path, nets: list[str]) -> None:
-    """Write the tables and pictures of these nets into the folder."""
