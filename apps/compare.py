@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import fisherfn as ff
-from common.baselines import BASELINES, baseline
+from common.baselines import BASELINES, Schedule, baseline
 from common.config import POSITIVE, ConfigError, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
@@ -38,7 +38,8 @@ from common.trainer import cadence, make_optimizer, make_task, reported
 PHASES = ("search", "repeat", "race", "report")
 CORE = "MNIST,CURVES,CURVES_TANH,FACES,CIFAR10"
 
-RATES, SCHEDULES = 6, ("constant", "cosine")
+RATES = 6
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 """Learning rates of each baseline, in thirds of a decade, each with every schedule; SOAP has half as many."""
 
 CHECKS = 4

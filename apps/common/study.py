@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.baselines import Schedule
 from common.train_config import LABELS
 
 TITLES = LABELS | {"adamw": "AdamW", "soap": "SOAP"}
@@ -95,7 +96,7 @@ class Run(NamedTuple):
     net: str
     optim: str
     lr: float | None
-    schedule: str | None
+    schedule: Schedule | None
     seed: int
     race: str = ""
     points: list[tuple[float, ...]] = []
@@ -142,11 +143,11 @@ def read(path: Path) -> list[Run]:
 def write(path: Path, run: Run) -> None:
     """Add a finished run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    points = [[None if not math.isfinite(v) else float(f"{v:.7g}") for v in point] for point in run.points]
+    points = [[float(f"{v:.7g}") if math.isfinite(v) else None for v in point] for point in run.points]
     whole = not path.exists() or path.read_text().endswith("\n")
     with path.open("a") as file:
         file.write("" if whole else "\n")  # after a line that was cut off
-        file.write(json.dumps(run._replace(points=points)._asdict()) + "\n")
+        file.write(json.dumps(run._asdict() | {"points": points}) + "\n")
 
 
 def best(runs: Iterable[Run]) -> Run | None:

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -143,7 +144,7 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw(axes: Axes, points: Points, x: int, style: dict[str, object]) -> None:
+def draw(axes: Axes, points: Points, x: int, style: dict[str, Any]) -> None:
     """Draw one run, its start left out."""
     shown = [(point[x], point[2]) for point in points if point[0]]
     axes.plot([a for a, _ in shown], [b for _, b in shown], **style)

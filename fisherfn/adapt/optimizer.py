@@ -52,7 +52,7 @@ One pair of constants for all nets; docs/adaptive.md has the measurements.
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
 """The meaning of "auto" for the rule "clip"."""
 
-PART, LEAST = 4, 64
+PART, LEAST = 8, 32
 """The quadratic model is that of the first N / PART examples, but of at least so many."""
 
 SIGMAS, TOLERANCE = 4.0, 0.02
@@ -427,7 +427,7 @@ def adaptive(
         kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
         ema: weight of the old factors, in [0, 1).
         weight_decay: w, decoupled: α w θ is subtracted beside the step.
-        model_examples: examples of each batch that the quadratic model is of; None for a quarter, at least 64. A
+        model_examples: examples of each batch that the quadratic model is of; None for an eighth, at least 32. A
             model that mixes examples (batch norm in training mode) is always run on all.
         average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
             0.99.
