@@ -71,7 +71,7 @@ def test_with_the_very_fisher_as_preconditioner_step_size_and_momentum_are_one_a
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_lowers_the_loss(method):
     problem = mlp(examples=80)
-    opt = ff.adaptive(built(problem, method))
+    opt = ff.adaptive(built(problem, method), model_examples=80)
     params, _, infos = steps(problem, opt, 12)
     assert float(loss(problem, params)) < 0.9 * float(infos[0].loss)
     ff.check(infos[-1])
@@ -86,7 +86,7 @@ def test_classes_take_the_clip_and_images_the_model():
 def test_the_clip_is_that_of_kl_clip_with_momentum():
     problem = mlp(ff.Categorical(), examples=40)
     ng = built(problem)
-    opt = ff.adaptive(ng, damping=0.1, kl_bound=1e-2, look_back=False)
+    opt = ff.adaptive(ng, damping=0.1, kl_bound=1e-2, look_back=False, model_examples=40)
     params, state, _ = steps(problem, opt, 5)
     rng = torch.Generator().manual_seed(0)
     theta, curvature, v = problem.params, ng.init(problem.params, damping=0.1), ff.tree.zeros_like(problem.params)
