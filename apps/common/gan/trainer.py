@@ -83,9 +83,10 @@ def make_optimizer(
     cadence = ff.Cadence.fixed(config.update_every or every, config.invert_every or every)
     if player.penalty is None and config.gen_damping == "auto":
         # no looking back: the other player moves this one's loss
+        bound = {"rule": "clip", "kl_bound": config.clipping} if config.clipping else {"rule": "model"}
         opt = ff.adaptive(
-            ng, rule="clip", lr=lr, momentum=config.momentum, kl_bound=config.clipping or None, ema=config.ema,
-            weight_decay=config.weight_decay, look_back=False,
+            ng, **bound, lr=lr, momentum=config.momentum, ema=config.ema, weight_decay=config.weight_decay,
+            look_back=False,
         )  # fmt: skip
         return optimizers.adaptive(opt, cadence)
     return optimizers.natural(
