@@ -8,7 +8,7 @@ import pytest
 from common.zoo import nets
 
 
-def need(name):
+def need(name, extra="optional"):
     """The package, or a skipped module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages warn of when imported is theirs
@@ -18,6 +18,6 @@ def need(name):
             return importlib.import_module(name)
         except ImportError:
             reason = (
-                f"{name} is not installed: pip install -c constraints.txt -c constraints-optional.txt -e '.[optional]'"
+                f"{name} is not installed: pip install -c constraints.txt -c constraints-optional.txt -e '.[{extra}]'"
             )
             pytest.skip(reason, allow_module_level=True)
