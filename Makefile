@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-deep lint format docs gallery demo build check-wheel soak search benchmark clean
+.PHONY: help install test test-deep lint format docs gallery demo build check-wheel soak zoo search benchmark clean
 
 help:  ## this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
@@ -53,6 +53,9 @@ check-wheel: build  ## install the wheel into a fresh environment, with what it 
 
 soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
 	$(BIN)/python apps/soak.py
+
+zoo: .venv/installed  ## try more than 150 nets, of those packages that are installed (an hour; it goes on where it stopped)
+	$(SINGLE_THREADED) $(BIN)/python apps/zoo.py --page docs/coverage.md
 
 search: .venv/installed  ## run the recorded hyper-parameter search again (hours)
 	$(BIN)/python apps/search.py

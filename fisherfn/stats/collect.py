@@ -63,7 +63,9 @@ def collect(
     layers = {b.key: LayerStats(inputs[b.weight], grads[b.weight], loss_grads[b.weight]) for b in layout.blocks}
     loss = nll.mean()
     checks = {
-        "inputs": tree.finite_inputs([loss.new_zeros(()), *(leaf for leaf in tree.leaves(x) if leaf.is_floating_point())]),
+        "inputs": tree.finite_inputs(
+            [loss.new_zeros(()), *(leaf for leaf in tree.leaves(x) if leaf.is_floating_point())]
+        ),
         "targets": _valid(labels.likelihood, outputs, y),
         "loss": torch.isfinite(loss),
     }

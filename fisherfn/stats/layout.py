@@ -117,7 +117,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model, with the shapes that one trace found. `print(layout)` is the coverage report, a table in a notebook."""
+    """All blocks of a model, with the shapes that one trace found.
+
+    `print(layout)` is the coverage report; a notebook shows it as a table.
+    """
 
     blocks: tuple[Block, ...]
     shapes: tuple[tuple[str, Size], ...]

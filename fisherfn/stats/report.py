@@ -1,4 +1,4 @@
-"""The coverage report: which block each parameter belongs to, why, and what the fallback costs; as text or as a table."""
+"""The coverage report, as text or as a table: which block each parameter belongs to, and what the fallback costs."""
 
 from __future__ import annotations
 

@@ -26,9 +26,7 @@ def tokens(vocabulary):
 
 
 def bert():
-    config = transformers.BertConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=64, num_labels=CLASSES, **SMALL
-    )
+    config = transformers.BertConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_labels=CLASSES, **SMALL)
     return transformers.BertForSequenceClassification(config), tokens(99), torch.randint(CLASSES, (N,))
 
 
@@ -82,7 +80,14 @@ def lstm():
     return Classifier(), torch.randint(99, (N, T)), torch.randint(CLASSES, (N,))
 
 
-NETS = {"bert": bert, "gpt2-tied": gpt2, "llama": llama, "vit-layer-scale": vit, "convnext-drop-path": convnext, "lstm": lstm}
+NETS = {
+    "bert": bert,
+    "gpt2-tied": gpt2,
+    "llama": llama,
+    "vit-layer-scale": vit,
+    "convnext-drop-path": convnext,
+    "lstm": lstm,
+}
 
 
 def made(name):
@@ -143,9 +148,7 @@ def compiled_is_plain(name, **options):
     case = without_branches(made(name))
     model, params, context = ff.functional(case.net)
     context = context | {"dropout": ff.dropout_seeds(N, torch.Generator().manual_seed(1))}
-    ng = ff.natural_gradient(
-        model, params, case.x, likelihood=ff.Categorical(), context=context, unused="ignore"
-    )
+    ng = ff.natural_gradient(model, params, case.x, likelihood=ff.Categorical(), context=context, unused="ignore")
     batch = (case.x, case.y)
     noise = ng.noise(batch, torch.Generator().manual_seed(2))
     state = ng.init(params, damping=0.1)

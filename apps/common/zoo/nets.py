@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +67,11 @@ _KEPT: list[Any] = []
 
 def preload() -> None:
     """Import the packages that are installed, so that a forked process has them."""
-    for package in (torchvision, *(partial(importlib.import_module, name) for name in ("timm", "transformers"))):
+    with contextlib.suppress(ImportError):
+        torchvision()
+    for name in ("timm", "transformers"):
         with contextlib.suppress(ImportError):
-            package()
+            importlib.import_module(name)
 
 
 def installed(name: str) -> bool:

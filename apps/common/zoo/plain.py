@@ -19,11 +19,11 @@ Made = tuple[nn.Module, Any, Any]
 class Apply(nn.Module):
     """A function as a module, for a place in nn.Sequential."""
 
-    def __init__(self, function: Callable[[Any], Tensor]) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, x: Any) -> Tensor:
+    def forward(self, x: Any) -> Any:
         """Apply the function."""
         return self.function(x)
 

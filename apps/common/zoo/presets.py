@@ -208,8 +208,12 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "BertForSequenceClassification": ("sentence", {}),
     "DebertaForSequenceClassification": ("sentence", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "DistilBertForSequenceClassification": ("sentence", {}),
-    "XLNetForSequenceClassification": ("sentence", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None}),
-    "FunnelForSequenceClassification": ("sentence", {"block_sizes": [1, 1], "num_hidden_layers": None, "d_model": 32, "n_head": 4, "d_head": 8}),
+    "XLNetForSequenceClassification": (
+        "sentence", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None},
+    ),
+    "FunnelForSequenceClassification": (
+        "sentence", {"block_sizes": [1, 1], "num_hidden_layers": None, "d_model": 32, "n_head": 4, "d_head": 8},
+    ),
     "ConvBertForSequenceClassification": ("sentence", {"embedding_size": 32}),
     "LlamaForSequenceClassification": ("sentence", GROUPED),
     "T5ForSequenceClassification": ("sentence", {**T5, "decoder_start_token_id": 1}),

@@ -124,9 +124,7 @@ def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
     if mode == "train":
         context = context | {"dropout": ff.dropout_seeds(BATCH, torch.Generator().manual_seed(1))}
     began = time.process_time()
-    ng = ff.natural_gradient(
-        model, params, problem.x, likelihood=problem.likelihood, context=context, unused="ignore"
-    )
+    ng = ff.natural_gradient(model, params, problem.x, likelihood=problem.likelihood, context=context, unused="ignore")
     result.built, result.build_seconds = True, time.process_time() - began
     _coverage(result, ng.layout)
     generator = torch.Generator().manual_seed(2)
@@ -149,8 +147,9 @@ def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
         net.zero_grad()
 
     def step(update: bool, invert: bool) -> Callable[[], Any]:
-        flags = {"update": update, "invert": invert, "inner": True}
-        return lambda: ng.step(params, state, batch, generator=generator, context=context, **flags)
+        return lambda: ng.step(
+            params, state, batch, generator=generator, context=context, update=update, invert=invert, inner=True
+        )
 
     calls = {"pass": forward_backward, "plain": step(False, False), "update": step(True, False)}
     calls["invert"] = step(True, True)
