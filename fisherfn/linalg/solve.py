@@ -35,6 +35,8 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
         inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
         return Inverted(inverse, torch.isfinite(inverse.sum()), jitter, spread(inverse))
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    pivots += pivots == 0  # of a failed factorisation: torch would raise for all that are inverted together
     inverse = torch.cholesky_inverse(factor)
     return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
 

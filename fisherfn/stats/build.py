@@ -53,11 +53,15 @@ class _TooFewError(ValueError):
 
 
 def _few(x: PyTree, context: PyTree) -> tuple[PyTree, PyTree]:
-    """The first examples, with their dropout seeds: what a build costs need not grow with the batch."""
+    """A few examples with their dropout seeds: what a build costs need not grow with the batch.
+
+    They lie all over it: a model may take another path where some are padded.
+    """
+    chosen = torch.linspace(0, tree.leaves(x)[0].shape[0] - 1, FEW).long()
     seeded = [path.partition("/")[0] == "dropout" for path in tree.flatten(context)]
     pairs = zip(tree.leaves(context), seeded, strict=True)
-    return tree.map(lambda leaf: leaf[:FEW], x), tree.replace_leaves(
-        context, [leaf[:FEW] if mine else leaf for leaf, mine in pairs]
+    return tree.map(lambda leaf: leaf[chosen], x), tree.replace_leaves(
+        context, [leaf[chosen] if mine else leaf for leaf, mine in pairs]
     )
 
 

@@ -139,7 +139,9 @@ class Ledger:
         if spreads(func):
             whole: Tensor = func(*args, **kwargs)  # a view: only its shape is wanted
             ((_, entry),) = shared.items()
-            return meeting(entry.copies(whole.shape[place.axis] // place.repeats), *place).expand(whole.shape)
+            copies = meeting(entry.copies(whole.shape[place.axis] // place.repeats), *place).expand(whole.shape)
+            # what `repeat` returns has memory of its own, and may be viewed in another shape
+            return copies.contiguous() if whole.is_contiguous() else copies
         shapes = [leaf.shape for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         examples = torch.broadcast_shapes(*shapes)[place.axis] // place.repeats
         laid = {key: meeting(entry.copies(examples), *place) for key, entry in shared.items()}

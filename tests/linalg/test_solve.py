@@ -49,3 +49,13 @@ def test_eigenvectors_of_dead_units_are_finite():
         values, vectors = eigh((matrix + matrix.mT) / 2)
         assert torch.isfinite(values).all() and torch.isfinite(vectors).all()
         assert ((vectors * values.unsqueeze(-2)) @ vectors.mT - matrix).norm() < 1e-5 * matrix.norm()
+
+
+def test_a_factorisation_that_stops_at_a_zero_is_a_mask():
+    matrix = torch.stack([torch.eye(3), torch.tensor([[0.0, 1e30, 0], [1e30, 0, 0], [0, 0, 0]])])
+    found = damped_inverse(matrix, torch.zeros(2))
+    assert not found.ok
+    broken = torch.full((1, 3, 3), torch.nan)
+    assert not damped_inverse(broken, torch.ones(1)).ok
+    zero = damped_inverse(torch.zeros(1, 3, 3), torch.zeros(1))
+    assert not zero.ok and found.inverse.shape == matrix.shape

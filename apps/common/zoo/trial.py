@@ -118,6 +118,7 @@ def word(error: Exception) -> str:
 
 
 def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
+    _settle(problem)
     net = problem.net.train(mode == "train")
     batch = (problem.x, problem.y)
     model, params, context = ff.functional(net)
@@ -142,7 +143,7 @@ def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
     del nat, truth, info
 
     def forward_backward() -> None:
-        outputs = _outputs(net(**problem.x) if isinstance(problem.x, Mapping) else _call(net, problem.x))
+        outputs = _outputs(_run(net, problem.x))
         problem.likelihood.nll(outputs, problem.y).mean().backward()
         net.zero_grad()
 
@@ -156,9 +157,23 @@ def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
     times = interleaved(calls, seconds)
     both = EVERY_INVERT // EVERY_UPDATE
     cycle = (EVERY_INVERT - both) * times["plain"] + (both - 1) * times["update"] + times["invert"]
-    result.cost, result.pass_ms = cycle / EVERY_INVERT / times["pass"], 1e3 * times["pass"]
+    result.pass_ms = 1e3 * times["pass"]
+    result.cost = cycle / EVERY_INVERT / times["pass"] if times["pass"] else None
     passed, taken = peak_bytes(forward_backward), peak_bytes(calls["invert"])
     result.memory = taken / passed if passed and taken else None
+
+
+def _settle(problem: Problem) -> None:
+    """Give batch norm the statistics of the batch, as training would; with those of a new net, activations explode."""
+    norms = [module for module in problem.net.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            _run(problem.net.train(), problem.x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _coverage(result: Result, layout: ff.Layout) -> None:
@@ -173,7 +188,9 @@ def _coverage(result: Result, layout: ff.Layout) -> None:
     result.causes, result.one_by_one = dict(causes), bool(layout.one_by_one)
 
 
-def _call(net: torch.nn.Module, x: Any) -> Any:
+def _run(net: torch.nn.Module, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return net(**x)
     return net(*x) if isinstance(x, tuple) else net(x)
 
 
