@@ -48,6 +48,10 @@ WAYS = {
     "second axis": (W, lambda w, h: (h.transpose(0, 1) * w).transpose(0, 1)),
     "second axis, table": ((3, 1, 4), lambda w, h: (h.transpose(0, 1) + w).transpose(0, 1)),
     "merged rows": (W, lambda w, h: (h.flatten(0, 1) * w).unflatten(0, h.shape[:2])),
+    "repeat and view": (
+        (1, 3, 4),
+        lambda w, h: (w.repeat(len(h), 1, 1).view(len(h) * 3, 4) * h.flatten(0, 1)).unflatten(0, h.shape[:2]),
+    ),
     "windows": ((1, 2, 4), lambda w, h: (h.repeat(1, 2, 1).reshape(-1, 2, 4) + w).reshape(len(h), -1)),
     "gathered": ((5, 2), lambda w, h: h + w[torch.tensor([[0, 1], [2, 4], [1, 1]])].flatten(1)),
     "chunks": ((8,), lambda w, h: h * w.chunk(2)[0] + w.chunk(2)[1]),

@@ -104,3 +104,32 @@ class Reshapes(nn.Module):
 def test_an_error_is_that_of_all_examples():
     with as_installed(), pytest.raises(E.ShapeError, match=f"runs on {N} examples and not on {N + 1}"):
         build(Reshapes(), torch.randn(N, 4))
+
+
+class Padded(nn.Module):
+    """A table that is added where nothing is padded, and chosen by the mask where something is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.table = nn.Parameter(torch.randn(1, 5))
+
+    def forward(self, inputs):
+        x, mask = inputs["x"], inputs["mask"]
+        table = self.table.expand(len(x), -1)
+        if not mask.all():
+            table = torch.where(mask[:, None], self.table, -1.0)
+        return self.last(torch.tanh(self.first(x)) + table)
+
+
+def test_the_few_examples_are_from_everywhere():
+    mask = torch.arange(N) < N // 2
+    batch = {"x": torch.randn(N, 4), "mask": mask}, torch.randint(CLASSES, (N,))
+    net = Padded()
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Categorical(), context=context, fisher="empirical")
+    assert not ng.layout.fallbacks
+    found = ng.stats(params, batch, context=context).grads
+    nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
