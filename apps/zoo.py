@@ -39,7 +39,7 @@ PATIENCE = 20
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """Which nets, and where the results go."""
+    """Nets to try, and the place of the results."""
 
     nets: str = option("", "parts of names with commas between, a net with any of them is tried; empty: all")
     quick: bool = option(False, "try sixteen nets with fewer repeats, in less than ten minutes")

@@ -81,7 +81,7 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "vovnet39a": (64, {"stem_chs": (16, 16, 16), "stage_conv_chs": (16,) * 4, "stage_out_chs": (32, 32, 64, 64)}),
     "xcit_nano_12_p16_224": (32, {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4}),
 }
-"""By name: pixels of the input's sides, and options."""
+"""Pixels of the input's sides, and options, by name."""
 
 TORCHVISION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "ConvNeXt": ((3, 64, 64), {"stochastic_depth_prob": 0.1}),
@@ -113,7 +113,7 @@ TORCHVISION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "shufflenet_v2_x0_5": ((3, 64, 64), {}),
     "squeezenet1_1": ((3, 64, 64), {}),
 }  # fmt: skip
-"""By name: shape of an example, and options; a class is made by itself."""
+"""Shape of an example, and options, by name; a class is made with small blocks."""
 
 
 def torchvision_net(models: Any, name: str, options: dict[str, Any]) -> Any:
@@ -266,4 +266,4 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "HubertForSequenceClassification": ("audio", WAVES),
     "WavLMForSequenceClassification": ("audio", WAVES),
 }  # fmt: skip
-"""By class: the kind of its inputs, and options beside `SMALL`."""
+"""Kind of the inputs, and options beside `SMALL`, by class."""

@@ -34,7 +34,7 @@ FEWEST, MOST = 2, 15
 
 @dataclass
 class Result:
-    """What was found for a net in one mode.
+    """Findings for a net in one mode.
 
     Attributes:
         name: `source/net`.
