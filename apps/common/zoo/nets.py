@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 def names() -> list[str]:
-    """All nets, those of one source together."""
+    """Return the names of all nets, those of one source together."""
     return [f"{source}/{name}" for source, nets in SOURCES.items() for name in nets]
 
 
