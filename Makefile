@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # one thread a worker: the workers already fill the cores, and sums come out the same everywhere
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TYPED := --jaxtyping-packages=fisherfn,beartype.beartype
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-deep lint format docs gallery demo build check-wheel soak search benchmark clean
@@ -18,11 +19,12 @@ install: .venv/installed  ## create .venv with the pinned versions (again after 
 demo: .venv/installed  ## train on data made on the spot; prints a table, writes pictures
 	$(BIN)/python apps/demo.py
 
-test: .venv/installed  ## all tests and doctests
-	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS)
+test: .venv/installed  ## all tests and doctests, then a small part of them with shapes and types checked at run time
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS) --durations 40
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS) $(TYPED) -m typed
 
-test-deep: .venv/installed  ## the same with many more random examples
-	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS)
+test-deep: .venv/installed  ## all with shapes and types checked, and many more random examples
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS) $(TYPED)
 
 lint: .venv/installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ settings.load_profile(os.environ.get("FISHERFN_HYPOTHESIS", "quick"))
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.typed"]
+
 
 @pytest.fixture(autouse=True)
 def untouched_torch_globals():
