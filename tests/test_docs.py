@@ -168,7 +168,7 @@ def test_a_page_on_a_method_says_what_it_costs_and_when_to_take_it(name):
     builder = ff.METHODS[name].__name__
     text = (DOCS / "methods" / f"{builder}.md").read_text(encoding="utf-8")
     assert f"`ff.{builder}(" in text and f"--optim {name}" in text and "$" in text
-    assert {"cost", "when"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
+    assert {"cost", "when-to-use-it"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
     assert found & {"reference", "references"}
 
 
