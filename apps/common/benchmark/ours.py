@@ -14,7 +14,7 @@ from common.benchmark.problems import Problem
 
 
 class Variant(NamedTuple):
-    """A method, and whether its steps are clipped."""
+    """A method, and a flag for the KL clip."""
 
     method: Callable[[], ff.Method]
     clip: bool
@@ -24,11 +24,11 @@ VARIANTS = {
     "fisherfn, KL clip": Variant(ff.kfac, clip=True),
     "fisherfn": Variant(ff.kfac, clip=False),
 }
-"""Another one is a line here."""
+"""The variants of K-FAC; add another one as a line."""
 
 
 class Prepared(NamedTuple):
-    """A natural gradient whose state has seen one step, and what its calls take."""
+    """A natural gradient after one step, with the arguments of its calls."""
 
     problem: Problem
     ng: ff.NaturalGradient
@@ -36,16 +36,16 @@ class Prepared(NamedTuple):
     given: dict[str, Any]  # generator and context
 
     def stats(self, **more: Any) -> ff.Stats:
-        """Statistics of the batch."""
+        """Compute statistics of the batch."""
         return self.ng.stats(self.problem.params, self.problem.batch, **self.given, **more)
 
     def step(self, **more: Any) -> tuple[Any, ff.State, ff.Info]:
-        """A step on the batch."""
+        """Take a step on the batch."""
         return self.ng.step(self.problem.params, self.state, self.problem.batch, **self.given, **more)
 
 
 def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> Prepared:
-    """Built, and one step done: first calls are slower."""
+    """Build a natural gradient and take one step, because first calls are slower."""
     x, likelihood = problem.batch[0], problem.likelihood
     ng = ff.natural_gradient(
         problem.model, problem.params, x, likelihood=likelihood, method=method, fisher=fisher, context=problem.context
@@ -58,7 +58,7 @@ def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> P
 
 
 def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contender:
-    """Training steps of three kinds, the update of the weights included."""
+    """Build training steps of three kinds, including the update of the weights."""
     one = prepared(problem, variant.method())
 
     def pure(params: Any, state: ff.State, batch: Any, noise: Any, context: Any, update: bool, invert: bool) -> Any:
@@ -86,11 +86,11 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
 COMPILED: dict[str, Callable[[Problem], Contender]] = {
     f"{label}, compiled": partial(kfac, variant=variant, compiled=True) for label, variant in VARIANTS.items()
 }
-"""The same as one graph."""
+"""The same, compiled."""
 
 
 def refreshes(problem: Problem) -> dict[str, Step]:
-    """Statistics and factors of every method, without a gradient or a step."""
+    """Build calls for statistics and factors of every method, without gradient or step."""
 
     def refresh(one: Prepared) -> Step:
         return lambda: one.ng.update(one.state, one.stats())
@@ -103,7 +103,7 @@ IN_TOTAL_COMPILED = f"{IN_TOTAL}, compiled"
 
 
 def exact(problem: Problem, compiled: bool = True) -> dict[str, Step]:
-    """The exact natural gradient of the full empirical Fisher, beside a forward and backward of the same batch."""
+    """Build calls of the exact natural gradient (full empirical Fisher), and of a forward and backward pass."""
     one, train = prepared(problem, "exactNG", fisher="empirical"), problem.training()
     fisher = one.ng.fisher(one.stats(), structure="full")
 

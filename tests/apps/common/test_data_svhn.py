@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
     [
         ({"X": np.zeros((32, 32, 3), np.uint8)}, r"'X' \[32, 32, 3, N\], found X \[32, 32, 3\]"),
         ({"X": np.zeros((5, 3, 32, 32), np.uint8)}, r"found X \[5, 3, 32, 32\]"),
-        ({"X": np.zeros((32, 32, 3, 5))}, "'X' should hold bytes"),
+        ({"X": np.zeros((32, 32, 3, 5))}, "'X' should contain bytes"),
         ({"y": np.ones((4, 1))}, r"'y' \[5, 1\]"),
         ({"y": np.zeros((5, 1))}, "labels go from 0 to 0 where 1 to 10"),
         ({"y": np.full((5, 1), 11)}, "labels go from 11 to 11 where 1 to 10"),
