@@ -87,7 +87,10 @@ def header(*lengths: int, magic: int | None = None) -> bytes:
 GOOD = idx_bytes(TEN[0])
 HUGE = header(2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(100)
 MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda path: path.write_bytes(GOOD[:-1]), "10 × 4 × 3 = 120 bytes, which a file of 135 cannot contain"),
+    "truncated": (
+        lambda path: path.write_bytes(GOOD[:-1]),
+        "10 × 4 × 3 = 120 bytes, which a file of 135 cannot contain",
+    ),
     "cut in the header": (lambda path: path.write_bytes(GOOD[:9]), "truncated, 5 of 12 bytes"),
     "empty": (lambda path: path.write_bytes(b""), "truncated, 0 of 4 bytes"),
     "too long": (lambda path: path.write_bytes(GOOD + b"x"), "longer than its header says"),

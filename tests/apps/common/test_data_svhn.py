@@ -13,7 +13,7 @@ from common.data import DataError, load, svhn
 
 
 def part(count: int, seed: int) -> dict[str, np.ndarray]:
-    """As published: X [32, 32, 3, N] of bytes and y [N, 1] from 1 to 10."""
+    """Write a file as published: X [32, 32, 3, N] of bytes and y [N, 1] from 1 to 10."""
     rng = np.random.default_rng(seed)
     return {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8), "y": np.arange(count)[:, None] % 10 + 1}
 
