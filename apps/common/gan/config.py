@@ -61,8 +61,11 @@ class GanConfig:
 
     damping: float = option(1e-4, "natural gradients: damping of the Fisher", check=NON_NEGATIVE)
     clipping: float = option(0.01, "natural gradients: KL bound, 0 for no clip", check=NON_NEGATIVE)
-    gen_damping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
-    gen_clipping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
+    gen_damping: float | Literal["auto"] | None = option(
+        None, "damping of the generator, if different; auto: from the reduction ratio, bad steps are taken back",
+        check=NON_NEGATIVE,
+    )  # fmt: skip
+    gen_clipping: float | None = option(None, "KL bound of the generator, if different", check=NON_NEGATIVE)
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(
         None, "natural gradients: steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
