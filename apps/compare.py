@@ -8,8 +8,9 @@
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
 A run is one line in `FOLDER/NET.jsonl`, written when it is finished; finished runs are not repeated. The study can
-therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat
-count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
+therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search
+and repeat count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and
+pictures.
 """
 
 from __future__ import annotations
