@@ -170,6 +170,7 @@ def test_a_page_on_a_method_says_what_it_costs_and_when_to_take_it(name):
     assert f"`ff.{builder}(" in text and f"--optim {name}" in text and "$" in text
     assert {"cost", "when-to-use-it"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
     assert found & {"reference", "references"}
+    assert "](../references.md#" in text
 
 
 def test_the_site_builds_and_fetches_nothing(tmp_path):
