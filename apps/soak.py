@@ -102,7 +102,7 @@ def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
             problem = disturbed(Path(folder), optim, FAULTS[name], dice)
             counts[name]["injected"] += 1
             counts[name]["lost" if problem else "survived"] += 1
-            print(f"{optim:14} {name:32} {problem or 'equals the straight run'}", flush=True)
+            print(f"{optim:14} {name:32} {problem or 'equals the undisturbed run'}", flush=True)
     path = Path(config.result)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(counts, indent=1))
@@ -118,7 +118,7 @@ def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str 
         code, printed = command(root, optim, straight.name)
         (straight / "seconds").write_text(str(time.monotonic() - began))
         if code:
-            return f"the straight run failed: {printed}"
+            return f"the undisturbed run failed: {printed}"
     seconds = float((straight / "seconds").read_text())
     folder = straight.with_name(straight.name.replace("straight", "disturbed"))
     code, printed = command(root, optim, folder.name, "--overwrite", fault=fault, moment=dice.uniform(0, seconds))
@@ -169,11 +169,11 @@ def difference(straight: Path, folder: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     if one.keys() != two.keys() or not all(torch.equal(one[path], two[path]) for path in one):
-        return "another checkpoint than the straight run's"
+        return "the checkpoint differs from the undisturbed run's"
     found = [
         [{name: m[name] for name in m if name != "seconds"} for m in read_metrics(path)] for path in (straight, folder)
     ]
-    return None if found[0] == found[1] else "other metrics than the straight run's"
+    return None if found[0] == found[1] else "the metrics differ from the undisturbed run's"
 
 
 if __name__ == "__main__":

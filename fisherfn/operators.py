@@ -18,7 +18,7 @@ from fisherfn.errors import MissingPackageError, StructureError, TooLargeError, 
 from fisherfn.types import Tree
 
 Kind = Literal["symmetric", "general", "nonlinear"]
-"""How a preconditioner depends on the gradient."""
+"""Dependence of a preconditioner on the gradient."""
 
 LARGEST = 4096
 """Largest number of rows of a dense matrix, where no structure can be used: 128 MiB in float64."""

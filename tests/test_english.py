@@ -47,9 +47,11 @@ def name(path):
 
 
 def docstrings(text):
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
-    return [docstring for docstring in found if docstring]
+    """The strings that stand alone as statements: docstrings, also those below a constant."""
+    bodies = (getattr(node, "body", None) for node in ast.walk(ast.parse(text)))
+    statements = [statement for body in bodies if isinstance(body, list) for statement in body]
+    values = [statement.value for statement in statements if isinstance(statement, ast.Expr)]
+    return [v.value.strip() for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
 
 
 def comments(text):

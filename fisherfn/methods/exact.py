@@ -240,7 +240,7 @@ def _solve(system: System, gradients: Mapping[str, Tensor | Tap]) -> dict[str, T
 
 
 def _rows_serve(tap: Tap, V: Tensor | Tap) -> bool:
-    """Whether the inner products can be computed from rows of both taps, so that neither W nor ∇ is formed."""
+    """Return True if the inner products can be computed from rows of both taps, without forming W or ∇."""
     if isinstance(V, Tensor):
         return False
     mine, other = tap.sizes, V.sizes

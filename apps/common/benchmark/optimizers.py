@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Callable[[Problem], Contender]] = {
     "Shampoo": shampoo,
     "SOAP": soap,
 }
-"""All optimizers except SGD."""
+"""The optimizers except SGD."""
 
 COMPILED: dict[str, Callable[[Problem], Contender]] = {"SGD, compiled": sgd_compiled}
 """The unit with a compiler."""
