@@ -91,7 +91,7 @@ def table(runs: Runs, num_epochs: int) -> str:
     """Format one line per optimizer: mean ± standard deviation over seeds after the last epoch, seconds per epoch."""
     last = {optim: finished(list(seeds.values()), num_epochs) for optim, seeds in runs.items()}
     columns = [key for key in COLUMNS if any(key in metrics for ends in last.values() for metrics in ends)]
-    head = f"{'':14}" + "".join(f"{COLUMNS[key]:>20}" for key in columns) + f"{'s an epoch':>12}{'seeds':>8}"
+    head = f"{'':14}" + "".join(f"{COLUMNS[key]:>20}" for key in columns) + f"{'s per epoch':>12}{'seeds':>8}"
     lines = [head]
     for optim, ends in last.items():
         cells = "".join(f"{spread([metrics[key] for metrics in ends]):>20}" for key in columns)

@@ -101,7 +101,7 @@ def draw(file: Path, runs: dict) -> None:
         ends = [curve[-10:].mean().item() for _, curve in each]
         right.semilogy([place] * len(ends), ends, "o", color=colour, markerfacecolor="none")
         right.semilogy(place, ends[0], "o", color=colour)
-    left.set(title="Best of four settings, mean of ten steps", xlabel="step", ylabel="loss − entropy, nats an image")
+    left.set(title="Best of four settings, mean of ten steps", xlabel="step", ylabel="loss − entropy, nats per image")
     left.legend()
     right.set(title="The last ten steps of all settings")
     right.set_xticks(range(len(runs)), runs)

@@ -20,7 +20,7 @@ from tests import kron_oracles, zoo
 from tests.zoo import Sampled
 
 TIGHT = 10
-"""As many iterations as the symmetric factors of most of these tests have dimensions: the methods have converged."""
+"""Number of iterations: the dimension of the symmetric factors in most of these tests, so the methods have converged."""
 
 # Built once each: at every call, run-time type checks would make a builder's inner functions anew.
 ITERATIVE = {
