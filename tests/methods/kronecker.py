@@ -20,7 +20,7 @@ from tests import kron_oracles, zoo
 from tests.zoo import Sampled
 
 TIGHT = 10
-"""Number of iterations: the dimension of the symmetric factors in most of these tests, so the methods have converged."""
+"""Number of iterations: the dimension of the symmetric factors in most of these tests, enough to converge."""
 
 # Built once each: at every call, run-time type checks would make a builder's inner functions anew.
 ITERATIVE = {
