@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, and torch on one thread."""
+"""Common settings of all tests: Hypothesis profiles, and torch on one thread."""
 
 import os
 

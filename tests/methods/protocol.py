@@ -1,4 +1,4 @@
-"""What the tests over all methods share: the methods by name, the cases, and a few plain iterations."""
+"""Common parts of the tests over all methods: the methods by name, the cases, and a few plain iterations."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What every method owes its surroundings: no mutation, types kept, bad batches refused, one graph for all values."""
+"""Side effects of every method: no mutation, types kept, bad batches refused, one graph for all values."""
 
 import copy
 

@@ -125,7 +125,7 @@ def test_noise_is_the_draw_of_the_generator(id):
 
 @pytest.mark.parametrize("id", ["mlp-categorical", "mlp-gaussian", "sequence-out", "scale-vector"])
 def test_a_slice_of_the_noise_draws_the_very_labels_of_the_whole(id):
-    """What a rank or a chunk relies on."""
+    """Ranks and chunks rely on this."""
     problem = zoo.pick(id)
     run = sampled(problem)
     part = slice(1, 3)
