@@ -16,6 +16,8 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "fisherfn"
 TESTS = (
+    "tests/layers/test_attention.py::test_attention_without_a_batch_is_torchs",
+    "tests/stats/test_collect.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
     "tests/layers/test_affine.py",
