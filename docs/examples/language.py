@@ -92,8 +92,8 @@ def batches(ids, seed):
         yield window[:, :-1], window[:, 1:]
 
 
-def run(name, loop, budget, **options):
-    """Train until the CPU time is over: the loss of every step, when it was done, and the loss on held-out text."""
+def run(name, loop, budget, steps, **options):
+    """Train until CPU time or steps are over: the loss of every step, when it was done, and that on held-out text."""
     train, test, alphabet = letters()
     torch.manual_seed(0)
     net, losses, seconds = Language(alphabet), [], []
@@ -101,7 +101,7 @@ def run(name, loop, budget, **options):
     for loss in loop(net, batches(train, 1), **options):
         losses.append(loss / LENGTH)
         seconds.append(time.process_time() - began)
-        if seconds[-1] > budget:
+        if seconds[-1] > budget or len(losses) == steps:
             break
     with torch.no_grad():
         held_out = [batch for batch, _ in zip(batches(test, 2), range(20), strict=False)]
@@ -115,14 +115,14 @@ def main(out: Path, small: bool = False, budget: float = 40.0) -> dict:
     """Train all runs, print how they end, draw `language.png`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    budget = 2.0 if small else budget
+    limits = (budget, 25 if small else None)
     try:
-        runs = {"K-FAC, no numbers": run("K-FAC, no numbers", natural, budget)}
+        runs = {"K-FAC, no numbers": run("K-FAC, no numbers", natural, *limits)}
         if not small:
             name = "K-FAC, KL bound per letter"
-            runs[name] = run(name, natural, budget, kl_bound=BOUND)
+            runs[name] = run(name, natural, *limits, kl_bound=BOUND)
         for lr in RATES[:1] if small else RATES:
-            runs[f"AdamW, rate {lr:g}"] = run(f"AdamW, rate {lr:g}", adamw, budget, lr=lr)
+            runs[f"AdamW, rate {lr:g}"] = run(f"AdamW, rate {lr:g}", adamw, *limits, lr=lr)
     finally:
         torch.set_num_threads(threads)
     draw(out / "language.png", runs)
