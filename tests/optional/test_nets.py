@@ -138,7 +138,7 @@ def without_branches(case):
     net, x = case.net, case.x
     if isinstance(net, transformers.PreTrainedModel):
         net.set_attn_implementation("eager")
-        if not net.config.is_decoder and hasattr(net, "bert"):
+        if hasattr(net, "bert"):
             allowed = x["attention_mask"][:, None, None, :].expand(N, 1, T, T)
             x = {**x, "attention_mask": (1.0 - allowed) * torch.finfo(torch.float32).min}
     return SimpleNamespace(net=net, x=x, y=case.y)
