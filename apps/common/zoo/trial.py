@@ -30,6 +30,8 @@ SECONDS = 3.0
 """CPU time for the repeats of a net in one mode."""
 FEWEST, MOST = 2, 15
 """Repeats, whatever they take."""
+LEAST = 2**18
+"""Bytes that a forward and backward pass has to hold for its memory to be measured: a system counts in pages."""
 
 
 @dataclass
@@ -103,6 +105,9 @@ def word(error: Exception) -> str:
     """Return one word for the cause of an error."""
     said = str(error)
     for sign, cause in (
+        (" seeds: its input", "dropout"),
+        ("the fused", "fused-recurrence"),
+        ("autograd.Function", "autograd-function"),
         ("couples the examples", "batch-norm"),
         ("batch norm", "batch-norm"),
         ("global generator", "random"),
@@ -161,7 +166,7 @@ def _fill(result: Result, problem: Problem, mode: str, seconds: float) -> None:
     result.pass_ms = 1e3 * times["pass"]
     result.cost = cycle / EVERY_INVERT / times["pass"] if times["pass"] else None
     passed, taken = peak_bytes(forward_backward), peak_bytes(calls["invert"])
-    result.memory = taken / passed if passed and taken else None
+    result.memory = taken / passed if passed >= LEAST and taken else None
 
 
 def _settle(problem: Problem) -> None:
