@@ -93,7 +93,8 @@ def run(config: ZooConfig) -> list[dict[str, Any]]:
             os.fsync(file.fileno())
         minutes = (time.monotonic() - began) / 60
         print(f"[{number}/{len(left)}, {minutes:.0f} min] {name}: {'; '.join(map(table.short, results))}", flush=True)
-    return [result for result in read(path) if result["name"] in set(names)]
+    results = read(path)
+    return [result for name in names for result in results if result["name"] == name]
 
 
 def alone(name: str, timeout: int, seconds: float) -> list[dict[str, Any]]:
