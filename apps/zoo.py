@@ -46,6 +46,7 @@ class ZooConfig:
     seconds: float = option(3.0, "CPU time for the repeats of a net in one mode", check=POSITIVE)
     timeout: int = option(300, "CPU seconds after which a net is given up", check=POSITIVE)
     result: str = option("results/zoo.jsonl", "file of the results; nets that it holds are not tried again")
+    again: bool = option(False, "try nets again that were refused or are not wholly in layers, after a change")
     page: str | None = option(None, "page whose tables are written from the results")
 
 
@@ -61,15 +62,21 @@ def chosen(config: ZooConfig) -> list[str]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the results of a file; a line that was half written is left out."""
+    """Return the newest results of a file; a line that was half written is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
+    found = {}
     for line in filter(None, lines):
         try:
-            found.append(json.loads(line))
+            result = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return found
+        found[result["name"], result["mode"]] = result
+    return list(found.values())
+
+
+def whole(result: dict[str, Any]) -> bool:
+    """Whether nothing is left to wish for a net: built, and every parameter in a layer."""
+    return not result["error"] and result["in_layers"] == result["entries"]
 
 
 def missing(names: Iterable[str], results: Iterable[dict[str, Any]]) -> list[str]:
@@ -82,7 +89,7 @@ def run(config: ZooConfig) -> list[dict[str, Any]]:
     """Try what is missing; return all results of the chosen nets."""
     path, names = Path(config.result), chosen(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = missing(names, read(path))
+    left = missing(names, [result for result in read(path) if not config.again or whole(result)])
     nets.preload()
     began = time.monotonic()
     for number, name in enumerate(left, 1):

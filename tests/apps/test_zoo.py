@@ -51,6 +51,18 @@ def test_a_rerun_does_what_is_missing(tmp_path, quick, monkeypatch):
     assert tried == [name for name in nets.names() if name in FEW[1:]]
 
 
+def test_again_tries_what_was_not_whole_and_the_newest_result_counts(tmp_path, quick, monkeypatch):
+    def results(name, entries):
+        return [asdict(trial.Result(name, mode, True, entries=entries, in_layers=5)) for mode in trial.MODES]
+
+    path = tmp_path / "zoo.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*results(FEW[0], 5), *results(FEW[1], 9)]))
+    tried = []
+    monkeypatch.setattr(zoo, "alone", lambda name, *_: tried.append(name) or results(name, 5))
+    found = zoo.run(config(tmp_path, "--again"))
+    assert tried == [FEW[1]] and len(found) == 2 * len(FEW) and all(zoo.whole(r) for r in found)
+
+
 def _ends(name, seconds):
     os._exit(3)
 
