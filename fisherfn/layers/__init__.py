@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_fused_recurrence, without_affine
+from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
@@ -54,7 +54,7 @@ __all__ = [
     "dropout_seeds",
     "drops",
     "families",
-    "is_fused_recurrence",
+    "is_packed_recurrence",
     "is_transpose",
     "meeting",
     "need_seeds",

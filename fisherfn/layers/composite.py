@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
-from fisherfn.layers.recurrent import CELLS
+from fisherfn.layers.recurrent import FUSED, RECURRENT, is_packed
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -25,14 +25,13 @@ _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.prelu: prelu,
-    **CELLS,
+    **RECURRENT,
 }
 _AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
-_FUSED = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 def decomposition(
@@ -41,6 +40,8 @@ def decomposition(
     """The same call in elementary ones, to be run in its place; None for a call that is one already."""
     parts = _PARTS.get(function)
     if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
+        return None
+    if is_packed_recurrence(function, args, kwargs):
         return None
     return partial(parts, *args, **kwargs)
 
@@ -93,6 +94,6 @@ def without_affine(
     return parts
 
 
-def is_fused_recurrence(function: Callable[..., Any]) -> bool:
-    """Whether this is a whole recurrent net in one call."""
-    return function in _FUSED
+def is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a whole recurrent net on a packed sequence, which stays one call."""
+    return function in FUSED and is_packed(args, kwargs)

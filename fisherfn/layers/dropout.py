@@ -146,6 +146,8 @@ def _rate(module: torch.nn.Module) -> float:
     rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else 0.0
     if isinstance(module, torch.nn.MultiheadAttention):
         rate = module.dropout
+    if isinstance(module, torch.nn.RNNBase) and module.num_layers > 1:
+        rate = module.dropout
     return float(rate)
 
 

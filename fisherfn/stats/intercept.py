@@ -26,7 +26,7 @@ from fisherfn.layers import (
     couples_examples,
     draws_globally,
     families,
-    is_fused_recurrence,
+    is_packed_recurrence,
     is_transpose,
     untransposed,
     without_affine,
@@ -162,11 +162,11 @@ class Intercept(Elementary):
                 "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
                 "drop max_norm and renormalise between steps."
             )
-        if is_fused_recurrence(func) and any(id(leaf) in self._names for leaf in tree.leaves((args, kwargs))):
+
+        if is_packed_recurrence(func, args, kwargs) and any(id(leaf) in self._names for leaf in tree.leaves(args)):
             raise CoverageError(
-                f"the model calls the fused {func.__name__}, whose steps cannot be seen one by one, and no per-example "
-                "gradient can be had of it: write the recurrence with nn.Linear or a cell (nn.LSTMCell, nn.GRUCell), "
-                "or keep its parameters out of params."
+                f"the model calls the fused {func.__name__} on a packed sequence, whose examples have no axis: run it "
+                "on the padded batch instead (without pack_padded_sequence), and read or mask the outputs by length."
             )
 
     def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
