@@ -7,6 +7,7 @@ from fisherfn.layers.base import Call, Family
 from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
+from fisherfn.layers.copied import COPIED, per_example
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
@@ -19,7 +20,7 @@ from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, FALLBACK)
+_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, COPIED, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -32,6 +33,7 @@ def families(function: Callable[..., Any]) -> Sequence[Family]:
 
 
 __all__ = [
+    "COPIED",
     "ELEMENTWISE",
     "EMBEDDING",
     "FALLBACK",
@@ -58,6 +60,7 @@ __all__ = [
     "is_transpose",
     "meeting",
     "need_seeds",
+    "per_example",
     "spreads",
     "swapped_columns",
     "swapped_rows",

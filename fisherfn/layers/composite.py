@@ -21,10 +21,18 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, slope * input)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By its definition (Salimans & Kingma 2016), as torch's own has no rule for `torch.vmap`; -1 means all axes."""
+    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
+    normed: Tensor = v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
+    return normed
+
+
 _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.prelu: prelu,
+    torch._weight_norm: weight_norm,
     **RECURRENT,
 }
 _AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -81,6 +89,7 @@ def without_affine(
     given = dict(zip(names, args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
     scaled, shifted = apart(weight, bias)
+    shifted |= scaled and bias is not None
     scaled &= "normalized_shape" in given
     if not scaled and not shifted:
         return None

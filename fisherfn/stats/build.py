@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Size, Tensor
-from torch.func import vjp
+from torch.func import vjp, vmap
 
 from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
-from fisherfn.layers import FallbackFacts
+from fisherfn.layers import COPIED, FallbackFacts
 from fisherfn.stats.border import border
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.chunks import window
 from fisherfn.stats.collect import example_gradients, tapped_run
 from fisherfn.stats.functional import call, run
-from fisherfn.stats.intercept import Intercept
+from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
@@ -91,7 +91,7 @@ def _build(
     used = {name: p for name, p in params.items() if name not in left}
     found, why = candidates(mode, more, scout, used, examples)
     tolerance = _tolerance(mode, outputs)
-    if any(by_example) and not mode.couples:
+    if any(by_example) and not more.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
     if examples == 1:  # a single one shows neither order nor coupling
         x, context = _and_another(x), _grown_context(context, by_example)
@@ -109,12 +109,12 @@ def _build(
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
-            couples=mode.couples,
+            couples=more.couples,
             unused=tuple(left),
             steps=tuple(scout.steps),
         )
 
-    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
+    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, more.couples, tolerance)
     blocks = _with_fallbacks(kept, used, why | reasons)
     complete = layout(blocks)
     try:
@@ -318,6 +318,7 @@ def _verify(
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
     grads = pull(cotangent)
+    several = _wrong_together(layout, pull, cotangent, grads)
     if couples:  # what batch norm mixes by design must not hide another mixture
         pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
     leaks = pull(_alone(cotangent, 0))
@@ -332,7 +333,9 @@ def _verify(
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
         others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
         leak = any(bool((g != 0).any()) for g in others)
-        if leak:
+        if block.key in several:
+            why |= dict.fromkeys(block.names, "torch.vmap gives other gradients of its call")
+        elif leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
         elif block.weight in wrong:
             why |= dict.fromkeys(block.names, f"{block.kind} layer of {block.weight!r} is used in other ways too")
@@ -343,6 +346,24 @@ def _verify(
         else:
             kept.append(block)
     return kept, why
+
+
+def _wrong_together(layout: Layout, pull: Callable[[Tensor], Taps], cotangent: Tensor, grads: Taps) -> set[str]:
+    """Find blocks of calls that run once per example, and whose gradients are wrong for several draws at once.
+
+    Some functions (`torch.cdist`) have a wrong derivative under two nested `torch.vmap`.
+    """
+    copied = [block for block in layout.layers if block.kind == COPIED.name]
+    if not copied:
+        return set()
+    both, second = vmap(pull)(torch.stack([cotangent, cotangent.flip(-1)])), pull(cotangent.flip(-1))
+    wrong = set()
+    for block in copied:
+        (found,), (one,), (two,) = both[block.weight], grads[block.weight], second[block.weight]
+        expected = torch.stack([one, two])
+        if not _close(found, expected, expected, torch.finfo(found.dtype).eps ** 0.5):
+            wrong.add(block.key)
+    return wrong
 
 
 def _alone(cotangent: Tensor, example: int) -> Tensor:

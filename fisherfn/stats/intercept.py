@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
@@ -32,7 +32,8 @@ from fisherfn.layers import (
     without_affine,
 )
 from fisherfn.stats.scout import Scout
-from fisherfn.stats.shared import Copies, Followed, Growth, Place, layer_copies, shapes, spread
+from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
+from fisherfn.stats.steps import Growth, Place, Seen, seen
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -96,8 +97,8 @@ class Intercept(Elementary):
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
-        self.trace: list[tuple[str, tuple[Size, ...]]] = []
-        """All calls of a trace, by name and shapes of outputs."""
+        self.trace: list[Seen] = []
+        """All calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
@@ -116,9 +117,9 @@ class Intercept(Elementary):
             if shared and not self._enters_layer(func, args, kwargs):
                 return self._followed.take(func, args, kwargs, shared)
         couples = couples_examples(func, args, kwargs)
-        self.couples |= couples
         output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
-        growth = self._compare(func, output)
+        growth = self._compare(func, (args, kwargs), output)
+        self.couples |= couples and growth != [None]  # a kernel standardised by a batch norm is no example's
         matched = self._match(func, args, kwargs) if here else None
         if matched is not None:
             self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
@@ -262,12 +263,12 @@ class Intercept(Elementary):
         uses = self._followed.plan.layers.get(name, ())
         return use < len(uses) and uses[use]
 
-    def _compare(self, func: Callable[..., Any], output: Any) -> Growth:
+    def _compare(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
         """How the outputs grow with the examples, in the second of two traces."""
         if self._scout is not None:
-            return self._scout.growth(func, output)
+            return self._scout.growth(func, arguments, output)
         if self._taps is None:
-            self.trace.append(shapes(func, output))
+            self.trace.append(seen(func, arguments, output))
         return None
 
 

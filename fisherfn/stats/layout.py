@@ -14,8 +14,8 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
-from fisherfn.layers import ELEMENTWISE, FAMILIES, Family
-from fisherfn.stats.shared import Plan, Step
+from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
+from fisherfn.stats.steps import Plan, Step
 from fisherfn.types import PyTree, Tree
 
 
@@ -150,7 +150,7 @@ class Layout:
     @cached_property
     def plan(self) -> Plan:
         """What a run does about tensors that all examples share: the steps that concern a layer."""
-        parameters = frozenset(block.weight for block in self.blocks if block.kind == ELEMENTWISE.name)
+        parameters = frozenset(block.weight for block in self.blocks if block.kind in (ELEMENTWISE.name, COPIED.name))
         layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
         layers = {name: uses for name, uses in layers.items() if any(uses)}
         followed = parameters | layers.keys()
