@@ -9,6 +9,7 @@ from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
 from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
@@ -20,7 +21,7 @@ from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, COPIED, FALLBACK)
+_ALL = (LINEAR, MATMUL, EINSUM, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, COPIED, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -47,6 +48,7 @@ __all__ = [
     "Family",
     "SeededDropout",
     "apart",
+    "as_grouped_product",
     "balance",
     "broadcasts",
     "changes_input",

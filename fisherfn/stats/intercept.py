@@ -22,6 +22,7 @@ from fisherfn.layers import (
     Elementary,
     Family,
     apart,
+    as_grouped_product,
     changes_weight,
     couples_examples,
     draws_globally,
@@ -139,6 +140,7 @@ class Intercept(Elementary):
             return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
 
         plain = untransposed(func, args, kwargs, original) if self._transposes else None
+        plain = plain or as_grouped_product(func, args, kwargs, lambda tensor: id(tensor) in self._names)
         return plain or without_affine(func, args, kwargs, self._apart)
 
     def _match(

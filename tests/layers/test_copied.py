@@ -138,7 +138,7 @@ WAYS = {
     "parts of a matrix": ((8, 4), lambda w, h: F.linear(h, w.chunk(2)[0]) * F.linear(h, w.chunk(2)[1])),
     "row by row": (M, lambda w, h: torch.stack([F.linear(h, w[e : e + 1]).tanh() for e in range(4)], 1)),
     "transposed part": ((6, 4), lambda w, h: h @ w[:3].T),
-    "the other side": (M, lambda w, h: (w @ h.mT).mT),
+    "the other side": (M, lambda w, h: (w.tanh() @ h.mT).mT),
     "twice": (M, lambda w, h: F.linear(torch.tanh(F.linear(h, w * 0.5)), w * w)),
     "bias of a frozen kernel": ((2,), lambda w, h: F.conv1d(h.mT, torch.ones(2, 4, 2).to(h), w)),
     "bias of a frozen norm": ((3,), lambda w, h: F.batch_norm(h, torch.zeros(3).to(h), torch.ones(3).to(h), None, w)),
