@@ -127,6 +127,8 @@ class Layout:
     """Whether the model mixes the examples of a batch by design (batch norm in training mode)."""
     unused: tuple[str, ...] = ()
     """Parameters that the outputs do not depend on: in no block, and zero in every tree that is made of matrices."""
+    uncovered: tuple[tuple[str, str], ...] = ()
+    """Parameters that take the plain gradient, and why no layer has them: in no block, like the unused ones."""
     one_by_one: str = ""
     """Why the fallback runs the model once per example, one after another; empty where one vectorised run serves."""
     steps: tuple[Step, ...] = ()
@@ -191,9 +193,9 @@ class Layout:
         tensors: Tree = {}
         for block in self.blocks:
             tensors.update(block.tensors(matrices[block.key]))
-        if self.unused:
+        if self.unused or self.uncovered:
             like, shapes = next(iter(tensors.values())), dict(self.shapes)
-            tensors |= {name: like.new_zeros(shapes[name]) for name in self.unused}
+            tensors |= {name: like.new_zeros(shapes[name]) for name in (*self.unused, *dict(self.uncovered))}
         return {name: tensors[name] for name in self.names}
 
     def validate(self, values: Tree) -> None:
@@ -222,6 +224,8 @@ def report(layout: Layout) -> str:
         entries = sum(sizes[name] for name in block.names)
         shape = "×".join(map(str, block.shape))
         lines.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", block.why))
+    for name, why in layout.uncovered:
+        lines.append((name, "gradient", "–", name, f"{sizes[name]:,}", f"{why}; plain gradient, no curvature"))
     for name in layout.unused:
         lines.append((name, "unused", "–", name, f"{sizes[name]:,}", "the outputs do not depend on it"))
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
@@ -229,11 +233,14 @@ def report(layout: Layout) -> str:
     rule = "  ".join("─" * width for width in widths)
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
     left = sum(sizes[name] for name in layout.unused)
-    total = sum(sizes.values()) - left
+    plain = sum(sizes[name] for name, _ in layout.uncovered)
+    total = sum(sizes.values()) - left - plain
     layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     fallback = f", {total - covered:,} by the fallback" if covered < total else ""
     last = [
-        f"all {total:,} entries covered: {covered:,} by {layers}{fallback}" + (f"; {left:,} unused" if left else "")
+        f"{'' if plain else 'all '}{total:,} entries covered: {covered:,} by {layers}{fallback}"
+        + (f"; {plain:,} take the plain gradient" if plain else "")
+        + (f"; {left:,} unused" if left else "")
     ]
     if layout.one_by_one:
         last += [
