@@ -8,7 +8,15 @@ from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
-from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.dropout import (
+    SeededDropout,
+    Sizes,
+    axes_of_examples,
+    draws_globally,
+    dropout_seeds,
+    drops,
+    need_seeds,
+)
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
@@ -47,8 +55,10 @@ __all__ = [
     "FallbackFacts",
     "Family",
     "SeededDropout",
+    "Sizes",
     "apart",
     "as_grouped_product",
+    "axes_of_examples",
     "balance",
     "broadcasts",
     "changes_input",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -54,13 +56,28 @@ def decomposition(
     return partial(parts, *args, **kwargs)
 
 
+_ALONE: ContextVar[object | None] = ContextVar("alone", default=None)
+
+
 class Elementary(TorchFunctionMode):
     """Runs composite calls as the elementary ones that they stand for."""
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enter the mode, while all modes of this kind around it see nothing."""
+        token = _ALONE.set(self)
+        try:
+            with self:
+                yield
+        finally:
+            _ALONE.reset(token)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _ALONE.get() not in (None, self):
+            return func(*args, **kwargs)
         parts = decomposition(func, args, kwargs)
         if parts is not None:
             with self:  # the parts may be composite, too
