@@ -81,8 +81,13 @@ def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
     """
+    return functools.reduce(operator.add, dots(x, y))
+
+
+def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
+    """Return the inner product of each leaf with its counterpart."""
     products: list[Tensor] = leaves(map(lambda a, b: (a * b).sum(), x, y))
-    return functools.reduce(operator.add, products)
+    return products
 
 
 def norm(x: PyTree) -> Shaped[Tensor, ""]:

@@ -10,7 +10,8 @@ with δ₀ the previous update. One step, in order:
 3. The step is tried on the examples of that model. One that raises their loss is rejected: the parameters stay, and λ
    doubles, in the model at once and in the inverses at the next refresh.
 4. The next batch looks back: where its loss is higher than that of the batch before by more than sampling explains,
-   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see.
+   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see. So is a step
+   after which a good part of the parameters has no gradient at all: dead units do not come back by themselves.
 
 Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
@@ -51,11 +52,14 @@ One pair of constants for all nets; docs/adaptive.md has the measurements.
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
 """The meaning of "auto" for the rule "clip"."""
 
-PART, LEAST = 4, 64
+PART, LEAST = 8, 32
 """The quadratic model is that of the first N / PART examples, but of at least so many."""
 
 SIGMAS, TOLERANCE = 4.0, 0.02
 """The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
+
+DEAD = 0.1
+"""The share of all parameters that may lose their gradient in one step."""
 
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
@@ -92,6 +96,7 @@ class AdaptiveState(NamedTuple):
         first_curvature: tr F̂ / n at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
+        alive: for each parameter, whether its preconditioned gradient was other than zero at the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
         count: steps that were averaged.
@@ -106,6 +111,7 @@ class AdaptiveState(NamedTuple):
     first_curvature: Float[Tensor, ""]
     loss: Float[Tensor, ""]
     spread: Float[Tensor, ""]
+    alive: Bool[Tensor, " parameters"]
     rejected: Bool[Tensor, ""]
     average: PyTree
     count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
@@ -146,7 +152,8 @@ class Adaptive:
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
         return AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool(),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)).clone(),
+            zero.bool(),
             () if self.average is None else params, torch.zeros_like(curvature.count),
         )  # fmt: skip
 
@@ -192,8 +199,10 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
+        alive = torch.stack(tree.dots(nat, nat)) != 0  # F̂ is definite: zero where the gradient is
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
+        before = state
         if update:
             units = torch.where(state.curvature.count == 0, self._unit(curvature), state.first_curvature)
             state = state._replace(first_curvature=units)
@@ -203,9 +212,9 @@ class Adaptive:
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
         loss, spread = self._loss(stats, batch)
-        back = self._looks_back(state, stats, loss, spread)
+        back = self._looks_back(state, stats, loss, spread, alive)
         tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
-        return self._decide(params, state, curvature, tried, back, (loss, spread), info, stats, lr_scale)
+        return self._decide(params, (before, state), curvature, tried, back, (loss, spread, alive), info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
@@ -298,64 +307,68 @@ class Adaptive:
     def _decide(
         self,
         params: Tree,
-        state: AdaptiveState,
+        states: tuple[AdaptiveState, AdaptiveState],
         curvature: State,
         tried: _Tried,
         back: Tensor,
-        seen: tuple[Tensor, Tensor],
+        seen: tuple[Tensor, Tensor, Tensor],
         info: Info,
         stats: Stats,
-        lr_scale: float | Tensor,
     ) -> tuple[Tree, AdaptiveState, Info]:
         """Accept the step, reject it, or take back the one before."""
+        before, state = states  # as the step found it, and with the refreshes of this step
         ratio = reduction_ratio(tried.actual, tried.predicted)
+        ok = {key: mask | back for key, mask in info.ok.items()}
+        sound = torch.stack(list(ok.values())).all()
         rises = (tried.actual > 0) & ~within_noise(tried.before, tried.actual, torch.float32)
-        rejected = (back | rises | ~torch.isfinite(tried.actual)) & info_ok(info, back)
-        accepted = ~rejected & ~back
+        rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
+        accepted = sound & ~rejected
 
-        def moved(p: Tensor, new: Tensor, previous: Tensor) -> Tensor:
-            return torch.where(accepted, new, torch.where(back, p - previous, p))
-
-        def kept(new: Tensor, previous: Tensor) -> Tensor:
-            return torch.where(accepted, new, torch.where(back, 0.0, previous))
-
-        result = tree.map(moved, params, tried.params, state.update)
+        # one pass over the parameters for each line: they are the largest tensors of a step
+        undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
+        result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
+        update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, undone, tried.update)
         if self.weight_decay:  # decoupled, so no part of the model: ρ was measured before it
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
         zero = torch.zeros_like(tried.actual)
-        new = state._replace(
-            curvature=curvature._replace(damping=raised),
-            update=tree.map(kept, tried.update, state.update),
+        numbers = {
+            "first_curvature": state.first_curvature,
             # after a rejection λ is no longer that of the inverses, and ρ says nothing about it
-            predicted=torch.where(accepted, state.predicted + tried.predicted, zero),
-            actual=torch.where(accepted, state.actual + tried.actual, zero),
-            steps=torch.where(accepted, state.steps + 1, 0),
-            shrink=torch.where(rejected, 0.5 * state.shrink, state.shrink),
-            loss=torch.where(back, torch.inf, seen[0]),
-            spread=torch.where(back, zero, seen[1]),
-            rejected=rejected | state.rejected,
-        )
+            "predicted": torch.where(accepted, state.predicted + tried.predicted, zero),
+            "actual": torch.where(accepted, state.actual + tried.actual, zero),
+            "steps": torch.where(accepted, state.steps + 1, 0),
+            "shrink": torch.where(rejected, 0.5 * state.shrink, state.shrink),
+            "loss": torch.where(back, torch.inf, seen[0]),
+            "spread": torch.where(back, zero, seen[1]),
+            "alive": accepted & seen[2],
+            "rejected": rejected | state.rejected,
+        }
+        kept = {name: torch.where(sound, value, getattr(before, name)) for name, value in numbers.items()}
+        new = state._replace(curvature=curvature._replace(damping=raised), update=update, **kept)
         if self.average is not None:
             count = state.count + 1
             weight = torch.minimum(1 - 1 / count.double(), zero + self.average)
             average = tree.map(lambda old, p: torch.lerp(p, old, weight.to(p.dtype)), state.average, result)
-            new = new._replace(average=average, count=count)
+            new = new._replace(
+                average=tree.select(sound, average, state.average), count=torch.where(sound, count, state.count)
+            )
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
-        ok = {key: mask | back for key, mask in info.ok.items()}
-        sound = torch.stack(list(ok.values())).all()
-        info = info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
-        return tree.select(sound, result, params), tree.select(sound, new, state), info
+        return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
 
-    def _looks_back(self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor) -> Bool[Tensor, ""]:
-        """Whether this batch's loss is so high that the last update must have been a mistake."""
+    def _looks_back(
+        self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor, alive: Tensor
+    ) -> Bool[Tensor, ""]:
+        """Whether the last update must have been a mistake: the loss is too high, or too many parameters are dead."""
         sound = stats.checks["inputs"] & stats.checks["targets"]
         if not self.look_back:
             return torch.zeros_like(sound)
         limit = state.loss + SIGMAS * (state.spread + spread).sqrt() + TOLERANCE * state.loss.abs()
         fine = (loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
-        return sound & ~fine
+        sizes = [shape.numel() for _, shape in self.ng.layout.shapes]
+        dead = (loss.new_tensor(sizes) * (state.alive & ~alive)).sum() > DEAD * sum(sizes)
+        return sound & (~fine | dead)
 
     # ----------------------------------------------------------------------------------------------------- the losses
 
@@ -386,11 +399,6 @@ class Adaptive:
         return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))
 
 
-def info_ok(info: Info, back: Tensor) -> Bool[Tensor, ""]:
-    """Whether a verdict means anything: a step that is not ok is none, unless it looks back."""
-    return torch.stack(list(info.ok.values())).all() | back
-
-
 def adaptive(
     ng: NaturalGradient,
     *,
@@ -419,12 +427,13 @@ def adaptive(
         kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
         ema: weight of the old factors, in [0, 1).
         weight_decay: w, decoupled: α w θ is subtracted beside the step.
-        model_examples: examples of each batch that the quadratic model is of; None for a quarter, at least 64. A
+        model_examples: examples of each batch that the quadratic model is of; None for an eighth, at least 32. A
             model that mixes examples (batch norm in training mode) is always run on all.
         average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
             0.99.
         look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
-            other reasons than the step (a second player, another data set).
+            other reasons than the step (a second player, another data set), or where batches use different parts of
+            the net in turn.
 
     Raises:
         HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".

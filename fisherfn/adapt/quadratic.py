@@ -123,7 +123,7 @@ def quadratic_model(
     return QuadraticModel(
         slope=flat @ slope_of_outputs.flatten().double(),
         curvature=_symmetric(flat @ products.flatten(1).double().T),
-        gram=torch.stack([torch.stack([tree.dot(d, e) for e in directions]) for d in directions]).double(),
+        gram=_gram(directions),
         losses=losses.detach(),
     )
 
@@ -169,6 +169,13 @@ def _eliminated(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"]) -> Flo
         column = torch.where(unit, 0.0, table[:, i])
         table = torch.where(unit[:, None], row, table - column[:, None] * row)
     return table[:, -1] * scale
+
+
+def _gram(directions: Sequence[Tree]) -> Float[Tensor, "d d"]:
+    """The inner products of all pairs, each computed once."""
+    pairs = {(i, j): tree.dot(d, directions[j]) for i, d in enumerate(directions) for j in range(i + 1)}
+    rows = [[pairs[max(i, j), min(i, j)] for j in range(len(directions))] for i in range(len(directions))]
+    return torch.stack([torch.stack(row) for row in rows]).double()
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

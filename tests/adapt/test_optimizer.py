@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fisherfn as ff
-from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
+from tests.adapt.problems import Problem, built, dense_fisher, flat, loss, mlp, quadratic, unflat
 from tests.zoo import as_installed
 
 ALL = [name for name in ff.METHODS]
@@ -71,7 +71,7 @@ def test_with_the_very_fisher_as_preconditioner_step_size_and_momentum_are_one_a
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_lowers_the_loss(method):
     problem = mlp(examples=80)
-    opt = ff.adaptive(built(problem, method))
+    opt = ff.adaptive(built(problem, method), model_examples=80)
     params, _, infos = steps(problem, opt, 12)
     assert float(loss(problem, params)) < 0.9 * float(infos[0].loss)
     ff.check(infos[-1])
@@ -86,7 +86,7 @@ def test_classes_take_the_clip_and_images_the_model():
 def test_the_clip_is_that_of_kl_clip_with_momentum():
     problem = mlp(ff.Categorical(), examples=40)
     ng = built(problem)
-    opt = ff.adaptive(ng, damping=0.1, kl_bound=1e-2, look_back=False)
+    opt = ff.adaptive(ng, damping=0.1, kl_bound=1e-2, look_back=False, model_examples=40)
     params, state, _ = steps(problem, opt, 5)
     rng = torch.Generator().manual_seed(0)
     theta, curvature, v = problem.params, ng.init(problem.params, damping=0.1), ff.tree.zeros_like(problem.params)
@@ -162,6 +162,44 @@ def test_the_next_batch_takes_back_a_step_that_its_own_examples_did_not_betray()
     kept = replace(opt, look_back=False)
     there, _, _ = kept.step(damaged, fooled, (problem.x, problem.y), update=False, invert=False)
     assert (flat(there) - flat(params)).norm() > 1
+
+
+def rectifier(seed=0):
+    """A ReLU net 3-4-2 with biases."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"a": (4, 3), "a0": (4,), "b": (2, 4), "b0": (2,)}
+    params = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def model(p, x):
+        hidden = torch.nn.functional.linear(x, p["a"], p["a0"]).relu()
+        return torch.nn.functional.linear(hidden, p["b"], p["b0"])
+
+    x = torch.randn(80, 3, generator=g, dtype=torch.float64)
+    y = torch.randn(80, 2, generator=g, dtype=torch.float64)
+    return Problem(model, params, x, y, ff.Gaussian())
+
+
+def test_a_step_that_kills_all_units_is_taken_back_although_the_loss_is_fine():
+    problem = rectifier()
+    opt = ff.adaptive(built(problem), damping=0.1)
+    params, state, _ = steps(problem, opt, 2)
+    assert state.alive.all()
+    jump = ff.tree.zeros_like(params) | {"a0": torch.full((4,), -50.0, dtype=torch.float64)}
+    dead = ff.tree.add(params, jump)
+    fooled = state._replace(update=jump, loss=torch.full_like(state.loss, torch.inf))  # no limit on the loss
+    back, new, info = opt.step(dead, fooled, (problem.x, problem.y), update=False, invert=False)
+    assert info.adapted.rejected and float(new.curvature.damping) == pytest.approx(0.2)
+    torch.testing.assert_close(flat(back), flat(params))
+    _, new, info = opt.step(back, new, (problem.x, problem.y), update=False, invert=False)
+    assert not info.adapted.rejected and new.alive.all(), "the step after that is judged by itself"
+
+
+def test_units_that_were_dead_before_the_step_are_not_its_fault():
+    problem = rectifier()
+    problem = problem._replace(params=problem.params | {"a0": torch.full((4,), -50.0, dtype=torch.float64)})
+    _, state, infos = steps(problem, ff.adaptive(built(problem)), 4)
+    assert not any(info.adapted.rejected for info in infos)
+    assert state.alive.tolist() == [False, False, False, True]
 
 
 def test_a_loss_that_became_nan_is_taken_back_but_a_broken_batch_is_not_the_steps_fault():

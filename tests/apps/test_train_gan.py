@@ -43,9 +43,10 @@ def equal(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[path], second[path]) for path in first)
 
 
-@pytest.mark.parametrize("optim", PLAYERS)
+@pytest.mark.parametrize("optim", [*PLAYERS, "kfac without a generator's damping"])
 def test_every_optimizer_plays_both_parts_and_resumes_exactly(own, optim):
-    names = ("--gen_optim", optim, "--crit_optim", optim)
+    optim, *auto = optim.split(" ", 1)
+    names = ("--gen_optim", optim, "--crit_optim", optim, *(["--gen_damping", "auto"] if auto else []))
     straight = run(configured(*names, "--n_epochs", "2", "--result_name", "straight"))
     assert straight == Path("results/train_gan/straight")
     metrics = read_metrics(straight)
@@ -141,6 +142,18 @@ def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
     make_table(configured(*more), load("own:digits"))
     make_table(configured(*more, "--gen_damping", "3", "--gen_clipping", "0"), load("own:digits"))
     assert made == [(0.1, 0.2, False), (0.1, 0.2, True), (3.0, 0.0, False), (0.1, 0.2, True)]
+
+
+@pytest.mark.parametrize("bound", ["0.2", "0"])
+def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own, bound):
+    more = ("--damping", "0.1", "--gen_clipping", bound, "--gen_damping", "auto")
+    table = make_table(configured(*more), load("own:digits"))
+    assert isinstance(loop.start(table).state["generator"], ff.AdaptiveState)
+    table = table._replace(rules=table.rules._replace(num_epochs=2))
+    *_, last = loop.train(table, loop.start(table), lambda at: {})
+    state = last.snapshot.state
+    assert float(state["generator"].curvature.damping) not in (0.1, 1.0)
+    assert float(state["critic"].curvature.damping) == pytest.approx(0.1)
 
 
 def test_each_players_steps_are_counted_for_its_own_cadence(own):

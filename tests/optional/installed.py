@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 
-def need(name):
+def need(name, extra="optional"):
     """The package, or a skipped module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages warn of when imported is theirs
@@ -14,6 +14,6 @@ def need(name):
             return importlib.import_module(name)
         except ImportError:
             reason = (
-                f"{name} is not installed: pip install -c constraints.txt -c constraints-optional.txt -e '.[optional]'"
+                f"{name} is not installed: pip install -c constraints.txt -c constraints-optional.txt -e '.[{extra}]'"
             )
             pytest.skip(reason, allow_module_level=True)

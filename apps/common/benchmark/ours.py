@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -14,15 +14,16 @@ from common.benchmark.problems import Problem
 
 
 class Variant(NamedTuple):
-    """A method, and whether its steps are clipped."""
+    """A method, and what decides the length of its steps."""
 
     method: Callable[[], ff.Method]
-    clip: bool
+    length: Literal["auto", "clip", "fixed"]
 
 
 VARIANTS = {
-    "fisherfn, KL clip": Variant(ff.kfac, clip=True),
-    "fisherfn": Variant(ff.kfac, clip=False),
+    "fisherfn, without numbers": Variant(ff.kfac, length="auto"),
+    "fisherfn, KL clip": Variant(ff.kfac, length="clip"),
+    "fisherfn": Variant(ff.kfac, length="fixed"),
 }
 """Another one is a line here."""
 
@@ -60,12 +61,21 @@ def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> P
 def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contender:
     """Training steps of three kinds, the update of the weights included."""
     one = prepared(problem, variant.method())
+    if variant.length == "auto":
+        return adaptive(one, compiled)
 
     def pure(params: Any, state: ff.State, batch: Any, noise: Any, context: Any, update: bool, invert: bool) -> Any:
         nat, new, info = one.ng.step(
-            params, state, batch, update=update, invert=invert, inner=variant.clip, noise=noise, context=context
+            params,
+            state,
+            batch,
+            update=update,
+            invert=invert,
+            inner=variant.length == "clip",
+            noise=noise,
+            context=context,
         )
-        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.clip else nat
+        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.length == "clip" else nat
         return ff.tree.add(params, nat, scale=-1.0), new, info
 
     moved = ff.compile(pure) if compiled else pure
@@ -73,6 +83,28 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
     def step(update: bool, invert: bool) -> Any:
         noise = one.ng.noise(problem.batch, one.given["generator"]) if update else None
         return moved(problem.params, one.state, problem.batch, noise, problem.context, update, invert)
+
+    return Contender(
+        {
+            STEP: lambda: step(False, False),
+            JOINT[STATISTICS]: lambda: step(True, False),
+            ALL_THREE: lambda: step(True, True),
+        }
+    )
+
+
+def adaptive(one: Prepared, compiled: bool) -> Contender:
+    """Steps of `ff.adaptive` as it comes, trial and looking back included."""
+    problem, opt = one.problem, ff.adaptive(one.ng)
+    given = one.given
+    params, state, _ = opt.step(problem.params, opt.init(problem.params), problem.batch, **given)
+    params, state, info = opt.step(params, state, problem.batch, **given)  # from here on there is a previous update
+    ff.check(info)
+    moved = ff.compile(opt.step) if compiled else opt.step
+
+    def step(update: bool, invert: bool) -> Any:
+        noise = one.ng.noise(problem.batch, given["generator"]) if update else None
+        return moved(params, state, problem.batch, update=update, invert=invert, noise=noise, context=problem.context)
 
     return Contender(
         {

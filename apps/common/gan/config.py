@@ -56,7 +56,10 @@ class GanConfig:
 
     damping: float = option(1e-4, "natural gradients: added to the Fisher", check=NON_NEGATIVE)
     clipping: float = option(0.01, "natural gradients: bound of the KL clip, 0 for no clip", check=NON_NEGATIVE)
-    gen_damping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
+    gen_damping: float | Literal["auto"] | None = option(
+        None, "the generator's damping, where it differs; auto: from the reduction ratio, bad steps taken back",
+        check=NON_NEGATIVE,
+    )  # fmt: skip
     gen_clipping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(

@@ -48,7 +48,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     seen = seen_by_generator(game.generator.context, game.critic.params, game.critic.context)
     both = images[:1].expand(2 * config.batch_size, -1, -1, -1)
     own = {"damping": config.gen_damping, "clipping": config.gen_clipping}
-    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in own.items() if value not in (None, "auto")}
     gen_config = dataclasses.replace(config, **given)
     chosen = {
         "generator": make_optimizer(gen_config, config.gen_optim, config.gen_lr, game.generator, z, seen),
@@ -80,6 +80,15 @@ def make_optimizer(
         player.model, player.params, x, likelihood=likelihood, method=method, fisher="type2", context=context
     )
     every = EVERY.get(name, EVERY["default"])
+    cadence = ff.Cadence.fixed(config.update_every or every, config.invert_every or every)
+    if player.penalty is None and config.gen_damping == "auto":
+        # no looking back: the other player moves this one's loss
+        bound = {"rule": "clip", "kl_bound": config.clipping} if config.clipping else {"rule": "model"}
+        opt = ff.adaptive(
+            ng, **bound, lr=lr, momentum=config.momentum, ema=config.ema, weight_decay=config.weight_decay,
+            look_back=False,
+        )  # fmt: skip
+        return optimizers.adaptive(opt, cadence)
     return optimizers.natural(
         ng,
         lr=lr,
@@ -88,7 +97,7 @@ def make_optimizer(
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,
-        cadence=ff.Cadence.fixed(config.update_every or every, config.invert_every or every),
+        cadence=cadence,
         penalty=player.penalty,
     )
 

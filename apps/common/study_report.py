@@ -1,0 +1,150 @@
+"""The tables and the picture of the comparison, from its records alone."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from common.atomic import replace_text
+from common.baselines import BASELINES
+from common.benchmark.report import table
+from common.plots import INK, dress, look, new_figure, save_figure
+from common.study import NETS, TITLES, Run, best, read
+
+TARGET = "adam"
+"""The optimizer whose final loss the others have to reach."""
+
+Points = Sequence[tuple[float, ...]]
+
+
+def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
+    """Print the tables, draw the picture, and write both into a page between its markers.
+
+    Args:
+        folder: of the records.
+        nets: those to report, in this order; a net without records is named as not run.
+        page: Markdown with `<!-- table: compare -->` and `<!-- end of table -->`; the picture goes beside it, to
+            images/compare.png. None prints alone.
+    """
+    runs = {net: read(folder / f"{net}.jsonl") for net in nets}
+    text = tables(runs)
+    print(text)
+    if page is not None:
+        pattern = re.compile(r"(<!-- table: compare -->\n).*?(<!-- end of table -->)", re.S)
+        replace_text(page, pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text()))
+        picture(runs, page.parent / "images" / "compare.png")
+
+
+def tables(runs: dict[str, list[Run]]) -> str:
+    """Return one table per net that was run, and the names of the others."""
+    parts = [f"**{NETS[net].title}**\n\n{of_net(found)}" for net, found in runs.items() if found]
+    missing = [NETS[net].title for net, found in runs.items() if not found]
+    return "\n\n".join(parts + ([f"Not run: {', '.join(missing)}."] if missing else []))
+
+
+def of_net(runs: list[Run]) -> str:
+    """Return the table of one net: settings, final losses, steps and seconds to the end of the tuned Adam."""
+    rows = []
+    for optim in [name for name in TITLES if any(run.optim == name for run in runs)]:
+        trials = [run for run in runs if run.optim == optim and run.seed == 0 and not run.race]
+        chosen = best(trials)
+        if chosen is None:
+            rows.append([TITLES[optim], "–", str(len(trials)), "no run ended", "", "", "", ""])
+            continue
+        seeds = repeats(runs, chosen)
+        tried = str(len(trials)) if optim in BASELINES else "0"
+        losses = [run.loss for run in seeds]
+        rows.append(
+            [TITLES[optim], settings(chosen), tried, spread(losses), str(len(losses)), in_steps(runs, seeds)]
+            + [in_time(runs, optim, kind) for kind in ("plain", "compiled")]
+        )
+    head = ["", "learning rate", "trials", "final training loss", "seeds", "steps", "time, plain", "time, compiled"]
+    return table(head, rows)
+
+
+def repeats(runs: Sequence[Run], chosen: Run) -> list[Run]:
+    """Return the runs of these settings with all seeds, the race left out."""
+    return [run for run in runs if run.key[:4] == chosen.key[:4] and not run.race]
+
+
+def settings(run: Run) -> str:
+    """Return what was chosen for a run, in words."""
+    return "none" if run.lr is None else f"{run.lr:.2g}, {run.schedule}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation; a run that did not end makes it infinite, and is counted."""
+    ended = [value for value in values if math.isfinite(value)]
+    text = f"{statistics.mean(ended):.4f}" if ended else "–"
+    text += f" ± {statistics.stdev(ended):.4f}" if len(ended) > 1 else ""
+    return text + (f" ({len(values) - len(ended)} diverged)" if len(ended) < len(values) else "")
+
+
+def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
+    """Return the steps until the loss at which the tuned Adam of the same seed ends, divided by Adam's."""
+    adam = best([run for run in runs if run.optim == TARGET and run.seed == 0 and not run.race])
+    ends = {run.seed: run for run in repeats(runs, adam)} if adam else {}
+    ratios = []
+    for run in seeds:
+        if run.seed in ends and math.isfinite(ends[run.seed].loss):
+            reached = [point[0] for point in run.points if point[2] <= ends[run.seed].loss]
+            ratios.append(reached[0] / ends[run.seed].points[-1][0] if reached else math.inf)
+    return ratio(ratios)
+
+
+def in_time(runs: Sequence[Run], optim: str, kind: str) -> str:
+    """Return the same in seconds of the race, the seconds of compiling beside it."""
+    adam = {run.seed: run for run in runs if run.optim == TARGET and run.race == kind}
+    raced = [run for run in runs if run.optim == optim and run.race == kind and run.seed in adam]
+    ratios = [
+        run.points[-1][1] / adam[run.seed].points[-1][1] if run.stopped == "reached" or optim == TARGET else math.inf
+        for run in raced
+    ]
+    warm = [run.warm for run in raced if run.warm]
+    return ratio(ratios) + (f"; compiling {statistics.median(warm):.0f} s" if warm else "")
+
+
+def ratio(values: Sequence[float]) -> str:
+    """Return the median, and the range where there are several."""
+    if not values:
+        return ""
+    text = "not reached" if math.isinf(statistics.median(values)) else f"{statistics.median(values):.2f}"
+    ends = ["–" if math.isinf(value) else f"{value:.2f}" for value in (min(values), max(values))]
+    return text + (f" ({ends[0]} to {ends[1]})" if len(values) > 1 else "")
+
+
+def picture(runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw a row per net: training loss by step, all seeds, and by second of the race."""
+    rows = {net: found for net, found in runs.items() if found}
+    names = [name for name in TITLES if any(run.optim == name for found in rows.values() for run in found)]
+    looks = {name: look(index) | {"linewidth": 1.2, "markersize": 0} for index, name in enumerate(names)}
+    figure = new_figure(width=10.0, height=3.2 * len(rows) + 0.5)
+    for axes, (net, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
+        for name in names:
+            chosen = best([run for run in found if run.optim == name and run.seed == 0 and not run.race])
+            for run in repeats(found, chosen) if chosen else []:
+                draw(axes[0], run.points, 0, looks[name])
+            for run in (run for run in found if run.optim == name and run.race == "plain"):
+                draw(axes[1], run.points, 1, looks[name])
+        dress(axes[0], NETS[net].title, "step")
+        dress(axes[1], "plain steps, to the loss at which Adam ends", "seconds of training")
+        axes[0].set_ylabel("training loss", color=INK)
+        for panel in axes:
+            panel.set_yscale("log")
+    handles = [Line2D([], [], label=TITLES[name], **looks[name]) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 7), frameon=False, labelcolor=INK)
+    path.parent.mkdir(exist_ok=True)
+    save_figure(figure, path)
+
+
+def draw(axes: Axes, points: Points, x: int, style: dict[str, Any]) -> None:
+    """Draw one run, its start left out."""
+    shown = [(point[x], point[2]) for point in points if point[0]]
+    axes.plot([a for a, _ in shown], [b for _, b in shown], **style)

@@ -1,0 +1,240 @@
+"""Natural gradients without tuning beside tuned first-order optimizers, by step and in wall-clock time.
+
+`python apps/compare.py --data_path DIR` goes through the nets, in this order for each:
+
+1. search: every baseline with 6 learning rates x 2 schedules on seed 0 (SOAP 3 x 2);
+2. repeat: the best of each, and every natural gradient without any number, on all seeds;
+3. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
+   training loss at which that Adam ended; plain, and compiled with `--compile`.
+
+A run is one line in `FOLDER/NET.jsonl`, written when it is finished; what is there is not run again. So the study can
+be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat
+count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fisherfn as ff
+from common.baselines import BASELINES, Schedule, baseline
+from common.config import POSITIVE, ConfigError, option, parse
+from common.data import load
+from common.loop import Settings, Snapshot, Task, evaluate, start, train
+from common.optimizers import Optimizer
+from common.study import NETS, Net, Run, best, read, write
+from common.study_report import report
+from common.train_config import APPS, TrainConfig
+from common.trainer import cadence, make_optimizer, make_task, reported
+
+PHASES = ("search", "repeat", "race", "report")
+CORE = "MNIST,CURVES,CURVES_TANH,FACES,CIFAR10"
+
+RATES = 6
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
+"""Learning rates of each baseline, in thirds of a decade, each with every schedule; SOAP has half as many."""
+
+CHECKS = 4
+"""Evaluations per epoch of a race."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The part of the study that is run."""
+
+    nets: str = option(CORE, f"nets, with commas between them: {', '.join(NETS)}")
+    optims: str = option("sgd,adam,adamw,kfac", "optimizers: sgd, adam, adamw, soap, and every natural gradient")
+    phases: str = option("search,repeat,report", f"what to do, in this order: {', '.join(PHASES)}")
+    seeds: int = option(3, "seeds 0, 1, … of the repeats and the race", check=POSITIVE)
+    compile: bool = option(False, "the race with compiled steps")
+    threads: int = option(2, "threads of torch", check=POSITIVE)
+    data_path: str | None = option(None, "folder with the files of the data sets; null: ./data")
+    page: str | None = option(None, "page that gets the tables, and the picture beside it")
+    folder: str = option("results/compare", "folder of the records")
+
+
+def main(config: CompareConfig) -> None:
+    """Do the phases, net by net."""
+    nets, optims, phases = (listed(value) for value in (config.nets, config.optims, config.phases))
+    for what, given, known in (
+        ("nets", nets, tuple(NETS)),
+        ("optims", optims, (*BASELINES, *ff.METHODS)),
+        ("phases", phases, PHASES),
+    ):
+        for wrong in (name for name in given if name not in known):
+            raise ConfigError(f"{what} must be among {', '.join(known)}, got {wrong!r}")
+    torch.set_num_threads(config.threads)
+    for net in nets:
+        records = Path(config.folder) / f"{net}.jsonl"
+        for run in (run for phase in PHASES if phase in phases for run in planned(phase, net, optims, config, records)):
+            if run.key not in {other.key for other in read(records)}:
+                done = execute(run, NETS[net], config)
+                write(records, done)
+                print(done.line(), flush=True)
+    if "report" in phases:
+        report(Path(config.folder), nets, Path(config.page) if config.page else None)
+
+
+def listed(value: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def planned(phase: str, net: str, optims: list[str], config: CompareConfig, records: Path) -> Iterator[Run]:
+    """The runs of one phase; a repeat or race of baselines needs their search."""
+    if phase == "search":
+        for optim in (name for name in optims if name in BASELINES):
+            yield from searched(net, optim)
+    elif phase in ("repeat", "race"):
+        for seed in range(config.seeds):
+            for optim in optims:
+                run = winner(net, optim, read(records))
+                if run is None:
+                    print(f"{net}: no finished search of {optim}, so no {phase}")
+                elif phase == "repeat":
+                    yield run._replace(seed=seed)
+                elif optim not in BASELINES or optim == "adam":
+                    yield run._replace(seed=seed, race="compiled" if config.compile else "plain")
+
+
+def searched(net: str, optim: str) -> Iterator[Run]:
+    """All trials of a baseline, the middle learning rates first."""
+    first = NETS[net].rates[optim]
+    count = RATES // 2 if optim == "soap" else RATES
+    for third in range(count):
+        for schedule in SCHEDULES:
+            yield Run(net, optim, float(f"{10 ** ((first - third) / 3):.4g}"), schedule, seed=0)
+
+
+def winner(net: str, optim: str, runs: list[Run]) -> Run | None:
+    """The run of a search with the lowest final training loss; a natural gradient has nothing to search."""
+    if optim not in BASELINES:
+        return Run(net, optim, None, None, seed=0)
+    chosen = best([run for run in runs if run.optim == optim and run.seed == 0 and not run.race])
+    return None if chosen is None else chosen.fresh()
+
+
+def execute(run: Run, net: Net, config: CompareConfig) -> Run:
+    """Train; returns the run with its points."""
+    full = settings(run, net, config)
+    data = load(full.data, data_path=full.data_path, seed=full.seed)
+    full = dataclasses.replace(full, model=full.model or full.model_for(data))
+    task, _ = make_task(full, data)
+    warm = 0.0
+    if run.race == "compiled":  # on another copy of the net, so that the run itself starts from its beginning
+        spare, _ = make_task(full, data)
+        warm = warmed(optimizer_of(run, net, full)(spare), spare, full)
+    task, module = make_task(full, data)
+    optimizer = optimizer_of(run, net, full)(task, module)
+    target = None if run.optim in BASELINES or not run.race else target_of(run, config)
+    points: list[tuple[float, ...]] = []
+    stopped = ""
+    went = Settings(net.epochs, full.batch_size, full.seed, progress=False)
+    race = Race(task, points, target, math.ceil(len(task.train[0]) / full.batch_size))
+    try:
+        for epoch in train(task, optimizer, start(task, optimizer), went, race.watch if run.race else lambda *_: None):
+            if not run.race:
+                points.append(tuple(epoch.metrics[k] for k in ("step", "seconds", "train_loss", "test_loss")))
+            if not math.isfinite(epoch.metrics["train_loss"]):
+                stopped = "diverged"
+                break
+    except Reached:
+        stopped = "reached"
+    except ff.FisherfnError as error:
+        stopped = type(error).__name__
+    return run._replace(points=points, stopped=stopped, warm=warm, threads=config.threads)
+
+
+def settings(run: Run, net: Net, config: CompareConfig) -> TrainConfig:
+    """The trainer's configuration of a run."""
+    optim = "sgd" if run.optim in BASELINES else run.optim
+    given: dict[str, Any] = {"data": net.data, "model": net.model, "optim": optim, "seed": run.seed}
+    given |= {"data_path": config.data_path, "compile": run.race == "compiled"}
+    if net.batch_size:
+        given["batch_size"] = net.batch_size
+    return APPS[net.app](**given)
+
+
+def optimizer_of(run: Run, net: Net, full: TrainConfig) -> Callable[..., Optimizer]:
+    """From a task and its module to the optimizer."""
+
+    def build(task: Task, module: torch.nn.Module | None = None) -> Optimizer:
+        if run.optim not in BASELINES:
+            return make_optimizer(full, task)
+        if module is None:
+            _, module = make_task(full, load(full.data, data_path=full.data_path, seed=full.seed))
+        steps = net.epochs * math.ceil(len(task.train[0]) / full.batch_size)
+        return baseline(
+            module, task.likelihood, run.optim, lr=run.lr or 0.0, schedule=run.schedule or "constant", steps=steps,
+            compile=full.compile,
+        )  # fmt: skip
+
+    return build
+
+
+def warmed(optimizer: Optimizer, task: Task, full: TrainConfig) -> float:
+    """Take a step of every kind with every batch size, to compile it; returns the seconds."""
+    due = cadence(full)
+    kinds = {due(step): step for step in reversed(range(1000))} if full.optim in ff.METHODS else {None: 0}
+    last = len(task.train[0]) % full.batch_size
+    began = time.perf_counter()
+    for size in {full.batch_size, last or full.batch_size}:
+        batch = (task.train[0][:size], task.train[1][:size])
+        for index in sorted(kinds.values()):
+            draws = torch.Generator().manual_seed(0)
+            labels = optimizer.draw(batch, draws)
+            context = task.seeded(task.context, size, draws)
+            params = {name: leaf.clone() for name, leaf in task.params.items()}
+            optimizer.step(params, optimizer.init(params), batch, context, labels, index)
+    return time.perf_counter() - began
+
+
+def target_of(run: Run, config: CompareConfig) -> float:
+    """The training loss at which the tuned Adam of that seed ended."""
+    records = read(Path(config.folder) / f"{run.net}.jsonl")
+    ends = [other for other in records if other.optim == "adam" and other.race == run.race and other.seed == run.seed]
+    if not ends:
+        raise ConfigError(f"{run.net}: no race of adam with seed {run.seed} yet; name adam first in --optims")
+    return ends[0].points[-1][2]
+
+
+class Reached(Exception):
+    """The race is over."""
+
+
+@dataclass
+class Race:
+    """Evaluates a few times per epoch, its own time not counted, and ends a run that has reached its target."""
+
+    task: Task
+    points: list[tuple[float, ...]]
+    target: float | None
+    steps: int
+    spent: float = 0.0
+    offset: float = 0.0
+
+    def watch(self, step: int, at: Callable[[], Snapshot]) -> None:
+        """Evaluate where it is due; see `common.loop.Watch`."""
+        every = max(1, self.steps // CHECKS)
+        if step % self.steps and step % every:
+            return
+        began = time.perf_counter()
+        snapshot = at()
+        loss, _ = evaluate(self.task, snapshot, self.task.train)
+        self.points.append((step, snapshot.seconds - self.spent, loss, math.nan))
+        if self.target is not None and loss <= self.target:
+            raise Reached
+        self.spent += time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    with reported():
+        main(parse(CompareConfig, description=__doc__ or ""))

@@ -1,0 +1,119 @@
+"""The comparison with tuned baselines: its runs, its records, and what its tables say."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import compare
+from common import study, study_report
+from common.baselines import baseline
+from common.config import ConfigError
+from common.data import load
+from common.loop import Settings, start, train
+from common.optimizers import adam, sgd
+from common.study import Net, Run
+from common.train_config import TrainConfig
+from common.trainer import make_task
+
+RATES = {"sgd": -3, "adam": -6, "adamw": -6, "soap": -6}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One net that trains in a second, two rates per baseline."""
+    monkeypatch.setitem(study.NETS, "TINY", Net("train_mlp", "DIGITS", "ToyNet", 1, RATES, 256, title="tiny net"))
+    monkeypatch.setattr(compare, "RATES", 2)
+
+
+def config(tmp_path, **more):
+    return compare.CompareConfig(nets="TINY", folder=str(tmp_path / "records"), threads=1, seeds=2, **more)
+
+
+def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- table: compare -->\nold\n<!-- end of table -->\nAfter.\n")
+    asked = config(tmp_path, optims="adam,kfac", phases="search,repeat,race,report", page=str(page))
+    compare.main(asked)
+    runs = study.read(tmp_path / "records" / "TINY.jsonl")
+    kinds = [(run.optim, run.lr, run.schedule, run.seed, run.race) for run in runs]
+    chosen = study.best([run for run in runs if run.optim == "adam" and run.seed == 0 and not run.race])
+    assert kinds[:4] == [("adam", lr, kind, 0, "") for lr in (0.01, 0.004642) for kind in ("constant", "cosine")]
+    settings = (chosen.lr, chosen.schedule)
+    assert kinds[4:7] == [("kfac", None, None, 0, ""), ("adam", *settings, 1, ""), ("kfac", None, None, 1, "")]
+    assert [kind[-2:] for kind in kinds[7:]] == [(0, "plain"), (0, "plain"), (1, "plain"), (1, "plain")]
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
+    assert "**tiny net**" in text and "| Adam " in text and "| K-FAC | none " in text
+    assert (tmp_path / "images" / "compare.png").exists()
+    assert "TINY adam lr 0.01 constant seed 0" in capsys.readouterr().out
+
+    def again(*_):
+        raise AssertionError("what is recorded is not run again")
+
+    monkeypatch.setattr(compare, "execute", again)
+    compare.main(asked)
+
+
+def test_a_record_that_was_cut_off_is_none(tmp_path):
+    path = tmp_path / "NET.jsonl"
+    whole = Run("MNIST", "adam", 0.1, "cosine", 0, points=[(1, 0.5, math.nan, 2.0)])
+    study.write(path, whole)
+    with path.open("a") as file:
+        file.write('{"net": "MNIST", "op')
+    study.write(path, whole._replace(seed=1))
+    found, other = study.read(path)
+    assert found.key == whole.key and other.seed == 1 and found.loss == math.inf
+    assert found.points[0][::3] == (1.0, 2.0) and math.isnan(found.points[0][2])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_a_baseline_is_the_pure_optimizer_and_its_schedule_ends_at_zero(optim):
+    data = load("DIGITS")
+    full = TrainConfig(data="DIGITS", model="ToyNet", batch_size=512, optim=optim)
+    pure = {"sgd": sgd, "adam": adam}[optim]
+    task, net = make_task(full, data)
+    own = pure(task.model, task.likelihood, lr=0.01)
+    plain = list(train(task, own, start(task, own), Settings(2, 512)))
+    given = {"lr": 0.01, "steps": 2 * math.ceil(len(task.train[0]) / 512)}
+    for schedule in ("constant", "cosine"):
+        task, net = make_task(full, data)
+        own = baseline(net, task.likelihood, optim, schedule=schedule, **given)
+        last = [epoch.metrics["train_loss"] for epoch in train(task, own, start(task, own), Settings(2, 512))]
+        if schedule == "constant":
+            assert last == pytest.approx([epoch.metrics["train_loss"] for epoch in plain], rel=1e-5)
+        else:
+            assert last[-1] > plain[-1].metrics["train_loss"], "smaller steps get less far in two epochs"
+            before = {name: leaf.detach().clone() for name, leaf in net.named_parameters()}
+            own.step(before, (), task.train, {}, (), given["steps"])
+            for name, leaf in net.named_parameters():
+                torch.testing.assert_close(leaf.detach(), before[name], rtol=0, atol=1e-9)
+
+
+def test_ratios_compare_seeds_with_the_same_seed_of_adam():
+    def run(optim, seed, losses, **more):
+        points = [(step, 2.0 * step, loss, loss) for step, loss in enumerate(losses)]
+        lr, schedule = (None, None) if optim == "kfac" else (0.1, "cosine")
+        return Run("MNIST", optim, lr, schedule, seed, points=points, **more)
+
+    runs = [run("adam", 0, [1, 0.9, 0.8, 0.7, 0.5]), run("adam", 1, [1, 0.9, 0.8, 0.7, 0.3])]
+    kfac = [run("kfac", 0, [1, 0.5, 0.4]), run("kfac", 1, [1, 0.5, 0.4])]
+    assert study_report.in_steps(runs + kfac, kfac) == "not reached (0.25 to –)"
+    assert study_report.in_steps(runs + kfac, kfac[:1]) == "0.25"
+    race = [run("adam", 0, [1, 0.5], race="plain"), run("kfac", 0, [1, 0.8, 0.5], race="plain", stopped="reached")]
+    assert study_report.in_time(race, "kfac", "plain") == "2.00"
+    assert study_report.in_time(race, "kfac", "compiled") == ""
+
+
+def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
+    nothing = Run("TINY", "adam", 0.1, "cosine", 0, points=[(0, 0.0, 1.0, 1.0)], stopped="diverged")
+    assert study.best([nothing]) is None and compare.winner("TINY", "adam", [nothing]) is None
+    assert "no run ended" in study_report.of_net([nothing])
+    json.dumps(nothing._asdict())
+
+
+@pytest.mark.parametrize("wrong", [{"nets": "MNISTT"}, {"optims": "adm"}, {"phases": "serch"}])
+def test_unknown_names_are_refused(wrong):
+    with pytest.raises(ConfigError, match="must be among"):
+        compare.main(compare.CompareConfig(**wrong))
