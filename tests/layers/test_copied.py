@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fisherfn as ff
 from tests import oracles, zoo
 from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, same
-from tests.nets import Readout
+from tests.nets import Readout, outside
 from tests.oracles import close
 from tests.zoo import from_model, from_net, sampled
 
@@ -261,3 +261,33 @@ def test_watched_passes_are_those_of_the_library():
             pre.step((x, y))
         found.append({name: p.grad.clone() for name, p in net.named_parameters()})
     close(found[0], found[1])
+
+
+class Everything(nn.Module):
+    """A recurrent net, dropout with the examples on axis 1, experts, a normalised head and a parameter beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.net = nn.Embedding(5, 3), nn.LSTM(3, 4)
+        self.experts = nn.Parameter(torch.linspace(-1.0, 1.0, 24).reshape(2, 4, 3))
+        self.head = parametrizations.weight_norm(nn.Linear(6, 2))
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, ids):
+        h = F.dropout(self.net(self.words(ids).transpose(0, 1))[0], 0.5, self.training)[-1]
+        return self.head(torch.einsum("ni,eio->neo", h, self.experts).tanh().flatten(1)) * outside(self.scale)
+
+
+def test_a_compiled_step_is_the_step():
+    net, ids = Everything().double().train(), torch.randint(5, (4, 3), generator=zoo.generator())
+    model, params, context = ff.functional(net)
+    context = context | {"dropout": ff.dropout_seeds(4, zoo.generator())}
+    ng = ff.natural_gradient(
+        model, params, ids, likelihood=ff.Categorical(), fisher="type2", context=context, uncovered="gradient"
+    )
+    assert set(kinds(ng).values()) == {"embedding", "linear", "einsum", "copied", "elementwise"}
+    assert [name for name, _ in ng.layout.uncovered] == ["scale"]
+    batch, state = (ids, torch.tensor([0, 1, 1, 0])), ng.init(params, damping=0.1)
+    compiled = ff.compile(ng.step, backend="eager")
+    found, expected = (step(params, state, batch, context=context)[0] for step in (compiled, ng.step))
+    close(found, expected)
