@@ -1,28 +1,30 @@
-# `make demo` and `make test` need nothing but python3 and make: what they use is installed into .venv first.
+# `make demo` and `make test` need only python3 and make: they first install their dependencies into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-# one thread a worker: the workers already fill the cores, and sums come out the same everywhere
+# one thread per worker: the workers already use all cores, and sums are the same everywhere
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TYPED := --jaxtyping-packages=fisherfn,beartype.beartype
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-deep lint format docs gallery demo build check-wheel soak search benchmark clean
 
-help:  ## this list
+help:  ## show this list
 	@echo "fisherfn: natural-gradient methods for PyTorch"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/installed  ## create .venv with the pinned versions (again after a change of pyproject or constraints)
+install: .venv/installed  ## create .venv with the pinned versions (again after changes of pyproject or constraints)
 
-demo: .venv/installed  ## train on data made on the spot; prints a table, writes pictures
+demo: .venv/installed  ## train on generated data; print a table, write pictures
 	$(BIN)/python apps/demo.py
 
-test: .venv/installed  ## all tests and doctests
-	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS)
+test: .venv/installed  ## all tests and doctests, then a small part of them with shapes and types checked at run time
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS) --durations 40
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=quick $(BIN)/python -m pytest -n $(WORKERS) $(TYPED) -m typed
 
-test-deep: .venv/installed  ## the same with many more random examples
-	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS)
+test-deep: .venv/installed  ## all with shapes and types checked, and many more random examples
+	$(SINGLE_THREADED) FISHERFN_HYPOTHESIS=deep $(BIN)/python -m pytest -n $(WORKERS) $(TYPED)
 
 lint: .venv/installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .
@@ -30,34 +32,34 @@ lint: .venv/installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck apps/cluster/*
 
-format: .venv/installed-dev  ## put the sources into shape
+format: .venv/installed-dev  ## format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/installed-docs  ## the documentation site, in build/site; warnings are errors
+docs: .venv/installed-docs  ## build the documentation site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
-gallery: .venv/installed  ## draw the pictures of the gallery anew (docs/images/gallery)
+gallery: .venv/installed  ## redraw the pictures of the gallery (docs/images/gallery)
 	$(BIN)/python docs/examples/all.py
 
 build: .venv/installed-dev  ## wheel and source archive, in dist
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --no-isolation
 
-check-wheel: build  ## install the wheel into a fresh environment, with what it depends on and nothing else, and use it
+check-wheel: build  ## install the wheel into a fresh environment with only its dependencies, and use it
 	rm -rf build/wheel && $(BIN)/python -m venv build/wheel
 	build/wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
 	build/wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt dist/*.whl
 	build/wheel/bin/python -m pip check
 	build/wheel/bin/python .ci/use_wheel.py
 
-soak: .venv/installed  ## ten minutes of killed, stopped and starved runs, resumed and compared with straight ones
+soak: .venv/installed  ## inject faults into training runs for ten minutes, and compare resumed with undisturbed runs
 	$(BIN)/python apps/soak.py
 
 search: .venv/installed  ## run the recorded hyper-parameter search again (hours)
 	$(BIN)/python apps/search.py
 
-benchmark: .venv/installed-peers  ## time a step beside other libraries; new tables and picture in docs/performance.md
+benchmark: .venv/installed-peers  ## time steps of this and other libraries; update tables and picture in docs/performance.md
 	$(BIN)/python apps/benchmark.py --peers --page docs/performance.md
 
 clean:  ## remove .venv, caches and builds; results stay
@@ -72,7 +74,7 @@ clean:  ## remove .venv, caches and builds; results stay
 		          "(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# torch alone first: the build that an index or a local folder offers is taken as it is, and nothing later replaces it
+# torch first and alone: the build that an index or a local folder offers is kept
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv, once; torch is large ..."
 	$(PIP) torch==2.13.0

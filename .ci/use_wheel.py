@@ -1,4 +1,4 @@
-"""What an installed wheel must do: be the one that is imported, carry its types and version, and run the README's code.
+"""Check an installed wheel: it is the one imported, has its types and version, and runs the README's code.
 
 Run by `make check-wheel` with the Python of a fresh environment; imports nothing but the library and the standard one.
 """

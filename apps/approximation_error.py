@@ -1,11 +1,11 @@
-"""How near each method comes to the Fisher of every layer, along a run of Adam: the published comparison, on any net.
+"""Measure the error of each method's Fisher for every layer, along a run of Adam: the published comparison.
 
 `python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder. At every `--every`-th step it
 measures, for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that
-step's batch; and at every `--spectra_every`-th, as these cost more, the relative error of F̂'s leading eigenvalues, and
-the degrees between the method's step and the exact block natural gradient at the same λ. Each method starts afresh from
-the same statistics, one batch and no average. `result.json` holds all of it; tables of the means over the last half of
-the run, and two pictures, sum it up.
+step's batch; and at every `--spectra_every`-th step, because these cost more, the relative error of F̂'s leading
+eigenvalues and the angle in degrees between the method's step and the exact block natural gradient at the same λ. Each
+method starts anew from the same statistics, of one batch without averages. `result.json` has all numbers; tables of
+the means over the last half of the run and two pictures summarise them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, r
 FOLDER = "approximation_error"
 
 METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "ekfac")
-"""Those that approximate a layer's block."""
+"""Methods that approximate the block of a layer."""
 
 NAMES = LABELS | {GRADIENT: "plain gradient"}
 STROKES = {NAMES["lanczos"]: (0, (3, 3)), NAMES[GRADIENT]: ":"}
-"""Lanczos and Deflation find the same: dashes let both be seen."""
+"""Line styles: dashes, because Lanczos and Deflation coincide."""
 
 COLUMNS = 8192
-"""Examples times draws, of which the errors need a square matrix: half a gigabyte."""
+"""Largest number of examples times samples; the errors need a square matrix of this size, half a gigabyte."""
 
 TITLES = {
     "error": "Relative Frobenius error ‖F − F̂‖ / ‖F‖",
@@ -54,39 +54,47 @@ TITLES = {
 
 
 def named(methods: str) -> list[str]:
-    """The methods of the option, each once."""
+    """Return the methods of the option, each once."""
     return list(dict.fromkeys(name.strip() for name in methods.split(",")))
 
 
-KNOWN = Check(f"names among {', '.join(METHODS)}, with commas", lambda text: set(named(text)) <= set(METHODS))
+KNOWN = Check(f"comma-separated names from {', '.join(METHODS)}", lambda text: set(named(text)) <= set(METHODS))
 PLAIN = Check("a folder's name, without /", lambda name: name.strip(". ") != "" and Path(name).name == name)
 
 
 @dataclass(frozen=True)
 class ErrorConfig:
-    """What is trained, and what is measured on the way."""
+    """The settings of the training and of the measurements."""
 
-    app: str = option("train_mlp", "trainer whose nets and data these are", choices=APPS)
+    app: str = option("train_mlp", "trainer whose nets and data are used", choices=APPS)
     data: str | None = option(None, "data set; null: the trainer's default", aliases=("dataset",))
     data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")
-    model: str | None = option(None, "net; null: the one that suits the data")
-    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
-    steps: int = option(1200, "of Adam", check=NON_NEGATIVE)
-    lr: float | None = option(None, "Adam's rate; null: as tuned", aliases=("learning_rate",), check=POSITIVE)
+    model: str | None = option(None, "model; null: the default for the data")
+    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    steps: int = option(1200, "steps of Adam", check=NON_NEGATIVE)
+    lr: float | None = option(
+        None, "learning rate of Adam; null: the tuned value", aliases=("learning_rate",), check=POSITIVE
+    )
 
     every: int = option(25, "steps between measurements of the error", check=POSITIVE)
-    spectra_every: int = option(200, "steps between those of eigenvalues and angle; 0: never", check=NON_NEGATIVE)
-    methods: str = option(",".join(METHODS), "methods, with commas between them", check=KNOWN)
-    fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
-    fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
-    damping: float | None = option(None, "λ of the steps that are compared; null: 1", check=POSITIVE)
-    damping_form: Literal["factored", "eigen"] = option("factored", "how damping enters Kronecker factors")
-    eigenvalues: int = option(50, "how many", check=Check("from 1 to 200", lambda count: 1 <= count <= 200))
+    spectra_every: int = option(
+        200, "steps between measurements of eigenvalues and angle; 0: never", check=NON_NEGATIVE
+    )
+    methods: str = option(",".join(METHODS), "comma-separated methods", check=KNOWN)
+    fisher: Literal["mc", "type2", "empirical"] = option(
+        "mc", "labels: sampled, exact expectation, or those of the data"
+    )
+    fisher_samples: int = option(1, "sampled labels per example, for mc", check=POSITIVE)
+    damping: float | None = option(None, "λ of the compared steps; null: 1", check=POSITIVE)
+    damping_form: Literal["factored", "eigen"] = option("factored", "form of the damping")
+    eigenvalues: int = option(
+        50, "number of leading eigenvalues", check=Check("from 1 to 200", lambda count: 1 <= count <= 200)
+    )
 
-    seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
-    result_dir: str = option("results", "folder of results")
-    result_name: str | None = option(None, "the result's own folder; null: from data, model and seed", check=PLAIN)
+    seed: int = option(0, "random seed", check=NON_NEGATIVE)
+    result_dir: str = option("results", "folder for results")
+    result_name: str | None = option(None, "name of the result folder; null: from data, model and seed", check=PLAIN)
     overwrite: bool = option(False, "replace an existing result of that name")
     quiet: bool = option(False, "no progress bar")
 
@@ -95,7 +103,7 @@ class ErrorConfig:
 
 
 class Record(NamedTuple):
-    """One step's measurements: by quantity, layer and method."""
+    """The measurements of one step: by quantity, layer and method."""
 
     step: int
     loss: float
@@ -103,7 +111,7 @@ class Record(NamedTuple):
 
 
 def run(config: ErrorConfig) -> Path:
-    """Train, measure, and write what was measured, also of a run that is cut short; returns the result's folder."""
+    """Train, measure and write the results, also of an interrupted run; return the result folder."""
     config, full, task = prepared(config)
     folder = Path(config.result_dir) / FOLDER / (config.result_name or default_name(config))
     if folder.exists() and not config.overwrite:
@@ -121,7 +129,7 @@ def run(config: ErrorConfig) -> Path:
 
 
 def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
-    """Both configurations with what they had left open, and model and data."""
+    """Return both configurations with all defaults filled in, and model and data."""
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(TrainConfig)}
     full = APPS[config.app](**{name: value for name, value in given.items() if value is not None} | {"optim": "adam"})
     data = load(full.data, data_path=full.data_path, seed=full.seed, download=full.download)
@@ -133,13 +141,13 @@ def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
 
 
 def natural_gradients(config: ErrorConfig, full: TrainConfig, task: Task) -> dict[str, ff.NaturalGradient]:
-    """One a method, of the same model; the Fisher must have so few columns that all pairs of them fit into memory."""
+    """Build one natural gradient per method; all pairs of the Fisher's columns must fit into memory."""
     ng = natural_gradient(dataclasses.replace(full, optim="kfac"), task)
     draws = {"mc": full.fisher_samples, "type2": math.prod(ng.layout.output_shape), "empirical": 1}[full.fisher]
     columns = draws * min(full.batch_size, len(task.train[0]))
     if columns > COLUMNS:
         raise ConfigError(
-            f"a Fisher of {columns:,} columns (examples times draws, or times outputs with type2) is too large to "
+            f"a Fisher of {columns:,} columns (examples times samples, or times outputs with type2) is too large to "
             f"compare with, {COLUMNS:,} are not: give a smaller --batch_size, or --fisher mc with few --fisher_samples"
         )
     methods = {name: ff.METHODS[name](damping_form=config.damping_form) for name in named(config.methods)}
@@ -152,7 +160,7 @@ def natural_gradients(config: ErrorConfig, full: TrainConfig, task: Task) -> dic
 def measurements(
     config: ErrorConfig, full: TrainConfig, task: Task, nets: Mapping[str, ff.NaturalGradient]
 ) -> Iterator[Record]:
-    """Adam's run, measured before the first step and wherever it is due, the end included."""
+    """Run Adam, and measure before the first step, at the due steps and at the end."""
     adam = make_optimizer(full, task)
     params, context, state = task.params, task.context, adam.init(task.params)
     bar = tqdm(range(config.steps + 1), desc=f"{config.data} adam", disable=True if config.quiet else None, unit="step")
@@ -169,7 +177,7 @@ def measurements(
 
 
 def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches without end, all of one size: how near one comes to a Fisher depends on its examples' number."""
+    """Yield shuffled batches without end, all of one size, because the error depends on the number of examples."""
     examples = task.train[0].shape[0]
     for epoch in itertools.count():
         order = torch.randperm(examples, generator=seeded(seed, epoch, stream=0))
@@ -178,7 +186,7 @@ def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def seeded(seed: int, index: int, stream: int) -> torch.Generator:
-    """The generator of one epoch's order or one step's labels, whatever was measured before."""
+    """Return the generator of an epoch's order or a step's labels, independent of earlier measurements."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + stream)
 
 
@@ -186,7 +194,7 @@ def seeded(seed: int, index: int, stream: int) -> torch.Generator:
 
 
 def report(folder: Path, config: ErrorConfig, shapes: dict[str, tuple[int, int, int]], records: list[Record]) -> None:
-    """Everything as JSON, the tables, the pictures."""
+    """Write the JSON and the pictures, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     measured = {q: title.format(**vars(config)) for q, title in TITLES.items() if any(q in r.values for r in records)}
     means = {quantity: last_half(records, quantity) for quantity in measured}
@@ -203,7 +211,7 @@ def report(folder: Path, config: ErrorConfig, shapes: dict[str, tuple[int, int, 
 
 
 class Mean(NamedTuple):
-    """Of the numbers that there are, NaN of none; and of how many there might have been."""
+    """The mean of the available numbers (NaN if there are none), their count, and the possible count."""
 
     value: float
     numbers: int
@@ -211,7 +219,7 @@ class Mean(NamedTuple):
 
 
 def last_half(records: list[Record], quantity: str) -> dict[str, dict[str, Mean]]:
-    """Means over the records of the last half of the run, by layer and method."""
+    """Return means over the records of the last half of the run, by layer and method."""
     there = [record for record in records if quantity in record.values]
     late = [record.values[quantity] for record in there if 2 * record.step >= there[-1].step]
 
@@ -223,7 +231,7 @@ def last_half(records: list[Record], quantity: str) -> dict[str, dict[str, Mean]
 
 
 def table(means: dict[str, dict[str, Mean]], layers: dict[str, str]) -> str:
-    """A line a layer, a column a method; how many of the records have a number stands beside where not all do."""
+    """Format a table with one line per layer and one column per method; incomplete means show their counts."""
     names = next(iter(means.values()))
     lines = [["", *(NAMES[name] for name in names)]]
     lines += [[layers[key], *(cell(mean) for mean in methods.values())] for key, methods in means.items()]
@@ -235,13 +243,13 @@ def table(means: dict[str, dict[str, Mean]], layers: dict[str, str]) -> str:
 
 
 def cell(mean: Mean) -> str:
-    """Three digits, or a dash."""
+    """Format a number with three digits, or a dash."""
     number = f"{mean.value:.3g}" if mean.numbers else "–"
     return number if mean.numbers == mean.of else f"{number} ({mean.numbers} of {mean.of})"
 
 
 def curves(records: list[Record], quantity: str, layers: dict[str, str]) -> dict[str, dict[str, Points]]:
-    """What a picture shows: points (step, value) by layer and method."""
+    """Return the points (step, value) of a picture, by layer and method."""
     there = [(record.step, record.values[quantity]) for record in records if quantity in record.values]
     return {
         label: {NAMES[name]: [(step, values[key][name]) for step, values in there] for name in there[0][1][key]}
@@ -250,7 +258,7 @@ def curves(records: list[Record], quantity: str, layers: dict[str, str]) -> dict
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: named tuples as objects, and null for a number that is not finite."""
+    """Convert a value for JSON: named tuples to objects, non-finite numbers to null."""
     if isinstance(value, Record | Mean):
         return plain(value._asdict())
     if isinstance(value, dict):

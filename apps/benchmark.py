@@ -1,11 +1,11 @@
-"""What a training step costs, in SGD steps of the same model in the same run: interleaved rounds, medians.
+"""Time training steps, relative to SGD steps of the same model in the same run: interleaved rounds, medians.
 
 `python apps/benchmark.py` times fisherfn's K-FAC steps on four nets (fully connected, convolutional, with transposed
-convolutions), puts them together as the mean step of a training, and what every method's refresh of statistics and
-factors costs beside K-FAC's. `--peers` times other libraries on the very same weights and batches, in the same rounds
+convolutions) and computes the average step of a training. It also times the refresh of statistics and factors of every
+method, relative to K-FAC. `--peers` times other libraries on the same weights and batches, in the same rounds
 (`make .venv/installed-peers` installs them). `--page docs/performance.md` writes the tables into that page and draws
-its picture. Timings are noisy; the ratios of one run are what to read. With `--device cuda` every call is waited for,
-and the memory that it takes is measured too.
+its picture. Timings are noisy; compare ratios within one run. With `--device cuda` every call is synchronised, and its
+memory is measured too.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from common.trainer import reported
 
 EXACT_ON, EXACT_EXAMPLES = ("AE_CURVES", "cuda_convnet"), 128
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Of a processor, as Linux calls them: those that decide how fast matrices are multiplied."""
+"""Processor flags of Linux that determine the speed of matrix products."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure, and how carefully."""
+    """The settings of the benchmark."""
 
-    rounds: int = option(20, "interleaved rounds; medians are taken over them", check=POSITIVE)
-    workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; resnet50 and gpt2_block besides")
-    batch_size: int | None = option(None, "examples a step; null: each net's own", check=POSITIVE)
+    rounds: int = option(20, "number of interleaved rounds, over which medians are taken", check=POSITIVE)
+    workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; also resnet50 and gpt2_block")
+    batch_size: int | None = option(None, "batch size; null: the default of each net", check=POSITIVE)
     peers: bool = option(False, "time other libraries too")
-    compile: bool = option(True, "time compiled steps too; compiling takes a few minutes a net")
+    compile: bool = option(True, "time compiled steps too; compiling takes a few minutes per net")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")
-    threads: int = option(2, "threads of torch", check=POSITIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
+    threads: int = option(2, "number of torch threads", check=POSITIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     matmul_precision: Literal["highest", "high"] = option(
-        "highest", "of float32 products and convolutions on a GPU: high rounds their factors to TensorFloat-32"
+        "highest", "precision of float32 products and convolutions on a GPU: high uses TensorFloat-32"
     )
-    page: str | None = option(None, "page whose tables are written anew; its picture is images/performance.png")
-    result_dir: str = option("results", "folder of results")
+    page: str | None = option(None, "page whose tables are replaced; its picture is images/performance.png")
+    result_dir: str = option("results", "folder for results")
 
 
 def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
-    """One workload: everyone's timings, in the same rounds."""
+    """Time all contenders on one workload, in the same rounds."""
     posed = pose(name, config)
     found: dict[str, Contender] = {report.UNIT: sgd(posed)}
     found |= {label: ours.kfac(posed, variant) for label, variant in ours.VARIANTS.items()}
@@ -91,14 +91,14 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def pose(name: str, config: BenchmarkConfig) -> Problem:
-    """The workload of that name."""
+    """Return the workload with this name."""
     if name in LARGE:
         return LARGE[name].make(config.batch_size or LARGE[name].batch_size, config.device)
     return problem(name, config.batch_size, config.device)
 
 
 def about(config: BenchmarkConfig) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return the circumstances of the run: machine, versions and settings."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "fisherfn": version("fisherfn"),
@@ -112,7 +112,7 @@ def about(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """Which of `INSTRUCTIONS` this processor has, where the system tells."""
+    """Return the `INSTRUCTIONS` of this processor, if the system lists them."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     listed = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
@@ -120,7 +120,7 @@ def instructions() -> list[str]:
 
 
 def chosen(config: BenchmarkConfig) -> list[str]:
-    """The workloads to time."""
+    """Return the workloads to time."""
     names = [name.strip() for name in config.workloads.split(",")]
     for name in names:
         if name not in WORKLOADS | LARGE:
@@ -129,7 +129,7 @@ def chosen(config: BenchmarkConfig) -> list[str]:
 
 
 def write(numbers: report.Numbers, config: BenchmarkConfig) -> None:
-    """The numbers as JSON, and where a page is named its tables and picture."""
+    """Write the numbers as JSON, and the tables and picture of a page if one is given."""
     path = Path(config.result_dir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(numbers, indent=1))
@@ -140,18 +140,18 @@ def write(numbers: report.Numbers, config: BenchmarkConfig) -> None:
         drawn = page.parent / "images" / "performance.png"
         drawn.parent.mkdir(exist_ok=True)
         picture.mean_steps(numbers, drawn)
-        print(f"Tables and picture of {page} are new.")
+        print(f"The tables and the picture of {page} were replaced.")
 
 
 def main(config: BenchmarkConfig) -> None:
-    """All workloads; tables as they come."""
+    """Time all workloads and print their tables."""
     names = chosen(config)
     torch.set_num_threads(config.threads)
     if config.device.startswith("cuda"):
-        # torch's own default rounds convolutions and not products
+        # torch's default uses TensorFloat-32 for convolutions but not for products
         torch.set_float32_matmul_precision(config.matmul_precision)
         torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"
-    # a peer's warnings are its own affair
+    # ignore warnings of peers
     warnings.filterwarnings("ignore")
     workloads: dict[str, Any] = {}
     for name in names:

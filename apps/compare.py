@@ -1,4 +1,4 @@
-"""Natural gradients without tuning beside tuned first-order optimizers, by step and in wall-clock time.
+"""Compare natural gradients without tuning with tuned first-order optimizers, per step and in wall-clock time.
 
 `python apps/compare.py --data_path DIR` goes through the nets, in this order for each:
 
@@ -7,9 +7,10 @@
 3. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
-A run is one line in `FOLDER/NET.jsonl`, written when it is finished; what is there is not run again. So the study can
-be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search and repeat
-count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and pictures.
+A run is one line in `FOLDER/NET.jsonl`, written when it is finished; finished runs are not repeated. The study can
+therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search
+and repeat count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and
+pictures.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ CHECKS = 4
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The part of the study that is run."""
+    """The settings of the study."""
 
-    nets: str = option(CORE, f"nets, with commas between them: {', '.join(NETS)}")
+    nets: str = option(CORE, f"comma-separated nets: {', '.join(NETS)}")
     optims: str = option("sgd,adam,adamw,kfac", "optimizers: sgd, adam, adamw, soap, and every natural gradient")
-    phases: str = option("search,repeat,report", f"what to do, in this order: {', '.join(PHASES)}")
-    seeds: int = option(3, "seeds 0, 1, … of the repeats and the race", check=POSITIVE)
-    compile: bool = option(False, "the race with compiled steps")
-    threads: int = option(2, "threads of torch", check=POSITIVE)
+    phases: str = option("search,repeat,report", f"phases, in this order: {', '.join(PHASES)}")
+    seeds: int = option(3, "number of seeds 0, 1, … of the repeats and the race", check=POSITIVE)
+    compile: bool = option(False, "compile the steps of the race")
+    threads: int = option(2, "number of torch threads", check=POSITIVE)
     data_path: str | None = option(None, "folder with the files of the data sets; null: ./data")
-    page: str | None = option(None, "page that gets the tables, and the picture beside it")
-    folder: str = option("results/compare", "folder of the records")
+    page: str | None = option(None, "page for the tables; the picture is written next to it")
+    folder: str = option("results/compare", "folder for the records")
 
 
 def main(config: CompareConfig) -> None:
-    """Do the phases, net by net."""
+    """Run the phases, net by net."""
     nets, optims, phases = (listed(value) for value in (config.nets, config.optims, config.phases))
     for what, given, known in (
         ("nets", nets, tuple(NETS)),
@@ -84,12 +85,12 @@ def main(config: CompareConfig) -> None:
 
 
 def listed(value: str) -> list[str]:
-    """The names in a list with commas."""
+    """Split a comma-separated list of names."""
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def planned(phase: str, net: str, optims: list[str], config: CompareConfig, records: Path) -> Iterator[Run]:
-    """The runs of one phase; a repeat or race of baselines needs their search."""
+    """Return the runs of one phase; a repeat or race of baselines needs their search."""
     if phase == "search":
         for optim in (name for name in optims if name in BASELINES):
             yield from searched(net, optim)
@@ -106,7 +107,7 @@ def planned(phase: str, net: str, optims: list[str], config: CompareConfig, reco
 
 
 def searched(net: str, optim: str) -> Iterator[Run]:
-    """All trials of a baseline, the middle learning rates first."""
+    """Return all trials of a baseline, the middle learning rates first."""
     first = NETS[net].rates[optim]
     count = RATES // 2 if optim == "soap" else RATES
     for third in range(count):
@@ -115,7 +116,7 @@ def searched(net: str, optim: str) -> Iterator[Run]:
 
 
 def winner(net: str, optim: str, runs: list[Run]) -> Run | None:
-    """The run of a search with the lowest final training loss; a natural gradient has nothing to search."""
+    """Return the run of a search with the lowest final training loss; a natural gradient has no search."""
     if optim not in BASELINES:
         return Run(net, optim, None, None, seed=0)
     chosen = best([run for run in runs if run.optim == optim and run.seed == 0 and not run.race])
@@ -123,7 +124,7 @@ def winner(net: str, optim: str, runs: list[Run]) -> Run | None:
 
 
 def execute(run: Run, net: Net, config: CompareConfig) -> Run:
-    """Train; returns the run with its points."""
+    """Train and return the run with its points."""
     full = settings(run, net, config)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     full = dataclasses.replace(full, model=full.model or full.model_for(data))
@@ -154,7 +155,7 @@ def execute(run: Run, net: Net, config: CompareConfig) -> Run:
 
 
 def settings(run: Run, net: Net, config: CompareConfig) -> TrainConfig:
-    """The trainer's configuration of a run."""
+    """Return the trainer's configuration of a run."""
     optim = "sgd" if run.optim in BASELINES else run.optim
     given: dict[str, Any] = {"data": net.data, "model": net.model, "optim": optim, "seed": run.seed}
     given |= {"data_path": config.data_path, "compile": run.race == "compiled"}
@@ -164,7 +165,7 @@ def settings(run: Run, net: Net, config: CompareConfig) -> TrainConfig:
 
 
 def optimizer_of(run: Run, net: Net, full: TrainConfig) -> Callable[..., Optimizer]:
-    """From a task and its module to the optimizer."""
+    """Build the optimizer from a task and its module."""
 
     def build(task: Task, module: torch.nn.Module | None = None) -> Optimizer:
         if run.optim not in BASELINES:
@@ -181,7 +182,7 @@ def optimizer_of(run: Run, net: Net, full: TrainConfig) -> Callable[..., Optimiz
 
 
 def warmed(optimizer: Optimizer, task: Task, full: TrainConfig) -> float:
-    """Take a step of every kind with every batch size, to compile it; returns the seconds."""
+    """Compile by a step of every kind with every batch size; return the seconds."""
     due = cadence(full)
     kinds = {due(step): step for step in reversed(range(1000))} if full.optim in ff.METHODS else {None: 0}
     last = len(task.train[0]) % full.batch_size
@@ -198,7 +199,7 @@ def warmed(optimizer: Optimizer, task: Task, full: TrainConfig) -> float:
 
 
 def target_of(run: Run, config: CompareConfig) -> float:
-    """The training loss at which the tuned Adam of that seed ended."""
+    """Return the final training loss of the tuned Adam with this seed."""
     records = read(Path(config.folder) / f"{run.net}.jsonl")
     ends = [other for other in records if other.optim == "adam" and other.race == run.race and other.seed == run.seed]
     if not ends:

@@ -14,7 +14,7 @@ from common.results import MetricsError, read_metrics, result_folders
 
 
 def plot(places: Sequence[Path], out: Path | None) -> Path:
-    """Draw every run among `places` and directly inside them; returns the picture's path."""
+    """Draw every run among `places` and directly inside them; return the path of the picture."""
     folders = result_folders(places)
     if not folders:
         raise MetricsError(f"no metrics.jsonl in {', '.join(map(str, places))} nor one folder below")
@@ -24,23 +24,27 @@ def plot(places: Sequence[Path], out: Path | None) -> Path:
         raise MetricsError(f"there is no folder {path.parent} to put the picture in")
     games = [any("gen_loss" in m for m in metrics) for metrics in runs.values()]
     if any(games) and not all(games):
-        raise MetricsError("GAN runs and others have no losses in common: plot them apart")
+        raise MetricsError("GAN runs and others have no common losses: plot them separately")
     (curves if any(games) else loss_curves)(runs, path)
     return path
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with their parents' where they would not tell the runs apart."""
+    """Return the names of the folders, with the parents' names if they would be ambiguous."""
     full = [folder.resolve() for folder in folders]
     names = [folder.name for folder in full]
     return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in full]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result folder, or a folder of some")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG; default: comparison.png beside the results")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="result folder, or a folder of result folders"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="PNG file; default: comparison.png in the folder of the results"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(plot(arguments.results, arguments.out))

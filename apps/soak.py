@@ -1,8 +1,8 @@
-"""Runs that are killed, stopped, starved of disk and robbed of a checkpoint, resumed, and compared with straight ones.
+"""Fault injection: runs are killed, stopped, given a full disk or a damaged checkpoint, resumed, and compared.
 
-`python apps/soak.py` goes through all optimizers, of classifiers and of GANs, for ten minutes. Each round trains a
-small net with a checkpoint every few steps, strikes at a random moment, resumes until the run is finished, and compares
-the last checkpoint and the metrics with those of an undisturbed run, bit by bit.
+`python apps/soak.py` cycles through all optimizers of classifiers and GANs for ten minutes. Each round trains a small
+net with a checkpoint every few steps, injects a fault at a random moment, and resumes until the run is finished. It
+compares the last checkpoint and the metrics bit by bit with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ RUNS = {
     "train_gan": "--width 0.02 --batch_size 128 --crit_repeats 1 --fid none --gen_optim {} --crit_optim {}",
 }
 GAN = "gan:"
-"""Before the name of an optimizer that both players of a GAN have."""
+"""Prefix of an optimizer's name that both players of a GAN use."""
 ATTEMPTS = 20
-"""Times that a run is resumed before it counts as lost."""
+"""Number of times that a run is resumed before it counts as lost."""
 
 
 @dataclass(frozen=True)
 class SoakConfig:
-    """How long, and what."""
+    """The settings: duration, optimizers, seed."""
 
-    minutes: float = option(10.0, "how long to go on", check=POSITIVE)
+    minutes: float = option(10.0, "duration of the whole test", check=POSITIVE)
     optims: str = option(
-        ",".join([*OPTIMIZERS, *(GAN + name for name in PLAYERS)]), "optimizers, of a GAN as gan:…, with commas between"
+        ",".join([*OPTIMIZERS, *(GAN + name for name in PLAYERS)]),
+        "comma-separated optimizers; gan:… for both players of a GAN",
     )
-    seed: int = option(0, "of the moments and the faults", check=NON_NEGATIVE)
-    result: str = option("results/soak.json", "file of the counts")
+    seed: int = option(0, "seed of moments and faults", check=NON_NEGATIVE)
+    result: str = option("results/soak.json", "file for the counts")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to a running trainer.
+    """A fault that is injected into a running trainer.
 
     Attributes:
-        strike: what is done to the process at its moment; None for nothing.
-        codes: the exit codes that are right afterwards; 0 where it may have been finished before.
-        after: what is done to the result folder once the process is gone.
-        limit: bytes that a file may have.
+        strike: action on the process; None for no action.
+        codes: the correct exit codes afterwards, including 0 if the run may have finished before.
+        after: action on the result folder after the process ended.
+        limit: largest size of a file in bytes.
     """
 
     strike: signal.Signals | None
@@ -72,11 +73,11 @@ class Fault:
 
 
 def truncate(folder: Path, dice: random.Random) -> None:
-    """Cut the newest checkpoint short, where there is one before it."""
+    """Truncate the newest checkpoint, if there is an older one."""
     path = folder / CHECKPOINT
     if (folder / "checkpoint.1.pt").exists():
         content = path.read_bytes()
-        path.unlink()  # the one before may be the same file by another name
+        path.unlink()  # the older one may be the same file with another name
         path.write_bytes(content[: dice.randrange(len(content))])
 
 
@@ -90,7 +91,7 @@ FAULTS = {
 
 
 def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
-    """Rounds until the time is over; counts by fault: injected, survived, lost."""
+    """Run rounds until the time is over; return counts by fault: injected, survived, lost."""
     dice = random.Random(config.seed)
     counts: dict[str, Counter[str]] = {name: Counter(injected=0, survived=0, lost=0) for name in FAULTS}
     ends = time.monotonic() + 60 * config.minutes
@@ -101,7 +102,7 @@ def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
             problem = disturbed(Path(folder), optim, FAULTS[name], dice)
             counts[name]["injected"] += 1
             counts[name]["lost" if problem else "survived"] += 1
-            print(f"{optim:14} {name:32} {problem or 'equals the straight run'}", flush=True)
+            print(f"{optim:14} {name:32} {problem or 'equals the undisturbed run'}", flush=True)
     path = Path(config.result)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(counts, indent=1))
@@ -110,14 +111,14 @@ def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
 
 
 def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str | None:
-    """One round; what is wrong with its result, or None."""
+    """Run one round; return a description of the problem, or None."""
     straight = root / trainee(optim)[0] / f"{optim.replace(':', '-')}-straight"
     if not straight.exists():
         began = time.monotonic()
         code, printed = command(root, optim, straight.name)
         (straight / "seconds").write_text(str(time.monotonic() - began))
         if code:
-            return f"the straight run failed: {printed}"
+            return f"the undisturbed run failed: {printed}"
     seconds = float((straight / "seconds").read_text())
     folder = straight.with_name(straight.name.replace("straight", "disturbed"))
     code, printed = command(root, optim, folder.name, "--overwrite", fault=fault, moment=dice.uniform(0, seconds))
@@ -134,7 +135,7 @@ def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str 
 
 
 def trainee(optim: str) -> tuple[str, list[str]]:
-    """The trainer of this optimizer, and what it is told beside the name of its result."""
+    """Return the trainer of this optimizer and its arguments, except the name of the result."""
     app = "train_gan" if optim.startswith(GAN) else "train_mlp"
     return app, [*COMMON.split(), *RUNS[app].replace("{}", optim.removeprefix(GAN)).split()]
 
@@ -142,7 +143,7 @@ def trainee(optim: str) -> tuple[str, list[str]]:
 def command(
     root: Path, optim: str, name: str, *more: str, fault: Fault | None = None, moment: float = 0.0
 ) -> tuple[int, str]:
-    """Train; the exit code and the last line of errors."""
+    """Train; return the exit code and the last line of errors."""
 
     def limited() -> None:
         if fault and fault.limit:
@@ -162,17 +163,17 @@ def command(
 
 
 def difference(straight: Path, folder: Path) -> str | None:
-    """Where two results differ, or None."""
+    """Describe the difference between two results, or return None."""
     try:
         one, two = (load_checkpoint(path / CHECKPOINT)[0] for path in (straight, folder))
     except CheckpointError as error:
         return str(error)
     if one.keys() != two.keys() or not all(torch.equal(one[path], two[path]) for path in one):
-        return "another checkpoint than the straight run's"
+        return "the checkpoint differs from the undisturbed run's"
     found = [
         [{name: m[name] for name in m if name != "seconds"} for m in read_metrics(path)] for path in (straight, folder)
     ]
-    return None if found[0] == found[1] else "other metrics than the straight run's"
+    return None if found[0] == found[1] else "the metrics differ from the undisturbed run's"
 
 
 if __name__ == "__main__":

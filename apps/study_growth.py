@@ -1,8 +1,8 @@
-"""How costs grow with a net: exponents of time against width, depth, batch, positions and classes, beside the theory.
+"""Measure the growth of costs with a net: exponents of time in width, depth, batch, positions and classes.
 
-`python apps/study_growth.py` times statistics with factors, inverses, and a step's gradient and preconditioning of
-K-FAC on nets of which one size changes while the others stay, and fits time = c · sizeᵖ to the upper half of the sizes,
-where products outweigh what a call costs at all. With `--device cuda` peak memory is fitted likewise.
+`python apps/study_growth.py` times K-FAC (statistics with factors, inverses, gradient and preconditioning) on nets of
+which one size changes. It fits time = c · sizeᵖ to the upper half of the sizes, where products outweigh the overhead
+per call, and prints the exponents of the theory for comparison. With `--device cuda` it also fits peak memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THEORY = {
     "positions": ("1", "0", "1"),
     "classes": ("1 to 2", "up to 3", "1 to 2"),
 }
-"""Exponents of statistics, inverses and the step; classes: the last layer alone grows."""
+"""Theoretical exponents of statistics, inverses and step; with classes only the last layer grows."""
 
 SIZES = {
     "width": (256, 512, 768, 1024, 1536, 2048),
@@ -47,16 +47,16 @@ PARTS = ("statistics", "inverses", "step")
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """How carefully to measure."""
+    """The settings of the measurement."""
 
-    rounds: int = option(9, "interleaved rounds; medians are taken over them", check=POSITIVE)
-    threads: int = option(2, "threads of torch", check=POSITIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
-    result: str = option("results/growth.json", "file of the numbers")
+    rounds: int = option(9, "number of interleaved rounds, over which medians are taken", check=POSITIVE)
+    threads: int = option(2, "number of torch threads", check=POSITIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
+    result: str = option("results/growth.json", "file for the numbers")
 
 
 class Net(NamedTuple):
-    """A module yet to be made, its inputs' shape, and its classes."""
+    """A function that builds a module, the shape of its inputs, and its number of classes."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class Net(NamedTuple):
 
 
 def chain(width: int = 512, depth: int = 4, batch: int = 256, classes: int = 10) -> Net:
-    """Linear layers of one width and a last one to the classes."""
+    """Build linear layers of one width and a last one to the classes."""
 
     def make() -> nn.Module:
         layers: list[nn.Module] = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.ReLU())]
@@ -74,7 +74,7 @@ def chain(width: int = 512, depth: int = 4, batch: int = 256, classes: int = 10)
 
 
 def image(positions: int, batch: int = 64) -> Net:
-    """Two convolutions at so many positions."""
+    """Build two convolutions with this number of positions."""
 
     def make() -> nn.Module:
         layers = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1)]
@@ -85,7 +85,7 @@ def image(positions: int, batch: int = 64) -> Net:
 
 
 def ready(axis: str, size: int, device: str) -> Prepared:
-    """K-FAC on the net of that size."""
+    """Build K-FAC on the net of this size."""
     make, shape, classes = image(size) if axis == "positions" else chain(**{axis: size})
     generator = torch.Generator().manual_seed(0)
     net = initialise(built(make), "kaiming_normal", generator)
@@ -94,7 +94,7 @@ def ready(axis: str, size: int, device: str) -> Prepared:
 
 
 def calls(one: Prepared) -> dict[str, Callable[[], Any]]:
-    """What is timed."""
+    """Return the timed calls."""
     return {
         "statistics": lambda: one.ng.update(one.state, one.stats(curvature=True)),
         "inverses": lambda: one.ng.invert(one.state),
@@ -103,14 +103,14 @@ def calls(one: Prepared) -> dict[str, Callable[[], Any]]:
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """Slope of the least-squares line of log values over log sizes."""
+    """Return the slope of the least-squares line of log values over log sizes."""
     x, y = torch.tensor(sizes, dtype=torch.float64).log(), torch.tensor(values, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / x.square().sum())
 
 
 def main(config: GrowthConfig) -> None:
-    """All axes; a table and the numbers as JSON."""
+    """Measure all axes; print a table and write the numbers as JSON."""
     torch.set_num_threads(config.threads)
     numbers: dict[str, Any] = {}
     print(f"{'':12}{'statistics':>12}{'theory':>24}{'inverses':>12}{'theory':>12}{'step':>8}{'theory':>12}")

@@ -1,8 +1,8 @@
-"""Why K-FAC can get stuck on CURVES: code units that die in the first steps, by damping and clip.
+"""Count dead code units on CURVES, by damping and KL bound: the reason why K-FAC can get stuck.
 
 `python apps/study_plateau.py` trains the CURVES autoencoder for a few epochs for each pair, and counts the code units
-(the six ReLU units in the middle) that no training image activates. With all six dead the output is constant, the
-gradient of everything before the code is zero, and the loss stays at the best constant output's.
+(the six ReLU units in the middle) that no training image activates. If all six are dead, the output is constant, the
+gradient of everything before the code is zero, and the loss stays at that of the best constant output.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ CLIPS = (0.001, 0.01, 0.1, 1.0)
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The runs of the study."""
+    """The settings of the study."""
 
-    num_epochs: int = option(3, "epochs a run", check=POSITIVE)
-    seeds: int = option(3, "runs a pair, seeds 0, 1, …", check=POSITIVE)
-    result_dir: str = option("results", "folder of results")
+    num_epochs: int = option(3, "epochs per run", check=POSITIVE)
+    seeds: int = option(3, "runs per pair, seeds 0, 1, …", check=POSITIVE)
+    result_dir: str = option("results", "folder for results")
 
 
 def study(config: StudyConfig) -> None:
-    """Every pair and the tuned baselines; a table, a picture and the numbers as JSON."""
+    """Run every pair and the tuned baselines; print a table, draw a picture and write the numbers as JSON."""
     data = load("CURVES")
     folder = Path(config.result_dir) / "study_plateau"
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def study(config: StudyConfig) -> None:
 
 
 def grid(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
-    """Means over seeds, damping by clip."""
+    """Return means over seeds, by damping and KL bound."""
 
     def cell(damping: float, clip: float) -> float:
         return float(np.mean([r[key] for r in rows if (r.get("damping"), r.get("clipping")) == (damping, clip)]))
@@ -79,7 +79,7 @@ def grid(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
 
 @torch.no_grad()
 def dead_code_units(task: Task, snapshot: Snapshot) -> int:
-    """Units of the narrowest layer that are zero on every training image."""
+    """Count units of the narrowest layer that are zero on every training image."""
     params = snapshot.params
     weights = [name for name in params if name.endswith("weight")]
     code = min(range(len(weights)), key=lambda index: params[weights[index]].shape[0])

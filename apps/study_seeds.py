@@ -1,8 +1,8 @@
-"""Optimizers with their tuned settings over several seeds: a table of means and deviations, and the curves.
+"""Compare optimizers with their tuned settings over several seeds: means, standard deviations and curves.
 
 `python apps/study_seeds.py --app train_cnn --data CIFAR10 --data_path DIR --num_epochs 10` trains sgd, adam and kfac
-with seeds 0, 1, 2. The seed decides initialisation, order, labels, and what is random in the data. Each run is a result
-of its own; `--resume` goes on where a study was interrupted.
+with seeds 0, 1, 2. The seed determines initialisation, order, labels, and random parts of the data. Each run has its
+own result folder; `--resume` continues an interrupted study.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ Runs = dict[str, dict[int, list[dict[str, float]]]]
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is trained, how often."""
+    """The settings of the study."""
 
     app: str = option("train_mlp", "trainer", choices=APPS)
-    model: str | None = option(None, "net; null: the one that suits the data")
+    model: str | None = option(None, "model; null: the default for the data")
     data: str | None = option(None, "data set; null: the trainer's default")
     data_path: str | None = option(None, "folder of data files")
-    optims: str = option("sgd,adam,kfac", "optimizers, with commas between them")
-    seeds: int = option(3, "runs of each, seeds 0, 1, …", check=POSITIVE)
-    num_epochs: int = option(10, "epochs a run", check=NON_NEGATIVE)
-    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
-    result_dir: str = option("results", "folder of results")
-    resume: bool = option(False, "keep finished runs and go on with unfinished ones; else all are made again")
-    quiet: bool = option(False, "no progress bar and no line an epoch")
+    optims: str = option("sgd,adam,kfac", "comma-separated optimizers")
+    seeds: int = option(3, "runs per optimizer, seeds 0, 1, …", check=POSITIVE)
+    num_epochs: int = option(10, "epochs per run", check=NON_NEGATIVE)
+    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
+    result_dir: str = option("results", "folder for results")
+    resume: bool = option(False, "keep finished runs and continue unfinished ones; otherwise all runs start again")
+    quiet: bool = option(False, "no progress bar and no line per epoch")
 
 
 def study(config: StudyConfig) -> None:
-    """Train them all; print the table, draw the picture, write the numbers."""
+    """Train all runs; print the table, draw the picture, write the numbers."""
     first = base(config)
     optims = [name.strip() for name in config.optims.split(",")]
     for unknown in (name for name in optims if name not in OPTIMIZERS):
@@ -67,7 +67,7 @@ def study(config: StudyConfig) -> None:
 
 
 def base(config: StudyConfig) -> TrainConfig:
-    """What all runs share, with its model named."""
+    """Return the common configuration of all runs, with its model."""
     own = ("app", "optims", "seeds", "resume")
     given = {key: value for key, value in dataclasses.asdict(config).items() if key not in own and value is not None}
     full = APPS[config.app](**given)
@@ -76,7 +76,7 @@ def base(config: StudyConfig) -> TrainConfig:
 
 
 def one(config: TrainConfig, resume: bool) -> list[dict[str, float]]:
-    """The metrics of one run; those up to where it stopped, if it diverged."""
+    """Return the metrics of one run; if it diverged, those up to this point."""
     folder = Path(config.result_dir) / FOLDER / default_name(config)
     resume = resume and (folder / CHECKPOINT).exists()
     print(f"\n{LABELS.get(config.optim, config.optim)}, seed {config.seed}", flush=True)
@@ -88,10 +88,10 @@ def one(config: TrainConfig, resume: bool) -> list[dict[str, float]]:
 
 
 def table(runs: Runs, num_epochs: int) -> str:
-    """A line an optimizer: means ± standard deviations over its seeds after the last epoch, and seconds an epoch."""
+    """Format one line per optimizer: mean ± standard deviation over seeds after the last epoch, seconds per epoch."""
     last = {optim: finished(list(seeds.values()), num_epochs) for optim, seeds in runs.items()}
     columns = [key for key in COLUMNS if any(key in metrics for ends in last.values() for metrics in ends)]
-    head = f"{'':14}" + "".join(f"{COLUMNS[key]:>20}" for key in columns) + f"{'s an epoch':>12}{'seeds':>8}"
+    head = f"{'':14}" + "".join(f"{COLUMNS[key]:>20}" for key in columns) + f"{'s per epoch':>12}{'seeds':>8}"
     lines = [head]
     for optim, ends in last.items():
         cells = "".join(f"{spread([metrics[key] for metrics in ends]):>20}" for key in columns)
@@ -102,13 +102,13 @@ def table(runs: Runs, num_epochs: int) -> str:
 
 
 def finished(seeds: list[list[dict[str, float]]], num_epochs: int) -> list[dict[str, float]]:
-    """The last epochs of the runs that reached the end with a finite loss."""
+    """Return the last epochs of the runs that finished with a finite loss."""
     ends = [metrics[-1] for metrics in seeds]
     return [end for end in ends if end["epoch"] == num_epochs and math.isfinite(end["train_loss"])]
 
 
 def spread(values: list[float], digits: int = 5, deviation: bool = True) -> str:
-    """Mean ± standard deviation (of the sample, n − 1); a dash where there is nothing to take it of."""
+    """Format the mean ± sample standard deviation (n − 1); a dash without values."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.{digits}f}"
@@ -116,7 +116,7 @@ def spread(values: list[float], digits: int = 5, deviation: bool = True) -> str:
 
 
 def write(runs: Runs, config: TrainConfig) -> None:
-    """The curves of all runs and their metrics, beside the results."""
+    """Write the curves and the metrics of all runs to the folder of the results."""
     folder = Path(config.result_dir) / FOLDER
     name = f"{config.data}-{config.model}".replace(":", "-")
     curves = {

@@ -1,14 +1,13 @@
-"""What a coarse space adds to K-FAC: distance to the exact step, training loss and cost, at the same damping.
+"""Measure the effect of a coarse space on K-FAC: distance to the exact step, training loss and cost.
 
-`python apps/study_two_level.py --data CURVES` measures three things, all at one λ. K-FAC and
-the fine method of every two-level one are damped by λI, as the exact natural gradient is, so that all approximate the
-same step.
+`python apps/study_two_level.py --data CURVES` measures three quantities, all at one λ. K-FAC and the fine method of
+every two-level method are damped by λI, like the exact natural gradient, so that all approximate the same step.
 
-1. Along K-FAC's run, on single batches: the energy ‖z − z*‖² / ‖z*‖² of the step z in the norm of F + λI, z* the exact
-   solution (0 for no step at all would be 1), and the conjugate-gradient steps on (F + λI) z = ∇ to an energy of 1 %,
+1. Along K-FAC's run, on single batches: the energy ‖z − z*‖² / ‖z*‖² of the step z in the norm of F + λI, with z* the
+   exact solution (a zero step has energy 1), and the conjugate-gradient steps on (F + λI) z = ∇ to an energy of 1 %,
    preconditioned by the method.
-2. The training loss after so many steps with KL clip and momentum, over seeds.
-3. Seconds a step, statistics and inverses included, in units of K-FAC's in the same run.
+2. The training loss after a number of steps with KL clip and momentum, over seeds.
+3. Seconds per step, including statistics and inverses, relative to K-FAC in the same run.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ FINE = ff.kfac(damping_form="eigen")
 
 
 def two_level(coarse: str, form: str | None = "balanced", krylov: bool = False) -> ff.Method:
-    """Two-level over K-FAC with λI."""
+    """Build a two-level method over K-FAC with λI."""
     return ff.two_level(FINE, coarse, krylov, form)
 
 
@@ -55,33 +54,33 @@ METHODS = {
     "nicolaides, multiplicative": two_level("nicolaides", "multiplicative"),
 }
 LINEAR = ("K-FAC", "nicolaides", "nicolaides, Krylov", "spectral", "tselepidis")
-"""Symmetric operators that do not depend on what they are applied to: those that conjugate gradients can use."""
+"""Symmetric linear operators, which conjugate gradients can use as preconditioners."""
 
 ENERGY = 0.01
 LIMIT = 300
-"""Conjugate-gradient steps at most."""
+"""Largest number of conjugate-gradient steps."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The net, and how long it is trained."""
+    """The settings of the study."""
 
-    app: str = option("train_mlp", "trainer whose nets and data these are", choices=APPS)
+    app: str = option("train_mlp", "trainer whose nets and data are used", choices=APPS)
     data: str | None = option(None, "data set; null: the trainer's default", aliases=("dataset",))
     data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
-    model: str | None = option(None, "net; null: the one that suits the data")
-    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
+    model: str | None = option(None, "model; null: the default for the data")
+    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
     damping: float | None = option(None, "λ; null: 1", check=POSITIVE)
     clipping: float | None = option(None, "KL bound; null: 0.01", check=POSITIVE)
-    steps: int = option(200, "steps a run", check=POSITIVE)
-    seeds: int = option(3, "runs a method, seeds 0, 1, …", check=POSITIVE)
-    points: int = option(3, "batches of K-FAC's run on which distances are measured", check=POSITIVE)
-    result_dir: str = option("results", "folder of results")
+    steps: int = option(200, "steps per run", check=POSITIVE)
+    seeds: int = option(3, "runs per method, seeds 0, 1, …", check=POSITIVE)
+    points: int = option(3, "batches of the K-FAC run on which distances are measured", check=POSITIVE)
+    result_dir: str = option("results", "folder for results")
     quiet: bool = option(False, "no progress bar")
 
 
 def study(config: StudyConfig) -> Path:
-    """Measure it all; print the table, write picture and numbers; returns the folder."""
+    """Run all measurements; print the table, write picture and numbers; return the folder."""
     full, task = prepared(config, 0)
     distances = list(measured(config, full, task))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
@@ -104,7 +103,7 @@ def study(config: StudyConfig) -> Path:
 
 
 def prepared(config: StudyConfig, seed: int) -> tuple[TrainConfig, Task]:
-    """The trainer's configuration with what was left open, and model and data."""
+    """Return the trainer's configuration with all defaults, and model and data."""
     own = {"app", "steps", "seeds", "points", "result_dir", "quiet"}
     given = {k: v for k, v in dataclasses.asdict(config).items() if k not in own and v is not None}
     full = APPS[config.app](**given, optim="kfac", seed=seed)
@@ -115,7 +114,7 @@ def prepared(config: StudyConfig, seed: int) -> tuple[TrainConfig, Task]:
 
 
 def natural_gradient(full: TrainConfig, task: Task, method: ff.Method) -> ff.NaturalGradient:
-    """The method on this task."""
+    """Build the natural gradient of a method on this task."""
     x = task.train[0][: full.batch_size]
     return ff.natural_gradient(
         task.model, task.params, x, likelihood=task.likelihood, method=method, context=task.context
@@ -123,7 +122,7 @@ def natural_gradient(full: TrainConfig, task: Task, method: ff.Method) -> ff.Nat
 
 
 def run(config: StudyConfig, full: TrainConfig, task: Task, method: ff.Method) -> Iterator[tuple[Any, Any, Any, float]]:
-    """Training with momentum and clip: before every step its batch, parameters and context, and the loss there."""
+    """Train with momentum and clip; yield batch, parameters, context and loss before every step."""
     fixed: Any = {name: float(getattr(full, name)) for name in FIXED}
     optimizer = optimizers.natural(natural_gradient(full, task, method), **fixed, ema=full.ema)
     params, context, state = task.params, task.context, optimizer.init(task.params)
@@ -137,7 +136,7 @@ def run(config: StudyConfig, full: TrainConfig, task: Task, method: ff.Method) -
 
 
 def trained(config: StudyConfig, full: TrainConfig, task: Task, method: ff.Method) -> dict[str, Any]:
-    """Losses of all steps, the mean of the last tenth, and seconds a step."""
+    """The losses of all steps, the mean of the last tenth, and seconds per step."""
     began, losses = time.perf_counter(), []
     for _, _, _, loss in run(config, full, task, method):
         losses.append(loss)
@@ -156,7 +155,7 @@ def trained(config: StudyConfig, full: TrainConfig, task: Task, method: ff.Metho
 
 
 def measured(config: StudyConfig, full: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
-    """At some steps of K-FAC's run: energy of one step and conjugate-gradient steps, by method."""
+    """Measure the energy of one step and conjugate-gradient steps, by method, at some steps of the K-FAC run."""
     due = {round(config.steps * (p + 1) / config.points) - 1 for p in range(config.points)}
     nets = {name: natural_gradient(full, task, method) for name, method in METHODS.items()}
     for index, (batch, params, context, loss) in enumerate(run(config, full, task, FINE)):
@@ -171,7 +170,7 @@ def measured(config: StudyConfig, full: TrainConfig, task: Task) -> Iterator[dic
 def distance(
     ng: ff.NaturalGradient, params: dict[str, Tensor], stats: ff.Stats, damping: float, name: str
 ) -> dict[str, float | None]:
-    """Energy of the method's step, made of these statistics alone, and of conjugate gradients that it preconditions."""
+    """Measure the energy of the method's step from these statistics, and its conjugate-gradient steps."""
     state = ng.init(params, damping=damping)
     for act in (lambda s: ng.update(s, stats), ng.invert):
         state, info = act(state)
@@ -193,9 +192,9 @@ def distance(
 
 
 def conjugate(damped: Callable[[Any], Any], precondition: Callable[[Any], Any], grads: Any, whole: float) -> int | None:
-    """Preconditioned conjugate-gradient steps from zero to an energy of 1 %; None if it is not reached.
+    """Count preconditioned conjugate-gradient steps from zero to an energy of 1 %; None if it is not reached.
 
-    With r = ∇ − F_• x the energy of x is ⟨∇, z*⟩ − ⟨x, ∇⟩ − ⟨x, r⟩ over ⟨∇, z*⟩: no product beyond the step's own.
+    With r = ∇ − F_• x the energy of x is ⟨∇, z*⟩ − ⟨x, ∇⟩ − ⟨x, r⟩ over ⟨∇, z*⟩, without additional products.
     """
     x, r = ff.tree.zeros_like(grads), grads
     z = precondition(r)
@@ -216,7 +215,7 @@ def conjugate(damped: Callable[[Any], Any], precondition: Callable[[Any], Any], 
 
 
 def table(distances: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A line a method: energies and steps at every point, loss over seeds, cost."""
+    """Format one line per method: energies and steps at every point, loss over seeds, cost."""
     at = " / ".join(str(point["step"] + 1) for point in distances)
     lines = [f"{'':28}{'energy at ' + at:>30}{'CG steps to 1 %':>20}{'training loss':>22}{'cost':>7}"]
     unit = statistics.median(found["seconds"] for found in runs["K-FAC"])
@@ -234,7 +233,7 @@ def table(distances: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]
 
 
 def picture(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Training losses, means of ten steps each, a panel a seed."""
+    """Draw training losses as means of ten steps, one panel per seed."""
     seeds = range(len(next(iter(runs.values()))))
     panels = {f"seed {seed}": {name: smoothed(found[seed]["losses"]) for name, found in runs.items()} for seed in seeds}
     strokes = {"nicolaides, multiplicative": ":"}
@@ -242,7 +241,7 @@ def picture(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> No
 
 
 def smoothed(losses: list[float]) -> list[tuple[float, float]]:
-    """Means of ten steps each."""
+    """Return means of ten steps each."""
     parts = [(at, losses[at : at + 10]) for at in range(0, len(losses), 10)]
     return [(at + len(part) / 2, statistics.fmean(part)) for at, part in parts]
 

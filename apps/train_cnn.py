@@ -1,6 +1,6 @@
 """Train convolutional classifiers: `python apps/train_cnn.py --model resnet18 --data CIFAR10 --optim kfac`.
 
-Images are 32×32: smaller ones are brought to it, DIGITS by resampling, the others by a border of zeros.
+Images are 32×32: DIGITS is resampled, other smaller images are padded with zeros.
 """
 
 from common.config import parse

@@ -1,4 +1,4 @@
-"""Train GANs, one optimizer a player: `python apps/train_gan.py --config apps/configs/gan/DIGITS/kfac2.yml`."""
+"""Train GANs, one optimizer per player: `python apps/train_gan.py --config apps/configs/gan/DIGITS/kfac2.yml`."""
 
 from common.config import parse
 from common.gan.config import GanConfig

@@ -1,7 +1,7 @@
-r"""The Method protocol, and the lift from one layer's matrices to all layers.
+r"""The Method protocol, and its construction from functions on one layer.
 
-A method that treats layers one by one is a few pure functions on one block (`LayerMethod`); `layerwise` lifts them to
-dicts of blocks once, here. A method that couples layers builds a `Method` itself.
+A method that treats layers separately is a few pure functions on one block (`LayerMethod`). `layerwise` applies them to
+dicts of blocks. A method that couples layers builds a `Method` itself.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fisherfn.taps import AnyTap, Mean, Moment, Tap
 from fisherfn.types import Product, PyTree, Shape
 
 Diagnostics = dict[str, Tensor]
-"""Measurements by name; the names are fixed for a method, so that the structure of `info` is."""
+"""Measurements by name. The names are fixed for a method, so that the structure of `info` is fixed."""
 
 Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
-"""Blocks as they get done, in any order: key, new factors and what was measured on the way."""
+"""Finished blocks in any order: key, new factors, diagnostics."""
 
 Update: TypeAlias = Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean, bool], Updated]
-"""(old, taps, rho, mean, inverting), the first two by block key, to factors blended with weight ρ on the old ones."""
+"""Function (old, taps, rho, mean, inverting) -> blended factors, with weight ρ on the old ones, block by block."""
 
 BlockUpdate: TypeAlias = Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]
-"""The same of one block."""
+"""Update of one block."""
 
 
 class Estimated(NamedTuple):
-    """New factors, whether they are sound, and what was measured on the way."""
+    """New factors, masks that are true if they are valid, and diagnostics."""
 
     factors: PyTree
     ok: dict[str, Tensor]
@@ -41,29 +41,30 @@ class Estimated(NamedTuple):
 
 
 class Preconditioned(NamedTuple):
-    """Preconditioned gradients, one matrix a block, and ⟨∇, nat⟩ when asked for."""
+    """Preconditioned gradients, one matrix per block, and ⟨∇, nat⟩ if requested."""
 
     matrices: dict[str, Tensor]
     inner: Any
 
 
 class Method(NamedTuple):
-    """What `natural_gradient` asks of a method; every argument and result is a dict by block key.
+    """The functions of a method; every argument and result is a dict by block key.
 
     Attributes:
-        name: as in `ff.METHODS`.
-        init: shapes, dtype, device and damping to empty factors and inverses; preconditioning with these is grad/λ.
-        update: (factors, taps, rho, mean, inverting) to factors blended with weight ρ on the old ones; `inverting` says
-            that inverses are about to be refreshed, for what is worth doing only then.
-        invert: (factors, damping) to inverses.
-        precondition: (inverses, gradients, inner) to preconditioned gradients; a gradient is a matrix or a dense loss
+        name: the name in `ff.METHODS`.
+        init: (shapes, dtype, device, damping) -> empty factors and inverses; preconditioning with these gives grad/λ.
+        update: (factors, taps, rho, mean, inverting) -> factors blended with weight ρ on the old ones. `inverting` is
+            True if `invert` follows; methods may skip work needed only for inversion.
+        invert: (factors, damping) -> inverses.
+        precondition: (inverses, gradients, inner) -> preconditioned gradients; a gradient is a matrix or a dense loss
             tap.
-        matvec: (factors, matrices) to the undamped approximate Fisher F̂ times them.
-        overlap: (factors, taps) to (⟨F, F̂⟩, ‖F̂‖²) of every block, F the sampled Fisher of the taps.
-        trace: (factors, shapes) to the trace of F̂; None: from its dense matrix.
-        eigenvalues: (factors, shapes) to all eigenvalues of F̂ in any order; None: from its dense matrix.
-        logdet: inverses to the log-determinant of what `precondition` multiplies by; None: from its dense matrix.
-        inverse: whether that is symmetric, linear only ("general"), or not even that.
+        matvec: (factors, matrices) -> the undamped approximate Fisher F̂ times the matrices.
+        overlap: (factors, taps) -> (⟨F, F̂⟩, ‖F̂‖²) of every block, with F the sampled Fisher of the taps.
+        trace: (factors, shapes) -> the trace of F̂; None: use its dense matrix.
+        eigenvalues: (factors, shapes) -> all eigenvalues of F̂ in any order; None: use its dense matrix.
+        logdet: inverses -> the log-determinant of the matrix that `precondition` multiplies by; None: use its dense
+            matrix.
+        inverse: "symmetric", "general" (linear only) or "nonlinear": how `precondition` depends on the gradient.
     """
 
     name: str
@@ -83,18 +84,19 @@ class LayerMethod(NamedTuple):
     """A method on one block.
 
     Attributes:
-        init: (shape, dtype, device, damping) to empty factors and the inverse that stands for I/λ.
-        update: (old, taps, rho, mean, inverting) of all blocks to factors in the method's canonical scale, blended with
-            weight ρ on the old ones, and diagnostics; every additive moment goes through `mean`. `one_by_one`, unless
-            it costs less for many blocks at once.
-        invert: (factors, damping) to (inverse, ok, diagnostics).
-        apply: (inverse, gradient matrix) to the preconditioned matrix.
-        apply_tap: the same from a loss tap, with ⟨∇, nat⟩ when asked for.
-        matvec: (factors, matrix) to the undamped approximation F̂ times it.
-        overlap: (factors, tap) to (⟨F, F̂⟩, ‖F̂‖²).
-        trace: factors to the trace of F̂, all groups together; None: from its dense matrix.
-        eigenvalues: factors to all eigenvalues of F̂ in any order; None: from its dense matrix.
-        logdet: inverse to the log-determinant of what `apply` multiplies by; None: that of all layers is made dense.
+        init: (shape, dtype, device, damping) -> empty factors and the inverse I/λ.
+        update: (old, taps, rho, mean, inverting) of all blocks -> factors in the method's canonical scale, blended with
+            weight ρ on the old ones, and diagnostics. Every additive moment is computed with `mean`. Use `one_by_one`,
+            unless many blocks at once cost less.
+        invert: (factors, damping) -> (inverse, ok, diagnostics).
+        apply: (inverse, gradient matrix) -> the preconditioned matrix.
+        apply_tap: (inverse, loss tap, inner) -> the same, with ⟨∇, nat⟩ if requested.
+        matvec: (factors, matrix) -> the undamped approximation F̂ times the matrix.
+        overlap: (factors, tap) -> (⟨F, F̂⟩, ‖F̂‖²).
+        trace: factors -> the trace of F̂, all groups together; None: use its dense matrix.
+        eigenvalues: factors -> all eigenvalues of F̂ in any order; None: use its dense matrix.
+        logdet: inverse -> the log-determinant of the matrix that `apply` multiplies by; None: use the dense matrix of
+            all layers.
     """
 
     init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
@@ -110,7 +112,7 @@ class LayerMethod(NamedTuple):
 
 
 def one_by_one(update: BlockUpdate) -> Update:
-    """An update of one block, for all."""
+    """Apply the update of one block to all blocks."""
 
     def each(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
         for key, tap in taps.items():
@@ -123,11 +125,11 @@ def estimate_then_blend(
     estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]],
     blend: Callable[[PyTree, PyTree, Tensor], PyTree],
 ) -> BlockUpdate:
-    """An update that looks at the batch alone, then averages.
+    """Combine an estimate from one batch with a running average.
 
     Args:
-        estimate: (tap, previous, mean) to one batch's factors and diagnostics; `previous` warm starts iterations.
-        blend: (old, new, rho) to the method's own running average.
+        estimate: (tap, previous, mean) -> factors of one batch and diagnostics; `previous` warm-starts iterations.
+        blend: (old, new, rho) -> the method's running average.
     """
 
     def update(old: PyTree, tap: AnyTap, rho: Tensor, mean: Mean, inverting: bool) -> tuple[PyTree, Diagnostics]:
@@ -139,12 +141,12 @@ def estimate_then_blend(
 
 
 def whole_mean(moment: Moment, tap: AnyTap) -> PyTree:
-    """The mean over one batch held as a whole: the moment itself."""
+    """Return the moment itself: the mean over one batch held as a whole."""
     return moment(tap)
 
 
 def chunked_mean(size: int) -> Mean:
-    """The same mean, a few examples at a time: what a moment needs in between is bounded by the chunk."""
+    """Compute the same mean for a few examples at a time, which limits the memory of a moment."""
 
     def mean(moment: Moment, tap: AnyTap) -> PyTree:
         examples = tap.sizes.n
@@ -159,12 +161,12 @@ def chunked_mean(size: int) -> Mean:
 
 
 def factorwise(old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
-    """`ρ old + (1 − ρ) new`, factor by factor."""
+    """Return `ρ old + (1 − ρ) new`, factor by factor."""
     return tree.map(lambda o, n: torch.lerp(n, o, rho.to(n.dtype)), old, new)
 
 
 def layerwise(name: str, layer: LayerMethod) -> Method:
-    """A method on one block, lifted to all blocks."""
+    """Build a method on all blocks from one on a single block."""
 
     def init(
         shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
@@ -219,9 +221,9 @@ def layerwise(name: str, layer: LayerMethod) -> Method:
 
 
 def _dense(layer: LayerMethod, factors: PyTree, shape: Shape) -> Float[Tensor, "k d d"]:
-    """A block's approximation as one matrix a group, from its products with unit matrices."""
+    """Return the approximation of a block as one matrix per group, from products with unit matrices."""
     k, o, i, _ = shape
-    check_size(o * i, f"a layer's block ({o}×{i}), whose factors do not give what is asked for,")
+    check_size(o * i, f"a layer's block ({o}×{i}), whose factors do not give this quantity,")
     like = next(leaf for leaf in tree.leaves(factors) if leaf.is_floating_point())
     units = torch.eye(o * i, dtype=like.dtype, device=like.device).reshape(o * i, 1, o, i).expand(-1, k, -1, -1)
     return torch.vmap(partial(layer.matvec, factors))(units).flatten(2).movedim(0, -1)

@@ -1,7 +1,7 @@
-"""Compiled steps: a pure function of trees, traced once for each kind of call and from then on run as one graph.
+"""Compiled steps: a pure function of trees is traced once for each kind of call and then runs as a single graph.
 
-`torch.compile` cannot look into the function mode that sees the layers. A trace can: a step is a pure function without
-branches on values, so what it does to tensors is always the same, and torch compiles the trace.
+`torch.compile` does not support the function mode that intercepts the layers. A trace does: a step is a pure function
+without branches on values, so its operations on tensors are always the same, and torch compiles the trace.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Made(NamedTuple):
 
 
 class _Graph(NamedTuple):
-    """One kind of call: its compiled trace, and where the leaves of its result come from."""
+    """One kind of call: its compiled trace, and the sources of the leaves of its result."""
 
     run: Callable[..., Sequence[Tensor]]
     leaves: Sequence[Any]
@@ -42,20 +42,21 @@ class _Graph(NamedTuple):
 
 
 def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
-    """The same function, faster: traced at its first call of each kind, compiled by torch, and run as one graph.
+    """Compile a pure function, such as a step, into a single graph for each kind of call.
 
-    Calls are of one kind where their tensors agree in shape, strides, type and device, and all else (flags, numbers,
-    names) is equal: a number that changes from step to step should be a tensor. The first call of a kind takes from
-    seconds to minutes. Inside `torch.vmap` and the like it is the function itself: compile what is outermost.
+    Calls are of one kind if their tensors agree in shape, strides, type and device, and everything else (flags,
+    numbers, names) is equal. A number that changes from step to step should therefore be a tensor. The first call of a
+    kind takes seconds to minutes. Inside `torch.vmap` and other transforms the function runs uncompiled, so compile the
+    outermost function.
 
     Args:
-        fn: a pure function of trees to a tree, as `ng.step`, or a whole training step around it. What it does may not
-            depend on the values of tensors; what it returns is not differentiable.
-        options: go to `torch.compile`. Where there is no C++ compiler, `backend="eager"` runs the trace as it is.
+        fn: a pure function from trees to a tree, such as `ng.step` or a whole training step around it. Its operations
+            must not depend on the values of tensors. Its result is not differentiable.
+        options: arguments of `torch.compile`. Without a C++ compiler, `backend="eager"` runs the trace as it is.
 
     Raises:
-        NoiseError: called with a generator, from which a graph cannot draw.
-        StructureError: called with something that cannot be hashed; a function that looks at the values of tensors.
+        NoiseError: an argument is a generator, which a graph cannot use.
+        StructureError: an argument cannot be hashed, or the function reads the values of tensors.
 
     >>> double = compile(lambda tree, *, times: {name: times * leaf for name, leaf in tree.items()}, backend="eager")
     >>> double({"w": torch.ones(2)}, times=2)
@@ -85,16 +86,16 @@ def _look_up(graphs: dict[Hashable, _Graph], kind: Hashable) -> _Graph | None:
         return graphs.get(kind)
     except TypeError as error:
         raise StructureError(
-            f"a compiled function was called with something that cannot be hashed ({error}): pass trees of tensors, "
-            "and flags, numbers and names beside them."
+            f"an argument of a compiled function cannot be hashed ({error}): pass trees of tensors, "
+            "flags, numbers and names."
         ) from None
 
 
 def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], options: dict[str, Any]) -> _Graph:
-    """The graph of calls like this one."""
+    """Trace and compile the graph of calls like this one."""
     if any(isinstance(leaf, torch.Generator) for leaf in tree.leaves(given)):
         raise NoiseError(
-            "a compiled function cannot draw from a generator: draw before it, "
+            "a compiled function cannot use a generator: sample before the call, "
             "and pass noise=ng.noise(batch, generator)."
         )
     leaves: list[Any] = []
@@ -123,7 +124,7 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
         if "tracing tensor" not in str(error):
             raise
         raise StructureError(
-            "a compiled function looks at the value of a tensor (an `if`, float() or .item()): a graph does the same "
-            "whatever the values. Keep it in tensors (torch.where), or do it outside, as ff.check(info)."
+            "a compiled function reads the value of a tensor (an `if`, float() or .item()); a graph cannot depend on "
+            "values. Use tensor operations (torch.where), or read the value outside, as ff.check(info) does."
         ) from error
     return _Graph(torch.compile(graph, dynamic=False, fullgraph=True, **options), leaves, like[0])

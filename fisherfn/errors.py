@@ -1,4 +1,4 @@
-"""Typed errors: each says what, where, why and what to do. Values are checked by masks first, see `check`."""
+"""Typed errors: each states what happened, where, the likely cause and the fix. See `check` for masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EmptyBatchError(ShapeError):
 
 
 class StructureError(FisherfnError, ValueError):
-    """A tree's names are not those of the parameters, or a call was made out of order."""
+    """The names of a tree differ from those of the parameters, or calls were made in the wrong order."""
 
 
 class UnusedParameterError(StructureError):
@@ -37,15 +37,15 @@ class HyperparameterError(FisherfnError, ValueError):
 
 
 class UnknownNameError(FisherfnError, ValueError):
-    """A name that is not in the registry."""
+    """An unknown name."""
 
 
 class NoiseError(FisherfnError, ValueError):
-    """Labels must be drawn and nothing was given to draw them with: the global generator is never used."""
+    """Random numbers are needed and no generator was given: the global generator is never used."""
 
 
 class CoverageError(FisherfnError, ValueError):
-    """A parameter whose per-example gradients cannot be had, not even by the fallback."""
+    """A parameter whose per-example gradients cannot be computed, not even by the fallback."""
 
 
 class ModelError(FisherfnError, RuntimeError):
@@ -53,11 +53,11 @@ class ModelError(FisherfnError, RuntimeError):
 
 
 class TooLargeError(FisherfnError, ValueError):
-    """A dense computation beyond the size that is tried."""
+    """A dense computation above the size limit."""
 
 
 class MissingPackageError(FisherfnError, ImportError):
-    """A package that this call needs and that is not installed."""
+    """A package that this call needs is not installed."""
 
 
 class LikelihoodError(FisherfnError, TypeError):
@@ -77,15 +77,15 @@ class NotPositiveDefiniteError(FisherfnError, ArithmeticError):
 
 
 def expect(value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
-    """Raise `StructureError` unless a value that crosses the library's border is of its kind."""
+    """Raise `StructureError` unless an argument has the expected type."""
     if not isinstance(value, kind):
         raise StructureError(f"{what} cannot be {type(value).__name__}: {remedy}.")
 
 
 def expect_number(name: str, value: object, holds: Callable[[Any], bool], rule: str, *, whole: bool = False) -> None:
-    """Raise `HyperparameterError` unless a number satisfies a rule; tensors are not branched on.
+    """Raise `HyperparameterError` unless a number satisfies a rule; tensors are not checked.
 
-    They may be batched under vmap, and `info.ok` says what became of them.
+    Tensors may be batched under vmap; `info.ok` reports invalid ones.
     """
     if isinstance(value, Tensor):
         return
@@ -95,7 +95,7 @@ def expect_number(name: str, value: object, holds: Callable[[Any], bool], rule: 
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """The error for `name`, with the nearest of the `known` names."""
+    """Return the error for an unknown `name`, with the closest of the `known` names."""
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -103,35 +103,35 @@ def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
 
 
 BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
-    "inputs": (NonFiniteError, "the batch's inputs hold NaN or infinity; clean the data, or skip this batch"),
+    "inputs": (NonFiniteError, "the batch's inputs contain NaN or infinity; clean the data, or skip this batch"),
     "targets": (
         TargetError,
-        "targets lie outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
+        "targets are outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
         "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite); check the labels, a "
         "mask on the outputs, and the width of the model's output",
     ),
     "chunks": (
         LikelihoodError,
-        "an example's loss is another one in its chunk than in the whole batch: the likelihood couples the examples (a "
-        "contrastive loss, or a mean inside nll), so chunks would give another gradient. Leave out chunk_size",
+        "the loss of an example in its chunk differs from that in the whole batch: the likelihood couples the examples "
+        "(a contrastive loss, or a mean inside nll), so chunks would give a different gradient. Leave out chunk_size",
     ),
     "loss": (
         NonFiniteError,
-        "the loss is NaN or infinite although inputs and targets are sound: the parameters have diverged (lower the "
-        "learning rate, tighten the KL clip or raise the damping, and go on from an earlier state), or the model or "
+        "the loss is NaN or infinite although inputs and targets are valid: the parameters have diverged (lower the "
+        "learning rate or the KL bound, or raise the damping, and continue from an earlier state), or the model or "
         "the likelihood overflows on this batch (exp, a division, the log of 0)",
     ),
     "gradient": (
         NonFiniteError,
-        "the gradient is NaN or infinite although the loss is finite: a derivative overflows or is that of a root or "
-        "norm at zero; lower the rate, or keep the model away from there",
+        "the gradient is NaN or infinite although the loss is finite: a derivative overflows, or is that of a root or "
+        "norm at zero; lower the learning rate, or avoid such values in the model",
     ),
 }
 BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "statistics": (
         NonFiniteError,
         "the curvature statistics are not finite (overflow in activations or output-gradients?); "
-        "look at the scale of this layer's inputs, or run the model in float32",
+        "check the scale of this layer's inputs, or run the model in float32",
     ),
     "factorisation": (
         NotPositiveDefiniteError,
@@ -139,31 +139,31 @@ BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     ),
     "step": (
         NonFiniteError,
-        "the preconditioned gradient is not finite; raise the damping or tighten the KL clip",
+        "the preconditioned gradient is not finite; raise the damping or lower the KL bound",
     ),
 }
 
 
 def check(info: Info) -> None:
-    """Raise the typed error that a false mask in `info` stands for; does nothing when all is well.
+    """Raise the typed error for a false mask in `info`; do nothing if all masks are true.
 
-    It reads tensor values (on a GPU: a synchronisation), so a loop calls it as often as it wants to know. For a
-    vmapped `info` the message counts the members concerned. The state that came with a false mask is the old one.
+    The call reads tensor values, which synchronises with a GPU, so call it only as often as you need to know. For a
+    vmapped `info` the message lists the members concerned. The state returned with a false mask is the input state.
 
     Raises:
         NonFiniteError: NaN or infinity in inputs, loss, statistics or step.
         TargetError: targets outside the likelihood's range.
         NotPositiveDefiniteError: a factorisation failed.
     """
-    expect(info, Info, "info", "pass the last of what ng.step, ng.update or ng.invert returned")
+    expect(info, Info, "info", "pass the last value that ng.step, ng.update or ng.invert returned")
     for name, (error, text) in BATCH_CHECKS.items():
         if name in info.checks and not _all(info.checks[name]):
-            raise error(f"{text}{_members(info.checks[name])}. The state was left as it was.")
+            raise error(f"{text}{_members(info.checks[name])}. The state is unchanged.")
     for name, (error, text) in BLOCK_CHECKS.items():
         bad = {key: ok for key, ok in info.checks.get(name, {}).items() if not _all(ok)}
         if bad:
             blocks = ", ".join(f"{key!r}{_members(ok)}" for key, ok in bad.items())
-            raise error(f"block {blocks}: {text}. The state was left as it was.")
+            raise error(f"block {blocks}: {text}. The state is unchanged.")
 
 
 def _all(mask: Any) -> bool:

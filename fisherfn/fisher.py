@@ -1,11 +1,11 @@
-r"""The sampled Fisher itself, as a linear operator on trees: $F = U U^\top$, one column of U an example and draw.
+r"""The sampled Fisher as a linear operator on trees: $F = U U^\top$, one column of U per example and sample.
 
 $$U = \tfrac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots], \qquad W_{sn} = \sum_t g_{snt} a_{nt}^\top$$
 
-Never formed unless `dense` is asked for. "full" couples all layers (the same examples and draws in each), "block" keeps
-one diagonal block a layer, with all its groups. Everything is of the mean negative log-likelihood.
+The matrix is only formed by `dense`. "full" couples all layers (with the same examples and samples in each); "block"
+keeps one diagonal block per layer, with all its groups. The scale is that of the mean negative log-likelihood.
 
-k group, s draw, n example, t position, i input, o output; columns of U run over draws, then examples.
+k group, s sample, n example, t position, i input, o output; columns of U run over samples, then examples.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ EIGENVALUES = 16384
 
 
 class Fisher:
-    """The sampled Fisher of some taps. Immutable; every method is a pure function of them.
+    """The sampled Fisher of some taps. Immutable; every method is a pure function of the taps.
 
     Args:
-        taps: one tap a block, made or lazy.
-        codec: how a tree of parameters turns into one matrix a block.
+        taps: one tap per block, computed or lazy.
+        codec: conversion between a tree of parameters and one matrix per block.
         structure: "full" or "block".
     """
 
@@ -49,17 +49,17 @@ class Fisher:
         self._dtype = next(iter(self._taps.values())).window(slice(0, 1)).whole().g.dtype
 
     def __matmul__(self, v: Tree) -> Tree:
-        """`F v`: two passes over the taps, no per-example gradient is formed."""
+        """Return `F v`, by two passes over the taps; no per-example gradient is formed."""
         matrices = self._codec.matrices({name: leaf.to(self._dtype) for name, leaf in v.items()})
         inner = self._total({key: inner_products(self._taps[key], V) for key, V in matrices.items()})
         product = self._codec.tree({key: combine(self._taps[key], c / self._examples) for key, c in inner.items()})
         return {name: leaf.to(v[name].dtype) for name, leaf in product.items()}
 
     def solve(self, v: Tree, damping: float | Tensor) -> Tree:
-        r"""$(F + \lambda I)^{-1} v$, in the smaller of example space and parameter space, in float64.
+        r"""Return $(F + \lambda I)^{-1} v$, solved in the smaller of example and parameter space, in float64.
 
         Example space: $\frac1\lambda (v - U (\lambda I + U^\top U)^{-1} U^\top v)$ (Ren & Goldfarb 2019), which needs
-        λ > 0; parameter space: the dense matrix. A singular system gives NaN, as it raises nothing under vmap.
+        λ > 0; parameter space: the dense matrix. A singular system gives NaN, because it cannot raise under vmap.
         """
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
         v64 = {name: leaf.double() for name, leaf in v.items()}
@@ -71,7 +71,7 @@ class Fisher:
         return {name: leaf.to(v[name].dtype) for name, leaf in x.items()}
 
     def dense(self) -> Float[Tensor, "p p"]:
-        """The matrix, `[P, P]`: params order, each tensor row-major; `P²` numbers."""
+        """Return the matrix `[P, P]`: params order, each tensor row-major."""
         if self._structure == "full":
             U = self._rows(self._taps) / math.sqrt(self._examples)
             return U.mT @ U
@@ -79,28 +79,28 @@ class Fisher:
         return torch.stack([U.mT @ U for U in parts]).sum(0)
 
     def block(self, key: str) -> Float[Tensor, "d d"]:
-        """One layer's diagonal block, in the flattening of `W = [weight | bias]` row-major (groups first)."""
+        """Return the diagonal block of one layer: row-major flattening of `W = [weight | bias]`, groups first."""
         if key not in self._taps:
             raise unknown("block", key, self._taps)
         U = example_matrices(self._taps[key]).flatten(2).flatten(0, 1) / math.sqrt(self._examples)
         return U.mT @ U
 
     def trace(self) -> Float[Tensor, ""]:
-        """The sum of all eigenvalues: the mean over examples of the squared gradient norms."""
+        """Return the sum of all eigenvalues: the mean over examples of the squared gradient norms."""
         return torch.stack([squares(tap).sum() for tap in self._taps.values()]).sum() / self._examples
 
     def diag(self) -> Float[Tensor, " p"]:
-        """The diagonal, `[P]`, in params order."""
+        """Return the diagonal `[P]`, in params order."""
         entries = {key: squares(tap) for key, tap in self._taps.items()}
         return ravel(self._codec.tree(entries)) / self._examples
 
     def gram(self) -> Tensor | dict[str, Tensor]:
-        """`UᵀU`, `[S·N, S·N]`: it has F's nonzero eigenvalues. One for each block where the structure is "block"."""
+        """Return `UᵀU`, `[S·N, S·N]`, which has the nonzero eigenvalues of F; for "block" one per block."""
         grams = {key: gram(tap) / self._examples for key, tap in self._taps.items()}
         return torch.stack(list(grams.values())).sum(0) if self._structure == "full" else grams
 
     def spectrum(self) -> Float[Tensor, " p"]:
-        """All P eigenvalues, ascending, in float64: from the smaller of Gram matrix and matrix.
+        """Return all P eigenvalues, ascending, in float64, from the smaller of Gram matrix and Fisher.
 
         Raises:
             TooLargeError: the smaller one has more than 16384 rows.
@@ -108,16 +108,16 @@ class Fisher:
         return torch.cat([eigenvalues(taps) for taps in self._groups(torch.float64)]).sort().values
 
     def logdet(self, damping: float | Tensor = 0.0) -> Float[Tensor, ""]:
-        r"""$\log\det(F + \lambda I)$ in float64; `-inf` where it is singular.
+        r"""Return $\log\det(F + \lambda I)$ in float64; `-inf` if it is singular.
 
         Raises:
             HyperparameterError: a negative damping.
-            TooLargeError: as `spectrum`.
+            TooLargeError: see `spectrum`.
         """
         return operators.logdet(self.spectrum(), damping)
 
     def to_scipy(self, damping: float = 0.0) -> Any:
-        """`F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
+        """Return `F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
 
         Raises:
             MissingPackageError: scipy is not installed.
@@ -127,19 +127,19 @@ class Fisher:
         return operators.to_scipy(self.__matmul__, self._codec.tree(zeros), damping)
 
     def _groups(self, dtype: torch.dtype) -> list[dict[str, AnyTap]]:
-        """The blocks that are coupled, each group by itself."""
+        """Return the groups of coupled blocks."""
         taps = {key: tap.to(dtype) for key, tap in self._taps.items()}
         return [taps] if self._structure == "full" else [{key: tap} for key, tap in taps.items()]
 
     def _total(self, inner: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full structure: every block sees the inner product over all blocks."""
+        """Sum the inner products over all blocks for the full structure."""
         if self._structure == "block":
             return inner
         total = torch.stack(list(inner.values())).sum(0)
         return dict.fromkeys(inner, total)
 
     def _rows(self, taps: Mapping[str, AnyTap]) -> Float[Tensor, "m p"]:
-        """Per-example gradients in params order, zero outside the given blocks."""
+        """Return per-example gradients in params order, zero outside the given blocks."""
         matrices = {
             key: example_matrices(tap) if key in taps else torch.zeros_like(example_matrices(tap))
             for key, tap in self._taps.items()
@@ -149,13 +149,13 @@ class Fisher:
 
 
 def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
-    """`⟨W_sn, V⟩` without forming W."""
+    """Return `⟨W_sn, V⟩` without forming W."""
     parts = [torch.einsum("ksnto,knto->sn", part.g, rows.times(part.a, V.mT)) for part in tap.windows()]
     return torch.cat(parts, 1)
 
 
 def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
-    """`Σ_sn c_sn W_sn` without forming W."""
+    """Return `Σ_sn c_sn W_sn` without forming W."""
     sums, start = [], 0
     for part in tap.windows():
         here = c[:, start : start + part.sizes.n]
@@ -165,10 +165,10 @@ def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
 
 
 def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
-    """`⟨W_sn, W_rm⟩`, of a tap with itself or with another of the same layer; rows run over draws, then examples.
+    """Return `⟨W_sn, W_rm⟩` of a tap with itself or with another of the same layer.
 
-    Few positions: `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, no W formed; else the W, some of their rows at a time. Neither asks for
-    memory of the order (N T)².
+    Rows run over samples, then examples. With few positions the result is `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, without forming
+    W; otherwise some rows of W are formed at a time. Neither needs memory of the order (N T)².
     """
     x = tap.whole()
     y = x if other is None else other.whole()
@@ -184,7 +184,7 @@ def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
 
 
 def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
-    """Rows of the Gram matrix: `Σ_k Σ_tu (g_t · g_u)(a_t · a_u)`."""
+    """Return rows of the Gram matrix: `Σ_k Σ_tu (g_t · g_u)(a_t · a_u)`."""
     k, s, n, t, o, _ = x.sizes
     _, r, m, u, _, _ = y.sizes
     products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
@@ -193,12 +193,12 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
 
 
 def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:
-    """Some rows of every W, flat."""
+    """Return some rows of every W, flat."""
     return example_matrices(Tap(tap.a, tap.g[..., start : start + size])).flatten(2).flatten(0, 1)
 
 
 def eigenvalues(taps: Mapping[str, AnyTap]) -> Float[Tensor, " p"]:
-    """All eigenvalues of coupled blocks in float64: those of the smaller of UᵀU and UUᵀ, and zeros.
+    """Return all eigenvalues of coupled blocks in float64: those of the smaller of UᵀU and UUᵀ, and zeros.
 
     Raises:
         TooLargeError: the smaller one has more than `EIGENVALUES` rows.
@@ -216,12 +216,12 @@ def eigenvalues(taps: Mapping[str, AnyTap]) -> Float[Tensor, " p"]:
 
 
 def square_norm(tap: AnyTap) -> Float[Tensor, ""]:
-    """`‖F‖²` of the layer's block, from the Gram matrix."""
+    """Return `‖F‖²` of the layer's block, from the Gram matrix."""
     return (gram(tap).double() / tap.sizes.n).square().sum()
 
 
 def relative_error(tap: AnyTap, cross: Float[Tensor, ""], square: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """`‖F − F̂‖ / ‖F‖` from `⟨F, F̂⟩` and `‖F̂‖²`."""
+    """Return `‖F − F̂‖ / ‖F‖` from `⟨F, F̂⟩` and `‖F̂‖²`."""
     own = square_norm(tap)
     return ((own - 2 * cross.double() + square.double()).clamp(min=0) / own).sqrt()
 

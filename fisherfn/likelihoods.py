@@ -1,7 +1,7 @@
-"""What the outputs mean: negative log-likelihoods, their samples and the square roots of their output Fisher.
+"""Likelihoods: negative log-likelihoods, samples, and square roots of the Fisher of the outputs.
 
-Every likelihood sums over output dimensions and averages nothing, so that loss and Fisher share one scale: the mean
-over examples is taken once, by the library (docs/conventions.md).
+Every likelihood sums over output dimensions and does not average, so that loss and Fisher share one scale. The library
+takes the mean over examples (docs/conventions.md).
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from fisherfn.types import PyTree
 class Likelihood(Protocol):
     """The likelihood protocol.
 
-    One's own needs only what its Fisher needs: `nll` always, `sample` for "mc", `fisher_sqrt` for "type2". Four more
-    methods are optional: `noise(shape, generator, dtype)` where the draw is not one uniform number per output,
-    `valid(outputs, targets)`, a mask that says whether targets are in range, `fisher_product(outputs, v)`, the
-    output Fisher times v, which is cheaper than by the columns of its root, and `observed(outputs, targets)` where
-    observations count unequally: the likelihood that sampled labels are scored by, and a weight for each example or
-    position that multiplies the Fisher of "mc" and "type2".
+    Your own likelihood needs `nll`, `sample` for "mc", and `fisher_sqrt` for "type2". Four more methods are optional:
+
+    - `noise(shape, generator, dtype)`: the noise for `sample`, if it is not one uniform number per output;
+    - `valid(outputs, targets)`: a mask that is true if the targets are in range;
+    - `fisher_product(outputs, v)`: the output Fisher times v, cheaper than from the columns of its root;
+    - `observed(outputs, targets)`, if observations have different weights: the likelihood that scores sampled labels,
+      and a weight per example or position that multiplies the Fisher of "mc" and "type2".
     """
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`-log p(targets | outputs)` of each example, `[N]`, up to an additive constant."""
+        """Return `-log p(targets | outputs)` of each example, `[N]`, up to an additive constant."""
         ...
 
 
@@ -55,7 +56,7 @@ class Callback:
 class Categorical:
     r"""Class probabilities `softmax(outputs)` over the last axis: classification, language models.
 
-    Outputs `[N, …, C]` are logits. It takes the targets and options of `torch.nn.functional.cross_entropy`:
+    Outputs `[N, …, C]` are logits. The class takes the targets and options of `torch.nn.functional.cross_entropy`:
 
     - class indices `[N, …]`; positions whose index is `ignore_index` do not count;
     - class probabilities `[N, …, C]` (soft labels, mixup, distillation), in floating point;
@@ -68,12 +69,12 @@ class Categorical:
     With $m$ the total target mass of a position (1 for a plain label, 0 for an ignored one, else the product of its
     weights), the Fisher of "mc" and "type2" is the Gauss-Newton matrix of this loss,
     $\frac1N \sum m\, J^\top (\mathrm{diag}(p) - pp^\top) J$: a weight of 2 counts as an example seen twice. The
-    empirical Fisher is made of the gradients of the weighted loss terms, so that weights enter it squared.
+    empirical Fisher is built from the gradients of the weighted loss terms, so it contains the weights squared.
 
     Args:
         ignore_index: the index of positions that do not count.
         weight: a weight for each class, `[C]`.
-        label_smoothing: the share ε of every label that is spread over all classes evenly, in [0, 1].
+        label_smoothing: the share ε of every label that is distributed evenly over all classes, in [0, 1].
 
     >>> Categorical().nll(torch.zeros(1, 2), torch.tensor([0]))  # log 2
     tensor([0.6931])
@@ -134,7 +135,7 @@ class Categorical:
         return Categorical(), mass if weights is None else weights * mass
 
     def sample(self, outputs: Float[Tensor, "n *t c"], noise: Float[Tensor, "n *t"]) -> Int[Tensor, "n *t"]:
-        """Inverse distribution function: class c when `cdf[c-1] <= noise < cdf[c]`, noise uniform in [0, 1)."""
+        """Sample by the inverse distribution function: class c if `cdf[c-1] <= noise < cdf[c]`, noise in [0, 1)."""
         cdf = outputs.to(noise.dtype).softmax(-1).cumsum(-1)
         return (cdf <= noise.unsqueeze(-1)).sum(-1).clamp(max=outputs.shape[-1] - 1)
 
@@ -142,7 +143,10 @@ class Categorical:
         return _uniform(shape[:-1], generator, dtype)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *t c"]) -> Float[Tensor, "columns n *t c"]:
-        r"""Columns $\sqrt{p_c}\,(e_c - p)$ a position and class: $\sum s s^\top = \mathrm{diag}(p) - pp^\top$."""
+        r"""Return one column $\sqrt{p_c}\,(e_c - p)$ per position and class.
+
+        Their sum of squares is $\sum s s^\top = \mathrm{diag}(p) - pp^\top$.
+        """
         p = outputs.softmax(-1)
         classes = p.shape[-1]
         eye = torch.eye(classes, dtype=p.dtype, device=p.device)
@@ -150,12 +154,12 @@ class Categorical:
         columns = positions.sqrt().permute(2, 0, 1).unsqueeze(-1) * (eye[:, None, None] - positions)  # [c, n, t, c']
         if positions.shape[1] == 1:
             return columns.reshape(classes, *outputs.shape)
-        # positions are independent: a column lives on one of them
+        # positions are independent: each column is nonzero at one of them
         one = torch.eye(positions.shape[1], dtype=p.dtype, device=p.device)
         return torch.einsum("ut,cntd->ucntd", one, columns).reshape(-1, *outputs.shape)
 
     def fisher_product(self, outputs: Float[Tensor, "n *t c"], v: Float[Tensor, "n *t c"]) -> Float[Tensor, "n *t c"]:
-        r"""$(\mathrm{diag}(p) - pp^\top)\, v$ at every position."""
+        r"""Return $(\mathrm{diag}(p) - pp^\top)\, v$ at every position."""
         p = outputs.softmax(-1)
         return p * (v - (p * v).sum(-1, keepdim=True))
 
@@ -173,7 +177,7 @@ class Categorical:
         return valid.all() if weights is None else valid.all() & ((weights >= 0) & torch.isfinite(weights)).all()
 
     def _split(self, outputs: Tensor, targets: PyTree) -> tuple[Tensor, Tensor | None]:
-        """Labels, and the weight of every position or None; raises unless their shapes and types fit."""
+        """Return labels, and the weight of every position or None; raise unless their shapes and types fit."""
         labels, weights = targets if isinstance(targets, (tuple, list)) and len(targets) == 2 else (targets, None)
         expect(labels, Tensor, "targets", "pass class indices, class probabilities, or (labels, weights)")
         positions = outputs.shape[:-1]
@@ -204,7 +208,7 @@ class Categorical:
             return outputs.new_ones(classes)
         if self.weight.shape != classes:
             raise ShapeError(
-                f"Categorical weight has shape {tuple(self.weight.shape)}, and the model gives {classes[0]} classes: "
+                f"Categorical weight has shape {tuple(self.weight.shape)}, and the model has {classes[0]} classes: "
                 "pass one weight for each class."
             )
         return self.weight.to(outputs)
@@ -220,7 +224,7 @@ class Bernoulli:
     r"""Independent coin flips: binary images, multi-label classification.
 
     $-\log p(y \mid f) = \sum_j \log(1 + e^{f_j}) - y_j f_j$ for logits; with `logits=False` the outputs are the
-    probabilities themselves (a net that ends in a sigmoid), kept away from 0 and 1 by machine precision.
+    probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision.
     Targets have the shape of the outputs and lie in [0, 1].
 
     >>> Bernoulli().nll(torch.zeros(1, 2), torch.ones(1, 2))  # 2 log 2
@@ -240,18 +244,18 @@ class Bernoulli:
         return _sum(torch.where((targets >= 0) & (targets <= 1), nll, math.nan))
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
-        """One where `noise < p`, noise uniform in [0, 1)."""
+        """Return one where `noise < p`, with noise uniform in [0, 1)."""
         p = outputs.sigmoid() if self.logits else outputs
         return (noise < p).to(outputs.dtype)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
-        r"""One column an output: $\sqrt{p(1-p)}\,e_j$ for logits, $e_j / \sqrt{p(1-p)}$ for probabilities."""
+        r"""Return one column per output: $\sqrt{p(1-p)}\,e_j$ for logits, $e_j / \sqrt{p(1-p)}$ for probabilities."""
         p = outputs.sigmoid() if self.logits else self._inside(outputs)
         deviation = (p * (1 - p)).sqrt()
         return _diagonal_columns(deviation if self.logits else deviation.reciprocal())
 
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
-        r"""$p(1-p)\,v$ for logits, $v / (p(1-p))$ for probabilities."""
+        r"""Return $p(1-p)\,v$ for logits, $v / (p(1-p))$ for probabilities."""
         p = outputs.sigmoid() if self.logits else self._inside(outputs)
         variance = p * (1 - p)
         return v * variance if self.logits else v / variance
@@ -266,7 +270,7 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Gaussian:
-    r"""Outputs are the mean, with one fixed variance: regression, real-valued autoencoders.
+    r"""A Gaussian with the outputs as mean and one fixed variance: regression, real-valued autoencoders.
 
     $-\log p(y \mid f) = \frac{1}{2\sigma^2} \sum_j (y_j - f_j)^2$; σ² = 1/2 is the plain sum of squares.
 
@@ -285,18 +289,18 @@ class Gaussian:
         return _sum((targets - outputs).square()) / (2 * self.variance)
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
-        """`outputs + σ · noise`, noise standard normal."""
+        """Return `outputs + σ · noise`, with standard normal noise."""
         return outputs + math.sqrt(self.variance) * noise
 
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
-        r"""One column an output: $e_j / \sigma$."""
+        r"""Return one column per output: $e_j / \sigma$."""
         return _diagonal_columns(torch.full_like(outputs, 1 / math.sqrt(self.variance)))
 
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
-        r"""$v / \sigma^2$."""
+        r"""Return $v / \sigma^2$."""
         return v / self.variance
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
@@ -304,16 +308,16 @@ class Gaussian:
 
 
 def draw(likelihood: object, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """The noise for outputs of this shape: the likelihood's own, else one uniform number an output."""
+    """Return the noise for outputs of this shape: the likelihood's own, else one uniform number per output."""
     own = getattr(likelihood, "noise", None)
     return own(shape, generator, dtype) if own is not None else _uniform(shape, generator, dtype)
 
 
 def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
-    """Return B v for every example, B the Fisher of its outputs.
+    """Return B v for every example, where B is the Fisher of its outputs.
 
-    By `fisher_product` or the columns of `fisher_sqrt`. A likelihood with neither, a plain callable, has the second
-    derivative of its `nll` in the outputs instead, at the targets of the data.
+    Uses `fisher_product` or the columns of `fisher_sqrt`. For a likelihood with neither (a plain callable), B is the
+    second derivative of its `nll` with respect to the outputs, at the targets of the data.
 
     Raises:
         LikelihoodError: an `nll` that cannot be differentiated twice.
@@ -334,7 +338,7 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
         return vjp(slope, outputs)[1](v)[0]  # type: ignore[no-any-return]
     except (RuntimeError, NotImplementedError) as error:
         raise LikelihoodError(
-            f"the curvature of the outputs is wanted, and nll cannot be differentiated twice ({str(error)[:120]}): "
+            f"the curvature of the outputs is needed, but nll cannot be differentiated twice ({str(error)[:120]}): "
             "give the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
         ) from error
 
@@ -348,7 +352,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _diagonal_columns(scale: Tensor) -> Tensor:
-    """`[N, *d] -> [D, N, *d]`: column j holds `scale` at output j and zero elsewhere."""
+    """Convert `[N, *d]` to `[D, N, *d]`: column j is `scale` at output j and zero elsewhere."""
     eye = torch.eye(scale[0].numel(), dtype=scale.dtype, device=scale.device)
     return (eye.unsqueeze(1) * scale.reshape(1, scale.shape[0], -1)).reshape(-1, *scale.shape)
 

@@ -44,15 +44,15 @@ Batch: TypeAlias = Sequence[Any]
 
 
 class State(NamedTuple):
-    """What a method remembers: a pytree of tensors, the hyperparameters that may vary among them.
+    """The state of a method: a pytree of tensors, including the hyperparameters that may vary.
 
     Attributes:
         damping: λ, in the units of the Fisher of the mean loss.
-        ema: weight of the old factors in the long run.
-        count: updates so far.
+        ema: weight of the old factors in the running average.
+        count: number of updates so far.
         examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
-        factors: what `update` estimates, in the method's own structure, by block.
-        inverses: what `invert` makes of them.
+        factors: the result of `update` for each block, in the method's own structure.
+        inverses: the result of `invert`, computed from the factors.
     """
 
     damping: Float[Tensor, ""]
@@ -76,10 +76,10 @@ class NaturalGradient:
     mean: Mean = whole_mean
 
     def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
-        """The empty state: before the first `invert`, preconditioning is grad/λ.
+        """Return the empty state: before the first `invert`, preconditioning gives grad/λ.
 
         Args:
-            params: as at the build.
+            params: the parameters, with the names and shapes of the build.
             damping: λ ≥ 0, in the units of the Fisher of the mean NLL. A tensor may be batched under `torch.vmap`.
             ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema) for batches of equal size.
 
@@ -100,11 +100,12 @@ class NaturalGradient:
     def for_shape(self, params: Tree, x: PyTree, *, context: PyTree = None) -> NaturalGradient:
         """Return the natural gradient for inputs of another example shape (longer sequences), with the same state.
 
-        States and preconditioned gradients of both are interchangeable. What a state holds of a batch itself (`exact`
-        and two-level keep taps) is that of the last update, whatever its shape. Costs a build, so keep the result.
+        States and preconditioned gradients of both are interchangeable. If a state holds statistics of a batch
+        (`exact`, two-level), they are those of the last update, whatever its shape. The call costs a build, so keep
+        the result.
 
         Raises:
-            StructureError: on these inputs the parameters fall into other blocks.
+            StructureError: the parameters form other blocks on these inputs.
         """
         self.layout.validate(params)
         unused = "ignore" if self.layout.unused else "raise"
@@ -115,15 +116,15 @@ class NaturalGradient:
         if mine != its or left != its_left:
             names = sorted({", ".join(names) for names, _ in mine.items() ^ its.items()})[:4]
             raise StructureError(
-                f"on inputs of this shape (or in this mode of the net) {'; '.join(names) or 'other parameters'} fall "
-                "into other blocks, so the state cannot be shared: build another natural_gradient, with its own state."
+                f"on inputs of this shape (or in this mode of the net) {'; '.join(names) or 'other parameters'} form "
+                "other blocks, so the state cannot be shared: build another natural_gradient, with its own state."
             )
         return replace(self, layout=layout)
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
-        """The draw that `generator=` would make, `[N, S, …]`: a chunk or rank takes its slice of examples."""
+        """Return the noise that `generator=` would use, `[N, S, …]`; a chunk or rank takes its slice of examples."""
         x, _ = pair(batch)
-        expect(generator, torch.Generator, "generator", "pass a torch.Generator, which draws the labels")
+        expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
         examples = check_batch(self.layout, x, ())
         shape = torch.Size((examples, self._samples(samples), *self.layout.output_shape))
         dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
@@ -142,24 +143,24 @@ class NaturalGradient:
         chunk_size: int | None = None,
         curvature: bool = True,
     ) -> Stats:
-        """Loss, gradient and curvature statistics of one batch.
+        """Return loss, gradient and curvature statistics of one batch.
 
         Args:
-            params: as at the build.
-            batch: inputs and targets, example by example along the first axis.
-            fisher: "mc", "type2" or "empirical" instead of the build's.
-            samples: draws S for "mc" instead of the build's.
-            generator: draws the labels of "mc"; or pass the draw itself as `noise`.
+            params: the parameters, with the names and shapes of the build.
+            batch: inputs and targets, with the examples along the first axis.
+            fisher: "mc", "type2" or "empirical"; default: the build's.
+            samples: number S of sampled labels per example for "mc"; default: the build's.
+            generator: random generator for the labels of "mc"; alternatively pass `noise`.
             noise: `[N, S, …]` from `ng.noise`.
-            context: for models with one.
-            chunk_size: examples a forward and backward, to bound memory; the result is that of the whole batch.
-            curvature: False makes no Fisher draw: such statistics serve `grads` and `precondition`.
+            context: for models with a context.
+            chunk_size: examples per forward and backward pass, to limit memory; the result is that of the whole batch.
+            curvature: False samples no labels; such statistics only serve `grads` and `precondition`.
 
         Raises:
-            ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
-            StructureError: names, or a context, that are not those of the build.
+            ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
+            StructureError: names or a context that differ from the build.
             NoiseError: "mc" with neither `generator` nor `noise`.
-            LikelihoodError: a likelihood that lacks what this Fisher needs, or chunks of one that couples the examples.
+            LikelihoodError: the likelihood lacks a method that this Fisher needs, or couples examples across chunks.
             TargetError: targets of the wrong type.
         """
         self.layout.validate(params)
@@ -180,12 +181,12 @@ class NaturalGradient:
         return in_chunks(part, self.layout, x, y, noise, context, chunk_size, self.likelihood)
 
     def update(self, state: State, stats: Stats, *, weight: float | Tensor | None = None) -> tuple[State, Info]:
-        """Factors re-estimated from `stats` and blended into the running average; all or nothing (see `info.ok`).
+        """Update the running average of the factors from `stats`; if any check fails, return the input state.
 
         Args:
-            state: the one to go on from.
-            stats: of a batch.
-            weight: how much these statistics count beside those of other updates; None: as many as their examples.
+            state: the current state.
+            stats: statistics of a batch.
+            weight: weight of these statistics relative to those of other updates; None: their number of examples.
         """
         self._own(state)
         self._of_this_net(stats)
@@ -197,26 +198,26 @@ class NaturalGradient:
         return _sound(info, new, state), info
 
     def invert(self, state: State) -> tuple[State, Info]:
-        """Damped inverses refreshed from the factors; all or nothing (see `info.ok`)."""
+        """Recompute the damped inverses from the factors; if any check fails, return the input state."""
         self._own(state)
         new, result = self._inverted(state)
         info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
         return _sound(info, new, state), info
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
-        """The preconditioned gradient, a tree like params. From `Stats` the gradient itself need not be formed."""
+        """Return the preconditioned gradient, a tree like params; `Stats` avoid forming the gradient itself."""
         self._own(state)
         if isinstance(grads, Stats):
             self._of_this_net(grads)
         return self._precondition(state, grads, inner=False)[0]
 
     def matvec(self, state: State, v: Tree) -> Tree:
-        """The method's undamped approximate Fisher times a tree."""
+        """Multiply a tree by the method's undamped approximate Fisher."""
         self._own(state)
         return self._cast(self.method.matvec(state.factors, self.layout.matrices(v)))
 
     def approximation(self, state: State) -> Approximation:
-        """The method's undamped approximate Fisher as an operator: products, trace, spectrum, log-determinant."""
+        """Return the method's undamped approximate Fisher as an operator: products, trace, spectrum, logdet."""
         self._own(state)
         method, factors = self.method, tree.map(_double, state.factors)
         return Approximation(
@@ -233,16 +234,16 @@ class NaturalGradient:
         return trace(state.factors, self._shapes) if trace else self.approximation(state).trace()
 
     def inverse(self, state: State) -> DampedInverse:
-        """What `precondition` multiplies by, as an operator: the damped inverse of the last `invert`.
+        """Return the damped inverse of the last `invert` as an operator: `precondition` multiplies by it.
 
         Raises:
-            StructureError: a method whose step is no linear function of the gradient (two-level, residual).
+            StructureError: the step is not a linear function of the gradient (two-level, residual).
         """
         self._own(state)
         method = self.method
         if method.inverse == "nonlinear":
             raise StructureError(
-                f"the step of this {method.name} is no linear function of the gradient: its coarse space is made of "
+                f"the step of this {method.name} is not a linear function of the gradient: its coarse space depends on "
                 'the residual. Use another coarse space, such as "nicolaides".'
             )
         return DampedInverse(
@@ -253,10 +254,10 @@ class NaturalGradient:
         )
 
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
-        r"""$\|F_l - \hat F_l\|_F / \|F_l\|_F$ of every block: how far the state is from the Fisher of these statistics.
+        r"""Return the relative error $\|F_l - \hat F_l\|_F / \|F_l\|_F$ of each block for these statistics.
 
-        Undamped, exact and without forming F, whatever the layer's size; in float64, as it is a difference of squares.
-        NaN where the Fisher block is zero.
+        The error is undamped and exact. F is never formed. It is computed in float64, as a difference of squares. NaN
+        if the Fisher block is zero.
         """
         self._own(state)
         self._of_this_net(stats)
@@ -281,12 +282,12 @@ class NaturalGradient:
         context: PyTree = None,
         chunk_size: int | None = None,
     ) -> tuple[Tree, State, Info]:
-        """`stats`, then `update` and `invert` where asked for, then `precondition`: (nat, new state, info).
+        """Compute one step: `stats`, `update` and `invert` if requested, `precondition`; return (nat, state, info).
 
-        A step that is not ok in any part leaves the state as it was.
+        If any check fails, the input state is returned unchanged.
 
-        The labels are drawn only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩ by the cheapest route.
-        See `stats` for the other arguments and the errors raised.
+        Labels are sampled only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the cheapest
+        way. See `stats` for the other arguments and the errors raised.
         """
         stats = self.stats(
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
@@ -305,10 +306,10 @@ class NaturalGradient:
         inner: bool = False,
         damping: Callable[[State], Tensor] | None = None,
     ) -> tuple[Tree, State, Info]:
-        """`step` without the model: `update` from `stats` where given, `invert`, then `precondition` of `grads`.
+        """Compute a step from existing gradients and statistics: `update`, `invert`, then `precondition`.
 
-        For statistics or gradients that are there already; see `step`. With `damping`, a function of the updated
-        state, the inverses are made with its λ instead of the state's.
+        See `step`. Without `stats` there is no update. `damping`, a function of the updated state, gives the λ of the
+        inverses; default: the λ of the state.
         """
         self._own(state)
         sources = [given for given in (grads, stats) if isinstance(given, Stats)]
@@ -331,23 +332,23 @@ class NaturalGradient:
         return nat, state if new is state else _sound(info, new, state), info
 
     def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
-        """One-shot and stateless: the gradient preconditioned by these statistics alone."""
+        """Return the gradient preconditioned by these statistics alone, without a state."""
         state, _ = self.update(self.init(params, damping=damping), stats)
         state, _ = self.invert(state)
         return self.precondition(state, stats)
 
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
-        """The sampled Fisher of these statistics as an operator on trees like params."""
+        """Return the sampled Fisher of these statistics as an operator on trees like params."""
         self._of_this_net(stats)
         dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
         return Fisher({key: tap.to(dtype) for key, tap in self._taps(stats).items()}, self.layout, structure)
 
     def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
-        """The type-2 Fisher of these inputs as products through the model: for outputs that are many.
+        """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.
 
         Raises:
-            ShapeError: shapes or types that are not those of the build; no examples (`EmptyBatchError`).
-            StructureError: names, or a context, that are not those of the build.
+            ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
+            StructureError: names or a context that differ from the build.
             LikelihoodError: a likelihood without `fisher_sqrt`.
         """
         self.layout.validate(params)
@@ -363,27 +364,27 @@ class NaturalGradient:
 
     @cached_property
     def _structure(self) -> Any:
-        """Of this method's states on this net."""
+        """Return the structure of this method's states on this net."""
         empty = self.method.init(self._shapes, torch.float32, torch.device("cpu"), torch.ones(()))
-        return tree.structure(empty, leaf=Tap)  # what is in a tap follows the batch
+        return tree.structure(empty, leaf=Tap)  # the shapes in a tap follow the batch
 
     def _own(self, state: State) -> None:
-        """Raise unless the state is one of this method on this net."""
+        """Raise unless the state belongs to this method on this net."""
         expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
         if tree.structure((state.factors, state.inverses), leaf=Tap) != self._structure:
             raise StructureError(
                 f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
-                "blocks: begin with ng.init(params)."
+                "blocks: start with ng.init(params)."
             )
 
     def _like(self, state: State) -> Tree:
-        """A tree of zeros like params, one number in memory each."""
+        """Return a tree of zeros like params, each with one number in memory."""
         kinds = zip(self.layout.shapes, self.layout.dtypes, strict=True)
         device = state.damping.device
         return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for (name, shape), dtype in kinds}
 
     def _of_this_net(self, stats: Stats) -> None:
-        """Raise unless the statistics are of this net."""
+        """Raise unless the statistics belong to this net."""
         expect(stats, Stats, "stats", "pass what ng.stats(params, batch) returned")
         if stats.layout is not self.layout and stats.layout.shapes != self.layout.shapes:
             raise StructureError("the statistics are of another net: collect them with this ng.stats(params, batch).")
@@ -394,10 +395,10 @@ class NaturalGradient:
     def _updated(
         self, state: State, stats: Stats, inverting: bool = True, weight: float | Tensor | None = None
     ) -> tuple[State, Estimated]:
-        """The updated state whether sound or not, and the masks that say which."""
+        """Return the updated state, valid or not, and the masks."""
         count, n = state.count + 1, float(stats.examples) if weight is None else weight
         k = count.to(state.ema.dtype)
-        # a state saved before examples were counted has none: its batches are taken to be of this size
+        # a state from a version that did not count examples: assume that its batches had this size
         before = torch.where((state.count > 0) & (state.examples == 0), n, state.examples)
         mean = before + (n - before) / k
         r = n / mean  # 1 for equal batches, and then ρ = min(1 - 1/k, ema)
@@ -427,7 +428,7 @@ class NaturalGradient:
         return {name: result[name].to(dtype) for name, dtype in zip(result, self.layout.dtypes, strict=True)}
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
-        """An info whose masks are made of these checks: those of the batch count for every block."""
+        """Return an info whose masks combine these checks; checks of the batch count for every block."""
         keys = [block.key for block in self.layout.blocks]
         batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
         blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
@@ -466,41 +467,41 @@ def natural_gradient(
     unused: Literal["raise", "ignore"] | str = "raise",
     uncovered: Literal["fallback", "gradient"] | str = "fallback",
 ) -> NaturalGradient:
-    """Build a natural gradient: one trace with example inputs finds the layers and checks them by numbers.
+    """Build a natural gradient: one trace with example inputs finds the layers and verifies them numerically.
 
     Args:
         model: any pure function `model(params, x) -> outputs`; with a context, `model(params, x, context) ->
             (outputs, context)`.
-        params: `{name: tensor}`; each of them ends up in a block of `ng.layout`.
-        x: example inputs `[N, …]`; later batches may have another N, not another example shape.
-        likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, one's own, or a plain callable
+        params: `{name: tensor}`; each parameter becomes part of a block of `ng.layout`.
+        x: example inputs `[N, …]`; later batches may have another N, but not another example shape.
+        likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, your own, or a plain callable
             `(outputs, targets) -> [N]` with `fisher="empirical"`.
         method: `ff.kfac()` or a name in `ff.METHODS`.
-        fisher: "mc" draws labels from the model, "type2" takes the exact expectation over them, "empirical" uses the
-            data's.
-        samples: draws S for "mc".
+        fisher: "mc" samples labels from the model, "type2" computes the exact expectation over them, "empirical" uses
+            the labels of the data.
+        samples: number S of sampled labels per example for "mc".
         context: anything else that the model reads and that is not differentiated: buffers, another player's
-            parameters; what it has for each example (dropout seeds, masks) goes along with the examples.
-        unused: what becomes of parameters that the outputs do not depend on: "raise" the error, or "ignore" them, which
-            leaves them in no block and makes their gradients and steps zero.
-        uncovered: what becomes of parameters that no layer covers: "fallback" gives them a block by their per-example
+            parameters. Entries per example (dropout seeds, masks) are sliced with the examples.
+        unused: treatment of parameters that the outputs do not depend on: "raise" the error, or "ignore" them. Ignored
+            parameters are in no block, and their gradients and steps are zero.
+        uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
             gradients; "gradient" leaves them in no block, and their part of a step is the plain gradient.
 
     Raises:
-        CoverageError: a parameter whose per-example gradients cannot be had.
-        UnusedParameterError: a parameter that the outputs do not depend on.
-        NoiseError: a model that draws from the global generator.
+        CoverageError: per-example gradients of a parameter cannot be computed.
+        UnusedParameterError: the outputs do not depend on a parameter.
+        NoiseError: the model uses the global random generator.
         ShapeError: inputs without examples, or outputs that are not one tensor `[N, …]`.
         StructureError: params, model or method of the wrong kind.
-        LikelihoodError: a likelihood that lacks what this Fisher needs.
-        UnknownNameError: no method, or no Fisher, of this name.
-        HyperparameterError: fewer than one draw.
+        LikelihoodError: the likelihood lacks a method that this Fisher needs.
+        UnknownNameError: no method or Fisher has this name.
+        HyperparameterError: fewer than one sample.
     """
     if isinstance(method, str):
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         method = METHODS[method]()
-    expect(method, Method, "method", f"pass one as ff.kfac() makes it, or a name of {', '.join(METHODS)}")
+    expect(method, Method, "method", f"pass ff.kfac() or another method, or one of the names {', '.join(METHODS)}")
     if not callable(model):
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):
@@ -518,18 +519,18 @@ def natural_gradient(
 
 
 def pair(batch: Batch) -> tuple[PyTree, PyTree]:
-    """Inputs and targets."""
+    """Split a batch into inputs and targets."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise StructureError(
-            f"a batch is (inputs, targets), got {found}: several inputs go as a tuple or dict in the first place, and "
-            'targets in the second: labels = batch.pop("labels"), then (batch, labels).'
+            f"a batch is (inputs, targets), got {found}. Pass several inputs as ((x1, x2), y), or a dict and targets: "
+            'labels = batch.pop("labels"), then (batch, labels).'
         )
     return tree.plain(batch[0]), batch[1]
 
 
 def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
-    """The gradient in the form that costs a preconditioner least: its matrix, or the loss tap whose mean it is."""
+    """Return the gradient in the form that is cheapest to precondition: its matrix or the loss tap."""
     if block.family.weight_gradient is not None or block.family.one_hot:
         return stats.gradient(block.key)
     tap = stats.lazy_loss_tap(block.key)
@@ -539,7 +540,7 @@ def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
 
 
 def _sound(info: Info, new: State, old: State) -> State:
-    """The new state, or the old one as it was if anything about the new one is not ok."""
+    """Return the new state if all checks passed, else the old one."""
     return tree.select(_all(info.ok.values()), new, old)
 
 

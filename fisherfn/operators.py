@@ -1,7 +1,7 @@
-r"""Linear operators on trees like params: as matrices, and as scipy sees them.
+r"""Linear operators on trees like params, with conversion to matrices and to scipy.
 
-A vector is a tree raveled: params order, each tensor row-major (docs/conventions.md). What an operator knows of itself
-(trace, eigenvalues, log-determinant) comes from its factors; without such knowledge it is made dense, up to `LARGEST`.
+A vector is a flattened tree: params order, each tensor row-major (docs/conventions.md). Trace, eigenvalues and
+log-determinant are computed from the factors of an operator if possible, else from its dense matrix, up to `LARGEST`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fisherfn.errors import MissingPackageError, StructureError, TooLargeError, 
 from fisherfn.types import Tree
 
 Kind = Literal["symmetric", "general", "nonlinear"]
-"""How a preconditioner depends on the gradient."""
+"""Dependence of a preconditioner on the gradient."""
 
 LARGEST = 4096
-"""Rows of a matrix that is made dense where no structure helps: 128 MiB in float64."""
+"""Largest number of rows of a dense matrix, where no structure can be used: 128 MiB in float64."""
 
 COLUMNS = 32
-"""Products of a matrix with an operator that are made at a time."""
+"""Number of columns of a matrix that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear operator on trees, by its products.
+    """A linear operator on trees, defined by its products.
 
     Attributes:
-        like: a tree of the shapes, types and device that the operator acts on.
-        product: a tree to a tree.
-        symmetric: whether it is its own transpose.
+        like: a tree with the shapes, types and device of the operator's arguments.
+        product: function from tree to tree.
+        symmetric: True if the operator is its own transpose.
     """
 
     like: Tree
@@ -42,13 +42,13 @@ class Operator:
     symmetric: bool = True
 
     def __matmul__(self, v: Tree) -> Tree:
-        """The product with a tree."""
+        """Multiply a tree by the operator."""
         if not isinstance(v, dict) or v.keys() != self.like.keys():
-            raise StructureError(f"a tree like params is wanted, with {', '.join(map(repr, self.like))}.")
+            raise StructureError(f"expected a tree like params, with {', '.join(map(repr, self.like))}.")
         return self.product(v)
 
     def dense(self) -> Float[Tensor, "p p"]:
-        """The matrix, `[P, P]`, column by column.
+        """Return the matrix `[P, P]`, column by column.
 
         Raises:
             TooLargeError: P above 4096.
@@ -59,7 +59,7 @@ class Operator:
         return _products(self.product, self.like)(eye)
 
     def to_scipy(self, damping: float = 0.0) -> Any:
-        """This operator plus damping · I as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
+        """Return this operator plus damping · I as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
 
         Raises:
             MissingPackageError: scipy is not installed.
@@ -69,55 +69,55 @@ class Operator:
 
 @dataclass(frozen=True)
 class Approximation(Operator):
-    r"""A method's undamped approximation $\hat F$ of the Fisher, as a state holds it. Made by `ng.approximation`.
+    r"""A method's undamped approximation $\hat F$ of the Fisher in a state. Returned by `ng.approximation`.
 
     Attributes:
-        of_trace: the trace, where the factors give it.
-        of_spectrum: all eigenvalues in any order, where the factors give them.
+        of_trace: the trace, if the factors provide it.
+        of_spectrum: all eigenvalues in any order, if the factors provide them.
     """
 
     of_trace: Callable[[], Tensor] | None = None
     of_spectrum: Callable[[], Tensor] | None = None
 
     def trace(self) -> Float[Tensor, ""]:
-        """The sum of all eigenvalues, in float64."""
+        """Return the sum of all eigenvalues, in float64."""
         return self.of_trace() if self.of_trace else self.dense().double().trace()
 
     def spectrum(self) -> Float[Tensor, " p"]:
-        """All P eigenvalues, ascending, in float64.
+        """Return all P eigenvalues, ascending, in float64.
 
         Raises:
-            TooLargeError: neither Kronecker factors nor a Gram matrix have them, and a block has more than 4096 rows.
+            TooLargeError: neither Kronecker factors nor a Gram matrix give them, and a block has more than 4096 rows.
         """
         if self.of_spectrum:
             return self.of_spectrum().sort().values
         return torch.linalg.eigvalsh(self.dense().double())  # type: ignore[no-any-return]
 
     def logdet(self, damping: float | Tensor = 0.0) -> Float[Tensor, ""]:
-        r"""$\log\det(\hat F + \lambda I)$ in float64: `-inf` where it is singular, NaN where it is not PSD.
+        r"""Return $\log\det(\hat F + \lambda I)$ in float64: `-inf` if it is singular, NaN if it is not PSD.
 
         Raises:
             HyperparameterError: a negative damping.
-            TooLargeError: as `spectrum`.
+            TooLargeError: see `spectrum`.
         """
         return logdet(self.spectrum(), damping)
 
 
 @dataclass(frozen=True)
 class DampedInverse(Operator):
-    """What a state multiplies gradients by, with the damping it was inverted at. Made by `ng.inverse`.
+    """The damped inverse that preconditions gradients, with the damping of the last `invert`. Returned by `ng.inverse`.
 
     Attributes:
-        of_logdet: the log-determinant, where the factors give it.
+        of_logdet: the log-determinant, if the factors provide it.
     """
 
     of_logdet: Callable[[], Tensor] | None = None
 
     def logdet(self) -> Float[Tensor, ""]:
-        """The logarithm of the determinant in float64; NaN where that is negative.
+        """Return the logarithm of the determinant in float64; NaN if the determinant is negative.
 
         Raises:
-            TooLargeError: no factors have it, and P is above 4096.
+            TooLargeError: the factors do not provide it, and P is above 4096.
         """
         return self.of_logdet() if self.of_logdet else log_determinant(self.dense().double())
 
@@ -126,23 +126,23 @@ class DampedInverse(Operator):
 
 
 def logdet(spectrum: Float[Tensor, " p"], damping: float | Tensor) -> Float[Tensor, ""]:
-    """`Σ log(s + λ)`."""
+    """Return `Σ log(s + λ)`."""
     expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
     return (spectrum + damping).log().sum()
 
 
 def log_determinant(matrix: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k"]:
-    """The logarithm of a determinant; NaN where that is negative."""
+    """Return the logarithm of a determinant; NaN if the determinant is negative."""
     sign, logabs = torch.linalg.slogdet(matrix)
     return torch.where(sign < 0, torch.nan, logabs)
 
 
 def check_size(size: int, what: str, largest: int | None = None) -> None:
-    """Raise `TooLargeError` for a matrix of more rows than are made dense, `LARGEST` or another number."""
+    """Raise `TooLargeError` for a dense matrix with more rows than `LARGEST` or another number."""
     largest = LARGEST if largest is None else largest
     if size > largest:
         raise TooLargeError(
-            f"{what} would have {size:,} rows, and at most {largest:,} are made dense. Use products instead: "
+            f"{what} would have {size:,} rows; the limit for a dense matrix is {largest:,}. Use products instead: "
             "`.to_scipy()` with scipy.sparse.linalg (eigsh for extreme eigenvalues, cg for systems)."
         )
 
@@ -151,18 +151,18 @@ def check_size(size: int, what: str, largest: int | None = None) -> None:
 
 
 def ravel(values: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
-    """A tree as one vector: its order, each tensor row-major."""
+    """Flatten a tree to one vector: its order, each tensor row-major."""
     return torch.cat([leaf.reshape(-1) for leaf in values.values()])
 
 
 def unravel(vector: Float[Tensor, " p"], like: Tree) -> Tree:
-    """The inverse of `ravel`, in the shapes of a tree."""
+    """Invert `ravel`, in the shapes of a tree."""
     parts = vector.split([leaf.numel() for leaf in like.values()])
     return {name: part.reshape(leaf.shape) for (name, leaf), part in zip(like.items(), parts, strict=True)}
 
 
 def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, symmetric: bool = True) -> Any:
-    """`product + damping · I` as a scipy `LinearOperator`; a transpose that is not itself comes from autograd.
+    """Return `product + damping · I` as a scipy `LinearOperator`; autograd computes the transpose if needed.
 
     Raises:
         MissingPackageError: scipy is not installed.
@@ -173,7 +173,7 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise MissingPackageError(
-            "to_scipy needs scipy, which fisherfn itself does without: pip install scipy (or fisherfn[operators])."
+            "to_scipy needs scipy, which fisherfn does not install: pip install scipy (or fisherfn[operators])."
         ) from error
     size, dtype, device = sum(leaf.numel() for leaf in like.values()), _dtype(like), _device(like)
 
@@ -194,19 +194,19 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
 
 
 def transposed(product: Callable[[Tree], Tree], like: Tree) -> Callable[[Tree], Tree]:
-    """The transpose of a linear function of trees: what pulls a vector back through it."""
+    """Return the transpose of a linear function of trees, by a vector-Jacobian product."""
     _, pull = torch.func.vjp(product, {name: torch.zeros_like(leaf) for name, leaf in like.items()})  # type: ignore[misc]
     return lambda v: pull({name: leaf.to(like[name].dtype) for name, leaf in v.items()})[0]
 
 
 def _products(product: Callable[[Tree], Tree], like: Tree) -> Callable[[Tensor], Tensor]:
-    """The product with every column of a matrix, some of them at a time."""
+    """Return the product with every column of a matrix, some columns at a time."""
     of_columns = torch.vmap(lambda column: ravel(product(unravel(column, like))), 1, 1, chunk_size=COLUMNS)
     return lambda X: of_columns(X) if X.shape[1] else X.clone()
 
 
 def _dtype(like: Tree) -> torch.dtype:
-    """The common type of a tree, at least float32."""
+    """Return the common type of a tree, at least float32."""
     dtype = torch.float32
     for leaf in like.values():
         dtype = torch.promote_types(dtype, leaf.dtype)

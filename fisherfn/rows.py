@@ -1,11 +1,11 @@
-"""The rows `a` of a tap: dense, or with a structure that is worth keeping.
+"""The rows `a` of a tap: dense, one-hot or in phases.
 
-A dense `a` is a tensor `[k n t i]`. `OneHot` rows are columns of the identity, kept as indices: an embedding's input
-would otherwise be as wide as the vocabulary. `Phases` are the rows of convolutions: those of a strided transposed one
-meet, at an output position, only the kernel entries of its own phase, and the zeros in between are neither stored nor
-multiplied; an ordinary one has a single phase, with columns in the order that memory likes.
+A dense `a` is a tensor `[k n t i]`. `OneHot` rows are columns of the identity, kept as indices: the input of an
+embedding would otherwise be as wide as the vocabulary. `Phases` are the rows of convolutions. In a strided transposed
+convolution, an output position only meets the kernel entries of its own phase, and the zeros in between are neither
+stored nor multiplied. An ordinary convolution has a single phase, with columns in the order of memory.
 
-Every function here takes any of the three, and gives what the dense rows would give.
+Every function here takes any of the three, and returns the result for the dense rows.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from torch.nn import functional as F
 from fisherfn import tree
 
 ALIGNED = 16
-"""Numbers a row of a wide product is made a multiple of."""
+"""Length of which a row of a wide product is made a multiple, in numbers."""
 
 WIDE = 256
-"""From this width on, a product of many rows with themselves is worth taking apart."""
+"""Width from which a product of many rows with themselves is split into blocks."""
 
 
 @dataclass(frozen=True)
 class OneHot:
     """Row t of example n is 1 in column `index[k, n, t]`; an index equal to `width` is an empty row."""
 
-    index: Tensor | Any  # Int[Tensor, "k n t"], or what a map over a tree makes of it
+    index: Tensor | Any  # Int[Tensor, "k n t"], or the result of a map over a tree
     width: int
     dtype: torch.dtype
 
     def dense(self) -> Float[Tensor, "k n t i"]:
-        """The rows as a tensor, to look at."""
+        """Return the rows as a tensor, for inspection."""
         columns = torch.arange(self.width, device=self.index.device)
         return (self.index.unsqueeze(-1) == columns).to(self.dtype)
 
 
 class Phase(NamedTuple):
-    """The rows at some positions (`()`: at all of them), which are zero outside some columns."""
+    """Rows at some positions (`()`: at all of them) that are zero outside some columns."""
 
     a: Float[Tensor, "k n p j"]
     positions: Int[Tensor, " p"] | tuple[()]
@@ -65,7 +65,7 @@ tree.register(Phases, lambda a: ([a.parts], a.width), lambda leaves, width: Phas
 
 
 def sizes(a: Rows) -> tuple[int, int, int, int]:
-    """(k, n, t, i) of the dense rows."""
+    """Return (k, n, t, i) of the dense rows."""
     if isinstance(a, Tensor):
         k, n, t, i = a.shape
         return k, n, t, i
@@ -77,12 +77,12 @@ def sizes(a: Rows) -> tuple[int, int, int, int]:
 
 
 def stored(a: Rows) -> int:
-    """How many numbers the rows hold."""
+    """Return the number of stored numbers."""
     return sum(leaf.numel() for leaf in tree.leaves(a))
 
 
 def dense(a: Rows) -> Float[Tensor, "k n t i"]:
-    """The rows as a tensor."""
+    """Return the rows as a tensor."""
     if isinstance(a, Tensor):
         return a
     if isinstance(a, OneHot):
@@ -95,7 +95,7 @@ def dense(a: Rows) -> Float[Tensor, "k n t i"]:
 
 
 def cast(a: Rows, dtype: torch.dtype) -> Rows:
-    """The rows in another precision."""
+    """Return the rows in another precision."""
     if isinstance(a, Tensor):
         return a.to(dtype)
     if isinstance(a, OneHot):
@@ -104,7 +104,7 @@ def cast(a: Rows, dtype: torch.dtype) -> Rows:
 
 
 def split_examples(a: Rows, repeats: int) -> Rows:
-    """Rows of `n · repeats` as rows of n examples with `repeats` times the positions."""
+    """Convert rows of `n · repeats` examples to n examples with `repeats` times the positions."""
     if repeats == 1:
         return a
     if isinstance(a, OneHot):
@@ -114,7 +114,7 @@ def split_examples(a: Rows, repeats: int) -> Rows:
 
 
 def with_column(a: Rows, value: float) -> Rows:
-    """The rows with one more column, constant: the input that a bias sees."""
+    """Append a constant column: the input of a bias."""
     if isinstance(a, Phases):
         parts = tuple(
             Phase(_appended(p.a, value), p.positions, torch.cat([p.columns, p.columns.new_tensor([a.width])]))
@@ -125,7 +125,7 @@ def with_column(a: Rows, value: float) -> Rows:
 
 
 def cat(parts: Sequence[Rows]) -> Rows:
-    """Several uses of a layer as one: positions after positions."""
+    """Join several uses of a layer along the positions."""
     if len(parts) == 1:
         return parts[0]
     one_hot = [part for part in parts if isinstance(part, OneHot)]
@@ -135,9 +135,9 @@ def cat(parts: Sequence[Rows]) -> Rows:
 
 
 def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
-    """`a M`, row by row."""
+    """Return `a M`, row by row."""
     k, n, t, _ = sizes(a)
-    if isinstance(a, Tensor):  # flat: a broadcast product would read M once an example
+    if isinstance(a, Tensor):  # flat: a broadcast product would read M once per example
         return (a.flatten(1, 2) @ M).reshape(k, n, t, M.shape[-1])
     if isinstance(a, OneHot):
         padded = torch.cat([M, M.new_zeros(k, 1, M.shape[-1])], 1)
@@ -151,7 +151,7 @@ def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
 
 
 def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
-    """`Σ_nt g aᵀ`."""
+    """Return `Σ_nt g aᵀ`."""
     if isinstance(a, Tensor):
         return g.flatten(1, 2).mT @ a.flatten(1, 2)
     k, n, t, i = sizes(a)
@@ -168,7 +168,7 @@ def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
 
 
 def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o i"]:
-    """`Σ_t g aᵀ` of every draw and example."""
+    """Return `Σ_t g aᵀ` of every sample and example."""
     if not isinstance(a, Phases):
         return torch.einsum("ksnto,knti->ksnoi", g, dense(a))
     k, s, n, _, o = g.shape
@@ -180,7 +180,7 @@ def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o
 
 
 def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
-    """`Σ_nt a aᵀ`; of one-hot rows only the diagonal is not zero, so that `diagonal_moment` has it all."""
+    """Return `Σ_nt a aᵀ`; for one-hot rows only its diagonal is nonzero (see `diagonal_moment`)."""
     if isinstance(a, Tensor):
         return _square(a.flatten(1, 2))
     if isinstance(a, OneHot):
@@ -195,7 +195,7 @@ def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
 
 
 def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
-    """The diagonal of `Σ_nt a aᵀ`."""
+    """Return the diagonal of `Σ_nt a aᵀ`."""
     if isinstance(a, Tensor):
         return a.square().sum((1, 2))
     k, n, t, i = sizes(a)
@@ -209,7 +209,7 @@ def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
 
 
 def total(a: Rows) -> Float[Tensor, "k n i"]:
-    """`Σ_t a` of every example."""
+    """Return `Σ_t a` of every example."""
     if isinstance(a, Tensor):
         return a.sum(2)
     k, n, _, i = sizes(a)
@@ -223,7 +223,7 @@ def total(a: Rows) -> Float[Tensor, "k n i"]:
 
 
 def squared(a: Rows) -> Rows:
-    """The rows, entry by entry squared."""
+    """Square the rows entry by entry."""
     if isinstance(a, Tensor):
         return a.square()
     if isinstance(a, OneHot):
@@ -232,19 +232,19 @@ def squared(a: Rows) -> Rows:
 
 
 def alike(a: OneHot) -> Bool[Tensor, "k n t u"]:
-    """Which rows of an example are the same column of the identity; an empty row is like none."""
+    """Return a mask of equal rows within an example; an empty row equals no other."""
     return (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)) & (a.index < a.width).unsqueeze(-1)
 
 
 def total_diagonal(a: OneHot) -> Float[Tensor, "k i"]:
-    """The diagonal of `Σ_n (Σ_t a)(Σ_t a)ᵀ`: a row counts once for each of its example's rows that are like it."""
+    """Return the diagonal of `Σ_n (Σ_t a)(Σ_t a)ᵀ`: a row counts once per equal row of its example."""
     k, n, t, i = sizes(a)
     count = alike(a).sum(-1).to(a.dtype).reshape(k, n * t)
     return count.new_zeros(k, i + 1).scatter_add(1, a.index.reshape(k, n * t), count)[:, :i]
 
 
 def gram(a: Rows, b: Rows | None = None) -> Float[Tensor, "k m p"]:
-    """`a bᵀ` of all rows, examples outermost; of rows with themselves where no others are given."""
+    """Return `a bᵀ` of all rows, examples outermost; by default b = a."""
     b = a if b is None else b
     if isinstance(a, OneHot) and isinstance(b, OneHot):
         index = a.index.flatten(1).unsqueeze(-1)
@@ -253,7 +253,7 @@ def gram(a: Rows, b: Rows | None = None) -> Float[Tensor, "k m p"]:
 
 
 def window(a: Rows, examples: slice) -> Rows:
-    """Some of the examples."""
+    """Return some of the examples."""
     if isinstance(a, Tensor):
         return a[:, examples]
     if isinstance(a, OneHot):
@@ -262,22 +262,22 @@ def window(a: Rows, examples: slice) -> Rows:
 
 
 def product(x: Float[Tensor, "k m j"], y: Float[Tensor, "k j i"], factor: float = 1.0) -> Float[Tensor, "k m i"]:
-    """`factor · x y`, as quick for odd widths as for even ones."""
+    """Return `factor · x y`, equally fast for odd and even widths."""
     zero = x.new_zeros(())
     return torch.baddbmm(zero, x, _aligned(y), beta=0, alpha=factor)[..., : y.shape[-1]]
 
 
 def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
-    """With columns of zeros up to a multiple that memory likes.
+    """Pad with columns of zeros to an aligned width.
 
-    A wide product whose rows begin at odd addresses (a bias column makes 785 of 784) takes up to twice as long as one
-    of the next multiple, and the copy a tenth of that.
+    A wide product with rows at odd addresses (784 inputs and a bias are 785 columns) takes up to twice as long as one
+    of aligned width. The copy takes a tenth of the product's time.
     """
     return F.pad(y, (0, -y.shape[-1] % ALIGNED)) if y.shape[-1] >= WIDE else y
 
 
 def _square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
-    """`flatᵀ flat`; of many rows only the blocks on and above the diagonal are multiplied out, 5/8 of the work."""
+    """Return `flatᵀ flat`; for many rows only the blocks on and above the diagonal are computed, 5/8 of the work."""
     m, i = flat.shape[1:]
     if i < WIDE or m < 4 * i:
         wide = _aligned(flat)

@@ -1,7 +1,7 @@
-"""Taps: a layer's statistics in the one form that every method reads.
+"""Taps: the statistics of a layer in the one form that every method reads.
 
-A `Tap` is made; a `LazyTap` is a promise of one, made for some examples at a time: an unfolded convolution is many
-times the size of its input, and few computations need all of it at once. Both answer the same questions.
+`Tap` holds (a, g); `LazyTap` computes them on demand for a slice of examples. An unfolded convolution is many times the
+size of its input, and few computations need all of it at once. Both have the same interface.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fisherfn import rows
 from fisherfn.types import PyTree
 
 WINDOW = 1 << 24
-"""Numbers that the rows of one window hold: 64 MiB in single precision, large enough for a matrix product's speed."""
+"""Size of the rows of one window, in numbers: 64 MiB in single precision, large enough for fast matrix products."""
 
 
 class Sizes(NamedTuple):
-    """The axes of a tap: group, draw, example, shared position, output, input."""
+    """The axes of a tap: group, sample, example, shared position, output, input."""
 
     k: int
     s: int
@@ -33,10 +33,10 @@ class Sizes(NamedTuple):
 
 
 class Tap(NamedTuple):
-    r"""A layer's statistics.
+    r"""The statistics of a layer: inputs a and output-gradients g.
 
-    Example n's gradient for draw s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
-    $F = \frac1N \sum_n \sum_s \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$: the scale of `g` makes this true
+    Example n's gradient for sample s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
+    $F = \frac1N \sum_n \sum_s \mathrm{vec}(W_{sn}) \mathrm{vec}(W_{sn})^\top$: the scale of `g` is chosen for this
     (docs/conventions.md). `a` may have a structure (`fisherfn.rows`); `rows.dense(a)` is always `[k n t i]`.
     """
 
@@ -45,44 +45,44 @@ class Tap(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        """The length of each axis."""
+        """Return the length of each axis."""
         k, s, n, t, o = self.g.shape
         return Sizes(k, s, n, t, o, rows.sizes(self.a)[3])
 
     def whole(self) -> Tap:
-        """The tap itself."""
+        """Return the tap itself."""
         return self
 
     def window(self, examples: slice) -> Tap:
-        """Some of the examples."""
+        """Return the tap of some of the examples."""
         return Tap(rows.window(self.a, examples), self.g[:, :, examples])
 
     def windows(self) -> Iterator[Tap]:
-        """Parts that together are the whole: here one."""
+        """Yield parts that together are the whole: here one."""
         yield self
 
     def outputs(self) -> Float[Tensor, "k s n t o"]:
-        """`g` alone."""
+        """Return only `g`."""
         return self.g
 
     def second_moment(self) -> None:
-        """`Σ_nt a aᵀ` where there is a quicker way than by the rows: here there is none."""
+        """Return `Σ_nt a aᵀ` if there is a faster way than from the rows: here None."""
 
     def to(self, dtype: torch.dtype) -> Tap:
-        """The tap in another precision."""
+        """Return the tap in another precision."""
         return Tap(rows.cast(self.a, dtype), self.g.to(dtype))
 
 
 @dataclass(frozen=True)
 class LazyTap:
-    """A tap that is made when asked for, for some examples at a time.
+    """A tap that is computed on demand, for some examples at a time.
 
     Attributes:
         sizes: the length of each axis.
-        stored: numbers that an example's rows hold.
-        make: some examples to their tap.
-        columns: some examples to their `g` alone.
-        moment: some examples to `Σ_nt a aᵀ`, where there is a quicker way than by the rows; else to None.
+        stored: size of the rows of one example, in numbers.
+        make: slice of examples -> their tap.
+        columns: slice of examples -> only their `g`.
+        moment: slice of examples -> `Σ_nt a aᵀ` if there is a faster way than from the rows, else None.
     """
 
     sizes: Sizes
@@ -92,11 +92,11 @@ class LazyTap:
     moment: Callable[[slice], Float[Tensor, "k i i"] | None] = lambda examples: None
 
     def whole(self) -> Tap:
-        """The tap of all examples."""
+        """Return the tap of all examples."""
         return self.make(slice(None))
 
     def window(self, examples: slice) -> LazyTap:
-        """Some of the examples, still not made."""
+        """Return the lazy tap of some of the examples."""
         chosen = range(self.sizes.n)[examples]
 
         def within(of: Callable[[slice], Any]) -> Callable[[slice], Any]:
@@ -110,7 +110,7 @@ class LazyTap:
         return LazyTap(self.sizes._replace(n=len(chosen)), self.stored, *parts)
 
     def windows(self) -> Iterator[Tap]:
-        """Parts that together are the whole, each as large as memory that is quick to reach allows."""
+        """Yield parts that together are the whole, each small enough for fast memory."""
         size = max(1, WINDOW // max(1, self.stored))
         if size >= self.sizes.n:
             yield from [self.whole()] if self.sizes.n else []
@@ -119,7 +119,7 @@ class LazyTap:
             yield self.make(slice(start, min(start + size, self.sizes.n)))
 
     def to(self, dtype: torch.dtype) -> LazyTap:
-        """The tap in another precision, still not made."""
+        """Return the lazy tap in another precision."""
         return LazyTap(
             self.sizes,
             self.stored,
@@ -128,11 +128,11 @@ class LazyTap:
         )
 
     def outputs(self) -> Float[Tensor, "k s n t o"]:
-        """`g` alone: no row is made for it."""
+        """Return only `g`, without computing any row."""
         return self.columns(slice(None))
 
     def second_moment(self) -> Float[Tensor, "k i i"] | None:
-        """`Σ_nt a aᵀ`, at least in single precision, where there is a quicker way than by the rows; else None."""
+        """Return `Σ_nt a aᵀ`, at least in single precision, if there is a faster way than from the rows; else None."""
         return self.moment(slice(None))
 
 
@@ -140,13 +140,13 @@ AnyTap: TypeAlias = Tap | LazyTap
 
 
 def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
-    """`W_sn = Σ_t g aᵀ` of every draw and example: `S·N` times the layer's size."""
+    """Return `W_sn = Σ_t g aᵀ` of every sample and example: `S·N` times the size of the layer."""
     parts = [rows.outer_each(part.g, part.a).permute(1, 2, 0, 3, 4) for part in tap.windows()]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def matrix_windows(tap: AnyTap) -> Iterator[AnyTap]:
-    """Windows of so many examples that their `example_matrices` fit into memory that is quick to reach."""
+    """Yield windows whose `example_matrices` are small enough for fast memory."""
     k, s, n, _, o, i = tap.sizes
     step = max(1, WINDOW // (s * k * o * i))
     for start in range(0, n, step):
@@ -154,7 +154,7 @@ def matrix_windows(tap: AnyTap) -> Iterator[AnyTap]:
 
 
 def squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
-    """`Σ_sn W_sn²`, entry by entry."""
+    """Return `Σ_sn W_sn²`, entry by entry."""
     if tap.sizes.t == 1:  # a product of two entries: no W is formed
         parts = [rows.outer(part.g.square().sum(1), rows.squared(part.a)) for part in tap.windows()]
     elif isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
@@ -165,7 +165,7 @@ def squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
 
 
 def _one_hot_squares(tap: Tap) -> Float[Tensor, "k o i"]:
-    """A column's gradient is the sum of `g` over the positions that have its index."""
+    """Return the squares for one-hot rows: a column's gradient is the sum of `g` over the positions with its index."""
     assert isinstance(tap.a, rows.OneHot)
     alike = rows.alike(tap.a).to(tap.g.dtype)
     sums = torch.einsum("kntu,ksnuo->ksnto", alike, tap.g)
@@ -176,4 +176,4 @@ Moment: TypeAlias = Callable[[AnyTap], PyTree]
 """A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
 
 Mean: TypeAlias = Callable[[Moment, AnyTap], PyTree]
-"""How a moment is taken: directly, over chunks of examples, or over the ranks of a cluster."""
+"""Function that takes a moment: directly, over chunks of examples, or over the ranks of a cluster."""

@@ -19,7 +19,7 @@ T = TypeVar("T", bound=PyTree)
 
 
 def plain(inputs: PyTree) -> PyTree:
-    """Return several inputs by name as a dict in the order of names, whatever mapping they come in; other inputs as is.
+    """Convert a mapping of named inputs to a dict sorted by name; return other inputs unchanged.
 
     >>> import collections
     >>> list(plain(collections.UserDict(mask=torch.ones(1), ids=torch.ones(1))))
@@ -37,25 +37,25 @@ def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
     {'w': tensor([2., 2.])}
     """
     _same_structure(tree, *rest)
-    if all(_is_flat(each) for each in (tree, *rest)):  # trees of parameters, in a tenth of the general way's time
+    if all(_is_flat(each) for each in (tree, *rest)):  # trees of parameters: ten times faster than the general case
         return {name: fn(*(each[name] for each in (tree, *rest))) for name in tree}  # type: ignore[return-value]
     return pytree.tree_map(fn, tree, *rest)  # type: ignore[no-any-return]
 
 
 def leaves(tree: PyTree) -> list[Any]:
-    """The leaves, in a fixed order (dicts by insertion)."""
+    """Return the leaves in a fixed order (dicts by insertion)."""
     if isinstance(tree, Tensor):
         return [tree]
     return pytree.tree_leaves(tree)
 
 
 def replace_leaves(tree: T, new: Sequence[Any]) -> T:
-    """The same tree with other leaves, in the order of `leaves`."""
+    """Return the same tree with other leaves, in the order of `leaves`."""
     return pytree.tree_unflatten(list(new), pytree.tree_structure(tree))  # type: ignore[no-any-return]
 
 
 def add(x: T, y: PyTree, *, scale: float | Tensor = 1.0) -> T:
-    """`x + scale · y`.
+    """Return `x + scale · y`.
 
     >>> add({"w": torch.ones(2)}, {"w": torch.ones(2)}, scale=-0.5)
     {'w': tensor([0.5000, 0.5000])}
@@ -66,17 +66,17 @@ def add(x: T, y: PyTree, *, scale: float | Tensor = 1.0) -> T:
 
 
 def scale(x: T, factor: float | Tensor) -> T:
-    """`factor · x`."""
+    """Return `factor · x`."""
     return map(lambda a: factor * a, x)
 
 
 def zeros_like(x: T) -> T:
-    """A tree of zeros."""
+    """Return a tree of zeros."""
     return map(torch.zeros_like, x)
 
 
 def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
-    """The inner product over all entries of all leaves.
+    """Return the inner product over all entries of all leaves.
 
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
@@ -91,14 +91,14 @@ def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
 
 
 def norm(x: PyTree) -> Shaped[Tensor, ""]:
-    """The Euclidean norm over all entries of all leaves."""
+    """Return the Euclidean norm over all entries of all leaves."""
     return dot(x, x).sqrt()
 
 
 def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
-    """`x` where the scalar mask is true, else `y`; `x` may hold NaN where it is not taken.
+    """Return `x` if the scalar mask is true, else `y`; an `x` that is not selected may contain NaN.
 
-    Where shapes differ (leaves that follow the batch's) the other cannot be kept and zeros of x's shape stand for it.
+    If shapes differ (leaves whose shape follows the batch), `y` is replaced by zeros of the shape of `x`.
     """
 
     def chosen(a: Any, b: Any) -> Any:
@@ -110,14 +110,14 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:
-    """Whether every leaf is finite, as a 0-d tensor (one read of each leaf: a sum is finite only if its terms are)."""
+    """Return a 0-d mask that is true if every leaf is finite (by sums, which read each leaf once)."""
     # half-precision sums overflow long before their terms
     masks = [torch.isfinite(leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32))) for leaf in leaves(x)]
     return torch.stack(masks).all() if masks else torch.tensor(True)
 
 
 def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
-    """`finite` of each of many tensors, in few calls.
+    """Return `finite` of each of many tensors, in few calls.
 
     >>> finite_each({"w": torch.ones(2), "b": torch.tensor([float("nan")])})
     {'w': tensor(True), 'b': tensor(False)}
@@ -127,7 +127,7 @@ def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
 
 
 def structure(tree: PyTree, leaf: type = Tensor) -> Any:
-    """What is left of a tree without its leaves, tensors or what is given: trees of equal structures hold the same."""
+    """Return the structure of a tree without its leaves (tensors, or instances of `leaf`)."""
     if isinstance(tree, (leaf, Tensor)):
         return "leaf"
     if isinstance(tree, dict):
@@ -138,10 +138,10 @@ def structure(tree: PyTree, leaf: type = Tensor) -> Any:
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Hashable]:
-    """The tensors of a tree, each once, and a key for all the rest.
+    """Split a tree into its tensors, each once, and a key for everything else.
 
-    Keys are equal where trees are: in structure, in what is no tensor, in the shapes, strides, types and devices of
-    tensors, and in which of them are the same one.
+    Keys are equal if the trees agree in structure, in all leaves that are not tensors, in the shapes, strides, types
+    and devices of tensors, and in which leaves are the same tensor.
 
     >>> x = torch.ones(2)
     >>> split({"w": x, "b": x})[0]
@@ -165,7 +165,7 @@ def split(tree: PyTree) -> tuple[list[Tensor], Hashable]:
 
 
 def flatten(tree: PyTree) -> dict[str, Tensor]:
-    """The leaves by path, to save: a flat `{path: tensor}` is what `weights_only=True` can read back.
+    """Return the leaves as a flat `{path: tensor}`, which `torch.load(weights_only=True)` can read.
 
     >>> list(flatten({"0": {"A": torch.ones(1), "G": torch.ones(1)}}))
     ['0/A', '0/G']
@@ -175,20 +175,20 @@ def flatten(tree: PyTree) -> dict[str, Tensor]:
 
 
 def unflatten(like: T, flat: dict[str, Tensor]) -> T:
-    """The inverse of `flatten`, in the structure of `like`.
+    """Invert `flatten`, in the structure of `like`.
 
-    A leaf without entries in `like` (one that follows the batch's shape, before the first batch) takes any shape of as
-    many axes.
+    An empty leaf in `like` (one whose shape follows the batch, before the first batch) accepts any shape with the same
+    number of axes.
 
     Raises:
-        StructureError: paths or shapes that are not those of `like`.
+        StructureError: paths or shapes differ from those of `like`.
     """
     expected = flatten(like)
     missing, extra = expected.keys() - flat.keys(), flat.keys() - expected.keys()
     if missing or extra:
         raise StructureError(
-            f"the saved tree is of another structure: missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}. "
-            "Rebuild the model and method that it was saved from."
+            f"the saved tree has another structure: missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}. "
+            "Rebuild the model and the method with which it was saved."
         )
     for path, leaf in expected.items():
         follows = leaf.numel() == 0 and flat[path].ndim == leaf.ndim
@@ -201,7 +201,7 @@ def unflatten(like: T, flat: dict[str, Tensor]) -> T:
 def register(
     cls: type[T], flatten_fn: Callable[[T], tuple[list[Any], Any]], unflatten_fn: Callable[[Any, Any], T]
 ) -> None:
-    """Make instances of `cls` nodes of a tree: `flatten_fn` gives children and static facts."""
+    """Register `cls` as a node of trees: `flatten_fn` returns children and static information."""
 
     def with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
         children, static = flatten_fn(node)
@@ -231,4 +231,4 @@ def _same_structure(tree: PyTree, *rest: PyTree) -> None:
     for other in rest:
         if isinstance(tree, dict) and isinstance(other, dict) and tree.keys() != other.keys():
             wrong = sorted(tree.keys() ^ other.keys(), key=str)
-            raise StructureError(f"the trees differ in {wrong[:4]}: both need the same names.")
+            raise StructureError(f"the trees differ in {wrong[:4]}: both must have the same names.")

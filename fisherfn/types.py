@@ -1,6 +1,6 @@
-"""The values that travel between floors: trees of parameters, products, infos (taps have a file of their own).
+"""Types of the values that modules exchange: trees of parameters, products, infos (see taps.py for taps).
 
-Index legend, used in every file: k group, s draw, n example, t shared position (sequence, pixel), i input, o output.
+Index legend, used in every file: k group, s sample, n example, t shared position (sequence, pixel), i input, o output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Tree: TypeAlias = dict[str, Tensor]
-"""Parameters, gradients and steps: one tensor a parameter name."""
+"""Parameters, gradients and steps: one tensor per parameter name."""
 
 PyTree: TypeAlias = Any
 """Any nesting of dicts, tuples, lists and registered classes with tensors as leaves."""
@@ -21,11 +21,11 @@ Model: TypeAlias = Callable[..., Any]
 """`model(params, x) -> outputs`, or with a context `model(params, x, context) -> (outputs, context)`."""
 
 Matrix: TypeAlias = Float[Tensor, "k o i"]
-"""A layer's parameters (or gradient, or step): one matrix a group, the bias as the last column."""
+"""The parameters (or gradient, or step) of a layer: one matrix per group, with the bias as last column."""
 
 
 class Shape(NamedTuple):
-    """A block's matrices: groups, outputs, inputs (the bias column among them), and whether the inputs are one-hot."""
+    """The shape of a block's matrices: groups, outputs, inputs (including the bias), and a flag for one-hot inputs."""
 
     k: int
     o: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A preconditioned gradient, and its inner product with the gradient where asked for (else `()`)."""
+    """A preconditioned gradient, and its inner product with the gradient if requested (else `()`)."""
 
     matrix: Matrix
     inner: Float[Tensor, ""] | tuple[()]
@@ -42,25 +42,25 @@ class Product(NamedTuple):
 
 @runtime_checkable
 class Codec(Protocol):
-    """What a tree of parameters looks like as one matrix a block, and back."""
+    """Conversion between a tree of parameters and one matrix per block."""
 
     def matrices(self, values: Tree) -> dict[str, Tensor]:
-        """A tree like params as one matrix a block."""
+        """Convert a tree like params to one matrix per block."""
         ...
 
     def tree(self, matrices: Mapping[str, Tensor]) -> Tree:
-        """One matrix a block as a tree like params."""
+        """Convert one matrix per block to a tree like params."""
         ...
 
 
 class Info(NamedTuple):
-    """What a call measured: tensors only, so that it passes through `torch.vmap`. `()` where a call has nothing to say.
+    """Measurements of a call: tensors only, so that it passes through `torch.vmap`; `()` for unused fields.
 
     Attributes:
         loss: mean negative log-likelihood of the batch, in nats.
-        inner: ⟨∇, nat⟩ over all parameters, when asked for.
-        ok: one mask a block; `ff.check` turns a false one into a typed error.
-        checks: the masks that `ok` is made of, by what they check (`inputs`, `targets`, `loss` for the batch,
+        inner: ⟨∇, nat⟩ over all parameters, if requested.
+        ok: one mask per block; `ff.check` turns a false one into a typed error.
+        checks: the masks that `ok` combines, by name (`inputs`, `targets`, `loss` for the batch,
             `statistics`, `factorisation`, `step` for each block).
         diagnostics: measurements of the method by name, then by block (jitter used, residuals, …).
         context: the model's new context.

@@ -1,4 +1,4 @@
-"""What must not cross the library's border, each as one call; run as a program, it prints which ended untyped.
+"""Invalid calls that must raise typed errors; run as a program, it prints those that raise other errors.
 
 A program of its own, because the tests' run-time type checks would refuse these arguments before the library does.
 """

@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, and torch on one thread."""
+"""Common settings of all tests: Hypothesis profiles, and torch on one thread."""
 
 import os
 
@@ -14,6 +14,8 @@ settings.register_profile("deep", max_examples=500, deadline=None, suppress_heal
 settings.load_profile(os.environ.get("FISHERFN_HYPOTHESIS", "quick"))
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.typed"]
 
 
 @pytest.fixture(autouse=True)

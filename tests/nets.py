@@ -27,7 +27,7 @@ class Pool(nn.Module):
 
 
 class Squeeze(nn.Module):
-    """Outputs `[N]`: one number an example."""
+    """Outputs `[N]`: one number per example."""
 
     def forward(self, x):
         return x.squeeze(-1)

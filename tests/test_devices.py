@@ -1,4 +1,4 @@
-"""On a GPU as on the CPU: the same draw gives the same step, and nothing of it lies anywhere else.
+"""The same noise gives the same step on a GPU and on the CPU, and all results are on the device.
 
 Everything is float64, where both round the same sums to within 1e-8 of each other.
 """

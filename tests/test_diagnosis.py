@@ -97,7 +97,7 @@ class Outside(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_gradient_that_is_zero_is_no_coupling(seed, dtype):
-    """In single precision its parts are noise, and so is their sum."""
+    """The parts are numerical noise in single precision, and so is their sum."""
     torch.manual_seed(seed)
     net = Outside("cancels").to(dtype).requires_grad_(True)
     net.norm.requires_grad_(False)

@@ -59,7 +59,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def with_its_line_in_the_registry(monkeypatch, namespace):
-    """What docs/adding_a_layer.md asks its reader to write into the registry of layers."""
+    """Register a layer as docs/adding_a_layer.md asks its reader to do."""
     for family in [value for value in namespace.values() if isinstance(value, layers.Family)]:
         monkeypatch.setitem(layers.FAMILIES, family.name, family)
         for function in family.functions:
@@ -128,7 +128,7 @@ def links(page):
 
 
 def anchors(page):
-    """What the headings of a page can be linked by."""
+    """Return the anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return {anchor(match["text"]) for match in HEADING.finditer(text)}
 
@@ -168,8 +168,9 @@ def test_a_page_on_a_method_says_what_it_costs_and_when_to_take_it(name):
     builder = ff.METHODS[name].__name__
     text = (DOCS / "methods" / f"{builder}.md").read_text(encoding="utf-8")
     assert f"`ff.{builder}(" in text and f"--optim {name}" in text and "$" in text
-    assert {"cost", "when"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
+    assert {"cost", "when-to-use-it"} < (found := anchors(DOCS / "methods" / f"{builder}.md"))
     assert found & {"reference", "references"}
+    assert "](../references.md#" in text
 
 
 def test_the_site_builds_and_fetches_nothing(tmp_path):

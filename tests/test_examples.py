@@ -25,7 +25,7 @@ gallery = load("all")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What every example returns, each run once."""
+    """Return the result of every example, each run once."""
     folder, found = tmp_path_factory.mktemp("gallery"), {}
 
     def result(name):

@@ -176,7 +176,7 @@ def test_a_variance_is_positive(variance):
 
 
 class Poisson:
-    """Counts with rate e^f; the noise is the default, one uniform number an output."""
+    """Counts with rate e^f; the noise is the default, one uniform number per output."""
 
     def nll(self, outputs, targets):
         return (outputs.exp() - targets * outputs).sum(-1)

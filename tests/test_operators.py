@@ -223,7 +223,7 @@ def test_scipys_algorithms_on_the_operator_agree_with_dense_algebra():
 
 
 def test_the_fishers_operator_preconditioned_by_a_fitted_inverse():
-    """What both are for together: conjugate gradients on F, preconditioned by K-FAC."""
+    """Use both together: conjugate gradients on F, preconditioned by K-FAC."""
     problem, ng, state = fitted("mlp-categorical", "kfac")
     F = ng.fisher(ng.stats(problem.params, problem.batch, generator=zoo.generator()))
     b = vec(zoo.random_tree(problem.params)).numpy()

@@ -11,7 +11,7 @@ from tests.oracles import close
 
 
 def every_target(problem):
-    """All label vectors of a batch in which every example gets the same one."""
+    """Yield all label vectors of a batch in which every example has the same one."""
     dist = problem.density(problem.model(problem.params, problem.x))
     values = range(2) if isinstance(dist, Bernoulli) else range(dist.probs.shape[-1])
     for labels in itertools.product(values, repeat=dist.batch_shape[1:].numel()):

@@ -163,7 +163,7 @@ def test_an_optional_package_is_imported_only_by_the_call_that_needs_it(file, pa
 
 
 def not_public(source):
-    """What an app takes from fisherfn that is neither a public name nor in a public module."""
+    """Return the names that an app imports from fisherfn and that are not public."""
     tree = ast.parse(source)
     used = [f"fisherfn.{n.attr}" for n in ast.walk(tree) if isinstance(n, ast.Attribute) and is_library(n.value)]
     for name in [*imports(source, package="apps"), *used]:

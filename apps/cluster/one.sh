@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One run of a job: the optimizer that its task's number says, resumed if it has a checkpoint. Called by the *.sbatch here,
-# from the root of the repository; arguments go to the trainer.
+# One run of a job: the optimizer of its task number, resumed if there is a checkpoint. Called by the *.sbatch files,
+# from the root of the repository; arguments are passed to the trainer.
 #
 # TRAINER  train_cnn, train_mlp or train_autoencoder        OPTIMS  one for each task: "sgd adam kfac lanczos"
-# RUN      what the results' names begin with               SEED    0
+# RUN      prefix of the result names                       SEED    random seed, 0
 # DEVICE   cuda, or cpu                                     PYTHON  .venv/bin/python
-# RESULTS  folder of results
+# RESULTS  folder for results
 set -euo pipefail
 
 trainer=${TRAINER:-train_cnn}

@@ -1,1 +1,1 @@
-"""What the trainers share: data, models, the loop, optimizers, configuration, results and plots."""
+"""Common parts of the trainers: data, models, the loop, optimizers, configuration, results and plots."""

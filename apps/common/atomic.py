@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: whoever reads finds the old file or the new one, never half of one."""
+"""Atomic replacement of files: a reader finds the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fisherfn.errors import FisherfnError
 
 
 class WriteError(FisherfnError, OSError):
-    """A file that cannot be written: a full disk, a folder without permission."""
+    """A file that cannot be written, for example because of a full disk or missing permission."""
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, in one step."""
+    """Write a text file atomically."""
     replace(path, lambda file: file.write(text.encode()))
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[], None] = lambda: None) -> None:
-    """Write a file beside `path` and move it there once it is on the disk and `before` has been called."""
+    """Write a temporary file next to `path`; move it there when it is on the disk and after calling `before`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -30,14 +30,14 @@ def replace(path: Path, write: Callable[[IO[bytes]], Any], before: Callable[[], 
         before()
         beside.replace(path)
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; existing files are unchanged") from error
     finally:
         beside.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk: a renamed file is safe only then."""
+    """Write the entries of the folder to disk; only then is a renamed file safe."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,7 +46,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def keep(path: Path, older: Path) -> None:
-    """A second name for the file, in the place of an older one; at no moment is either missing."""
+    """Give the file a second name that replaces an older one; neither is missing at any moment."""
     if path.exists():
         beside = older.with_name(f".{older.name}.{os.getpid()}")
         beside.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ BASELINES: dict[str, Make] = {
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True),
     "soap": _soap,
 }
-"""By name; weight decay and all else as these libraries have it by default."""
+"""Baselines by name, with the default weight decay and other defaults of their libraries."""
 
 
 def baseline(

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors by path and a few facts, as one file that no reader needs to trust."""
+"""Checkpoints: tensors by path and some metadata in one file, which can be read safely."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from common import atomic
 from fisherfn.errors import FisherfnError
 
 VERSION = 2
-"""Of the format; raised when an older reader would misread a newer file."""
+"""Version of the format; increased when an older reader would misread a newer file."""
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(FisherfnError, ValueError):
-    """A checkpoint that is not there, not whole, or of another format."""
+    """A checkpoint that is missing, damaged, or has another format."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is not whole."""
+    """A damaged checkpoint."""
 
 
 def save_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kept: Sequence[Path] = ()
 ) -> None:
-    """Write tensors by path and JSON-able facts as one file, in one step; files before it are kept as `kept`."""
-    # a clone, because a view would be saved with all of the storage it looks into
+    """Write tensors by path and JSON metadata atomically as one file; older files are kept as `kept`."""
+    # a clone, because a view would be saved with its whole storage
     own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     content = {"version": VERSION, "meta": json.dumps(dict(meta)), "tensors": own}
 
@@ -42,23 +42,23 @@ def save_checkpoint(
         for newer, older in reversed(list(itertools.pairwise((path, *kept)))):
             atomic.keep(newer, older)
 
-    # by way of memory: on a full disk torch's writer fails with an error that does not say so
+    # through memory: on a full disk, torch's writer fails with an unclear error
     whole = io.BytesIO()
     torch.save(content, whole)
     atomic.replace(path, lambda file: file.write(whole.getbuffer()), before=keep)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_checkpoint` wrote, tensors on the CPU. Nothing in the file is executed.
+    """Read a file of `save_checkpoint`, with tensors on the CPU. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: the file is missing, cut short, something else, or of another version.
+        CheckpointError: the file is missing, truncated, not a checkpoint, or of another version.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # malformed bytes surface as almost any type
+    except Exception as error:  # malformed bytes can raise almost any exception
         raise _damaged(path) from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else None
@@ -77,10 +77,10 @@ def _damaged(path: Path) -> DamagedError:
 
 
 def first_sound(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The first of these checkpoints that is whole; a warning says what was passed over.
+    """Return the first valid checkpoint; a warning names those that were skipped.
 
     Raises:
-        CheckpointError: none of them is, or one is of another version.
+        CheckpointError: none is valid, or one has another version.
     """
     for path, before in itertools.pairwise(paths):
         try:

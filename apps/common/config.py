@@ -1,23 +1,23 @@
 """The options of any app: one frozen dataclass, read from the command line and a YAML file by jsonargparse.
 
-A field is an option; what `option` records beside its type and default is its help, its other names, and what its
-values must satisfy:
+A field is an option. In addition to its type and default, `option` records its help, its other names and the rule for
+its values:
 
     @dataclass(frozen=True)
     class Config:
         sections: ClassVar = {"batch_size": "optimization", "fisher": "curvature"}
 
-        batch_size: int = option(256, "examples a step", check=POSITIVE)
+        batch_size: int = option(256, "batch size", check=POSITIVE)
         update_every: int = option(10, "steps between statistics", aliases=("T_cov",), check=POSITIVE)
         optim: str = option("kfac", "optimizer", choices=lambda: OPTIMIZERS)
-        fisher: Literal["mc", "type2"] = option("mc", "which Fisher")
+        fisher: Literal["mc", "type2"] = option("mc", "labels of the Fisher")
 
 `--update_every 5`, `--update-every 5`, `--T_cov=5` and the YAML lines `update_every: 5` and `T_cov: 5` are the same.
 The help is in `sections`, each named by its first field.
 
-The library splits arguments, converts the values of both sources by the field's type and writes the help. What it does
-not do is done here: to name the nearest option for an unknown one, to refuse a file that sets one field twice, and to
-say in one line what is wrong. train_config.py declares the trainers' options.
+jsonargparse splits arguments, converts the values of both sources by the field's type and writes the help. This module
+adds three things: it suggests the closest name for an unknown option, refuses a file that sets one field twice, and
+reports errors in one line. train_config.py declares the options of the trainers.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Choices = Iterable[str] | Callable[[], Iterable[str]]
 
 
 class ConfigError(FisherfnError, ValueError):
-    """An option that does not exist, or a value that it cannot have."""
+    """An unknown option, or an invalid value."""
 
 
 class Check(NamedTuple):
-    """What a value must satisfy: `wording` follows "must be" in the error. `None` is not checked."""
+    """A rule for a value: `wording` follows "must be" in the error. `None` is not checked."""
 
     wording: str
     holds: Callable[[Any], bool]
@@ -60,10 +60,10 @@ FRACTION = Check("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 an error, named in one line; 2 a wrong command line; 128 + N stopped by signal N (130 for "
-    "Ctrl-C), where a trainer has saved what --resume goes on from."
+    "exit codes: 0 done; 1 an error, in one line; 2 a wrong command line; 128 + N stopped by signal N (130 for "
+    "Ctrl-C), after which --resume continues a saved run."
 )
-"""What `--help` ends with."""
+"""Text at the end of `--help`."""
 
 
 def option(
@@ -75,15 +75,15 @@ def option(
     own: bool = False,
     check: Check | None = None,
 ) -> Any:
-    """A dataclass field that is an option.
+    """Declare a dataclass field that is an option.
 
     Args:
-        default: its value when neither command line nor file gives one.
-        help: its line in `--help`.
-        aliases: other names, on the command line and in files alike.
-        choices: allowed values, or a function that lists them; where they are part of the type, `Literal` does.
-        own: whether `pkg.module:function` is allowed beside the choices.
-        check: what its values must satisfy.
+        default: the value if neither command line nor file gives one.
+        help: the text in `--help`.
+        aliases: other names, on the command line and in files.
+        choices: allowed values, or a function that lists them; or use `Literal` as type.
+        own: True also allows `pkg.module:function`.
+        check: rule for the values.
     """
     metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "own": own, "check": check}
     return dataclasses.field(default=default, metadata=metadata)
@@ -93,12 +93,12 @@ def option(
 
 
 def parse(Config: type[T], argv: Sequence[str] | None = None, *, description: str | None) -> T:
-    """The configuration of a command line; on an error, prints one line and exits with status 2, as argparse does.
+    """Parse a command line; on an error, print one line and exit with status 2, as argparse does.
 
     Args:
         Config: a frozen dataclass, every field with a default.
-        argv: arguments without the program's name; None takes those of the process.
-        description: what `--help` says first.
+        argv: arguments without the program's name; None for those of the process.
+        description: text at the start of `--help`.
     """
     try:
         return read(Config, sys.argv[1:] if argv is None else argv, description=description)
@@ -108,7 +108,7 @@ def parse(Config: type[T], argv: Sequence[str] | None = None, *, description: st
 
 
 def read(Config: type[T], argv: Sequence[str], *, description: str | None = None) -> T:
-    """The same, raising `ConfigError`: defaults, then the `--config` files in order, then the command line."""
+    """Combine defaults, the `--config` files in order, and the command line; raise `ConfigError` on an error."""
     names = _names(Config)
     parser = _parser(Config, description)
     given = _convert(Config, parser.parse_args, [_flag(token, names) for token in argv])
@@ -121,17 +121,17 @@ def read(Config: type[T], argv: Sequence[str], *, description: str | None = None
 
 
 def as_yaml(config: Any) -> str:
-    """The configuration as lines that a `--config` file may hold."""
+    """Return the configuration as lines of a `--config` file."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def dump(config: Any, path: Path) -> None:
-    """Write the configuration as a YAML file that `--config` reads back equal."""
+    """Write the configuration as a YAML file from which `--config` reads an equal one."""
     path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def filled(config: T, values: Mapping[str, Any]) -> T:
-    """The configuration with `values` where it has None, validated again: what was set on purpose stays."""
+    """Replace None by `values` and validate again; other settings are kept."""
     known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
@@ -143,7 +143,7 @@ def filled(config: T, values: Mapping[str, Any]) -> T:
 
 
 def validate(config: Any) -> None:
-    """Raise `ConfigError` for the first field whose value its type, choices or check do not allow."""
+    """Raise `ConfigError` for the first field whose value its type, choices or rule do not allow."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -179,7 +179,7 @@ def _parser(Config: type, description: str | None) -> ArgumentParser:
         if field.name in sections:
             group = parser.add_argument_group(sections[field.name])
         flags = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
-        # a bare `--quiet` means true
+        # `--quiet` without a value means true
         switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
         group.add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
     return parser
@@ -197,13 +197,13 @@ def _choices(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _names(Config: type) -> dict[str, str]:
-    """Every name of every option, to its field's."""
+    """Map every name of every option to its field."""
     fields = dataclasses.fields(Config)
     return {name: field.name for field in fields for name in (field.name, *field.metadata.get("aliases", ()))}
 
 
 def _flag(token: str, names: Mapping[str, str]) -> str:
-    """A token with its dashes as underscores if it is an option, which must be known."""
+    """Convert dashes to underscores in an option, which must be known; return other tokens unchanged."""
     if not token.startswith("--") or token == "--":
         return token
     name, equals, value = token[2:].partition("=")
@@ -214,7 +214,7 @@ def _flag(token: str, names: Mapping[str, str]) -> str:
 
 
 def _from_file(Config: type, parser: ArgumentParser, path: Path) -> dict[str, Any]:
-    """The fields that a file sets, by their own names."""
+    """Return the fields that a file sets, by field name."""
     try:
         return _from_yaml(Config, parser, _load(path))
     except ConfigError as error:
@@ -229,7 +229,7 @@ def _load(path: Path) -> dict[Any, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found or {}, dict):
-        raise ConfigError("must hold lines like `batch_size: 256`")
+        raise ConfigError("must contain lines like `batch_size: 256`")
     return found or {}
 
 
@@ -243,14 +243,14 @@ def _from_yaml(Config: type, parser: ArgumentParser, found: Mapping[Any, Any]) -
         if name in values:
             raise ConfigError(f"{name} is set twice, under {key} and another of its names")
         values[name] = value
-    # what has the right type already is taken as it is: the library would read the text "null" as None
+    # a value of the right type is kept: jsonargparse would read the text "null" as None
     ready = {name: value for name, value in values.items() if _accepts(hints[name], value)}
     rest = {name: value for name, value in values.items() if name not in ready}
     return ready | _convert(Config, parser.parse_object, rest)
 
 
 def _convert(Config: type, convert: Callable[..., Any], raw: Any) -> dict[str, Any]:
-    """What the library makes of `raw`; only what was given, without defaults."""
+    """Let jsonargparse convert `raw`; the result has only the given values, without defaults."""
     try:
         return convert(raw, defaults=False).as_dict()
     except argparse.ArgumentError as error:
@@ -261,7 +261,7 @@ def _convert(Config: type, convert: Callable[..., Any], raw: Any) -> dict[str, A
 
 
 def _reword(Config: type, message: str) -> NoReturn:
-    """The library's message, which for a wrong type has up to eight lines, as one."""
+    """Shorten the message of jsonargparse, which has up to eight lines for a wrong type, to one."""
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"value: (.*)\Z", message, re.DOTALL)
     if key and value:
         name = key[1]
@@ -274,14 +274,14 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether a value has exactly one of the types, or is one of the literals."""
+    """Return True if a value has exactly one of the types, or is one of the literals."""
     kinds = _alternatives(hint)
     literals = [literal for kind in kinds if typing.get_origin(kind) is Literal for literal in typing.get_args(kind)]
     return type(value) in kinds or any(type(value) is type(literal) and value == literal for literal in literals)
 
 
 def _is_word(hint: Any, value: Any) -> bool:
-    """Whether a value is a word that stands for a number, like "auto"."""
+    """Return True if a value is a word in place of a number, like "auto"."""
     return isinstance(value, str) and str not in _alternatives(hint) and _accepts(hint, value)
 
 
@@ -299,6 +299,6 @@ def _shown(value: Any) -> str:
 
 
 def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The nearest known name as the end of an error, or nothing; upper and lower case count as near."""
+    """Return a suggestion of the closest known name for an error, or an empty string; case is ignored."""
     near = nearest(name, known, cutoff=0.5)
     return f"; did you mean {prefix}{near}?" if near else ""

@@ -1,7 +1,7 @@
-"""The training loop that all trainers share: a generator of epochs, resumable because nothing in it is hidden.
+"""The training loop of all trainers: a generator of epochs, which can be resumed from any snapshot.
 
-Every random number derives from (seed, epoch): the order of the examples and the Fisher's labels, whose generator is
-part of a snapshot. So a run that goes on from any step is the straight run.
+Every random number derives from (seed, epoch): the order of the examples and the labels of the Fisher, whose generator
+is part of a snapshot. A run that resumes from any step is therefore identical to the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import fisherfn as ff
 from common.optimizers import Optimizer, Tree
 
 PATIENCE = 10
-"""Consecutive steps (or a whole epoch) that may be skipped as not ok before the run stops with the reason."""
+"""Number of consecutive steps (or a whole epoch) that may fail their checks before the run stops with the reason."""
 
 
 class Task(NamedTuple):
-    """What is trained: the model in training and in evaluation mode, the data, and how losses are reported.
+    """A training task: the model in training and in evaluation mode, the data, and the scale of reported losses.
 
     Attributes:
         model: `(params, x, context) -> (outputs, context)` in training mode.
         predict: the same in evaluation mode.
         params: initial parameters.
         context: initial buffers.
-        likelihood: of the outputs.
+        likelihood: likelihood of the outputs.
         train: inputs and targets, in memory.
         test: the same, held out.
-        per_output: what losses are divided by when reported: outputs an example for autoencoders, else 1.
-        drops: whether the model drops units in training mode, so that each step draws seeds for its examples.
+        per_output: divisor of reported losses: outputs per example for autoencoders, else 1.
+        drops: True if the model has dropout, so that each step needs seeds for its examples.
     """
 
     model: Any
@@ -50,23 +50,23 @@ class Task(NamedTuple):
     drops: bool = False
 
     def seeded(self, context: Tree, examples: int, generator: torch.Generator) -> Tree:
-        """The context of one step: with dropout's seeds for its examples, where the model needs them."""
+        """Return the context of one step, with dropout seeds for its examples if the model needs them."""
         return context | {"dropout": ff.dropout_seeds(examples, generator)} if self.drops else context
 
 
 class Snapshot(NamedTuple):
-    """Where a run stands, after any step: all that a checkpoint needs.
+    """The state of a run after any step: the contents of a checkpoint.
 
     Attributes:
-        params: the parameters; where several nets play, by player.
-        context: buffers, likewise.
-        state: the optimizer's.
-        epoch: epochs that are finished.
-        step: steps that were made, skipped ones included.
-        seconds: of training.
-        batches: steps of the epoch that is not finished.
-        skipped: how many of these were not ok.
-        in_a_row: how many of these came last.
+        params: the parameters; for several nets, by player.
+        context: the buffers, likewise.
+        state: state of the optimizer.
+        epoch: finished epochs.
+        step: steps so far, including skipped ones.
+        seconds: training time.
+        batches: steps of the unfinished epoch.
+        skipped: number of these that failed a check.
+        in_a_row: number of consecutive failures at the end.
         draws: state of the generator of the Fisher's labels; empty between epochs.
     """
 
@@ -83,7 +83,7 @@ class Snapshot(NamedTuple):
 
 
 Watch = Callable[[int, Callable[[], Snapshot]], None]
-"""Called after every step with its number and a way to the snapshot; it may save it, or raise to end the run."""
+"""Function called after every step with its number and access to the snapshot; it may save it or end the run."""
 
 
 class Epoch(NamedTuple):
@@ -94,7 +94,7 @@ class Epoch(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a run goes through the data."""
+    """Settings of the loop: epochs, batches and data loading."""
 
     num_epochs: int
     batch_size: int
@@ -105,17 +105,17 @@ class Settings(NamedTuple):
 
 
 def start(task: Task, optimizer: Optimizer) -> Snapshot:
-    """The snapshot before the first step."""
+    """Return the snapshot before the first step."""
     return Snapshot(task.params, task.context, optimizer.init(task.params), 0, 0, 0.0)
 
 
 def train(
     task: Task, optimizer: Optimizer, snapshot: Snapshot, settings: Settings, watch: Watch = lambda step, at: None
 ) -> Iterator[Epoch]:
-    """Train from `snapshot` on, yielding each epoch; a fresh run yields its starting point first.
+    """Train from `snapshot` and yield each epoch; a new run yields its starting point first.
 
-    `seconds` counts training only, not evaluation. A step that is not ok is skipped, params and state as they were;
-    after `PATIENCE` in a row the typed error that explains it is raised.
+    `seconds` counts training only, not evaluation. A step that fails a check is skipped, with params and state
+    unchanged. After `PATIENCE` failures in a row the typed error is raised.
     """
     if snapshot.step == 0:
         yield Epoch(snapshot, measure(task, snapshot, skipped=0))
@@ -125,12 +125,12 @@ def train(
 
 
 def sound(info: ff.Info) -> bool:
-    """Whether the step was ok: one wait for the device, not one a layer."""
+    """Return True if the step passed its checks, with one synchronisation instead of one per layer."""
     return bool(torch.stack(list(info.ok.values())).all())
 
 
 def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
-    """Losses over the whole training and test set with the parameters as they are, in nats an output or example."""
+    """Compute losses over the whole training and test set, in nats per output or example."""
     train_loss, train_accuracy = evaluate(task, snapshot, task.train)
     test_loss, test_accuracy = evaluate(task, snapshot, task.test)
     metrics = {"epoch": snapshot.epoch, "step": snapshot.step, "train_loss": train_loss, "test_loss": test_loss}
@@ -141,10 +141,10 @@ def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
-    """Mean loss, and accuracy where targets are classes."""
+    """Return the mean loss, and the accuracy if the targets are classes."""
     total, right = 0.0, 0
     classes = not data[1].is_floating_point()
-    batch_size = 2048 if data[0].ndim == 2 else 256  # a convolution makes many more numbers of an image than it has
+    batch_size = 2048 if data[0].ndim == 2 else 256  # the outputs of a convolution are many times the size of an image
     for x, y in zip(data[0].split(batch_size), data[1].split(batch_size), strict=True):
         outputs, _ = task.predict(snapshot.params, x, snapshot.context)
         total += float(task.likelihood.nll(outputs, y).double().sum())
@@ -154,14 +154,14 @@ def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tup
 
 
 def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, watch: Watch) -> tuple[Snapshot, int]:
-    """What is left of an epoch: the snapshot at its end, and how many steps were skipped."""
+    """Run the rest of an epoch; return the snapshot at its end and the number of skipped steps."""
     draws = generator_of(settings.seed, at.epoch, stream=1)
     if at.draws.numel():
         draws.set_state(at.draws)
     total = math.ceil(task.train[0].shape[0] / settings.batch_size)
     batches = _batches(task, settings, generator_of(settings.seed, at.epoch, stream=0), at.batches)
     title = f"{settings.label} epoch {at.epoch + 1}/{settings.num_epochs}"
-    # None: no bar where nobody watches (output that is not a terminal)
+    # None: no bar if the output is not a terminal
     quiet = None if settings.progress else True
     bar = tqdm(batches, desc=title, disable=quiet, leave=False, unit="step", initial=at.batches, total=total)
     began, first = time.perf_counter(), at
@@ -171,7 +171,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
         new = optimizer.step(at.params, at.state, batch, context, labels, at.step)
         at = at._replace(step=at.step + 1, batches=at.batches + 1)
         if sound(new.info):
-            buffers = {name: new.context[name] for name in at.context}  # all but the seeds
+            buffers = {name: new.context[name] for name in at.context}  # everything except the seeds
             at = at._replace(params=new.params, state=new.state, context=buffers, in_a_row=0)
         else:
             at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
@@ -188,25 +188,25 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
 
 
 def with_draws(at: Snapshot, draws: torch.Generator) -> Snapshot:
-    """The snapshot within an epoch, from which the generator goes on as it is now."""
+    """Return a snapshot within an epoch, with the current state of the generator."""
     return at._replace(draws=draws.get_state())
 
 
 def _batches(task: Task, settings: Settings, generator: torch.Generator, done: int) -> DataLoader[Any]:
-    """Shuffled batches less those that are done; the last one may be shorter.
+    """Yield shuffled batches, without those that are done; the last one may be shorter.
 
-    A batch is one indexing operation, not one an example.
+    A batch is one indexing operation, not one per example.
     """
     order = torch.randperm(task.train[0].shape[0], generator=generator).tolist()[done * settings.batch_size :]
     sampler = BatchSampler(order, settings.batch_size, drop_last=False)
-    # a generator of its own: the loader would take its base seed from the global one
+    # its own generator: the loader would take its base seed from the global one
     own = torch.Generator().manual_seed(0)
     dataset = TensorDataset(*task.train)
-    # examples on a GPU are indexed there, and a forked process could not touch them
+    # examples on a GPU are indexed there; a forked process could not access them
     workers = settings.num_workers if task.train[0].device.type == "cpu" else 0
     return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=own)
 
 
 def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:
-    """The generator of an epoch; streams are independent of each other."""
+    """Return the generator of an epoch; streams are independent of each other."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2 + stream)

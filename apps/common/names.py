@@ -1,4 +1,4 @@
-"""From a name on the command line to the thing it names: a registry's entry, or one's own `pkg.module:function`."""
+"""Look up names of the command line: an entry of a registry, or the user's own `pkg.module:function`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ T = TypeVar("T")
 
 
 def is_own(name: str) -> bool:
-    """Whether `name` has the form `pkg.module:function` of one's own code rather than a registry's."""
+    """Return True if `name` has the form `pkg.module:function` of user code."""
     return ":" in name
 
 
 def lookup(name: str, registry: Mapping[str, T], what: str, error: type[Exception]) -> T:
-    """The registry's entry, or `error` naming the nearest name and listing all."""
+    """Return the entry of the registry, or raise `error` with the closest name and all names."""
     if name in registry:
         return registry[name]
     raise error(unknown(name, registry, what))
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:
-    """The message for a name that is not among `known`; upper and lower case count as near."""
+    """Return the message for an unknown name, with a suggestion from `known`; case is ignored."""
     known = list(known)
     near = nearest(name, known, cutoff=0.4)
     hint = f", did you mean {near}?" if near else "."
@@ -33,7 +33,7 @@ def unknown(name: str, known: Iterable[str], what: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
-    """The known name that `name` is most like, whatever its case and dashes; None where none is like it."""
+    """Return the known name closest to `name`, ignoring case and dashes; None if none is close."""
     folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.replace("-", "_").casefold(), folded, n=1, cutoff=cutoff)
     return folded[near[0]] if near else None
@@ -42,8 +42,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
 def own(name: str, what: str, error: type[Exception]) -> Callable[..., Any]:
     """Import `pkg.module:function`; the current folder is importable, as under `python -m`.
 
-    Only a module or attribute that is not there becomes `error`: what goes wrong inside the module is its author's and
-    keeps its own traceback.
+    Only a missing module or attribute raises `error`. Errors inside the module keep their own traceback.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -57,13 +56,13 @@ def own(name: str, what: str, error: type[Exception]) -> Callable[..., Any]:
 
 
 def _module(module_name: str, name: str, what: str, error: type[Exception]) -> Any:
-    # a script's path starts with the script's folder, not the caller's; at the end, so that it shadows nothing
+    # a script's path has the script's folder, not the current one; append it, so that it shadows nothing
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as missing:
-        # an import that fails *inside* the module names another module: not ours to reword
+        # a failing import *inside* the module names another module: raise it unchanged
         if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
             raise
         searched = f"the current folder ({os.getcwd()}) and the Python path"

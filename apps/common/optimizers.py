@@ -2,8 +2,9 @@
 
 A step is a function from (params, state, batch, …) to new ones, so that whole runs can be vmapped and resumed.
 
-Where things enter, for all of them alike:
-- the loss is the mean over examples of the NLL summed over outputs (docs/conventions.md), so rates are in its units;
+All of them share these conventions:
+- the loss is the mean over examples of the NLL summed over outputs (docs/conventions.md); learning rates are in its
+  units;
 - weight decay is decoupled: `params ← params − lr · (direction + weight_decay · params)`, after momentum and clip;
 - the KL clip scales the preconditioned gradient before it enters the momentum buffer.
 """
@@ -21,14 +22,14 @@ import fisherfn as ff
 
 Tree = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
-"""Inputs and targets, then whatever a penalty needs of the draw."""
+"""Inputs and targets, then any random numbers that a penalty needs."""
 
 Penalty = Callable[[Tree, Batch, Any], Tensor]
-"""(params, batch, context) to a scalar that is added to the loss; it has a gradient and no part in the curvature."""
+"""Function (params, batch, context) -> a scalar added to the loss; it is part of the gradient, not the curvature."""
 
 
 class Stepped(NamedTuple):
-    """The outcome of a step; `info` as the library's, so that `ff.check` explains a step that is not ok."""
+    """The result of a step; `ff.check(info)` explains a step that failed a check."""
 
     params: Tree
     state: Any
@@ -40,9 +41,9 @@ class Optimizer(NamedTuple):
     """An optimizer for one model.
 
     Attributes:
-        init: params to the empty state.
-        draw: (batch, generator) to the step's noise, `()` if it needs none: the only use of randomness.
-        step: (params, state, batch, context, noise, index) to `Stepped`; `index` counts steps from 0 on the host.
+        init: params -> the empty state.
+        draw: (batch, generator) -> the noise of the step, `()` if it needs none; the only use of randomness.
+        step: (params, state, batch, context, noise, index) -> `Stepped`; `index` counts steps from 0 on the host.
     """
 
     init: Callable[[Tree], Any]
@@ -111,7 +112,7 @@ def adam(
 
 
 class NaturalState(NamedTuple):
-    """The curvature's state and the momentum buffer."""
+    """The state of the curvature and the momentum buffer."""
 
     curvature: ff.State
     velocity: Tree
@@ -135,16 +136,16 @@ def natural(
 
     Args:
         ng: model, likelihood and method.
-        lr: rate.
+        lr: learning rate.
         damping: λ, in the units of the Fisher of the mean NLL.
-        clipping: bound κ of `ff.kl_clip`, in nats an example; None or 0 for no clip.
+        clipping: KL bound κ of `ff.kl_clip`, in nats per example; None or 0 for no clip.
         momentum: μ.
         ema: weight of the old factors.
-        weight_decay: decoupled.
-        cadence: when to take statistics and refresh inverses.
+        weight_decay: decoupled weight decay.
+        cadence: steps that compute statistics and refresh inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
-        penalty: added to the loss; preconditioned with the rest of the gradient.
-        compile: steps as compiled graphs, one each for those with and without statistics and inverses.
+        penalty: added to the loss; its gradient is preconditioned with the rest.
+        compile: compile steps, one graph each with and without statistics and inverses.
     """
     follow = _clipped_momentum(lr, clipping, momentum)
 
@@ -195,7 +196,7 @@ def natural(
 
 
 def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) -> Optimizer:
-    """The natural gradient without tuning, `ff.adaptive`, as an optimizer of the trainers.
+    """The adaptive natural gradient, `ff.adaptive`, as an optimizer of the trainers.
 
     After a rejected step, statistics and inverses are refreshed at once.
     """
@@ -215,7 +216,7 @@ def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) ->
 
 
 class ImplicitState(NamedTuple):
-    """The last solution, from which the next one starts, and the momentum buffer."""
+    """The last solution, which is the start of the next one, and the momentum buffer."""
 
     solution: Tree
     velocity: Tree
@@ -232,7 +233,7 @@ def implicit(
     iterations: int = 20,
     compile: bool = False,
 ) -> Optimizer:
-    """The exact natural gradient by conjugate gradients through the model, each step from the last one's solution.
+    """The exact natural gradient by conjugate gradients through the model, starting from the last solution.
 
     The arguments are those of `natural`; `iterations` counts conjugate-gradient steps.
     """
@@ -254,7 +255,7 @@ def implicit(
 
 
 def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compile: bool) -> Optimizer:
-    """An optimizer that draws nothing and whose steps are all of one kind."""
+    """Build an optimizer without randomness, whose steps are all of one kind."""
     moved = ff.compile(move) if compile else move
     return Optimizer(
         init, _no_draw, lambda params, state, batch, context, noise, index: moved(params, state, batch, context)
@@ -262,7 +263,7 @@ def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], 
 
 
 def _clipped_momentum(lr: float, clipping: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:
-    """(nat, ⟨∇, nat⟩, velocity) to `v ← μ v + clip(nat)`."""
+    """Return a function (nat, ⟨∇, nat⟩, velocity) -> `μ v + clip(nat)`."""
 
     def follow(nat: Tree, inner: Any, velocity: Tree) -> Tree:
         clipped = ff.kl_clip(nat, inner, lr=lr, bound=clipping) if clipping else nat
@@ -283,7 +284,7 @@ def _step_in_parts(
     update: bool,
     invert: bool,
 ) -> tuple[Tree, ff.State, ff.Info]:
-    """A step whose curvature comes from a part of the batch, or whose gradient is that of more than the likelihood."""
+    """Take a step with curvature from a part of the batch, or with a penalty in the gradient."""
     whole, part = batches
     masks = []
     if update:

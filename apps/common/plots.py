@@ -1,6 +1,6 @@
-"""Pictures of runs, drawn on figures of their own: no global state of matplotlib is read or set.
+"""Pictures of runs, drawn on separate figures, without global state of matplotlib.
 
-metrics   what results.read_metrics gives: one dict an epoch with `epoch`, `seconds`, `train_loss`, `test_loss`
+metrics   the result of results.read_metrics: one dict per epoch with `epoch`, `seconds`, `train_loss`, `test_loss`
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Metrics = Sequence[Mapping[str, float]]
 Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which the colour-blind tell apart; without the yellow, which is faint on white."""
+"""Okabe and Ito's colours, which colour-blind readers can distinguish; without yellow, which is faint on white."""
 
 MARKERS = ("", "o", "s", "^", "D", "v")
-"""A second round of the palette gets the next marker."""
+"""Markers; a second round of the palette uses the next one."""
 
 INK, GRID = "#333333", "#DDDDDD"
 DPI = 150
 
 
 def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
-    """Training loss (solid) and test loss (dashed) of each run, over epochs and over seconds of training.
+    """Draw training loss (solid) and test loss (dashed) of each run, over epochs and over seconds of training.
 
-    Where any run has accuracies, they stand beside the losses, over epochs.
+    If any run has accuracies, they are drawn next to the losses, over epochs.
 
     Args:
         runs: metrics by the name in the legend, in the order of the colours. A name that ends in ", seed k" shares the
@@ -61,13 +61,13 @@ def loss_curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
 
 
 def reconstructions(inputs: Tensor, outputs: Tensor, path: Path, columns: int = 10) -> Figure:
-    """Images and what an autoencoder makes of them, row under row.
+    """Draw images and their reconstructions, row under row.
 
     Args:
         inputs: images [N, C, H, W] of one or three channels.
         outputs: the same shape.
         path: the PNG to write.
-        columns: images a row.
+        columns: images per row.
     """
     if inputs.shape != outputs.shape or inputs.ndim != 4:
         raise ValueError(f"two equal shapes [N, C, H, W] wanted, got {list(inputs.shape)} and {list(outputs.shape)}")
@@ -90,14 +90,14 @@ def heatmap(
     axes: tuple[str, str],
     path: Path,
 ) -> Figure:
-    """Tables as colours with their numbers in them, side by side.
+    """Draw tables as coloured cells with numbers, side by side.
 
     Args:
         panels: title, values [rows][columns] and number format of each.
         rows: labels of the rows.
         columns: labels of the columns.
-        axes: what rows and columns are.
-        path: PNG file.
+        axes: names of rows and columns.
+        path: the PNG to write.
     """
     figure = new_figure(width=4.6 * len(panels), height=0.6 * len(rows) + 1.2)
     for plot, (title, values, form) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -122,14 +122,14 @@ def curve_grid(
     strokes: Mapping[str, Any],
     columns: int = 4,
 ) -> Figure:
-    """Groups of small panels over training steps, the same curves in each panel: one panel a layer, say.
+    """Draw groups of small panels over training steps with the same curves, for example one panel per layer.
 
     Args:
-        groups: title of each, and points (step, value) by panel and name; NaN leaves a gap.
+        groups: title of each group, and points (step, value) by panel and name; NaN leaves a gap.
         path: the PNG to write.
-        log: for each group whether its axes are logarithmic where that helps; else they start at zero and are shared.
-        strokes: line styles by name, where not solid.
-        columns: panels beside each other.
+        log: for each group, True for logarithmic axes where useful; otherwise shared axes that start at zero.
+        strokes: line styles by name, if not solid.
+        columns: panels per row.
     """
     names = list(dict.fromkeys(name for _, panels in groups for curves in panels.values() for name in curves))
     looks = {name: look(index) | {"linestyle": strokes.get(name, "-")} for index, name in enumerate(names)}
@@ -148,7 +148,7 @@ def curve_grid(
         for axes in grid[max(0, len(panels) - columns) : len(panels)]:
             axes.set_xlabel("step", color=INK, fontsize=9)
     handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    # eight letters or so an inch, and a line of its own for what does not fit
+    # about eight letters per inch, and a separate line for the rest
     lines_needed = math.ceil(sum(len(name) + 8 for name in names) / (8 * 3.1 * columns))
     ncols = math.ceil(len(handles) / lines_needed)
     figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False, labelcolor=INK)
@@ -159,20 +159,20 @@ def curve_grid(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure, inches wide and high, that needs no display."""
+    """Return an empty white figure of this size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write the PNG; returns the figure."""
+    """Write the PNG and return the figure."""
     figure.savefig(path, dpi=DPI, format="png")
     return figure
 
 
 def _group(name: str) -> str:
-    """The name without its seed."""
+    """Return the name without its seed."""
     return re.sub(r", seed \d+$", "", name)
 
 
@@ -184,18 +184,18 @@ def _curves(axes: Axes, metrics: Metrics, over: tuple[str, str], index: int) -> 
 
 
 def shown(metrics: Metrics) -> Metrics:
-    """The epochs worth drawing: a long run's initialisation would squeeze the rest into a corner."""
+    """Return the epochs to draw; the initialisation of a long run would dominate the axis."""
     return [m for m in metrics if m.get("epoch") != 0] if len(metrics) > 5 else list(metrics)
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour and marker of the curve with this number."""
+    """Return colour and marker of the curve with this number."""
     marker = MARKERS[index // len(PALETTE) % len(MARKERS)]
     return {"color": PALETTE[index % len(PALETTE)], "marker": marker, "markersize": 4, "linewidth": 1.8}
 
 
 def dress(axes: Axes, title: str, xlabel: str) -> None:
-    """Title, label, grid and colours of one panel."""
+    """Set title, label, grid and colours of one panel."""
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xlabel(xlabel, color=INK)
     axes.grid(visible=True, which="major", color=GRID, linewidth=0.8)
@@ -208,7 +208,7 @@ def dress(axes: Axes, title: str, xlabel: str) -> None:
 
 def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[str, Any], logarithmic: bool) -> None:
     for name, points in curves.items():
-        # a zero is rounding: a logarithmic axis has no place for it
+        # zeros are numerical noise, and not representable on a logarithmic axis
         y = [math.nan if logarithmic and value == 0 else value for _, value in points]
         dots = {"marker": ".", "markersize": 4, "markevery": _dotted(y)}
         axes.plot([x for x, _ in points], y, label=name, **{**looks[name], **dots})
@@ -219,13 +219,13 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[
 
 
 def _dotted(y: Sequence[float]) -> list[int]:
-    """All of a few points; of many those that stand alone between gaps, where a line would not show them."""
+    """Mark all points if there are few, else those between gaps, where a line would not show them."""
     gaps = [True, *(not math.isfinite(value) for value in y), True]
     return [i for i in range(len(y)) if len(y) <= 20 or (gaps[i] and gaps[i + 2])]
 
 
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
-    """A logarithmic axis where losses allow one and span more than a factor of two, with ticks to read off."""
+    """Use a logarithmic axis with readable ticks if losses are positive and span more than a factor of two."""
     losses = [
         m[name]
         for metrics in runs.values()
@@ -260,7 +260,7 @@ def _image_row(line: Sequence[Axes], images: Tensor, name: str, limits: tuple[fl
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-    # the inputs' limits for all, or a washed-out output would look as crisp as its input
+    # the limits of the inputs for all, otherwise a low-contrast output would look like its input
     for axes, image in zip(line, images, strict=False):
         pixels = ((image - limits[0]) / max(limits[1] - limits[0], 1e-12)).clamp(0, 1)
         axes.imshow(pixels.detach().cpu().movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)

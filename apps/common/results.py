@@ -1,7 +1,7 @@
 """The result folder of a run, `results/<app>/<name>/`: config.yaml, metrics.jsonl, checkpoint.pt and pictures.
 
-The folder appears with the first thing written to it, so a run that fails before leaves nothing behind. Whatever is
-replaced is replaced in one step: a run that is killed leaves the old file or the new one, never half of one.
+The folder is created with its first file, so a run that fails earlier leaves nothing behind. Files are replaced
+atomically: a killed run leaves the old file or the new one, never a partial one.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from fisherfn.errors import FisherfnError
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
 
 KEPT = ("checkpoint.1.pt",)
-"""The checkpoints before the last one, newest first: what a damaged file falls back on."""
+"""Older checkpoints, newest first, for the case that the last one is damaged."""
 
 MAY_CHANGE = {
     "num_epochs", "data_path", "download", "device", "compile", "num_workers", "quiet", "overwrite", "resume",
     "result_dir", "result_name", "save_every", "tensorboard", "verbose",
 }  # fmt: skip
-"""Options that a resumed run may have otherwise than the run it goes on from; the others define the result."""
+"""Options that may differ in a resumed run; the others define the result."""
 
 
 class ResultExistsError(FisherfnError, FileExistsError):
-    """There is a result of that name already."""
+    """A result with this name exists already."""
 
 
 class MetricsError(FisherfnError, ValueError):
-    """A metrics file that is not there or cannot be read."""
+    """A metrics file that is missing or cannot be read."""
 
 
 class Results:
-    """Where one run writes; made by `Results.open`."""
+    """The result folder of a run; created by `Results.open`."""
 
     def __init__(self, path: Path, config: Any) -> None:
         self.path = path
@@ -56,15 +56,15 @@ class Results:
 
     @classmethod
     def open(cls, config: Any, app: str) -> Results:
-        """The result folder of this configuration; nothing is written yet.
+        """Open the result folder of this configuration; nothing is written yet.
 
         Args:
             config: a dataclass with `result_dir`, `result_name`, `overwrite` and `resume`; without a name, one is made
                 from its `data`, `model`, `optim` and `seed`.
-            app: the name of the app, a folder of its own.
+            app: the name of the app, which is a folder.
 
         Raises:
-            ConfigError: a name that is no plain folder name, or a resumed run that is not the recorded one.
+            ConfigError: the name is not a plain folder name, or the resumed run differs from the recorded one.
             ResultExistsError: a result of that name exists, and neither `overwrite` nor `resume` is set.
             CheckpointError: there is nothing to resume from.
         """
@@ -84,13 +84,13 @@ class Results:
         return results
 
     def close(self) -> None:
-        """Let other runs in."""
+        """Release the lock for other runs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Append one epoch's metrics, on the disk when this returns; a number that is not finite becomes null."""
+        """Append the metrics of an epoch and write them to disk; non-finite numbers become null."""
         path = self._folder() / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -101,21 +101,21 @@ class Results:
             raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
     def metrics(self) -> list[dict[str, float]]:
-        """The epochs recorded so far; null reads as NaN."""
+        """Return the epochs recorded so far; null becomes NaN."""
         return read_metrics(self.path)
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Replace the checkpoint: tensors by path, and whatever JSON can hold. `meta["epoch"]` is what resume needs.
+        """Replace the checkpoint: tensors by path, and JSON metadata, of which resume needs `meta["epoch"]`.
 
-        The one before is kept beside it.
+        The previous one is kept.
         """
         path = self._folder() / CHECKPOINT
         save_checkpoint(path, tensors, meta, kept=[path.with_name(name) for name in KEPT])
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The checkpoint to go on from, tensors on the CPU; a resumed run forgets the epochs recorded after it.
+        """Return the checkpoint to resume from, with tensors on the CPU; later recorded epochs are dropped.
 
-        One that is damaged is passed over for the one before, and a warning says so.
+        A damaged checkpoint is replaced by the previous one, with a warning.
         """
         tensors, meta = first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
         if self._config.resume and (self.path / METRICS).exists():
@@ -124,7 +124,7 @@ class Results:
         return tensors, meta
 
     def _folder(self) -> Path:
-        """The folder, made or emptied at the first call; the configuration is the first thing in it."""
+        """Return the folder, created or emptied at the first call; the configuration is written first."""
         if not self._ready:
             if self._config.overwrite and self.path.exists():
                 os.close(_locked(self.path))
@@ -139,17 +139,17 @@ class Results:
         try:
             self.path.mkdir(parents=True, exist_ok=self._config.resume)
         except FileExistsError:
-            message = f"{self.path} was made by another run meanwhile: give this one another --result_name"
+            message = f"{self.path} was created by another run in the meantime: give this run another --result_name"
             raise ResultExistsError(message) from None
         except OSError as error:
             raise WriteError(f"cannot make {self.path}: {error.strerror}; give another --result_dir") from error
-        # what the file says is done again by --config alone: it must neither overwrite nor resume by itself
+        # a run repeated by --config must neither overwrite nor resume by itself
         config = dataclasses.replace(self._config, overwrite=False, resume=False)
         replace_text(self.path / CONFIG, as_yaml(config))
 
 
 def default_name(config: Any) -> str:
-    """Data, model, optimizers and seed; of one's own `pkg.module:function` with dashes for dots and colons."""
+    """Return the default name: data, model, optimizers and seed, with dashes for the dots and colons of user code."""
     parts = (
         str(getattr(config, name))
         for name in ("data", "model", "optim", "gen_optim", "crit_optim", "seed")
@@ -159,13 +159,13 @@ def default_name(config: Any) -> str:
 
 
 def _locked(path: Path) -> int:
-    """A handle of the folder that keeps other runs out until it is closed, at the latest with the process."""
+    """Lock the folder against other runs; closing the handle, or the end of the process, releases it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        message = f"another run is writing to {path}: wait for it, or give this one another --result_name"
+        message = f"another run is writing to {path}: wait for it, or give this run another --result_name"
         raise ResultExistsError(message) from None
     return handle
 
@@ -179,7 +179,7 @@ def _plain(name: str) -> str:
 def _check_replaceable(path: Path) -> None:
     is_result = (path / CONFIG).is_file() and not path.is_symlink()
     if path.exists() and not is_result:
-        raise ResultExistsError(f"{path} is no result folder with a {CONFIG} in it: it is not overwritten")
+        raise ResultExistsError(f"{path} is not a result folder with a {CONFIG} in it: it is not overwritten")
 
 
 def _check_resumable(path: Path, config: Any) -> None:
@@ -191,14 +191,14 @@ def _check_resumable(path: Path, config: Any) -> None:
     changed = [name for name in here if name not in MAY_CHANGE and name in there and here[name] != there[name]]
     if changed:
         each = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in changed)
-        raise ConfigError(f"cannot resume {path}: {each}; give the options of that run: --config {path / CONFIG}")
+        raise ConfigError(f"cannot resume {path}: {each}; use the options of that run: --config {path / CONFIG}")
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The epochs of a result folder; null reads as NaN, and a last line cut short by a killed run is left out."""
+    """Read the epochs of a result folder; null becomes NaN, and a truncated last line is left out."""
     path = folder / METRICS
     try:
         text = path.read_text(encoding="utf-8")
@@ -209,7 +209,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def result_folders(places: Iterable[Path]) -> list[Path]:
-    """Result folders among `places` and directly inside them."""
+    """Return the result folders among `places` and directly inside them."""
     inside = (folder for place in places for folder in (place, *sorted(place.glob("*"))))
     return list(dict.fromkeys(folder for folder in inside if (folder / METRICS).is_file()))
 

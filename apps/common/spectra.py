@@ -1,4 +1,4 @@
-r"""How near a method's Fisher is to the sampled one, layer by layer: distance, leading eigenvalues, angle of the step.
+r"""Errors of a method's Fisher, layer by layer: distance to the sampled Fisher, leading eigenvalues, angle of the step.
 
 An approximation is known by its action on matrices, $W \mapsto \hat F W$ with W `[k o i]`; its matrix is formed only
 where it is small. k group, o output, i input.
@@ -24,16 +24,16 @@ Layers = dict[str, float]
 """A number for each layer."""
 
 Values = dict[str, dict[str, dict[str, float]]]
-"""By quantity, layer and method; NaN where there is no number."""
+"""Values by quantity, layer and method; NaN if there is none."""
 
 GRADIENT = "gradient"
-"""What angles are compared with: no preconditioner at all."""
+"""The reference for angles: the gradient without a preconditioner."""
 
 FORMED = 512
-"""Unknowns up to which an approximation's matrix is formed."""
+"""Largest size for which the matrix of an approximation is formed."""
 
 CYCLES = 30
-"""Restarts of the Lanczos iteration, of which few blocks need more than three."""
+"""Number of restarts of the Lanczos iteration; few blocks need more than three."""
 
 
 def compare(
@@ -45,16 +45,16 @@ def compare(
     labels: torch.Generator,
     context: Any = None,
 ) -> tuple[float, Values]:
-    """The loss, and how near every method comes, all from the same statistics.
+    """Compute the loss, and the errors of every method from the same statistics.
 
     Args:
         nets: natural gradients of one model by method.
-        params: where.
-        batch: of which examples.
+        params: parameters.
+        batch: examples.
         damping: λ.
-        count: eigenvalues that are compared; with 0, distances alone are measured.
-        labels: draws the Fisher's labels.
-        context: the model's buffers.
+        count: number of compared eigenvalues; 0 only measures distances.
+        labels: generator of the Fisher's labels.
+        context: buffers of the model.
     """
     first = next(iter(nets.values()))
     stats = first.stats(params, batch, generator=labels, context=context)
@@ -72,14 +72,14 @@ def compare(
 
 
 class Exact(NamedTuple):
-    """What methods are compared with: F's leading eigenvalues, and the exact block natural gradient."""
+    """The references of a comparison: leading eigenvalues of F, and the exact block natural gradient."""
 
     eigenvalues: dict[str, Tensor]
     nat: dict[str, Tensor]
 
 
 def exactly(ng: ff.NaturalGradient, stats: ff.Stats, damping: float, count: int) -> Exact:
-    """Of the sampled Fisher itself, block by block."""
+    """Compute the references from the sampled Fisher, block by block."""
     fisher, sizes = ng.fisher(stats, "block"), {block.key: math.prod(block.shape) for block in ng.layout.blocks}
     grams = fisher.gram()
     assert isinstance(grams, dict)
@@ -88,7 +88,7 @@ def exactly(ng: ff.NaturalGradient, stats: ff.Stats, damping: float, count: int)
 
 
 def of_method(ng: ff.NaturalGradient, state: ff.State, stats: ff.Stats, exact: Exact | None) -> dict[str, Layers]:
-    """One method's values by quantity; NaN for all layers where an update or inversion was not ok."""
+    """Return the values of one method by quantity; NaN if the update or the inversion failed a check."""
     state, info = ng.update(state, stats)
     values = {"error": sound(info, {key: float(error) for key, error in ng.fisher_error(state, stats).items()})}
     if exact:
@@ -101,12 +101,12 @@ def of_method(ng: ff.NaturalGradient, state: ff.State, stats: ff.Stats, exact: E
 
 
 def sound(info: ff.Info, values: Layers) -> Layers:
-    """The values, or NaN where the call that they rest on left the state as it was."""
+    """Return the values, or NaN if the underlying call failed."""
     return values if all(bool(ok) for ok in info.ok.values()) else dict.fromkeys(values, math.nan)
 
 
 def eigenvalue_error(ng: ff.NaturalGradient, state: ff.State, like: Tensor, key: str, true: Tensor) -> float:
-    """`‖λ̂ − λ‖ / ‖λ‖` of one layer's undamped approximation; NaN where the Fisher is zero."""
+    """Return `‖λ̂ − λ‖ / ‖λ‖` of a layer's undamped approximation; NaN if the Fisher is zero."""
     if not true[0] > 0:
         return math.nan
 
@@ -117,7 +117,7 @@ def eigenvalue_error(ng: ff.NaturalGradient, state: ff.State, like: Tensor, key:
 
 
 def angle(x: Tensor, y: Tensor) -> float:
-    """Degrees between two tensors taken as vectors, exact for small ones too; NaN where one of them is zero."""
+    """Return the angle in degrees between two tensors as vectors; NaN if one of them is zero."""
     x, y = (v.double().flatten() / v.double().norm() for v in (x, y))
     return math.degrees(2 * math.atan2(float((x - y).norm()), float((x + y).norm())))
 
@@ -126,19 +126,19 @@ def angle(x: Tensor, y: Tensor) -> float:
 
 
 def leading_of_gram(gram: Tensor, unknowns: int, count: int) -> Tensor:
-    """The largest eigenvalues of `F = UUᵀ`, falling, from the small `UᵀU`: beside its own there are only zeros."""
+    """Return the largest eigenvalues of `F = UUᵀ`, descending, from the small `UᵀU`; the others are zero."""
     found = torch.linalg.eigvalsh(gram.double()).clamp(min=0).flip(0)[: min(unknowns, count)]
     return torch.cat([found, found.new_zeros(min(unknowns, count) - len(found))])
 
 
 def leading(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
-    r"""The algebraically largest eigenvalues of $\hat F$, falling; NaN where the iteration does not converge.
+    r"""Return the algebraically largest eigenvalues of $\hat F$, descending; NaN if the iteration does not converge.
 
     Args:
         act: $W \mapsto \hat F W$.
         like: a matrix `[k o i]`, for its shape and precision.
-        count: how many, at most as many as there are.
-        scale: the size of the largest, roughly.
+        count: number of eigenvalues, at most all.
+        scale: approximate size of the largest.
     """
     if like.numel() > FORMED:
         return _lanczos(act, like, count, scale)
@@ -148,10 +148,10 @@ def leading(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
 
 
 def _lanczos(act: Action, like: Tensor, count: int, scale: float) -> Tensor:
-    """By implicitly restarted Lanczos, from a fixed start.
+    """Compute eigenvalues by implicitly restarted Lanczos, from a fixed start.
 
-    Of `I + F̂/scale` instead of F̂: an iteration asked for relative accuracy would never be done with eigenvalues next
-    to zero, and this finds all to the same share of the largest.
+    It uses `I + F̂/scale` instead of F̂: relative accuracy is never reached for eigenvalues near zero, and this finds all
+    with the same accuracy relative to the largest.
     """
     size, dtype = like.numel(), like.new_empty(0).numpy().dtype
 

@@ -1,6 +1,6 @@
-"""A run's metrics as TensorBoard sees them: scalars by training step, in `tensorboard/` of the result folder.
+"""Metrics of a run for TensorBoard: scalars by training step, in `tensorboard/` of the result folder.
 
-What metrics.jsonl says is the truth: a resumed run writes its event file anew from there, so no step is in it twice.
+metrics.jsonl is the source: a resumed run rewrites its event file from there, so no step appears twice.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ FOLDER = "tensorboard"
 
 
 class Board:
-    """The event file of one run, made with its first numbers."""
+    """The event file of one run, created with its first numbers."""
 
     def __init__(self, folder: Path, Writer: Any) -> None:
         self._folder, self._Writer, self._written = folder, Writer, 0
         self._writer: Any = None
 
     def write(self, metrics: Sequence[Mapping[str, float]]) -> None:
-        """All epochs so far; those that were written already are not written again."""
+        """Write all epochs so far that were not written yet."""
         if self._writer is None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._writer = self._Writer(self._folder)
@@ -36,26 +36,26 @@ class Board:
         self._writer.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 class NoBoard:
-    """What takes the numbers of a run without TensorBoard."""
+    """A replacement for runs without TensorBoard, which discards the numbers."""
 
     def write(self, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def opened(wanted: bool, result: Path) -> Board | NoBoard:
-    """The board of a result folder.
+    """Open the board of a result folder.
 
     Raises:
-        MissingPackageError: it is wanted, and the package is not installed.
+        MissingPackageError: the package is not installed.
     """
     if not wanted:
         return NoBoard()

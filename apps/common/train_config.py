@@ -1,7 +1,7 @@
-"""The configurations of training runs, one class a trainer; config.py reads them from the command line and YAML files.
+"""The configurations of training runs, one class per trainer; config.py reads them from command line and YAML files.
 
-`TrainConfig` is train_mlp's and the base of the others, which change its defaults and choices. Beside its options a
-class says what its trainer is: the name it goes by, what its nets are fed, and the net that suits some data.
+`TrainConfig` is that of train_mlp and the base of the others, which change its defaults and choices. A class also
+states the name of its trainer, the kind of inputs of its nets, and the default net for some data.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LABELS = {
     "twolevel_kfac": "two-level K-FAC",
     "exactNG": "exact NG",
 }
-"""What tables and pictures call them."""
+"""Names in tables and pictures."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is: its data, model and optimizer, how long it runs, and where its result goes.
+    """The settings of a run: data, model, optimizer, length and result folder.
 
-    Rates, damping and clip are in the units of docs/conventions.md: of the mean over examples of the NLL.
+    Learning rates, damping and KL bound are in the units of docs/conventions.md: the mean over examples of the NLL.
     """
 
     app: ClassVar[str] = "train_mlp"
@@ -57,53 +57,55 @@ class TrainConfig:
     data: str = option("CURVES", "data set", aliases=("dataset",), choices=MLP_DATA, own=True)
     data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")
-    model: str | None = option(None, "net; null: the one that suits the data", choices=MLPS, own=True)
-    init_params: str = option("xavier_uniform", "how parameters are drawn", choices=SCHEMES)
+    model: str | None = option(None, "model; null: the default for the data", choices=MLPS, own=True)
+    init_params: str = option("xavier_uniform", "initialisation of the parameters", choices=SCHEMES)
     optim: str = option("kfac", "optimizer", aliases=("optimizer",), choices=OPTIMIZERS)
 
-    batch_size: int = option(256, "examples a step", check=POSITIVE)
-    num_epochs: int = option(20, "passes through the data", aliases=("epochs", "n_epochs"), check=NON_NEGATIVE)
+    batch_size: int = option(256, "batch size", check=POSITIVE)
+    num_epochs: int = option(20, "number of epochs", aliases=("epochs", "n_epochs"), check=NON_NEGATIVE)
     lr: float | Literal["auto"] | None = option(
-        None, "learning rate; auto, the default: from the quadratic model of each batch, or as tuned for sgd and adam",
+        None, "learning rate; auto (default): from the quadratic model of each batch; for sgd and adam the tuned value",
         aliases=("learning_rate",), check=POSITIVE,
     )  # fmt: skip
     momentum: float | Literal["auto"] | None = option(
-        None, "weight of the previous update; auto, the default: from the quadratic model of each batch, for sgd 0.9",
+        None, "momentum; auto (default): from the quadratic model of each batch; for sgd 0.9",
         check=FRACTION,
     )  # fmt: skip
-    nesterov: bool = option(False, "Nesterov's look-ahead, for sgd")
-    weight_decay: float = option(0.0, "decoupled from the gradient, in rates", check=NON_NEGATIVE)
+    nesterov: bool = option(False, "Nesterov momentum, for sgd")
+    weight_decay: float = option(0.0, "decoupled weight decay", check=NON_NEGATIVE)
     beta_1: float = option(0.9, "adam: weight of the old first moment", check=FRACTION)
     beta_2: float = option(0.999, "adam: weight of the old second moment", check=FRACTION)
 
     damping: float | Literal["auto"] | None = option(
-        None, "added to the Fisher; auto, the default: from the reduction ratio; a number is where it starts",
+        None, "damping of the Fisher; auto (default): from the reduction ratio; a number is the initial value",
         check=NON_NEGATIVE,
     )  # fmt: skip
     clipping: float | None = option(
-        None, "KL bound, 0 for none; null: none for autoencoders, 0.001 for classifiers", aliases=("kl_clip",),
+        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers", aliases=("kl_clip",),
         check=NON_NEGATIVE,
     )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
     damping_form: Literal["factored", "eigen"] | None = option(
-        None, "how damping enters Kronecker factors; null: factored (exactNG has λI alone)"
+        None, "form of the damping; null: factored (exactNG always uses λI)"
     )
     structure: Literal["full", "block"] | None = option(
-        None, "exactNG: all layers coupled, or one block a layer; null: full"
+        None, "exactNG: couple all layers, or one block per layer; null: full"
     )
     coarse_space: Literal["nicolaides", "residual", "tselepidis", "spectral", "tpselepedis"] | None = option(
-        None, "twolevel_kfac: space that couples the layers; null: nicolaides (tpselepedis is tselepidis)"
+        None, "twolevel_kfac: space that couples the layers; null: nicolaides (tpselepedis means tselepidis)"
     )
-    krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the rows' images under K-FAC; null: 0")
+    krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the images of the rows under K-FAC; null: 0")
     coarse_form: Literal["multiplicative", "balanced", "additive"] | None = option(
-        None, "twolevel_kfac: how both levels combine; null: balanced, the one that momentum and KL clip can rely on"
+        None, "twolevel_kfac: combination of both levels; null: balanced, which momentum and KL clip need"
     )
     cg_steps: int | None = option(
-        None, "exactNG with type2: conjugate-gradient steps through the model, where outputs are many; null: factorise",
+        None, "exactNG with type2: conjugate-gradient steps through the model, for many outputs; null: factorise",
         check=POSITIVE,
     )  # fmt: skip
-    fisher: Literal["mc", "type2", "empirical"] = option("mc", "labels sampled, in exact expectation, or the data's")
-    fisher_samples: int = option(1, "draws an example, for mc", check=POSITIVE)
+    fisher: Literal["mc", "type2", "empirical"] = option(
+        "mc", "labels of the Fisher: sampled, exact expectation, or those of the data"
+    )
+    fisher_samples: int = option(1, "sampled labels per example, for mc", check=POSITIVE)
     fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)
     update_every: int | None = option(
         None, "steps between statistics; null: from 2 up to 10, for exactNG 1", aliases=("T_cov",), check=POSITIVE
@@ -112,56 +114,56 @@ class TrainConfig:
         None, "steps between inverses; null: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
     )
 
-    seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
-    compile: bool = option(False, "steps as compiled graphs: minutes at the start, then faster; needs a C++ compiler")
-    num_workers: int = option(0, "processes that load data; none where the device is a GPU", check=NON_NEGATIVE)
-    result_dir: str = option("results", "folder of all results")
-    result_name: str | None = option(None, "the result's own folder; null: from data, model, optimizer and seed")
+    seed: int = option(0, "random seed", check=NON_NEGATIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
+    compile: bool = option(False, "compile steps: minutes at the start, then faster; needs a C++ compiler")
+    num_workers: int = option(0, "processes that load data; none on a GPU", check=NON_NEGATIVE)
+    result_dir: str = option("results", "folder for all results")
+    result_name: str | None = option(None, "name of the result folder; null: from data, model, optimizer and seed")
     overwrite: bool = option(False, "replace an existing result of that name")
-    resume: bool = option(False, "go on from an existing result's checkpoint")
+    resume: bool = option(False, "continue from the checkpoint of an existing result")
     save_every: int | None = option(
-        None, "steps between checkpoints, beside those of every epoch; null: none", check=POSITIVE
+        None, "steps between additional checkpoints within an epoch; null: none", check=POSITIVE
     )
-    tensorboard: bool = option(False, "event files for TensorBoard, in the result's folder")
-    quiet: bool = option(False, "no progress bar and no line an epoch")
-    verbose: bool = option(False, "print all settings, and which parameter is in which block, before training")
+    tensorboard: bool = option(False, "write event files for TensorBoard to the result folder")
+    quiet: bool = option(False, "no progress bar and no line per epoch")
+    verbose: bool = option(False, "print all settings and the coverage report before training")
 
     def __post_init__(self) -> None:
         validate(self)
         if self.quiet and self.verbose:
-            raise ConfigError("quiet and verbose exclude each other: give one of them")
+            raise ConfigError("quiet and verbose exclude each other: give only one")
         if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume exclude each other: give one of them")
+            raise ConfigError("overwrite and resume exclude each other: give only one")
 
     @staticmethod
     def model_for(data: Data) -> str:
-        """The name of the net that suits the data."""
+        """Return the name of the default model for the data."""
         return data.model
 
 
 @dataclass(frozen=True)
 class CnnConfig(TrainConfig):
-    """A run of train_cnn: images stay images, brought to 32×32."""
+    """The settings of train_cnn: inputs are images, brought to 32×32."""
 
     app: ClassVar[str] = "train_cnn"
     inputs: ClassVar[Inputs] = "images"
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=CNN_DATA, own=True)
-    model: str | None = option(None, "net; null: cuda_convnet, for CIFAR10_RESTRICTED toyCNN", choices=CNNS, own=True)
-    # keeps the signal's scale through ReLUs; in residual nets batch norm does, and any scheme trains
-    init_params: str = option("kaiming_normal", "how parameters are drawn", choices=SCHEMES)
-    batch_size: int = option(128, "examples a step", check=POSITIVE)
+    model: str | None = option(None, "model; null: cuda_convnet, for CIFAR10_RESTRICTED toyCNN", choices=CNNS, own=True)
+    # keeps the scale of activations through ReLUs; residual nets train with any scheme, because of batch norm
+    init_params: str = option("kaiming_normal", "initialisation of the parameters", choices=SCHEMES)
+    batch_size: int = option(128, "batch size", check=POSITIVE)
 
     @staticmethod
     def model_for(data: Data) -> str:
-        """One's own, or a small convolutional net."""
+        """Return the user's own model, or a small convolutional net."""
         return data.model if is_own(data.model) or data.model in CNNS else "cuda_convnet"
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(TrainConfig):
-    """A run of train_autoencoder: images stay images, of the published size.
+    """The settings of train_autoencoder: inputs are images of the published size.
 
     Losses are per output. With Bernoulli outputs (DIGITS, MNIST, F_MNIST) that is the binary cross-entropy in nats;
     with Gaussian ones (CIFAR10, SVHN) half the squared error, so that the mean squared error is twice the number.
@@ -172,13 +174,13 @@ class AutoencoderConfig(TrainConfig):
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=AUTOENCODER_DATA, own=True)
     model: str | None = option(
-        None, "net; null: the one published for that many colours", choices=AUTOENCODERS, own=True
+        None, "model; null: the published one for the number of colours", choices=AUTOENCODERS, own=True
     )
-    init_params: str = option("default", "how parameters are drawn; default: torch's way", choices=SCHEMES)
+    init_params: str = option("default", "initialisation of the parameters; default: torch's own", choices=SCHEMES)
 
     @staticmethod
     def model_for(data: Data) -> str:
-        """One's own, or the published net for that many colours."""
+        """Return the user's own model, or the published net for the number of colours."""
         if is_own(data.model):
             return data.model
         return "conv_AE_CIFAR10" if data.train.inputs.shape[1] == 3 else "conv_AE_MNIST"

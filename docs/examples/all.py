@@ -1,4 +1,4 @@
-"""All pictures of the gallery anew: `python docs/examples/all.py [FOLDER [NAME …]]`, a line or more for each."""
+"""Redraw all pictures of the gallery: `python docs/examples/all.py [FOLDER [NAME …]]`."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ EXAMPLES = ("fisher_blocks", "spectra", "training_curves", "ensemble_sweep", "cu
 
 
 def load(name: str):
-    """An example as a module, wherever one stands."""
+    """Import an example as a module, from any current folder."""
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

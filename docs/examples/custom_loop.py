@@ -1,8 +1,9 @@
-"""One's own loop: damping that follows the quadratic model, a KL clip and a schedule, in plain Python.
+"""A custom loop: damping that follows the quadratic model, a KL clip and a schedule, in plain Python.
 
 Damping is a tensor in the state, and the Fisher an operator: the Levenberg-Marquardt rule is a few lines. Every five
-steps the change of the loss is compared with what the quadratic model promised; damping falls where the model is good
-and grows where it is not. One sees the losses beside those of fixed dampings, and the damping that the rule chose.
+steps the change of the loss is compared with the prediction of the quadratic model. Damping decreases if the
+prediction was good and increases otherwise. The picture shows the losses next to those of fixed dampings, and the
+chosen damping.
 """
 
 import math
@@ -22,7 +23,7 @@ STYLES = (("#0072B2", "-"), ("#56B4E9", "-"), ("#D55E00", "--"), ("#E69F00", "-.
 
 
 def spirals(examples: int, generator: torch.Generator):
-    """Two spirals, one and a half turns each, a class each."""
+    """Return two spirals with one and a half turns, one class each."""
     y = torch.randint(0, 2, (examples,), generator=generator)
     along = torch.rand(examples, generator=generator).sqrt()
     angle = 3 * torch.pi * along + torch.pi * y

@@ -77,7 +77,7 @@ def spots(examples, generator):
 
 
 def run(loop, x, widths, epochs, seed, *rate):
-    """Training loss after every epoch, in nats a pixel over the whole training set, and seconds of training."""
+    """Training loss after every epoch, in nats per pixel over the whole training set, and seconds of training."""
     net = autoencoder(widths, seed)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(x, x), batch_size=256, shuffle=True, generator=order)
@@ -93,7 +93,7 @@ def run(loop, x, widths, epochs, seed, *rate):
 
 @torch.no_grad()
 def measure(net, x):
-    """Loss over all of `x`, in nats a pixel."""
+    """Loss over all of `x`, in nats per pixel."""
     return sum(loss_fn(net(part), part) * len(part) for part in x.split(2048)) / x.numel()
 
 
@@ -113,12 +113,12 @@ def main(out: Path, small: bool = False, folder: Path | None = None) -> dict:
 
 
 def draw(file: Path, losses: dict) -> None:
-    """Training loss by epoch, a line a run."""
+    """Draw training loss by epoch, one line per run."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for (name, runs), colour in zip(losses.items(), ("#0072B2", "#D55E00"), strict=True):
         for index, values in enumerate(runs):
             axes.plot(range(len(values)), values, color=colour, label=None if index else name)
-    axes.set(xlabel="epoch", ylabel="training loss, nats a pixel", title="Three lines changed; three seeds each")
+    axes.set(xlabel="epoch", ylabel="training loss, nats per pixel", title="Three lines changed; three seeds each")
     axes.set_ylim(top=1.02 * max(values[1] for runs in losses.values() for values in runs))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)

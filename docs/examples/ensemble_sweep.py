@@ -1,7 +1,7 @@
 """Sixty-four models at once: a grid of learning rates and dampings in one vmapped natural-gradient step.
 
-Damping is a tensor in the state, so a sweep is `torch.vmap` over it. One sees the loss of every setting after the last
-step; a run of one setting alone ends at the same loss.
+Damping is a tensor in the state, so a sweep is `torch.vmap` over it. The picture shows the loss of every setting after
+the last step. A single run of one setting ends at the same loss.
 """
 
 import sys
@@ -16,7 +16,7 @@ import fisherfn as ff
 
 
 def moons(examples: int, generator: torch.Generator):
-    """Two interleaved half circles, a class each."""
+    """Return two interleaved half circles, one class each."""
     y = torch.randint(0, 2, (examples,), generator=generator)
     angle, side = torch.pi * torch.rand(examples, generator=generator), 1.0 - 2 * y
     x = torch.stack((torch.cos(angle) * side + y, torch.sin(angle) * side + 0.4 * y), 1)
@@ -66,7 +66,7 @@ def main(out: Path, small: bool = False) -> dict:
 
 
 def draw(file: Path, losses: torch.Tensor, rates: torch.Tensor, dampings: torch.Tensor, best: int) -> None:
-    """Losses as colours and numbers; where above 1 or not finite, grey."""
+    """Draw losses as colours and numbers; grey if above 1 or not finite."""
     figure, ax = plt.subplots(figsize=(7.2, 5.6), layout="constrained")
     there = losses.log10().masked_fill(~(losses < 1), torch.nan)
     image = ax.imshow(there.numpy(), cmap="viridis_r", origin="lower")

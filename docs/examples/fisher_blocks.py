@@ -1,8 +1,8 @@
-"""The Fisher block of one layer, and what each method makes of it, as images.
+"""The Fisher block of one layer and its approximations, as images.
 
-A small classifier is trained for a few steps, so that activations and gradients are no longer independent, which K-FAC
-takes them to be. One sees the Fisher of its middle layer, six approximations with their errors ‖F − F̂‖ / ‖F‖, and the
-Fisher of the whole net, in which the layer's block is framed.
+A small classifier is trained for a few steps, so that activations and gradients are no longer independent, as K-FAC
+assumes. The picture shows the Fisher of its middle layer, six approximations with their errors ‖F − F̂‖ / ‖F‖, and the
+Fisher of the whole net, with a frame around the block of the layer.
 """
 
 import sys
@@ -73,7 +73,7 @@ def main(out: Path, small: bool = False) -> dict:
 
 
 def draw(file: Path, images: dict, errors: dict, full: torch.Tensor, frame: tuple[int, int]) -> None:
-    """All images of the layer on one scale, the whole Fisher on its own."""
+    """Draw all images of the layer on one scale, and the whole Fisher on its own scale."""
     figure, axes = plt.subplots(2, 4, figsize=(11, 6), layout="constrained")
     limit = images["sampled Fisher"].abs().quantile(0.99).item()
     for ax, (name, image) in zip(axes.flat, images.items(), strict=False):

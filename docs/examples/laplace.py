@@ -1,4 +1,4 @@
-"""Error bars by the Laplace approximation: a net's posterior from a fitted K-FAC state, the prior chosen by evidence.
+"""Error bars by the Laplace approximation: a posterior from a fitted K-FAC state, with the prior chosen by evidence.
 
 With a Gaussian prior of precision δ and N examples the posterior around the trained parameters has the precision
 N F + δ I = N (F + λ I), λ = δ/N: a damped Fisher. Its log-determinant gives the evidence of a prior, its inverse the
@@ -20,7 +20,7 @@ PRIORS = torch.logspace(-3, 3, 61).double()  # δ
 
 
 def observations(examples: int, rng: torch.Generator):
-    """A wave seen through noise, on both sides of a gap."""
+    """Return a noisy wave on both sides of a gap."""
     x = torch.empty(examples, 1).uniform_(1, 4, generator=rng).double()
     x[::2] *= -1
     return x, torch.sin(1.5 * x) + 0.3 * x + NOISE * torch.randn(examples, 1, generator=rng).double()
@@ -39,7 +39,7 @@ def main(out: Path, small: bool = False) -> dict:
     rng = torch.Generator().manual_seed(0)
     x, y = observations(60 if small else 160, rng)
     model, params = network(rng)
-    likelihood, kfac = ff.Gaussian(variance=NOISE**2), ff.kfac(damping_form="eigen")  # adds λI, no more
+    likelihood, kfac = ff.Gaussian(variance=NOISE**2), ff.kfac(damping_form="eigen")  # adds exactly λI
     ng = ff.natural_gradient(model, params, x, likelihood=likelihood, method=kfac, fisher="type2")
     params = train(ng, params, (x, y), prior=0.1, steps=60 if small else 400)
 
@@ -80,7 +80,7 @@ def train(ng, params, batch, prior: float, steps: int):
 
 
 def log_evidence(curvature, loss, params, examples: int, prior):
-    """Laplace's log p(data | δ), up to what does not depend on δ."""
+    """Return Laplace's log p(data | δ), up to terms that do not depend on δ."""
     size = sum(p.numel() for p in params.values())
     fit = -examples * loss - prior / 2 * ff.tree.dot(params, params)
     log_precision = size * math.log(examples) + curvature.logdet(prior / examples)

@@ -1,8 +1,8 @@
 """A physics-informed net: the heat equation u_t = c·u_xx by Adam, K-FAC and the exact natural gradient.
 
 The model returns residuals at points (t, x). It carries u and its derivatives through the layers together, so that
-layers stay layers; a Gaussian likelihood makes the loss half the residuals' mean square, and the exact natural gradient
-the Gauss-Newton step. One sees the losses, the solution, and where each net is wrong.
+layers are recognised. With a Gaussian likelihood the loss is half the mean square of the residuals, and the exact
+natural gradient is the Gauss-Newton step. The picture shows the losses, the solution, and the error of each net.
 """
 
 import sys
@@ -24,7 +24,7 @@ def jet(params, points):
     """The net's value, its derivatives by t and x, and the second by x, at every point: `[N, 4]`."""
     by_t, by_x, by_xx = (torch.tensor(d).to(points).expand_as(points) for d in ([1, 0], [0, 1], [0, 0]))
     h = torch.stack((points, by_t, by_x, by_xx), 1)
-    value = torch.tensor([[1], [0], [0], [0]]).to(points)  # the only one that a bias moves
+    value = torch.tensor([[1], [0], [0], [0]]).to(points)  # the only one that a bias changes
     for i in range(len(WIDTHS) - 1):
         if i > 0:
             y, y_t, y_x, y_xx = h.unbind(1)
@@ -35,7 +35,7 @@ def jet(params, points):
 
 
 def solution(params, points):
-    """Has the initial and the boundary values whatever the net is."""
+    """Impose the initial and the boundary values, for any net."""
     t, x = points.unbind(-1)
     return torch.sin(torch.pi * x) + t * x * (1 - x) * jet(params, points)[:, 0]
 
@@ -50,12 +50,12 @@ def residuals(params, points):
 
 
 def loss(params, points):
-    """What a Gaussian likelihood of variance one says of residuals that should be zero."""
+    """Return the loss of a Gaussian likelihood with variance one for residuals that should be zero."""
     return residuals(params, points).square().mean() / 2
 
 
 def natural(params, points, steps, method, damping):
-    """Natural gradients, each as long as the best of ten halvings says: parameters, losses, coverage."""
+    """Train by natural gradients with the best of ten halvings per step; return parameters, losses, coverage."""
     batch = (points, torch.zeros(len(points), 1).to(points))
     ng = ff.natural_gradient(residuals, params, points, likelihood=ff.Gaussian(), method=method, fisher="type2")
     state, losses = ng.init(params, damping=damping, ema=0.5), []
@@ -69,7 +69,7 @@ def natural(params, points, steps, method, damping):
 
 
 def adam(params, points, steps, lr):
-    """The same, of the same points."""
+    """Train by Adam on the same points."""
     params = {name: p.clone().requires_grad_() for name, p in params.items()}
     optimizer, losses = torch.optim.Adam(params.values(), lr=lr), []
     for _ in range(steps):
@@ -82,7 +82,7 @@ def adam(params, points, steps, lr):
 
 
 def main(out: Path, small: bool = False) -> dict:
-    """Train, print what came of it, draw `physics.png`."""
+    """Train, print the results, draw `physics.png`."""
     rng, params = torch.Generator().manual_seed(0), {}
     for i, (d_in, d_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
         params[f"{i}.weight"] = torch.randn(d_out, d_in, generator=rng, dtype=torch.float64) / d_in**0.5
@@ -102,14 +102,14 @@ def main(out: Path, small: bool = False) -> dict:
         seconds, u = time.perf_counter() - start, solution(found, grid)
         error = (u - truth).abs()
         print(f"{name}: {len(values)} steps in {seconds:.1f} s, loss {values[-1]:.1e}, error {error.max():.1e}\n{note}")
-        if name not in losses or values[-1] < losses[name][-1]:  # of Adam's rates the best
+        if name not in losses or values[-1] < losses[name][-1]:  # the best of Adam's learning rates
             losses[name], errors[name] = values, error
     draw(out / "physics.png", losses, errors, u)
     return {"losses": losses, "errors": {name: error.max().item() for name, error in errors.items()}}
 
 
 def draw(file: Path, losses: dict, errors: dict, u: torch.Tensor) -> None:
-    """Losses and solution above, errors below."""
+    """Draw losses and solution above, errors below."""
     figure, axes = plt.subplot_mosaic([["loss", "loss", "u"], list(errors)], figsize=(10, 6.2), layout="constrained")
     for name, values in losses.items():
         axes["loss"].loglog(range(1, len(values) + 1), values, color=COLOURS[name], label=name)

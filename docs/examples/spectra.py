@@ -1,7 +1,7 @@
 """Eigenvalues of the Fisher and of its approximations, for one layer of an autoencoder in training.
 
-A natural gradient divides by these numbers, damping added: where an approximation has them too large its steps are too
-short, where too small too long. One sees all eigenvalues of a layer's block, and by what factor the methods miss them.
+A natural gradient divides by these numbers plus the damping. If an approximation has them too large, its steps are too
+short; if too small, too long. The picture shows all eigenvalues of a layer's block, and their ratio to the true ones.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Training curves: SGD, Adam and three natural gradients on a small autoencoder, each with the best of four settings.
 
-Images of one bright spot each, made here. Every optimizer gets the same budget: four settings, the same batches. One
-sees the best run of each, and where all of them ended: the loss less the images' entropy, below which no net gets it.
+The images have one bright spot each. Every optimizer gets the same budget: four settings and the same batches. The
+picture shows the best run of each, and the final losses of all, minus the entropy of the images, a lower bound.
 """
 
 import sys
@@ -101,7 +101,7 @@ def draw(file: Path, runs: dict) -> None:
         ends = [curve[-10:].mean().item() for _, curve in each]
         right.semilogy([place] * len(ends), ends, "o", color=colour, markerfacecolor="none")
         right.semilogy(place, ends[0], "o", color=colour)
-    left.set(title="Best of four settings, mean of ten steps", xlabel="step", ylabel="loss − entropy, nats an image")
+    left.set(title="Best of four settings, mean of ten steps", xlabel="step", ylabel="loss − entropy, nats per image")
     left.legend()
     right.set(title="The last ten steps of all settings")
     right.set_xticks(range(len(runs)), runs)

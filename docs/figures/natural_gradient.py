@@ -24,7 +24,7 @@ import fisherfn as ff
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 GRADIENT, NATURAL, OTHER, QUIET = "#d55e00", "#009e73", "#0072b2", "#8a8a8a"
 FLOOR = 1e-9  # of the damping: as good as none
-KL = 0.005  # nats an example: how far the drawn ellipses reach
+KL = 0.005  # nats per example: size of the drawn ellipses
 
 generator = torch.Generator().manual_seed(3)
 X = 1 / 3 + 4 / 3 * torch.rand(200, generator=generator, dtype=torch.float64)

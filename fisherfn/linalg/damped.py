@@ -1,17 +1,17 @@
-r"""Damped inverses of Kronecker products and of sums of two, in the two forms that damping takes.
+r"""Damped inverses of Kronecker products and of sums of two, for both forms of damping.
 
-- **factored**: $(G + \frac{\sqrt\lambda}{\pi} I) \otimes (A + \pi \sqrt\lambda I)$, with π sharing λ out between the
+- **factored**: $(G + \frac{\sqrt\lambda}{\pi} I) \otimes (A + \pi \sqrt\lambda I)$, with π distributing λ between the
   factors (Martens & Grosse 2015, section 6.3); a second term is added undamped.
-- **eigen**: plus λI, in the eigenvectors of the (leading) term.
+- **eigen**: adds λI, in the eigenvectors of the (leading) term.
 
-A sum $G \otimes A + D \otimes C$ with a positive definite first term is solved by simultaneous diagonalisation: with
+A sum $G \otimes A + D \otimes C$ with a positive definite first term is inverted by simultaneous diagonalisation: with
 $K_A^\top A K_A = I$, $K_A^\top C K_A = \mathrm{diag}(w)$ and likewise for G and D,
 
 $$(G \otimes A + D \otimes C)^{-1}\, X = K_G \bigl[(K_G^\top X K_A) \oslash (1 + w_G w_A^\top)\bigr] K_A^\top .$$
 
-The second term is indefinite in general. Denominators below a floor are raised to it, which touches only the directions
-that they belong to and keeps the inverse SPD; how many were is counted. Absolute values of the spectra, as one meets
-them, would change every direction in which the two differ in sign.
+The second term is indefinite in general. Denominators below a floor are raised to it and counted. This changes only
+the affected directions and keeps the inverse SPD. Absolute values of the spectra, which are used elsewhere, would
+change every direction in which the two spectra differ in sign.
 
 k group, i input, o output.
 """
@@ -36,11 +36,11 @@ from fisherfn.types import Product
 
 DAMPING_FORMS = ("factored", "eigen")
 FLOOR = 0.1
-"""Of the denominators of a sum: no direction is amplified more than tenfold beyond what the leading term does."""
+"""Smallest denominator of a sum: no direction is amplified more than ten times as much as by the leading term."""
 
 
 class Rotated(NamedTuple):
-    """`Q_G [(Q_Gᵀ X Q_A) ∘ scale] Q_Aᵀ`: an inverse that is diagonal in some basis."""
+    """An inverse that is diagonal in a basis: `Q_G [(Q_Gᵀ X Q_A) ∘ scale] Q_Aᵀ`."""
 
     QA: Factor
     QG: Factor
@@ -48,19 +48,19 @@ class Rotated(NamedTuple):
 
 
 Inverse: TypeAlias = Pair | Rotated
-"""A pair of inverses, or one that is diagonal in some basis."""
+"""A pair of inverses, or an inverse that is diagonal in a basis."""
 
 Inverted: TypeAlias = tuple[Inverse, Tensor, dict[str, Tensor]]
-"""An inverse, whether it is sound, and what was measured."""
+"""An inverse, a mask that is true if it is valid, and diagnostics."""
 
 
 class Damping(NamedTuple):
     """A form of damping.
 
     Attributes:
-        empty: (identity of the block, damping) to the inverse that stands for I/λ.
-        one: (pair, damping) to the damped inverse.
-        two: (first, second, damping) to that of their sum.
+        empty: (identity of the block, damping) -> the inverse I/λ.
+        one: (pair, damping) -> the damped inverse.
+        two: (first, second, damping) -> the damped inverse of their sum.
     """
 
     empty: Callable[[Pair, Tensor], Inverse]
@@ -69,10 +69,10 @@ class Damping(NamedTuple):
 
 
 def damping_form(name: str, terms: int = 1, floor: float = FLOOR) -> Damping:
-    """The form of damping of this name, for so many terms.
+    """Return the form of damping with this name, for one or two terms.
 
     Raises:
-        UnknownNameError: another form.
+        UnknownNameError: an unknown form.
         HyperparameterError: a floor outside (0, 1].
     """
     if name not in DAMPING_FORMS:
@@ -88,7 +88,7 @@ def damping_form(name: str, terms: int = 1, floor: float = FLOOR) -> Damping:
 
 
 def apply(inverse: Inverse, grad: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """The inverse times a gradient."""
+    """Multiply a gradient by the inverse."""
     if isinstance(inverse, Pair):
         return kron.matvec(inverse.G, inverse.A, grad)
     rotated = kron.right(kron.left(kron.transpose(inverse.QG), grad), inverse.QA)
@@ -96,7 +96,7 @@ def apply(inverse: Inverse, grad: Float[Tensor, "k o i"]) -> Float[Tensor, "k o 
 
 
 def apply_tap(inverse: Inverse, tap: Tap, inner: bool) -> Product:
-    """The same from the loss tap: products with its rows instead of with the gradient."""
+    """Multiply the gradient of a loss tap by the inverse, using its rows instead of the gradient."""
     if isinstance(inverse, Pair):
         return kron.precondition_tap(inverse.G, inverse.A, tap, inner)
     rotated = kron.rotate_tap(inverse.QG, inverse.QA, tap)
@@ -109,10 +109,10 @@ def _back(inverse: Rotated, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]
 
 
 def logdet(inverse: Inverse) -> Float[Tensor, ""]:
-    r"""The log-determinant of an inverse, all groups together.
+    r"""Return the log-determinant of an inverse, all groups together.
 
-    Of a pair $d_{out} \log\det A^{-1} + d_{in} \log\det G^{-1}$; in a basis the sum of the scale's logarithms, and what
-    the basis itself adds where it is not orthonormal.
+    For a pair it is $d_{out} \log\det A^{-1} + d_{in} \log\det G^{-1}$. In a basis it is the sum of the scale's
+    logarithms, plus the contribution of the basis if it is not orthonormal.
     """
     if isinstance(inverse, Pair):
         i, o = inverse.A.shape[-1], inverse.G.shape[-1]
@@ -130,7 +130,7 @@ def _logdet(F: Factor, absolute: bool = False) -> Float[Tensor, " k"]:
 
 
 def eigenvalues(pair: Pair) -> Float[Tensor, "k o i"]:
-    """`s rᵀ` of a product of two PSD factors."""
+    """Return the eigenvalues `s rᵀ` of a product of two PSD factors."""
     return psd_eigh(pair.G).values.unsqueeze(-1) * psd_eigh(pair.A).values.unsqueeze(-2)
 
 
@@ -138,18 +138,18 @@ def eigenvalues(pair: Pair) -> Float[Tensor, "k o i"]:
 
 
 def empty_pair(eye: Pair, damping: Tensor) -> Pair:
-    """I/√λ twice."""
+    """Return I/√λ for both factors."""
     return Pair(eye.A / damping.sqrt(), eye.G / damping.sqrt())
 
 
 def empty_rotated(eye: Pair, damping: Tensor) -> Rotated:
-    """I/λ in the standard basis."""
+    """Return I/λ in the standard basis."""
     (k, i), o = eye.A.shape[:1] + eye.A.shape[-1:], eye.G.shape[-1]
     return Rotated(eye.A, eye.G, eye.A.new_ones(k, o, i) / damping)
 
 
 def factored(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
-    """`(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`, by Cholesky."""
+    """Return `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`, by Cholesky."""
     shift_A, shift_G = shares(pair, damping)
     A, G = damped_inverse(pair.A, shift_A), damped_inverse(pair.G, shift_G)
     measured = {"jitter": torch.maximum(A.jitter, G.jitter), "condition": (A.condition * G.condition).amax()}
@@ -157,13 +157,13 @@ def factored(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
 
 
 def shares(pair: Pair, damping: Float[Tensor, ""]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """π√λ for A and √λ/π for G."""
+    """Return π√λ for A and √λ/π for G."""
     pi, root = kron.pi(pair.A, pair.G), damping.sqrt()
     return pi * root, root / pi
 
 
 def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
-    """`1 / (s rᵀ + λ)` in the eigenvectors of G and A."""
+    """Return `1 / (s rᵀ + λ)` in the eigenvectors of G and A."""
     r, s = psd_eigh(pair.A), psd_eigh(pair.G)
     denominator = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
     ok = r.ok & s.ok & (denominator > 0).all()
@@ -175,7 +175,7 @@ def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
 
 
 def factored_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: float = FLOOR) -> Inverted:
-    """Simultaneous diagonalisation of the damped first term and the second."""
+    """Invert a sum by simultaneous diagonalisation of the damped first term and the second."""
     shift_A, shift_G = shares(first, damping)
     A, G = _pencil(first.A, second.A, shift_A), _pencil(first.G, second.G, shift_G)
     ratio = 1 + G.values.unsqueeze(-1) * A.values.unsqueeze(-2)
@@ -189,9 +189,9 @@ def factored_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: f
 
 
 def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: float = FLOOR) -> Inverted:
-    """The first term's eigenvalues, the second's diagonal in its eigenvectors, and λ; no more than one basis allows.
+    """Invert the eigenvalues of the first term plus the second term's diagonal in its eigenvectors plus λ.
 
-    λI and two terms have no common diagonalisation, so here the second term loses what lies beside its diagonal.
+    λI and two terms have no common diagonalisation, so the off-diagonal part of the second term is dropped.
     """
     r, s = psd_eigh(first.A), psd_eigh(first.G)
     base = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
@@ -216,7 +216,7 @@ class _Pencil(NamedTuple):
 
 
 def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pencil:
-    """K with `Kᵀ(M + δI)K = I` and `KᵀNK` diagonal; δ is floored as in `damped_inverse`."""
+    """Return K with `Kᵀ(M + δI)K = I` and `KᵀNK` diagonal; δ has the floor of `damped_inverse`."""
     shift, jitter = floored(first, damping)
     if kron.is_diagonal(first):
         damped = first + shift.unsqueeze(-1)
@@ -232,5 +232,5 @@ def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pen
 
 
 def diagonal_in(Q: Factor, M: Factor) -> Float[Tensor, "k d"]:
-    """The diagonal of `QᵀMQ`."""
+    """Return the diagonal of `QᵀMQ`."""
     return M if kron.is_diagonal(M) else (Q * (M @ Q)).sum(-2)

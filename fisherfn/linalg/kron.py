@@ -1,9 +1,9 @@
 """Kronecker products and their sums, on matrices: `G ⊗ A` acts as `W ↦ G W A` (A and G symmetric).
 
-A factor is a batch of matrices `[k d d]`, or where it is too wide for that, their diagonals `[k d]`.
+A factor is a batch of matrices `[k d d]` or, if it is too wide, their diagonals `[k d]`.
 
-A gradient is either a matrix `W` or, cheaper for wide layers, the loss tap whose mean it is:
-`∇ = 1/N Σ g aᵀ`, so `L ∇ R = 1/N Σ (L g)(Rᵀ a)ᵀ` gives gradient and products in one go.
+A gradient is either a matrix `W` or, cheaper for wide layers, a loss tap with `∇ = 1/N Σ g aᵀ`. Then
+`L ∇ R = 1/N Σ (L g)(Rᵀ a)ᵀ` computes gradient and products at once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Factor: TypeAlias = Tensor
 
 
 DIAGONAL_ABOVE = 8192
-"""Width at which a factor and its inverse hold half a gigabyte in single precision."""
+"""Width at which a factor and its inverse take half a gigabyte in single precision."""
 
 
 class Pair(NamedTuple):
     """One Kronecker product `G ⊗ A`."""
 
-    A: Factor  # input side, [k i i], or where it is wide its diagonal [k i]
+    A: Factor  # input side, [k i i], or its diagonal [k i] if it is wide
     G: Factor  # output side, likewise
 
 
@@ -42,29 +42,29 @@ class Sum(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """Which factors of a block are kept as diagonals."""
+    """Flags for the factors of a block that are kept as diagonals."""
 
     A: bool
     G: bool
 
 
 def forms(shape: Shape, limit: int = DIAGONAL_ABOVE) -> Forms:
-    """Diagonal where a factor is wider than the limit; the input factor of one-hot rows at any width."""
+    """Return diagonal forms for factors wider than the limit, and for the input factor of one-hot rows."""
     return Forms(shape.one_hot or shape.i > limit, shape.o > limit)
 
 
 def forms_of(pair: Pair) -> Forms:
-    """How the factors are kept."""
+    """Return the forms in which the factors are kept."""
     return Forms(is_diagonal(pair.A), is_diagonal(pair.G))
 
 
 def zeros(eye: Pair) -> Pair:
-    """A pair of zeros of the same shapes."""
+    """Return a pair of zeros of the same shapes."""
     return Pair(torch.zeros_like(eye.A), torch.zeros_like(eye.G))
 
 
 def identity(shape: Shape, form: Forms, dtype: torch.dtype, device: torch.device) -> Pair:
-    """`I ⊗ I` for a block."""
+    """Return `I ⊗ I` for a block."""
 
     def eye(width: int, diagonal: bool) -> Tensor:
         if diagonal:
@@ -75,79 +75,79 @@ def identity(shape: Shape, form: Forms, dtype: torch.dtype, device: torch.device
 
 
 def apply(pairs: Sequence[Pair], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """`Σ_r G_r W A_r`."""
+    """Return `Σ_r G_r W A_r`."""
     terms = [matvec(pair.G, pair.A, W) for pair in pairs]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 def dot(x: Factor, y: Factor) -> Float[Tensor, " k"]:
-    """`⟨x, y⟩` of two factors kept in the same form; sums of rows in float64."""
+    """Return `⟨x, y⟩` of two factors kept in the same form; sums of rows are in float64."""
     by_row = (x * y).sum(-1).double()
     return by_row if is_diagonal(x) else by_row.sum(-1)
 
 
 def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:
-    """Frobenius inner product of two sums of Kronecker products: `Σ_rs ⟨A_r, A_s⟩ ⟨G_r, G_s⟩`."""
+    """Return the Frobenius inner product of two sums of products: `Σ_rs ⟨A_r, A_s⟩ ⟨G_r, G_s⟩`."""
     return torch.stack([dot(x.A, y.A) * dot(x.G, y.G) for x in xs for y in ys]).sum(0)
 
 
 def trace(pairs: Sequence[Pair]) -> Float[Tensor, ""]:
-    """`Σ_r tr A_r tr G_r`, all groups together."""
+    """Return `Σ_r tr A_r tr G_r`, all groups together."""
     return torch.stack([(diagonal(p.A).sum(-1) * diagonal(p.G).sum(-1)).sum() for p in pairs]).sum()
 
 
 def times(x: Factor, scalar: Float[Tensor, " k"]) -> Factor:
-    """Each group's factor by its own number."""
+    """Multiply the factor of each group by its own number."""
     return x * scalar.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def matvec(G: Factor, A: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """`(G ⊗ A) W = G W A`."""
+    """Return `(G ⊗ A) W = G W A`."""
     return right(left(G, W), A)
 
 
 def left(G: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """`G W`."""
+    """Return `G W`."""
     return G.unsqueeze(-1) * W if is_diagonal(G) else G @ W
 
 
 def right(W: Float[Tensor, "k o i"], A: Factor) -> Float[Tensor, "k o i"]:
-    """`W A`."""
+    """Return `W A`."""
     return W * A.unsqueeze(-2) if is_diagonal(A) else W @ A
 
 
 def transpose(F: Factor) -> Factor:
-    """`Fᵀ`."""
+    """Return `Fᵀ`."""
     return F if is_diagonal(F) else F.mT
 
 
 def is_diagonal(F: Factor) -> bool:
-    """Whether only the diagonal is kept."""
+    """Return True if only the diagonal is kept."""
     return F.ndim == 2
 
 
 def diagonal(F: Factor) -> Float[Tensor, "k d"]:
-    """The diagonal, however the factor is kept."""
+    """Return the diagonal of a factor in either form."""
     return F if is_diagonal(F) else F.diagonal(dim1=-2, dim2=-1)
 
 
 def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
-    r"""How the damping is shared out: $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$.
+    r"""Return $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, which distributes the damping.
 
-    It balances the two factors' scales (Martens & Grosse 2015, section 6.3); 1 where a factor is zero.
+    It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero.
     """
     a, g = diagonal(A).mean(-1), diagonal(G).mean(-1)
     return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0)
 
 
 def precondition_tap(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
-    r"""`G ∇ A` for the gradient of a loss tap, with ⟨∇, G ∇ A⟩ when asked for; ∇ is never formed.
+    r"""Return `G ∇ A` for the gradient of a loss tap, with ⟨∇, G ∇ A⟩ if requested; ∇ is never formed.
 
-    The inner product is `1/N² Σ (g Gᵀ gᵀ) ∘ (a A aᵀ)` where rows are few, else `1/N Σ (g G∇A) ∘ a`.
+    The inner product is `1/N² Σ (g Gᵀ gᵀ) ∘ (a A aᵀ)` for few rows, else `1/N Σ (g G∇A) ∘ a`.
     """
     g, a = _flat_rows(tap, A.dtype)
     g_hat, a_hat = right(g, G), right(a, A)
-    n = max(tap.sizes.n, 1)  # of no example the sum is empty
+    n = max(tap.sizes.n, 1)  # without examples the sum is empty
     W = rows.product(g_hat.mT, a_hat, 1 / n)
     if not inner:
         return Product(W, ())
@@ -158,19 +158,19 @@ def precondition_tap(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
 
 
 def rotate_tap(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
-    """`Lᵀ ∇ R` for the gradient of a loss tap."""
+    """Return `Lᵀ ∇ R` for the gradient of a loss tap."""
     g, a = _flat_rows(tap, R.dtype)
     return rows.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
 
 
 def factored_is_cheaper(sizes: Sizes) -> bool:
-    """Whether `G ∇ A` costs less from the rows: with M of them `M(o² + i² + oi)`, as a matrix `Moi + o²i + oi²`."""
+    """Return True if `G ∇ A` is cheaper from M rows, `M(o² + i² + oi)`, than as a matrix, `Moi + o²i + oi²`."""
     m, o, i = sizes.n * sizes.t, sizes.o, sizes.i
     return m * (o * o + i * i) < o * i * (o + i)
 
 
 def _flat_rows(tap: Tap, dtype: torch.dtype) -> tuple[Float[Tensor, "k rows o"], Float[Tensor, "k rows i"]]:
-    """Output-gradients and inputs as rows: the gradient is `1/N gᵀ a`."""
+    """Return output-gradients and inputs as rows: the gradient is `1/N gᵀ a`."""
     k, s, n, t, o, i = tap.sizes
     g = tap.g.sum(1) if s > 1 else tap.g.squeeze(1)
     return g.reshape(k, n * t, o).to(dtype), rows.dense(tap.a).reshape(k, n * t, i).to(dtype)

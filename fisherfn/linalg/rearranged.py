@@ -6,20 +6,20 @@ distance to Kronecker products into the distance to matrices of rank one: $\|F -
 
 $$Z\,V = \frac1N \sum_{sn} W_{sn}^\top V W_{sn}, \qquad Z^\top U = \frac1N \sum_{sn} W_{sn} U W_{sn}^\top .$$
 
-Three routes to the same maps; shapes alone choose:
+There are three ways to compute these maps; the shapes select one:
 
 - **Gram** (one position): $Z = \frac1N \sum_n \mathrm{vec}(a_n a_n^\top) \mathrm{vec}(\Gamma_n)^\top$ with
-  $\Gamma_n = \sum_s g_{sn} g_{sn}^\top$ has rank N, so U and V are coefficients of these N matrices and Z is two N×N
-  Gram matrices, whatever the number of draws: an iteration costs next to nothing. In float64, as entries are fourth
-  powers.
+  $\Gamma_n = \sum_s g_{sn} g_{sn}^\top$ has rank N, so U and V are coefficients of these N matrices and Z is given by
+  two N×N Gram matrices, for any number of samples. An iteration is then almost free. It uses float64, because entries
+  are fourth powers.
 - **factored** (few positions): $W^\top V W = a^\top (g V g^\top) a$.
-- **matrices** (many positions): the $W_{sn}$ are made first.
+- **matrices** (many positions): the $W_{sn}$ are formed first.
 
-A factor that is kept as a diagonal makes its side diagonal: Z is then projected on such matrices, and what is found is
-best among them. Every iterate is symmetrised: F is symmetric, so its singular pairs are symmetric or antisymmetric, and
-the latter are no curvature (they do occur over shared positions).
+If a factor is kept as a diagonal, Z is projected on diagonal matrices on that side, and the result is the best one of
+this form. Every iterate is symmetrised: F is symmetric, so its singular pairs are symmetric or antisymmetric, and the
+latter are no curvature (they occur with shared positions).
 
-k group, s draw, n example, m example and draw, t and u positions, i input, o output.
+k group, s sample, n example, m example and sample, t and u positions, i input, o output.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from fisherfn.linalg.kron import Factor, Forms, Pair
 from fisherfn.taps import AnyTap, Mean, Sizes, Tap, example_matrices, matrix_windows
 
 Element: TypeAlias = Tensor
-"""A symmetric matrix of one side: itself (or its diagonal), or its coefficients `[k n]` in the Gram route."""
+"""A symmetric matrix of one side: the matrix (or its diagonal), or its coefficients `[k n]` with Gram matrices."""
 
 JOINED = 1 << 24
-"""Numbers that the Gram matrices of blocks that are iterated on together may hold: 128 MiB."""
+"""Largest size of the Gram matrices of blocks that are iterated on together, in numbers: 128 MiB."""
 
 KEPT = 1 << 26
-"""Numbers that the per-example gradients of a layer may hold to be kept over the iterations: 256 MiB in float32."""
+"""Largest size of per-example gradients that are kept during the iterations, in numbers: 256 MiB in float32."""
 
 
 class Rearranged(NamedTuple):
     """Z as a pair of maps between elements, U on the input side and V on the output side.
 
-    The dual y' of an element makes the Frobenius inner product ⟨x, y⟩ a sum of x·y': matrices are their own. The maps
-    take duals, which an iteration needs anyway.
+    The dual y' of an element y gives the Frobenius inner product ⟨x, y⟩ as a sum of x·y'. A matrix is its own dual. The
+    maps take duals, which an iteration needs anyway.
 
     Attributes:
-        left: V' to `Z V`.
-        right: U' to `Zᵀ U`.
-        left_dual: U to U'.
-        right_dual: V to V'.
-        start: 0 or 1 to a generic V.
-        rounding: relative length at which an element is rounding.
+        left: V' -> `Z V`.
+        right: U' -> `Zᵀ U`.
+        left_dual: U -> U'.
+        right_dual: V -> V'.
+        start: 0 or 1 -> a generic V.
+        rounding: relative norm below which an element is treated as zero.
     """
 
     left: Callable[[Element], Element]
@@ -72,13 +72,13 @@ class Rearranged(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A layer's Z, and what its elements are as matrices.
+    """The Z of a layer, and the conversion of its elements to matrices.
 
     Attributes:
         Z: the maps.
-        pair: (U, V) as a Kronecker product; how its scale and sign are shared out is left to `recompressed`.
-        moments: K-FAC's A and G as elements, given as matrices.
-        grams: the two Gram matrices of that route.
+        pair: (U, V) -> a Kronecker product; `recompressed` distributes its scale and sign.
+        moments: converts the A and G of K-FAC from matrices to elements.
+        grams: the two Gram matrices, if they are used.
     """
 
     Z: Rearranged
@@ -88,13 +88,13 @@ class Block(NamedTuple):
 
 
 def rearranged(tap: AnyTap, guess: Sequence[Pair], mean: Mean, whole: bool) -> Block:
-    """A layer's block.
+    """Build the rearranged block of a layer.
 
     Args:
-        tap: the layer's statistics.
-        guess: pairs with whose sum to start; a side that is diagonal in them stays so.
-        mean: how a moment is taken over the examples.
-        whole: whether `mean` is that of one batch held as a whole, so that examples may meet each other.
+        tap: the statistics of the layer.
+        guess: pairs whose sum is the start of the iteration; a diagonal side stays diagonal.
+        mean: computes a moment over the examples.
+        whole: True if `mean` covers one batch held as a whole, so that examples may be multiplied with each other.
     """
     form = kron.forms_of(guess[0])
     if _has_grams(tap, whole):
@@ -104,7 +104,7 @@ def rearranged(tap: AnyTap, guess: Sequence[Pair], mean: Mean, whole: bool) -> B
 
 
 def alike(taps: Mapping[str, AnyTap], whole: bool) -> list[list[str]]:
-    """The blocks in lists that `joined` takes: in the Gram route those of as many examples, else each alone."""
+    """Group the blocks for `joined`: those with Gram matrices of equal size together, each other one alone."""
     lists: list[list[str]] = []
     latest: dict[int, list[str]] = {}
     for key, tap in taps.items():
@@ -120,14 +120,14 @@ def alike(taps: Mapping[str, AnyTap], whole: bool) -> list[list[str]]:
 
 
 def joined(blocks: Sequence[Block]) -> Rearranged:
-    """Z of alike blocks, group after group: an iteration of small matrices costs little more for many than for one."""
+    """Stack the Z of blocks with Gram matrices of equal size; one iteration then serves all of them."""
     if len(blocks) == 1:
         return blocks[0].Z
     return _of_grams(*(torch.cat(side) for side in zip(*(block.grams or () for block in blocks), strict=True)))
 
 
 def deflated(Z: Rearranged, u: Element, v: Element) -> Rearranged:
-    """`Z − u vᵀ`: what is left of the block beside a Kronecker product."""
+    """Return `Z − u vᵀ`, the residual of the block without a Kronecker product."""
 
     def left(dual_V: Element) -> Element:
         return Z.left(dual_V) - kron.times(u, kron.dot(v, dual_V))
@@ -160,7 +160,7 @@ def _by_gram(tap: Tap, form: Forms) -> Block:
 
 
 def _of_grams(K_a: Float[Tensor, "k n n"], K_g: Float[Tensor, "k n n"]) -> Rearranged:
-    """In coefficients of `a_n a_nᵀ` and of `Γ_n/n` both maps are the identity: all is in the duals."""
+    """Return Z in coefficients of `a_n a_nᵀ` and `Γ_n/n`: both maps are the identity, the duals do the work."""
     ones = torch.ones_like(K_a[..., 0])
     count = torch.arange(ones.shape[-1], dtype=ones.dtype, device=ones.device)
     return Rearranged(
@@ -169,30 +169,30 @@ def _of_grams(K_a: Float[Tensor, "k n n"], K_g: Float[Tensor, "k n n"]) -> Rearr
         left_dual=lambda c: _times(K_a, c),
         right_dual=lambda d: _times(K_g, d),
         start=lambda which: ones * (1.25 + torch.cos((1 + which) * count)),  # positive, generic
-        rounding=1e-7,  # lengths are roots of quadratic forms of a matrix that may be singular
+        rounding=1e-7,  # norms are roots of quadratic forms of a possibly singular matrix
     )
 
 
 def _times(K: Float[Tensor, "k n n"], x: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-    return (x.unsqueeze(-2) @ K).squeeze(-2)  # K is symmetric; many products with columns are six times slower
+    return (x.unsqueeze(-2) @ K).squeeze(-2)  # K is symmetric; products with columns are six times slower
 
 
 def _input_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
-    """`⟨a_n a_nᵀ, a_m a_mᵀ⟩`, or of the diagonals."""
+    """Return `⟨a_n a_nᵀ, a_m a_mᵀ⟩`, or the same of the diagonals."""
     if isinstance(tap.a, rows.OneHot):
         return rows.gram(tap.a).double()
-    a = rows.dense(tap.a).squeeze(2).double()  # exact, so that no rounding makes the matrix indefinite
+    a = rows.dense(tap.a).squeeze(2).double()  # in float64, so that numerical noise does not make the matrix indefinite
     return a.square() @ a.square().mT if diagonal else (a @ a.mT).square()
 
 
 def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
-    """`⟨Γ_n, Γ_m⟩` of `Γ_n = Σ_s g gᵀ`, or of the diagonals: by pairs of draws or by rows of Γ, as is cheaper."""
+    """Return `⟨Γ_n, Γ_m⟩` of `Γ_n = Σ_s g gᵀ`, or of the diagonals, from pairs of samples or from rows of Γ."""
     k, s, n, _, o, _ = tap.sizes
     g = tap.g.squeeze(3).double()
     if diagonal:
         squares = g.square().sum(1)
         return squares @ squares.mT
-    if s * s <= s * o + o:  # in units of n² o: the pairs against Γ's n s o² (n ~ o) and its own products
+    if s * s <= s * o + o:  # in units of n² o: pairs of samples against forming Γ, n s o² (n ~ o), and its products
         pairs = ((g[:, r] @ g[:, q].mT).square() for r in range(s) for q in range(s))
         return reduce(operator.add, pairs)
     step = max(1, KEPT // (k * n * o))
@@ -201,7 +201,7 @@ def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
 
 
 def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Factor:
-    """`Σ_n c_n a_n a_nᵀ`, or its diagonal."""
+    """Return `Σ_n c_n a_n a_nᵀ`, or its diagonal."""
     weights = c.to(tap.g.dtype)
     if diagonal:
         return rows.outer(weights[..., None, None], rows.squared(tap.a)).squeeze(1)
@@ -210,7 +210,7 @@ def _weighted_inputs(tap: Tap, c: Float[Tensor, "k n"], diagonal: bool) -> Facto
 
 
 def _weighted_outputs(tap: Tap, d: Float[Tensor, "k n"], diagonal: bool) -> Factor:
-    """`Σ_n d_n Γ_n`, or its diagonal."""
+    """Return `Σ_n d_n Γ_n`, or its diagonal."""
     g, weights = tap.g.squeeze(3), d.to(tap.g.dtype)[:, None, :, None]
     if diagonal:
         return (weights * g.square()).sum((1, 2))
@@ -221,7 +221,7 @@ def _weighted_outputs(tap: Tap, d: Float[Tensor, "k n"], diagonal: bool) -> Fact
 
 
 class _Maps(NamedTuple):
-    """A way to make the sums over examples: pieces of a tap, and both maps of one piece."""
+    """Functions for sums over examples: the pieces of a tap, and both maps of one piece."""
 
     pieces: Callable[[AnyTap], Iterable[Any]]
     left: Callable[[Any, Factor, Forms], Factor]
@@ -252,7 +252,7 @@ def _by_maps(tap: AnyTap, form: Forms, guess: Factor, mean: Mean, whole: bool) -
 
 
 def _start(guess: Factor, which: int) -> Factor:
-    """The guess, and a little of every direction, so that no pair is out of reach; the second is generic alone."""
+    """Return the guess plus a small part of every direction; the second start vector is only generic."""
     o = guess.shape[-1]
     ramp = torch.arange(1, o + 1, dtype=guess.dtype, device=guess.device)
     if kron.is_diagonal(guess):
@@ -266,7 +266,7 @@ def _start(guess: Factor, which: int) -> Factor:
 
 
 def _factored_is_cheaper(tap: AnyTap) -> bool:
-    """Whether `aᵀ(gVgᵀ)a` costs less than `WᵀVW`, by multiplications; one-hot rows have no W to speak of."""
+    """Return True if `aᵀ(gVgᵀ)a` needs fewer multiplications than `WᵀVW`, or if the rows are one-hot."""
     _, _, _, t, o, i = tap.sizes
     if isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
         return True
@@ -284,14 +284,14 @@ def _matrices_of(sizes: Sizes) -> int:
 
 
 def _made(tap: AnyTap) -> Iterable[Tap]:
-    """Windows with `a` as a tensor, or one-hot."""
+    """Yield windows with `a` as a tensor, or one-hot."""
     for part in tap.windows():
         made = _float(part)
         yield made if isinstance(made.a, rows.OneHot) else Tap(rows.dense(made.a), made.g)
 
 
 def _left_factored(tap: Any, V: Factor, form: Forms) -> Factor:
-    """`Σ aᵀ (g V gᵀ) a`."""
+    """Return `Σ aᵀ (g V gᵀ) a`."""
     gV = tap.g * V[:, None, None, None] if form.G else tap.g @ V[:, None, None]
     M = torch.einsum("ksnto,ksnuo->kntu", gV, tap.g)
     if isinstance(tap.a, rows.OneHot):
@@ -303,7 +303,7 @@ def _left_factored(tap: Any, V: Factor, form: Forms) -> Factor:
 
 
 def _right_factored(tap: Any, U: Factor, form: Forms) -> Factor:
-    """`Σ gᵀ (a U aᵀ) g`."""
+    """Return `Σ gᵀ (a U aᵀ) g`."""
     if isinstance(tap.a, rows.OneHot):
         M = rows.times(tap.a, U.unsqueeze(-1)) * rows.alike(tap.a)
     else:
@@ -315,19 +315,19 @@ def _right_factored(tap: Any, U: Factor, form: Forms) -> Factor:
 
 
 def _matrices(tap: AnyTap) -> Iterable[Float[Tensor, "k o m i"]]:
-    """W of some examples, in the layout in which both maps are plain products."""
+    """Yield W of some examples, in the layout in which both maps are plain products."""
     for part in matrix_windows(tap):
         yield example_matrices(_float(part)).flatten(0, 1).permute(1, 2, 0, 3).contiguous()
 
 
 def _left_matrices(W: Float[Tensor, "k o m i"], V: Factor, form: Forms) -> Factor:
-    """`Σ Wᵀ V W`."""
+    """Return `Σ Wᵀ V W`."""
     VW = kron.left(V, W.flatten(2)).reshape(W.shape)
     return (W * VW).sum((1, 2)) if form.A else W.flatten(1, 2).mT @ VW.flatten(1, 2)
 
 
 def _right_matrices(W: Float[Tensor, "k o m i"], U: Factor, form: Forms) -> Factor:
-    """`Σ W U Wᵀ`."""
+    """Return `Σ W U Wᵀ`."""
     WU = kron.right(W.flatten(1, 2), U).reshape(W.shape)
     return (WU * W).sum((2, 3)) if form.G else WU.flatten(2) @ W.flatten(2).mT
 
@@ -341,13 +341,13 @@ def _symmetric(x: Factor, diagonal: bool) -> Factor:
 
 
 def _float(tap: Any) -> Any:
-    """At least float32, whatever the model's dtype."""
+    """Cast to at least float32, whatever the dtype of the model."""
     dtype = tap.window(slice(0, 1)).whole().g.dtype
     return tap.to(torch.promote_types(dtype, torch.float32))
 
 
 def overlap(pairs: Sequence[Pair], tap: AnyTap) -> tuple[Tensor, Tensor]:
-    """`⟨F, F̂⟩` and `‖F̂‖²` of a block and a sum of Kronecker products, neither of them formed."""
+    """Return `⟨F, F̂⟩` and `‖F̂‖²` of a block and a sum of Kronecker products, without forming either."""
     Z = _by_maps(tap, kron.forms_of(pairs[0]), pairs[0].G, lambda moment, whole: moment(whole), whole=True)
     products = torch.stack([kron.dot(Z.left(pair.G), pair.A) for pair in pairs])
     return products.sum(), kron.inner(pairs, pairs).sum()

@@ -1,6 +1,7 @@
 """Damping and inverses of symmetric matrices, batched over groups and safe under `torch.vmap`.
 
-Nothing raises on values: a failed factorisation is a mask, and `cholesky_ex` serves all members of a vmapped step.
+Invalid values do not raise: a failed factorisation sets a mask, and `cholesky_ex` works for all members of a vmapped
+step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
 class Inverted(NamedTuple):
-    """An inverse, whether it is one, how much was added to the diagonal beyond the damping, and `condition` of it."""
+    """An inverse, a mask that is true if it is valid, the jitter added beyond the damping, and its `condition`."""
 
     inverse: Factor
     ok: Bool[Tensor, ""]
@@ -26,9 +27,10 @@ class Inverted(NamedTuple):
 def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
     r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky, or of diagonals entry by entry.
 
-    The damping is floored at the working precision of M, $\epsilon\,\mathrm{tr} M$: what is smaller than M's own
-    rounding cannot make it positive definite. The floor costs nothing, where a ladder of retries costs a
-    factorisation a rung (and cannot stop early under vmap); what it added is reported as jitter.
+    The damping is at least the working precision of M, $\epsilon\,\mathrm{tr} M$, because a smaller number is below the
+    numerical noise of M and cannot make it positive definite. This floor costs nothing. Retries with increasing
+    damping would cost one factorisation per attempt, and could not stop early under vmap. The increase is reported
+    as jitter.
     """
     shift, jitter = floored(matrix, damping)
     if is_diagonal(matrix):
@@ -40,31 +42,31 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
 
 
 def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
-    """The damping, at least the matrix's working precision; and the most that this added."""
+    """Return the damping, at least the working precision of the matrix, and the largest increase."""
     shift = torch.maximum(damping.to(matrix.dtype), torch.finfo(matrix.dtype).eps * diagonal(matrix).sum(-1))
     return shift, (shift - damping).amax()
 
 
 def condition(factor: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k"]:
-    """A lower bound on the condition number of `LLᵀ`: the spread of L's squared diagonal. It costs nothing."""
+    """Return a free lower bound on the condition number of `LLᵀ`: the spread of the squared diagonal of L."""
     return spread(factor.diagonal(dim1=-2, dim2=-1).square())
 
 
 def spread(values: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
-    """The largest over the smallest: the condition number of a diagonal."""
+    """Return the ratio of the largest to the smallest value: the condition number of a diagonal."""
     return values.amax(-1) / values.amin(-1)
 
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:
-    """`M + shift · I` for each matrix of the batch."""
+    """Return `M + shift · I` for each matrix of the batch."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return matrix + shift[:, None, None] * eye
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (ascending, zero where they are rounding noise) and eigenvectors (columns).
+    """Eigenvalues (ascending, numerical noise set to zero) and eigenvectors (columns).
 
-    A diagonal's are its entries in their own order, and the identity as a diagonal.
+    For a diagonal they are its entries in their own order, and the identity as a diagonal.
     """
 
     values: Float[Tensor, "k d"]
@@ -73,20 +75,20 @@ class Spectrum(NamedTuple):
 
 
 def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
-    """Eigenvalues (ascending) and eigenvectors of finite symmetric matrices, computed in float64.
+    """Compute eigenvalues (ascending) and eigenvectors of finite symmetric matrices, in float64.
 
-    In float32 LAPACK's divide and conquer now and then returns NaN for sound matrices of low rank with rows of zeros,
-    which is what dead units make of a layer's factors.
+    In float32, LAPACK's divide and conquer occasionally returns NaN for valid matrices of low rank with rows of zeros,
+    such as the factors of layers with dead units.
     """
     values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def psd_eigh(matrix: Factor) -> Spectrum:
-    r"""Eigendecomposition of PSD matrices; a non-finite one counts as not ok and decomposes the identity instead.
+    r"""Decompose PSD matrices; for a non-finite one, set the mask and decompose the identity instead.
 
-    Eigenvalues below $d\,\epsilon\,\lambda_{max}$ are set to zero: their sign and size are rounding, and an inverse
-    would blow them up where the damping does not cover them.
+    Eigenvalues below $d\,\epsilon\,\lambda_{max}$ are set to zero: their sign and size are numerical noise, which an
+    inverse would amplify if the damping is small.
     """
     ok = torch.isfinite(matrix.sum())
     if is_diagonal(matrix):

@@ -1,13 +1,13 @@
-r"""Nearest Kronecker products and sums, in the Frobenius norm: leading singular triplets of the rearranged block.
+r"""Best Kronecker approximations in the Frobenius norm: leading singular triplets of the rearranged block.
 
-From a start $q_1$ the vectors $q_j$ are $Z^\top Z\, q_{j-1}$, orthonormalised against all before: the right vectors of
-Golub & Kahan's bidiagonalisation (1965), whose span holds what power iteration finds and all that it throws away.
-Without reorthogonalisation converged triplets come back as copies; against the q it is enough (Simon & Zha 2000). The
-eigenpairs (σ², y) of $T = (ZQ)^\top ZQ$ give the best triplets of the space, $v = Q y$ and $\sigma u = Z Q y$.
+From a start $q_1$ the vectors $q_j$ are $Z^\top Z\, q_{j-1}$, orthonormalised against all previous ones: the right
+vectors of Golub & Kahan's bidiagonalisation (1965), whose span contains the result of power iteration. Without
+reorthogonalisation converged triplets return as copies; against the q is enough (Simon & Zha 2000). The eigenpairs
+(σ², y) of $T = (ZQ)^\top ZQ$ give the best triplets of the space, $v = Q y$ and $\sigma u = Z Q y$.
 
-One start finds one direction of every singular value: where its space is exhausted, a second start goes on, so that two
-equal singular values are two triplets. Steps are a fixed number, as nothing may depend on values; what is exhausted for
-good goes on as zeros.
+One start finds only one direction per singular value. When its space is exhausted, a second start vector continues, so
+that two equal singular values give two triplets. The number of steps is fixed, because nothing may depend on values; a
+space that stays exhausted continues with zeros.
 
 k group, j step, r term.
 """
@@ -27,7 +27,7 @@ from fisherfn.linalg.rearranged import Element, Rearranged
 
 
 class Triplet(NamedTuple):
-    """A singular triplet as `u vᵀ` with `u = Z v`, v of length 1; σ², and how far it is from one, relative to σ."""
+    """A singular triplet `u vᵀ` with `u = Z v` and v of length 1; σ², and the residual relative to σ."""
 
     u: Element
     v: Element
@@ -38,17 +38,17 @@ class Triplet(NamedTuple):
 def leading(
     Z: Rearranged, steps: int, rank: int = 1, after: tuple[Triplet, Triplet] | None = None
 ) -> tuple[Triplet, ...]:
-    """The `rank` (one or two) leading triplets by so many steps, at least as many as triplets.
+    """Compute the `rank` (one or two) leading triplets.
 
     Args:
         Z: the block.
-        steps: how often Z and its transpose are applied.
-        rank: how many are wanted.
-        after: a triplet that is known, to which the others are orthogonal, and a guess of the next, to start from.
+        steps: number of applications of Z and its transpose, at least `rank`.
+        rank: number of triplets.
+        after: a known triplet, to which the others are orthogonal, and a guess of the next one as start.
     """
     space = _krylov(Z, steps, rank > 1, after)
     T = space.images.flatten(2).double() @ space.image_duals.flatten(2).double().mT
-    sound = torch.isfinite(T.sum((-2, -1), keepdim=True))  # group by group: they may be of several blocks
+    sound = torch.isfinite(T.sum((-2, -1), keepdim=True))  # group by group: groups may belong to several blocks
     values, Y = torch.linalg.eigh(torch.where(sound, (T + T.mT) / 2, torch.eye(steps, dtype=T.dtype, device=T.device)))
     Y = torch.where(sound, Y, torch.nan)
     triplets = []
@@ -61,24 +61,24 @@ def leading(
 
 
 def by_block(triplets: Sequence[Triplet], groups: Sequence[int]) -> list[tuple[Triplet, ...]]:
-    """The triplets of blocks with so many groups each, which were found at once."""
+    """Split triplets that were computed together into blocks with these numbers of groups."""
     parts = [zip(*(field.split(list(groups)) for field in triplet), strict=True) for triplet in triplets]
     return [tuple(Triplet(*fields) for fields in block) for block in zip(*parts, strict=True)]
 
 
 def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank: int) -> list[tuple[Pair, ...]]:
-    r"""The best sum of `rank` Kronecker products for $\sum_r w_r\, G_r \otimes A_r$: an average of operators, exactly.
+    r"""Return the best sum of `rank` Kronecker products for $\sum_r w_r\, G_r \otimes A_r$, an average of operators.
 
-    With the Gram matrices of the A and of the G, as many rows as there are terms, $K_G = H H^\top$ and
+    With the Gram matrices of the A and of the G, with one row per term, $K_G = H H^\top$ and
     $M = \mathrm{diag}(w)$: eigenpairs (σ², y) of $H^\top M K_A M H$ give the coefficients $c = M H y / \sigma$ of the A
-    and $d = M K_A c / \sigma$ of the G. Averaging factor by factor is not this, and a free sign of the second pair
-    would cancel it. Both factors get the norm √σ; the sign is that of tr G ≥ 0, which makes a leading pair PSD: neither
-    factor alone has one.
+    and $d = M K_A c / \sigma$ of the G. Averaging factor by factor would give another operator, and the
+    arbitrary sign of the second pair could cancel it. Both factors get the norm √σ. The sign is chosen by tr G ≥ 0,
+    which makes a leading pair PSD.
 
     Args:
-        sums: the terms of each block; the small matrices of all blocks are solved at once.
-        weights: w, the same for all.
-        rank: how many terms are left.
+        sums: the terms of each block; the small matrices of all blocks are solved together.
+        weights: w, the same for all blocks.
+        rank: number of terms of the result.
     """
     A, G = ([torch.stack([getattr(pair, side) for pair in terms], 1) for terms in sums] for side in ("A", "G"))
     K_A, K_G = torch.cat([_gram(of_block) for of_block in A]), torch.cat([_gram(of_block) for of_block in G])
@@ -102,13 +102,13 @@ def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank
 
 
 def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Tensor, "k r r"]]:
-    """Eigenvalues (zero where they are rounding) and eigenvectors of small finite PSD matrices in float64."""
+    """Decompose small finite PSD matrices in float64; eigenvalues that are numerical noise are set to zero."""
     values, vectors = torch.linalg.eigh(matrix)
     return torch.where(values > 1e-15 * values[..., -1:], values, 0.0), vectors
 
 
 def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
-    """`⟨F_r, F_q⟩`, the sums of rows in float64."""
+    """Return `⟨F_r, F_q⟩`, with sums of rows in float64."""
     if factors.ndim == 3:
         return factors.double() @ factors.double().mT
     by_row = factors.transpose(1, 2)
@@ -116,13 +116,13 @@ def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
 
 
 def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float[Tensor, "k q *d"]:
-    """`Σ_r c_rq F_r`."""
+    """Return `Σ_r c_rq F_r`."""
     flat = c.mT.to(factors.dtype) @ factors.flatten(2)
     return flat.reshape(*flat.shape[:2], *factors.shape[2:])
 
 
 class _Krylov(NamedTuple):
-    """An orthonormal basis q, Z q, their duals, and the length of what comes after the last q."""
+    """An orthonormal basis q, Z q, their duals, and the length of the vector after the last q."""
 
     basis: Float[Tensor, "k j *d"]
     images: Float[Tensor, "k j *e"]
@@ -131,7 +131,7 @@ class _Krylov(NamedTuple):
 
 
 def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Triplet] | None) -> _Krylov:
-    """The space of so many steps; among the q, what is known stands before it."""
+    """Compute the Krylov space; a known triplet comes first among the q."""
     if after is None:
         q, dual, length = _unit(Z, Z.start(0), 0.0)
         largest = torch.zeros_like(length)
@@ -154,7 +154,7 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
             r = r + kron.times(second, again)
         square = kron.dot(images[-1], image_duals[-1]).clamp(min=0)
         largest = torch.maximum(largest, square)
-        # rounding in Z q, for the most part along u₁, comes back through Zᵀ as σ₁
+        # numerical noise in Z q, mostly along u₁, returns through Zᵀ amplified by σ₁
         square = square if again is None else square + again
         q, dual, length = _unit(Z, _orthogonal(r, Q, D, Z.rounding), Z.rounding * (largest * square).sqrt())
     basis = Q[:, before:].reshape(Q.shape[0], steps, *q.shape[1:])
@@ -162,9 +162,9 @@ def _krylov(Z: Rearranged, steps: int, restart: bool, after: tuple[Triplet, Trip
 
 
 def _orthogonal(r: Element, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float) -> Element:
-    """What of r is orthogonal to the q, whose duals are D."""
-    rest = r.flatten(1).unsqueeze(1)  # a row: products of many matrices with one column each are slow
-    once = torch.finfo(r.dtype).eps <= 1e-8 * rounding  # enough where what is left is never much shorter
+    """Return the part of r that is orthogonal to the q, whose duals are D."""
+    rest = r.flatten(1).unsqueeze(1)  # as a row: products of many matrices with one column each are slow
+    once = torch.finfo(r.dtype).eps <= 1e-8 * rounding  # once is enough if the rest is never much shorter
     for _ in range(1 if once else 2):
         rest = torch.baddbmm(rest, rest @ D.mT, Q, alpha=-1)
     return rest.reshape(r.shape)
@@ -175,7 +175,7 @@ def _column(x: Element) -> Float[Tensor, "k 1 d"]:
 
 
 def _unit(Z: Rearranged, x: Element, floor: Tensor | float) -> tuple[Element, Element, Float[Tensor, " k"]]:
-    """An element of the output side and its dual at length 1, and the length; zeros where it is not above the floor."""
+    """Normalise an element of the output side and its dual; return both and the length, or zeros below the floor."""
     dual = Z.right_dual(x)
     length = _norm(x, dual)
     inverse = _inverse(length, floor)
@@ -187,10 +187,10 @@ def _norm(x: Element, dual: Element) -> Float[Tensor, " k"]:
 
 
 def _inverse(x: Tensor, floor: Tensor | float) -> Tensor:
-    """1/x, and 0 where x is not above the floor."""
+    """Return 1/x, and 0 if x is not above the floor."""
     return torch.where(x > floor, 1 / x, 0.0)
 
 
 def _combined(basis: Float[Tensor, "k j *d"], y: Float[Tensor, "k j"]) -> Float[Tensor, "k *d"]:
-    """`Σ_j y_j q_j`."""
+    """Return `Σ_j y_j q_j`."""
     return (y.to(basis.dtype).unsqueeze(1) @ basis.flatten(2)).reshape(basis.shape[0], *basis.shape[2:])

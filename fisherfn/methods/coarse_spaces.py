@@ -1,14 +1,15 @@
-r"""Coarse spaces of two-level methods: a row or more a layer, and the matrix of the Fisher on them.
+r"""Coarse spaces of two-level methods: one or more rows per layer, and the matrix of the Fisher on them.
 
-**nicolaides**: ones (Nicolaides 1987), over equal parts of the layer's entries where several rows are asked for; the
-bias column is among them. **spectral**: eigenvectors $q_G q_A^\top$ of the smallest eigenvalues of the fine method's
-leading Kronecker product. **residual**: $M (\nabla - F_\bullet M \nabla)$, another one every step, so made in
+**nicolaides**: ones (Nicolaides 1987), including the bias column; for several rows, ones on equal parts of the layer's
+entries. **spectral**: eigenvectors $q_G q_A^\top$ of the smallest eigenvalues of the fine method's
+leading Kronecker product. **residual**: $M (\nabla - F_\bullet M \nabla)$, a new row at every step, computed in
 `two_level.py`. **tselepidis**: ones, with the published matrix of cross-layer Kronecker factors.
 
-Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports. A row is kept flat, groups first
-and then row-major.
+Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports. A row is stored flat, groups
+first and then row-major.
 
-k group, s draw, n example, m example and draw, t position, i input, o output, p row of a layer, q row of any, d entry.
+k group, s sample, n example, m example and sample, t position, i input, o output, p row of a layer, q row of any layer,
+d entry.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fisherfn.types import PyTree
 COARSE = ("nicolaides", "residual", "tselepidis", "spectral")
 
 CUTOFF = 1e-5
-"""A row whose part outside the span of the rows before it is shorter than this share of it adds nothing."""
+"""Relative length below which the part of a row outside the span of the previous rows is treated as zero."""
 
 Rows = dict[str, Float[Tensor, "p d"]]
 
@@ -42,9 +43,9 @@ class Space(NamedTuple):
     """A coarse space.
 
     Attributes:
-        rows: of every layer, orthonormal, zero where they were dependent.
-        C: `⟨W_sn, R_p⟩` of every example and row, which is all of F that the space sees; empty where it is not used.
-        factor: Cholesky's, of F_c.
+        rows: rows of every layer, orthonormal, zero if they were dependent.
+        C: `⟨W_sn, R_p⟩` of every example and row, which determines F on the space; empty if it is not used.
+        factor: Cholesky factor of F_c.
         images: M times the rows, for the balanced form.
     """
 
@@ -55,24 +56,24 @@ class Space(NamedTuple):
 
 
 def restricted(space: Space, v: Mapping[str, Tensor]) -> Float[Tensor, " q"]:
-    """`R₀ v`."""
+    """Return `R₀ v`."""
     return torch.cat([R @ v[key].flatten() for key, R in space.rows.items()]).double()
 
 
 def lifted(rows: Rows, beta: Float[Tensor, " q"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`R₀ᵀ β`, in the shapes of `like`."""
+    """Return `R₀ᵀ β`, in the shapes of `like`."""
     parts = beta.split([R.shape[0] for R in rows.values()])
     pairs = zip(rows.items(), parts, strict=True)
     return {key: (part.to(R.dtype) @ R).reshape(like[key].shape) for (key, R), part in pairs}
 
 
 def solved(space: Space, rhs: Float[Tensor, " q"]) -> Float[Tensor, " q"]:
-    """`F_c⁻¹ rhs`."""
+    """Return `F_c⁻¹ rhs`."""
     return torch.cholesky_solve(rhs.unsqueeze(-1), space.factor).squeeze(-1)
 
 
 def ones(taps: Taps, vectors: int) -> Rows:
-    """Row p is 1 on the p-th part of the layer's entries."""
+    """Return rows of ones: row p is 1 on the p-th part of the layer's entries."""
 
     def of(tap: Tap) -> Float[Tensor, "p d"]:
         k, _, _, _, o, i = tap.sizes
@@ -83,7 +84,7 @@ def ones(taps: Taps, vectors: int) -> Rows:
 
 
 def spectral(factors: PyTree, vectors: int) -> Rows:
-    """`q_G q_Aᵀ` of the smallest eigenvalues `s r` of each layer's leading Kronecker product."""
+    """Return `q_G q_Aᵀ` for the smallest eigenvalues `s r` of each layer's leading Kronecker product."""
 
     def of(pair: Pair) -> Float[Tensor, "p d"]:
         r, s = psd_eigh(pair.A), psd_eigh(pair.G)
@@ -110,14 +111,14 @@ def _leading(block: PyTree) -> Pair:
     found: Any = getattr(block, "first", block)
     if not hasattr(found, "A") or not hasattr(found, "G"):
         raise HyperparameterError(
-            "the spectral coarse space is made of the fine method's Kronecker factors, and this one has none: "
+            "the spectral coarse space needs the Kronecker factors of the fine method, and this method has none: "
             'use coarse="nicolaides".'
         )
     return Pair(found.A, found.G)
 
 
 def orthonormal(R: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
-    """Gram–Schmidt, twice; a row that depends on those before it becomes zero."""
+    """Orthonormalise by two passes of Gram–Schmidt; a row that depends on the previous ones becomes zero."""
     found: list[Tensor] = []
     for row in R:
         length = row.norm()
@@ -131,32 +132,32 @@ def orthonormal(R: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
 
 
 def space(vectors: Rows, taps: Taps, damping: Float[Tensor, ""]) -> Space:
-    """Orthonormal rows, and the factor of `F_c = CᵀC/N + λI`."""
+    """Return the space of orthonormal rows, with the factor of `F_c = CᵀC/N + λI`."""
     basis = {key: orthonormal(R) for key, R in vectors.items()}
     C = coefficients(taps, basis)
-    # a row that was dependent is zero; 1 in its place keeps F_c definite and its coefficient at zero
+    # a dependent row is zero; 1 on its diagonal entry keeps F_c definite and its coefficient zero
     alive = torch.cat([R.square().sum(-1) > 0.5 for R in basis.values()])
     return Space(basis, C, _cholesky(C.mT @ C / examples(taps), torch.where(alive, damping.double(), 1.0)))
 
 
 def coefficients(taps: Taps, basis: Rows) -> Float[Tensor, "m q"]:
-    """`⟨W_sn^l, R_{l,p}⟩`, in float64."""
+    """Return `⟨W_sn^l, R_{l,p}⟩`, in float64."""
     shapes = {key: (tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in taps.items()}
     columns = [inner_products(taps[key], row.reshape(shapes[key])).flatten() for key, R in basis.items() for row in R]
     return torch.stack(columns, -1).double()
 
 
 def _cholesky(matrix: Float[Tensor, "q q"], diagonal: Float[Tensor, " q"]) -> Float[Tensor, "q q"]:
-    """NaN where the matrix is not positive definite."""
+    """Return the Cholesky factor, or NaN if the matrix is not positive definite."""
     factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(diagonal))
     return torch.where(failed == 0, factor, torch.nan)
 
 
 def published(taps: Taps, damping: Float[Tensor, ""]) -> Space:
-    """Rows of ones, not normalised, with `F_c[l, m] = (Σ E[a_l a_mᵀ]) (Σ E[g_l g_mᵀ]) + λ` for layers l, m.
+    """Return the published space: ones, with `F_c[l, m] = (Σ E[a_l a_mᵀ]) (Σ E[g_l g_mᵀ]) + λ` for layers l, m.
 
-    Positions are averaged in a and summed in g, so that maps of different size need no interpolation; groups count as
-    one layer by their exact gradient.
+    The rows are not normalised. Positions are averaged in a and summed in g, so that maps of different size need no
+    interpolation. The groups of a layer count as one layer, with their exact gradient.
     """
     inputs, outputs = zip(*(_sums(tap) for tap in taps.values()), strict=True)
     a, g = torch.stack(inputs).double(), torch.stack(outputs).double()

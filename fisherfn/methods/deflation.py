@@ -1,11 +1,11 @@
-r"""Deflation: the nearest sum of two Kronecker products, one after the other.
+r"""Deflation: the best sum of two Kronecker products, one term after the other.
 
-KPSVD of F gives the first term; KPSVD of what is left, $F - G_1 \otimes A_1$, the second. In exact arithmetic these
-are the two leading singular triplets of the rearranged block, the same as Lanczos finds at once. The residual block is
-never formed: as $\sigma u = Z v$, it is $Z' = Z (I - v v^\top)$, which is Z among all that is orthogonal to v. The
-second iteration starts from the first one's runner-up and takes half as many steps.
+The first term is KPSVD of F, the second is KPSVD of the residual $F - G_1 \otimes A_1$. In exact arithmetic these are
+the two leading singular triplets of the rearranged block, which Lanczos finds in one run. The residual block is never
+formed: since $\sigma u = Z v$, it is $Z' = Z (I - v v^\top)$, which equals Z on everything orthogonal to v. The second
+iteration starts from the second-best vector of the first one and takes half as many steps.
 
-Scale and running average: as Lanczos.
+Scale and running average: see Lanczos.
 
 Koroko et al. 2022, section 3.2.
 """
@@ -31,13 +31,13 @@ def deflation(
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
-    """Deflation; the arguments are those of `lanczos`, `iterations` those of the first term."""
+    """Build Deflation. See `lanczos` for the arguments; `iterations` are those of the first term."""
     fit = Fit(partial(triplets, iterations=checked_steps(iterations, least=2)), start, blend)
     return two_terms("deflation", iterated(fit), damping_form, floor, diagonal_above)
 
 
 def triplets(Z: Rearranged, iterations: int = ITERATIONS) -> tuple[Triplet, ...]:
-    """Two leading triplets, the second of the deflated block."""
+    """Compute two leading triplets, the second from the deflated block."""
     first, runner_up = leading(Z, iterations, rank=2)
     (second,) = leading(Z, (iterations + 1) // 2, after=(first, runner_up))
     return first, second

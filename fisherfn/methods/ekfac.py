@@ -1,15 +1,15 @@
-r"""E-KFAC: K-FAC's eigenvectors with the best eigenvalues, $F \approx Q\, \mathrm{diag}(s)\, Q^\top$.
+r"""E-KFAC: the eigenvectors of K-FAC with the best eigenvalues, $F \approx Q\, \mathrm{diag}(s)\, Q^\top$.
 
 $$Q = Q_G \otimes Q_A, \quad A = Q_A \mathrm{diag}(r) Q_A^\top, \quad G = Q_G \mathrm{diag}(q) Q_G^\top, \qquad
 s_{oi} = \frac1N \sum_{sn} (Q_G^\top W_{sn} Q_A)_{oi}^2$$
 
-s is the diagonal of the block in that basis and so, among all diagonals there, the nearest to F: never farther than
+s is the diagonal of the block in this basis. It is the best diagonal there, so the error is never larger than with
 K-FAC's $q r^\top$. PSD by construction.
 
-Scale: s in the units of the Fisher. Running average: A and G as K-FAC's; the basis is that of the averages; the
-average of s is carried over to a new basis as the diagonal there of what it was, $(P_G \circ P_G)\, s\,
-(P_A \circ P_A)^\top$ with $P = Q_{new}^\top Q_{old}$. The basis moves in updates after which inverses are refreshed
-(`ng.step` with `invert`, and `ng.update` on its own), the scalings in every update.
+Scale: s is in the units of the Fisher. Running average: A and G as in K-FAC; the basis is that of the averages. The
+average of s is transferred to a new basis as the diagonal, there, of the matrix that it represented:
+$(P_G \circ P_G)\, s\, (P_A \circ P_A)^\top$ with $P = Q_{new}^\top Q_{old}$. The basis is recomputed in updates that
+are followed by an inversion (`ng.step` with `invert`, and `ng.update` alone), the eigenvalues s in every update.
 
 George, Laurent, Bouthillier, Ballas & Vincent 2018, *Fast approximate natural gradient descent in a Kronecker-factored
 eigenbasis*, section 3.
@@ -38,7 +38,7 @@ from fisherfn.types import Shape
 
 
 class Factors(NamedTuple):
-    """K-FAC's moments, a basis, and the Fisher's diagonal in it."""
+    """The moments of K-FAC, a basis, and the diagonal of the Fisher in it."""
 
     A: Factor
     G: Factor
@@ -48,15 +48,15 @@ class Factors(NamedTuple):
 
 
 def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DIAGONAL_ABOVE) -> Method:
-    """E-KFAC.
+    """Build E-KFAC: the eigenvectors of K-FAC with the best eigenvalues.
 
     Args:
-        damping_form: "eigen" adds λ to the scalings; "factored" what K-FAC's factored damping adds to its own,
-            `(r + π√λ)(q + √λ/π) − r q`, so that the two compare at matched damping.
-        diagonal_above: as K-FAC's.
+        damping_form: "eigen" adds λ to the eigenvalues. "factored" adds what K-FAC's factored damping adds to its own,
+            `(r + π√λ)(q + √λ/π) − r q`, so that the two methods compare at matched damping.
+        diagonal_above: see `kfac`.
 
     Raises:
-        UnknownNameError: another damping form.
+        UnknownNameError: an unknown damping form.
         HyperparameterError: a negative width.
     """
     if damping_form not in ADDED:
@@ -79,7 +79,7 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
 def init(
     shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor, limit: int
 ) -> tuple[Factors, damped.Rotated]:
-    """Zero moments and scalings in the standard basis, and I/λ."""
+    """Return zero moments and eigenvalues in the standard basis, and I/λ."""
     eye = kron.identity(shape, kron.forms(shape, limit), dtype, device)
     inverse = damped.empty_rotated(eye, damping)
     zero = kron.zeros(eye)
@@ -89,7 +89,7 @@ def init(
 def update(
     old: Factors, tap: AnyTap, rho: Tensor, mean: Mean, inverting: bool, moments: Moment = expand
 ) -> tuple[Factors, Diagnostics]:
-    """Averaged moments, their eigenvectors where they are worth their cost, and averaged scalings in these."""
+    """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
     A, G = factorwise(Pair(old.A, old.G), mean(moments, tap), rho)
     QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
     new = mean(partial(diagonal, QA=QA, QG=QG), tap)
@@ -98,7 +98,7 @@ def update(
 
 
 def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
-    """`1/N Σ (Q_Gᵀ W Q_A)²`: the diagonal of the sampled block in a basis."""
+    """Return `1/N Σ (Q_Gᵀ W Q_A)²`, the diagonal of the sampled block in a basis."""
     parts = []
     for part in tap.windows():
         a, g = part.to(torch.promote_types(part.g.dtype, torch.float32))
@@ -111,7 +111,7 @@ def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
 
 
 def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
-    """The diagonal in a new basis of what is diagonal in the old one."""
+    """Return the diagonal, in a new basis, of a matrix that is diagonal in the old one."""
     scale = old.scale
     if not kron.is_diagonal(QG):
         scale = (QG.mT @ old.QG).square() @ scale
@@ -123,7 +123,7 @@ def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
 def invert(
     factors: Factors, damping: Float[Tensor, ""], added: Callable[[Factors, Tensor], Tensor]
 ) -> tuple[damped.Rotated, Tensor, Diagnostics]:
-    """`1 / (s + what damping adds)` in the basis."""
+    """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
     denominator = factors.scale + added(factors, damping)
     ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
     inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
@@ -131,7 +131,7 @@ def invert(
 
 
 def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Float[Tensor, "k o i"]:
-    """`(r + π√λ)(q + √λ/π) − r q`."""
+    """Return `(r + π√λ)(q + √λ/π) − r q`."""
     shift_A, shift_G = (shift.unsqueeze(-1) for shift in damped.shares(Pair(factors.A, factors.G), damping))
     r, q = damped.diagonal_in(factors.QA, factors.A), damped.diagonal_in(factors.QG, factors.G)
     return (shift_G * (r + shift_A)).unsqueeze(-2) + q.unsqueeze(-1) * shift_A.unsqueeze(-2)
@@ -141,10 +141,10 @@ ADDED = {"factored": added_by_factors, "eigen": lambda factors, damping: damping
 
 
 def matvec(factors: Factors, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """`Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
+    """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
     return damped.apply(damped.Rotated(factors.QA, factors.QG, factors.scale), W)
 
 
 def overlap(factors: Factors, tap: AnyTap) -> tuple[Tensor, Tensor]:
-    """`⟨F, F̂⟩ = ⟨diag(QᵀFQ), s⟩` and `‖s‖²`."""
+    """Return `⟨F, F̂⟩ = ⟨diag(QᵀFQ), s⟩` and `‖s‖²`."""
     return (diagonal(tap, factors.QA, factors.QG) * factors.scale).sum(), factors.scale.square().sum()

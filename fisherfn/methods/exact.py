@@ -1,21 +1,21 @@
-r"""The exact natural gradient: $(F + \lambda I)^{-1} \nabla$ with the sampled Fisher itself, full or block-diagonal.
+r"""The exact natural gradient: $(F + \lambda I)^{-1} \nabla$ with the sampled Fisher, full or block-diagonal.
 
 With $U = \frac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots]$ the Fisher is $F = U U^\top$, and by the Woodbury
 identity
 
 $$(U U^\top + \lambda I)^{-1} v = \frac1\lambda \bigl(v - U (U^\top U + \lambda I)^{-1} U^\top v\bigr),$$
 
-a system with one unknown an example and draw. Its Gram matrix is a sum over layers, of the same examples and draws in
-each; no W is formed where a layer has few positions. Where parameters are fewer, the system is F + λI itself. Systems
-are factorised in float64.
+a system with one unknown per example and sample. Its Gram matrix is a sum over layers, with the same examples and
+samples in each; no W is formed for layers with few positions. If there are fewer parameters, the system is F + λI
+itself. Systems are factorised in float64.
 
-"full" couples all layers; "block" keeps one diagonal block a layer, with all its groups. There is nothing to average:
-the factors are the newest statistics, so the state's leaves follow the batch's shape. Damping is λI.
+"full" couples all layers; "block" keeps one diagonal block per layer, with all its groups. There is no running average:
+the factors are the newest statistics, so the shapes of the state's leaves follow the batch. Damping is λI.
 
 Ren & Goldfarb 2019, *Efficient subsampled Gauss-Newton and natural gradient methods for training neural networks*,
 section 3.
 
-k group, s draw, n example, t position, i input, o output.
+k group, s sample, n example, t position, i input, o output.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from fisherfn.taps import AnyTap, Mean, Tap, example_matrices, squares
 from fisherfn.types import Shape
 
 UNKNOWNS = 16384
-"""The largest system that is factorised: 2 GiB in float64."""
+"""Size of the largest system that is factorised: 2 GiB in float64."""
 
 Taps = dict[str, Tap]
 Matrices = Mapping[str, Tensor]
 
 
 class System(NamedTuple):
-    """A factorised system: `UᵀU + λI` in example space or `UUᵀ + λI` in parameter space, whichever is smaller."""
+    """A factorised system, `UᵀU + λI` in example space or `UUᵀ + λI` in parameter space, whichever is smaller."""
 
     taps: Taps
     factor: Float[Tensor, "m m"]
@@ -53,13 +53,13 @@ class System(NamedTuple):
 
 
 def exact(structure: Structure | str = "full") -> Method:
-    """The exact natural gradient.
+    """Build the exact natural gradient.
 
     Args:
-        structure: "full" or "block".
+        structure: "full" couples all layers, "block" keeps one diagonal block per layer.
 
     Raises:
-        UnknownNameError: another structure.
+        UnknownNameError: an unknown structure.
     """
     if structure not in STRUCTURES:
         raise unknown("structure", structure, STRUCTURES)
@@ -92,14 +92,14 @@ def _apart(blocks: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def init(
     shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor, grouped: Any
 ) -> tuple[Taps, dict[str, System]]:
-    """Taps of no example, whose Fisher is zero."""
+    """Return taps without examples, whose Fisher is zero."""
     taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
     nothing = torch.zeros(0, 0, dtype=torch.float64, device=device)
     return taps, {key: System(dict(group), nothing, damping.clone()) for key, group in grouped(taps).items()}
 
 
 def empty_tap(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tap:
-    """A block's tap without examples."""
+    """Return the tap of a block without examples."""
     k, o, i, one_hot = shape
     g = torch.zeros(k, 1, 0, 1, o, dtype=dtype, device=device)
     if one_hot:
@@ -110,7 +110,7 @@ def empty_tap(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tap:
 def update(
     factors: Taps, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True, *, grouped: Any
 ) -> Estimated:
-    """The newest statistics, at least in float32, in the state's precision."""
+    """Replace the statistics by the newest ones, in the precision of the state, at least float32."""
     del rho, mean, inverting
     dtypes = {key: tap.g.dtype for key, tap in factors.items()}
     new = {key: compact(tap.to(dtypes[key])) for key, tap in taps.items()}
@@ -120,14 +120,14 @@ def update(
 
 
 def plain(tap: Tap) -> Tap:
-    """The tap with `a` as a tensor, or one-hot: what a state of fixed structure can hold."""
+    """Return the tap with `a` as a tensor or one-hot, so that the structure of the state is fixed."""
     return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
 
 
 def compact(tap: AnyTap) -> Tap:
-    """The smaller of rows and per-example gradients; the latter as a tap of one output, `a = vec(W)` and `g = 1`.
+    """Return the smaller of rows and per-example gradients; the latter as a tap with `a = vec(W)` and `g = 1`.
 
-    Of several draws the rows are kept: they share their `a`.
+    With several samples the rows are kept, because the samples share `a`.
     """
     k, s, n, t, o, i = tap.sizes
     if s > 1 or o * i >= t * (o + i) or isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
@@ -141,7 +141,7 @@ def _check_size(taps: Taps) -> None:
     if smaller > UNKNOWNS:
         raise HyperparameterError(
             f"the exact natural gradient needs a system of {smaller:,} unknowns ({_columns(taps):,} examples and "
-            f"draws, {_parameters(taps):,} parameters), and at most {UNKNOWNS:,} are factorised. Use fewer columns: "
+            f"samples, {_parameters(taps):,} parameters); the limit is {UNKNOWNS:,}. Use fewer columns: "
             'fisher="mc" with few samples instead of "type2", or a part of the batch; or solve it through the model: '
             "ng.implicit_fisher(params, x).solve(grads, damping)."
         )
@@ -160,7 +160,7 @@ def _parameters(taps: Mapping[str, Tap]) -> int:
 
 
 def invert(factors: Taps, damping: Float[Tensor, ""], *, grouped: Any) -> Estimated:
-    """Cholesky factors of the smaller system of every group of blocks."""
+    """Factorise the smaller system of every group of blocks by Cholesky."""
     systems: dict[str, System] = {}
     ok: dict[str, Tensor] = {}
     measured: dict[str, dict[str, Tensor]] = {"jitter": {}, "condition": {}}
@@ -174,7 +174,7 @@ def invert(factors: Taps, damping: Float[Tensor, ""], *, grouped: Any) -> Estima
 
 def _system(taps: Taps, damping: Float[Tensor, ""]) -> tuple[System, Tensor, dict[str, Tensor]]:
     matrix = (_fisher(taps) if _few_parameters(taps) else _grams(taps)).unsqueeze(0)
-    # the floor is what the statistics' own precision makes of the matrix
+    # the floor is determined by the precision of the statistics
     shift, jitter = floored(matrix, damping.expand(1))
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix.double(), shift.double()))
     sound = (failed == 0).all() & torch.isfinite(factor.sum()) & (shift > 0).all()
@@ -196,12 +196,12 @@ def _fisher(taps: Mapping[str, Tap]) -> Float[Tensor, "p p"]:
 
 
 def examples(taps: Mapping[str, Tap]) -> int:
-    """N, at least 1: the Fisher of no example is zero."""
+    """Return N, at least 1: the Fisher without examples is zero."""
     return max(1, next(iter(taps.values())).sizes.n)
 
 
 def precondition(inverses: dict[str, System], gradients: Mapping[str, Tensor | Tap], inner: bool) -> Preconditioned:
-    """`(F + λI)⁻¹ ∇`, group by group."""
+    """Return `(F + λI)⁻¹ ∇`, group by group."""
     solved: dict[str, Tensor] = {}
     for system in inverses.values():
         solved |= _solve(system, {key: gradients[key] for key in system.taps})
@@ -216,7 +216,7 @@ def _inner(gradient: Tensor | Tap, z: Tensor) -> Float[Tensor, ""]:
 
 
 def as_matrix(gradient: Tensor | Tap) -> Tensor:
-    """A gradient as its matrix, also where it comes as a loss tap."""
+    """Return a gradient as its matrix, also if it is given as a loss tap."""
     if isinstance(gradient, Tensor):
         return gradient
     _, s, n, _, _, _ = gradient.sizes
@@ -240,7 +240,7 @@ def _solve(system: System, gradients: Mapping[str, Tensor | Tap]) -> dict[str, T
 
 
 def _rows_serve(tap: Tap, V: Tensor | Tap) -> bool:
-    """Whether a gradient given as a loss tap meets the system's tap row by row: neither W nor ∇ need be formed."""
+    """Return True if the inner products can be computed from rows of both taps, without forming W or ∇."""
     if isinstance(V, Tensor):
         return False
     mine, other = tap.sizes, V.sizes
@@ -248,7 +248,7 @@ def _rows_serve(tap: Tap, V: Tensor | Tap) -> bool:
 
 
 def _remainder(V: Tensor | Tap, tap: Tap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
-    """`V − Σ_sn c_sn W_sn`; of a gradient given as a loss tap in one product."""
+    """Return `V − Σ_sn c_sn W_sn`, in one product for a gradient given as a loss tap."""
     if isinstance(V, Tensor):
         return V - combine(tap, c).reshape(V.shape)
     g = torch.cat([V.g.squeeze(1) / V.sizes.n, torch.einsum("sn,ksnto->knto", -c, tap.g)], 1)
@@ -260,19 +260,19 @@ def _cholesky_solve(factor: Float[Tensor, "m m"], rhs: Float[Tensor, " m"]) -> F
 
 
 def total(taps: Mapping[str, Tap], v: Mapping[str, Tensor | Tap]) -> Float[Tensor, "s n"]:
-    """`Σ_l ⟨W_sn, V⟩` over the layers of a group: the same examples and draws in each."""
+    """Return `Σ_l ⟨W_sn, V⟩` over the layers of a group, which share examples and samples."""
     return torch.stack([_overlaps(tap, v[key]) for key, tap in taps.items()]).sum(0)
 
 
 def _overlaps(tap: Tap, V: Tensor | Tap) -> Float[Tensor, "s n"]:
-    """`⟨W_sn, V⟩`; of a gradient given as a loss tap the mean of inner products with its examples."""
+    """Return `⟨W_sn, V⟩`; for a loss tap, the mean of the inner products with its examples."""
     if isinstance(V, Tap):
         return gram(tap, V).reshape(tap.sizes.s, tap.sizes.n, -1).mean(-1)
     return inner_products(tap, _shaped(V, tap).to(tap.g.dtype))
 
 
 def _shaped(V: Tensor, tap: Tap) -> Float[Tensor, "k o i"]:
-    """A matrix in the shape of a tap that may be compact."""
+    """Reshape a matrix to the shape of a tap that may be compact."""
     sizes = tap.sizes
     return V.reshape(sizes.k, sizes.o, sizes.i)
 
@@ -281,7 +281,7 @@ def _shaped(V: Tensor, tap: Tap) -> Float[Tensor, "k o i"]:
 
 
 def matvec(factors: Taps, v: Matrices, *, grouped: Any) -> dict[str, Tensor]:
-    """`F v`."""
+    """Return `F v`."""
     product: dict[str, Tensor] = {}
     for taps in grouped(factors).values():
         c = total(taps, v) / examples(taps)
@@ -290,7 +290,7 @@ def matvec(factors: Taps, v: Matrices, *, grouped: Any) -> dict[str, Tensor]:
 
 
 def overlap(factors: Taps, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`⟨F, F̂⟩` and `‖F̂‖²` of every diagonal block, where F̂ is the Fisher of the state's statistics."""
+    """Return `⟨F, F̂⟩` and `‖F̂‖²` of every diagonal block, where F̂ is the Fisher of the state's statistics."""
 
     def of(mine: Tap, other: AnyTap) -> tuple[Tensor, Tensor]:
         n = max(1, mine.sizes.n)
@@ -301,7 +301,7 @@ def overlap(factors: Taps, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor
 
 
 def trace(factors: Taps, shapes: Mapping[str, Shape]) -> Float[Tensor, ""]:
-    """The mean over examples of the squared gradient norms."""
+    """Return the mean over examples of the squared gradient norms."""
     del shapes
     filled = [tap for tap in factors.values() if tap.sizes.n]  # before the first update there is no example
     sums = [squares(tap.to(torch.float64)).sum() for tap in filled] or [next(iter(factors.values())).g.new_zeros(())]
@@ -309,13 +309,13 @@ def trace(factors: Taps, shapes: Mapping[str, Shape]) -> Float[Tensor, ""]:
 
 
 def spectrum(factors: Taps, shapes: Mapping[str, Shape], *, grouped: Any) -> Float[Tensor, " p"]:
-    """All eigenvalues."""
+    """Return all eigenvalues of F."""
     del shapes
     return torch.cat([eigenvalues(taps) for taps in grouped(factors).values()])
 
 
 def logdet(inverses: dict[str, System]) -> Float[Tensor, ""]:
-    r"""$-\log\det(F + \lambda I)$: of the factorised system, and of λI on what it does not reach."""
+    r"""Return $-\log\det(F + \lambda I)$, from the factorised system, and λI on its complement."""
 
     def of(system: System) -> Tensor:
         solved = 2 * system.factor.diagonal().log().sum()
@@ -325,7 +325,7 @@ def logdet(inverses: dict[str, System]) -> Float[Tensor, ""]:
 
 
 def _like(mine: Tap, other: AnyTap) -> AnyTap:
-    """Other statistics of the layer in the form that the state's have."""
+    """Convert other statistics of the layer to the form of the state's."""
     k, s, n, _, o, i = other.sizes
     if (k, o, i) == (mine.sizes.k, mine.sizes.o, mine.sizes.i):
         return other

@@ -2,14 +2,14 @@ r"""K-FAC: the Fisher block of a layer as one Kronecker product, $F \approx G \o
 
 $$A = \frac1N \sum_{n,t} a_{nt} a_{nt}^\top, \qquad G = \frac1{NT} \sum_{n,s,t} g_{snt} g_{snt}^\top$$
 
-Exact when $aa^\top$ and $gg^\top$ are independent (and, over shared positions, "expand": positions are independent
-and alike). Scale: $G \otimes A$ is in the units of the Fisher of the mean negative log-likelihood; the number of
-positions T sits in A.
+The approximation is exact if $aa^\top$ and $gg^\top$ are independent and, for shared positions with "expand", if
+positions are independent and identically distributed. Scale: $G \otimes A$ is in the units of the Fisher of the mean
+negative log-likelihood; the number of positions T is in A.
 
 Martens & Grosse 2015, *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3;
 Grosse & Martens 2016 for shared positions; running average as in section 5 of the first.
 
-k group, s draw, n example, t position, i input, o output.
+k group, s sample, n example, t position, i input, o output.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def kfac(
     sharing: Sharing | str = "expand",
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
-    """K-FAC.
+    """Build K-FAC: one Kronecker product of second moments per block.
 
     Args:
-        damping_form: "factored" damps each factor, with π sharing λ out between them: it adds
-            `π√λ G⊗I + √λ/π I⊗A + λI`, more than λI, and costs a Cholesky factorisation each. "eigen" damps by λI
-            exactly and costs an eigendecomposition each, 3 to 4 times as much.
-        sharing: what is taken as independent over the positions that share a weight (sequence, pixels): "expand"
-            every position, "reduce" only the mean of inputs and the sum of output-gradients (cheaper; exact where
-            output-gradients are alike at all positions, as below a mean over them).
-        diagonal_above: a factor wider than this is kept as its diagonal: a language model's vocabulary has no
-            matrix. The input factor of an embedding is diagonal at any width, exactly.
+        damping_form: "factored" damps each factor, with π distributing λ between them. It adds
+            `π√λ G⊗I + √λ/π I⊗A + λI`, more than λI, and costs one Cholesky factorisation per factor. "eigen" adds
+            exactly λI and costs one eigendecomposition per factor, 3 to 4 times as much.
+        sharing: the assumption about positions that share a weight (sequence, pixels). "expand" treats every position
+            as independent. "reduce" uses only the mean input and the sum of output-gradients (cheaper; exact if
+            output-gradients are equal at all positions, as below a mean over them).
+        diagonal_above: a factor wider than this is kept as its diagonal, such as that of a vocabulary. The input
+            factor of an embedding is diagonal at any width, without approximation.
 
     Raises:
-        UnknownNameError: another damping form or sharing.
+        UnknownNameError: an unknown damping form or sharing.
         HyperparameterError: a negative width.
     """
     if sharing not in SHARINGS:
@@ -68,14 +68,14 @@ def kfac(
 def estimate(
     tap: AnyTap, previous: Pair | None = None, mean: Mean = whole_mean, moments: Moment | None = None
 ) -> tuple[Pair, Diagnostics]:
-    """A and G of one batch, at least in float32."""
+    """Estimate A and G from one batch, at least in float32."""
     return mean(moments or expand, tap), {}
 
 
 def expand(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
-    """The two second moments over examples and positions: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
+    """Compute the second moments over examples and positions: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
     n, t = tap.sizes.n, tap.sizes.t
-    g = _precise(tap.outputs().flatten(1, 2))  # draws are rows like any other
+    g = _precise(tap.outputs().flatten(1, 2))  # samples are additional rows
     A = tap.second_moment() if tap.sizes.i <= limit else None
     if A is None:
         A = _summed(lambda part: _moment(rows.cast(part.a, g.dtype), limit), tap)
@@ -83,7 +83,7 @@ def expand(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
 
 
 def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
-    """The two second moments over examples: of the mean input, and of the summed output-gradient."""
+    """Compute the second moments over examples, of the mean input and of the summed output-gradient."""
     n, t = tap.sizes.n, tap.sizes.t
 
     def of(part: Tap) -> Pair:
@@ -110,7 +110,7 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _summed(of: Callable[[Tap], T], tap: AnyTap) -> T:
-    """Window by window, so that unfolded convolutions never exist as a whole."""
+    """Sum window by window, so that unfolded convolutions are never in memory as a whole."""
     total = None
     for part in tap.windows():
         moments = of(part)

@@ -1,11 +1,11 @@
-r"""K-FAC corrected: K-FAC plus the nearest Kronecker product to what it leaves, $F \approx G \otimes A + D \otimes C$.
+r"""K-FAC corrected: K-FAC plus the best Kronecker approximation of its residual, $F \approx G \otimes A + D \otimes C$.
 
 A and G are K-FAC's moments; $D \otimes C = \operatorname{argmin} \|F - G \otimes A - D \otimes C\|_F$ is the
 leading triplet of the deflated rearrangement $Z'V = ZV - \langle G, V \rangle A$, with the A and G of
-the same batch. Indefinite in general.
+the same batch. The sum is indefinite in general.
 
-Scale: A and G as K-FAC's, C and D of Frobenius norm √σ. Running average: A and G factor by factor, as K-FAC's; the
-correction is the best single product for the average of the operators less $\bar G \otimes \bar A$, in which
+Scale: A and G as in K-FAC, C and D with Frobenius norm √σ. Running average: A and G factor by factor, as in K-FAC. The
+correction is the best single product for the average of the operators minus $\bar G \otimes \bar A$, in which
 
 $$\rho\, G_o \otimes A_o + (1-\rho)\, G_n \otimes A_n - \bar G \otimes \bar A = \rho (1 - \rho)\, (G_o - G_n) \otimes
 (A_o - A_n) .$$
@@ -36,19 +36,19 @@ def kfac_corrected(
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
-    """K-FAC corrected; the arguments are those of `lanczos`."""
+    """Build K-FAC corrected: K-FAC plus one product for its residual. See `lanczos` for the arguments."""
     find = partial(leading, steps=checked_steps(iterations, least=1))
     fit = Fit(find, start, blend, moments=partial(expand, limit=diagonal_above))
     return two_terms("kfac_cor", iterated(fit), damping_form, floor, diagonal_above)
 
 
 def start(previous: Sum) -> tuple[Pair]:
-    """From the previous correction."""
+    """Start from the previous correction."""
     return (previous.second,)
 
 
 def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
-    """K-FAC's average, and the best product for what it leaves of the average of the operators, of each block."""
+    """Average the pair of K-FAC, and find the best product for the rest of the averaged operator, for each block."""
     pairs = list(zip(old, new, strict=True))
     shifts = [Pair(before.first.A - now.first.A, before.first.G - now.first.G) for before, now in pairs]
     sums = [(before.second, now.second, shift) for (before, now), shift in zip(pairs, shifts, strict=True)]

@@ -1,4 +1,4 @@
-"""What methods of one and of two Kronecker products share: only how the terms are estimated and averaged is theirs."""
+"""Common parts of the methods with one or two Kronecker products, which differ in estimation and averaging."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fisherfn.types import PyTree, Shape
 DampingForm = Literal["factored", "eigen"]
 
 RESIDUALS = ("residual", "second_residual")
-"""Diagnostics: ‖Zᵀu − σv‖/σ of the triplets that were found."""
+"""Diagnostics: ‖Zᵀu − σv‖/σ of the computed triplets."""
 
 
 class Fit(NamedTuple):
-    """How a method finds its terms by iterating on the rearranged block Z.
+    """Functions of a method that finds its terms by iterating on the rearranged block Z.
 
     Attributes:
-        find: Z to its leading triplets.
-        start: the previous factors to the pairs with whose sum to start.
-        blend: (old, new, rho), lists of blocks the first two, to the method's own running average of each.
-        moments: K-FAC's pair, where that is the first term: the triplets are then those of what it leaves.
+        find: Z -> its leading triplets.
+        start: previous factors -> pairs whose sum is the start of the iteration.
+        blend: (old, new, rho) -> the method's running average of each block; old and new are lists of blocks.
+        moments: the pair of K-FAC, if it is the first term; the triplets are then those of the residual.
     """
 
     find: Callable[[Rearranged], tuple[Triplet, ...]]
@@ -40,7 +40,7 @@ class Fit(NamedTuple):
 
 
 def iterated(fit: Fit) -> Update:
-    """An update by iterations, those of alike blocks as one."""
+    """Build an update by iterations; linear layers with the same number of examples are iterated on together."""
 
     def update(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
         del inverting
@@ -66,7 +66,7 @@ def iterated(fit: Fit) -> Update:
 
 
 def one_term(name: str, update: Update, damping_form: str, diagonal_above: int) -> Method:
-    """A method whose factors are a `Pair`."""
+    """Build a method whose factors are a `Pair`."""
     form, width = damped.damping_form(damping_form), checked_width(diagonal_above)
 
     def init(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Pair, damped.Inverse]:
@@ -89,7 +89,7 @@ def one_term(name: str, update: Update, damping_form: str, diagonal_above: int) 
 
 
 def two_terms(name: str, update: Update, damping_form: str, floor: float, diagonal_above: int) -> Method:
-    """A method whose factors are a `Sum`, the first term PSD."""
+    """Build a method whose factors are a `Sum` with a PSD first term."""
     form, width = damped.damping_form(damping_form, terms=2, floor=floor), checked_width(diagonal_above)
 
     def init(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Sum, damped.Inverse]:
@@ -111,20 +111,20 @@ def two_terms(name: str, update: Update, damping_form: str, floor: float, diagon
 
 
 def checked_steps(iterations: int, least: int) -> int:
-    """The number of iterations.
+    """Return the number of iterations.
 
     Raises:
-        HyperparameterError: too few to find as many terms.
+        HyperparameterError: too few iterations for the number of terms.
     """
     expect_number("iterations", iterations, lambda v: v >= least, f"must be a whole number >= {least}", whole=True)
     return iterations
 
 
 def checked_width(diagonal_above: int) -> int:
-    """The width above which factors are diagonal.
+    """Return the width above which factors are diagonal.
 
     Raises:
-        HyperparameterError: a negative one.
+        HyperparameterError: a negative width.
     """
     if diagonal_above < 0:
         raise HyperparameterError(f"diagonal_above must be >= 0, got {diagonal_above}.")

@@ -1,13 +1,13 @@
-r"""Lanczos: the nearest sum of two Kronecker products, $\min \|F - G_1 \otimes A_1 - G_2 \otimes A_2\|_F$, at once.
+r"""Lanczos: the best sum of two Kronecker products, $\min \|F - G_1 \otimes A_1 - G_2 \otimes A_2\|_F$.
 
-The two leading singular triplets of the rearranged block Z(F), from one run of Golub–Kahan bidiagonalisation with full
-reorthogonalisation. The first pair is PSD; as $\langle A_1, A_2 \rangle = 0$, the second is not, and the sum may have
-negative eigenvalues: `fisherfn.linalg.damped` says how it is solved.
+The method computes the two leading singular triplets of the rearranged block Z(F) in one run of Golub–Kahan
+bidiagonalisation with full reorthogonalisation. The first pair is PSD; as $\langle A_1, A_2 \rangle = 0$, the second
+is not, and the sum may have negative eigenvalues; `fisherfn.linalg.damped` inverts it.
 
-Scale: a term's factors both have Frobenius norm √σ. Running average: the best two terms for the average of the
+Scale: both factors of a term have Frobenius norm √σ. Running average: the best two terms for the average of the
 operators.
 
-Koroko et al. 2022, section 3.2, which runs two steps and restarts; two steps find the second triplet only by chance.
+Koroko et al. 2022, section 3.2, which runs two steps and restarts. Two steps find the second triplet only by chance.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def lanczos(
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
 ) -> Method:
-    """Lanczos.
+    """Build Lanczos: the best sum of two Kronecker products for each block.
 
     Args:
-        damping_form: "factored" damps the leading term as K-FAC is damped; "eigen" adds λI in the leading term's
-            eigenvectors, where the second term is its diagonal.
+        damping_form: "factored" damps the leading term as K-FAC does. "eigen" adds λI in the eigenvectors of the
+            leading term, and replaces the second term by its diagonal there.
         iterations: Golub–Kahan steps, each one application of Z and one of its transpose.
-        floor: of the denominators 1 + w wᵀ; info.diagnostics["clipped"] counts those below.
-        diagonal_above: a factor wider than this is a diagonal, and the sum the nearest among such.
+        floor: smallest denominator 1 + w wᵀ; info.diagnostics["clipped"] counts those that were raised.
+        diagonal_above: a factor wider than this is diagonal; the sum is the best one of this form.
 
     Raises:
-        UnknownNameError: another damping form.
+        UnknownNameError: an unknown damping form.
         HyperparameterError: fewer than two iterations, a floor outside (0, 1], a negative width.
     """
     fit = Fit(partial(leading, steps=checked_steps(iterations, least=2), rank=2), start, blend)
@@ -50,11 +50,11 @@ def lanczos(
 
 
 def start(previous: Sum) -> Sum:
-    """From both previous terms, as one alone would not lead to the second."""
+    """Start from both previous terms; the first alone would not lead to the second."""
     return previous
 
 
 def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
-    """The best two terms for `ρ old + (1 − ρ) new` of each block."""
+    """Return the best two terms for `ρ old + (1 − ρ) new` of each block."""
     sums = [(*before, *now) for before, now in zip(old, new, strict=True)]
     return [Sum(*terms) for terms in recompressed(sums, [rho, rho, 1 - rho, 1 - rho], rank=2)]

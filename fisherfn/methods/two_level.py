@@ -1,24 +1,25 @@
-r"""Two-level: a fine preconditioner of single layers, corrected on a coarse space that couples all layers.
+r"""Two-level: a preconditioner of single layers, corrected on a coarse space that couples all layers.
 
 M is the fine method's inverse, $F_\bullet = F + \lambda I$ the exact damped sampled Fisher of all layers, and the rows
 of $R_0$ span a coarse space, each supported on one layer (`coarse_spaces.py`). With $F_c = R_0 F_\bullet R_0^\top$ and
 $Q = R_0^\top F_c^{-1} R_0$,
 
-- **multiplicative**: $z = M \nabla + Q (\nabla - F_\bullet M \nabla)$, of all corrections in the space the nearest to
-  $F_\bullet^{-1} \nabla$ in the norm of $F_\bullet$; not symmetric as an operator.
+- **multiplicative**: $z = M \nabla + Q (\nabla - F_\bullet M \nabla)$, the best correction in the space: the closest to
+  $F_\bullet^{-1} \nabla$ in the norm of $F_\bullet$. It is not symmetric as an operator.
 - **balanced**: $Q + P M P^\top$ with $P = I - Q F_\bullet$; symmetric positive definite.
 - **additive**: $M \nabla + Q \nabla$; minimises nothing.
 
-Everything comes from one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from the numbers
+All products use one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from the numbers
 $c_n = \sum_l \langle W_n^l, z^l \rangle$: $R_0 F z = \frac1N C^\top c$ and $F R_0^\top \beta = \frac1N \sum_n W_n
-(C \beta)_n$, for any mixture of layers, no interpolation between feature maps, no loop over pairs of layers.
-$F_c = \frac1N C^\top C + \lambda I$, as the rows are orthonormal; it is made anew with every basis and never
-averaged. F is that of the newest statistics that an inversion followed, so the state's leaves follow the batch's shape.
+(C \beta)_n$, for any mixture of layers, without interpolation between feature maps or loops over pairs of layers.
+$F_c = \frac1N C^\top C + \lambda I$, because the rows are orthonormal. It is recomputed with every basis and never
+averaged. F is that of the newest statistics that were followed by an inversion, so the shapes of the state's leaves
+follow the batch.
 
 Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
 Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.
 
-k group, s draw, n example, t position, i input, o output, q coarse row.
+k group, s sample, n example, t position, i input, o output, q coarse row.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from fisherfn.types import PyTree, Shape
 
 FORMS = ("multiplicative", "balanced", "additive")
 ALIASES = {"tpselepedis": "tselepidis"}
-"""Spellings found in published commands."""
+"""Other spellings in published commands."""
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 Form = Literal["multiplicative", "balanced", "additive"]
@@ -65,7 +66,7 @@ Gradients = Mapping[str, Tensor] | Mapping[str, Tensor | Tap]
 
 
 class Factors(NamedTuple):
-    """The fine method's factors, the newest statistics, and the layers' shapes, which statistics need not show."""
+    """Factors of the fine method, the newest statistics, and the shapes of the layers."""
 
     fine: PyTree
     taps: Taps
@@ -73,7 +74,7 @@ class Factors(NamedTuple):
 
 
 class Inverse(NamedTuple):
-    """The fine inverse, the statistics that F is made of, and the space; `()` where every step makes its own."""
+    """The fine inverse, the statistics of F, and the space; `()` if every step computes its own space."""
 
     fine: PyTree
     taps: Taps
@@ -82,7 +83,7 @@ class Inverse(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What `two_level` was asked for."""
+    """The arguments of `two_level`."""
 
     fine: Method
     coarse: str
@@ -98,34 +99,34 @@ def two_level(
     form: Form | str | None = None,
     vectors: int = 1,
 ) -> Method:
-    """A coarse space over a fine method.
+    """Build a two-level method: a fine method with a correction on a coarse space.
 
     Args:
         fine: any method; None for `kfac()`.
         coarse: "nicolaides", "spectral", "residual" or "tselepidis".
-        krylov: whether M times each row is a row too.
-        form: "multiplicative", "balanced" or "additive"; None for the first, and for tselepidis the last, as published.
-        vectors: rows a layer, for nicolaides and spectral.
+        krylov: True adds M times each row to the space.
+        form: "multiplicative", "balanced" or "additive"; None: multiplicative, or additive for tselepidis.
+        vectors: rows per layer, for nicolaides and spectral.
 
     Raises:
-        UnknownNameError: another coarse space or form.
-        HyperparameterError: no vector, several for a space that has one, or a form that the space does not have.
+        UnknownNameError: an unknown coarse space or form.
+        HyperparameterError: fewer than one vector, several for a space that has one, or a form that the space lacks.
     """
     coarse = ALIASES.get(coarse, coarse)
     if fine is not None:
-        expect(fine, Method, "fine", "pass a method as ff.kfac() makes it")
+        expect(fine, Method, "fine", "pass a method such as ff.kfac()")
     form = form or ("additive" if coarse == "tselepidis" else "multiplicative")
     for what, name, known in (("coarse space", coarse, COARSE), ("form", form, FORMS)):
         if name not in known:
             raise unknown(what, name, known)
     if vectors < 1 or (vectors > 1 and coarse in ("residual", "tselepidis")):
         raise HyperparameterError(
-            f"{coarse} has {'one row' if vectors > 1 else 'rows'} a layer, got vectors={vectors}."
+            f"{coarse} has {'one row' if vectors > 1 else 'rows'} per layer, got vectors={vectors}."
         )
     if coarse == "tselepidis" and krylov:
-        raise HyperparameterError("tselepidis is the published space of ones alone: leave krylov out.")
+        raise HyperparameterError("tselepidis is the published space of ones only: leave out krylov.")
     if coarse == "tselepidis" and form != "additive":
-        raise HyperparameterError(f'tselepidis is additive, as published: leave form out, got "{form}".')
+        raise HyperparameterError(f'tselepidis is additive, as published: leave out form, got "{form}".')
     chosen = Settings(fine or kfac(), coarse, bool(krylov), form, vectors)
     return Method(
         name="twolevel_kfac",
@@ -146,7 +147,7 @@ def _of_fine(known: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None) -> A
 
 
 def _kind(chosen: Settings) -> Kind:
-    """What the step is of the gradient: a space that is made of the residual makes it no linear function."""
+    """Return how the step depends on the gradient; a space that depends on the residual makes it nonlinear."""
     if chosen.coarse == "residual":
         return "nonlinear"
     return "general" if chosen.form == "multiplicative" else chosen.fine.inverse
@@ -158,7 +159,7 @@ def _kind(chosen: Settings) -> Kind:
 def init(
     chosen: Settings, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
 ) -> tuple[Factors, Inverse]:
-    """The fine method's empty state, statistics of no example, and a space of zeros."""
+    """Return the empty state of the fine method, statistics without examples, and a space of zeros."""
     factors, inverses = chosen.fine.init(shapes, dtype, device, damping)
     taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
     nothing: Space | tuple[()] = ()
@@ -175,7 +176,7 @@ def init(
 def update(
     chosen: Settings, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
 ) -> Estimated:
-    """The fine method's update; the statistics are the newest that an inversion follows."""
+    """Update the fine method; replace the statistics if an inversion follows."""
     fine = chosen.fine.update(factors.fine, taps, rho, mean, inverting)
     if not inverting:
         return fine._replace(factors=factors._replace(fine=fine.factors))
@@ -186,7 +187,7 @@ def update(
 
 
 def invert(chosen: Settings, factors: Factors, damping: Float[Tensor, ""]) -> Estimated:
-    """The fine method's inverses, and the coarse space where it does not depend on the gradient."""
+    """Invert the fine method, and compute the coarse space if it does not depend on the gradient."""
     fine = chosen.fine.invert(factors.fine, damping)
     inverse = Inverse(fine.factors, factors.taps, damping, ())
     if chosen.coarse == "residual":
@@ -206,7 +207,7 @@ def _fixed_space(chosen: Settings, factors: Factors, inverse: Inverse) -> Space:
 
 
 def _space(chosen: Settings, inverse: Inverse, first: Rows, like: Matrices) -> Space:
-    """The space of these rows, with their images under M where Krylov is wanted; `like` has the layers' shapes."""
+    """Build the space of these rows, with their images under M for Krylov; `like` has the shapes of the layers."""
     vectors = first
     if chosen.krylov:
         images = _images(chosen, inverse, first, like)
@@ -216,7 +217,7 @@ def _space(chosen: Settings, inverse: Inverse, first: Rows, like: Matrices) -> S
 
 
 def _images(chosen: Settings, inverse: Inverse, R: Rows, like: Matrices) -> Rows:
-    """M times every row."""
+    """Multiply every row by M."""
     count = next(iter(R.values())).shape[0]
     matrices = ({key: rows[p].reshape(like[key].shape[-3:]) for key, rows in R.items()} for p in range(count))
     images = [_fine(chosen, inverse, row) for row in matrices]
@@ -229,7 +230,7 @@ def _images(chosen: Settings, inverse: Inverse, R: Rows, like: Matrices) -> Rows
 def precondition(
     chosen: Settings, inverse: Inverse, gradients: Mapping[str, Tensor | Tap], inner: bool
 ) -> Preconditioned:
-    """The preconditioned gradient in the chosen form."""
+    """Return the preconditioned gradient in the chosen form."""
     dtypes = {key: tap.g.dtype for key, tap in inverse.taps.items()}
     given = {key: gradient.to(dtypes[key]) for key, gradient in gradients.items()}
     grad = {key: as_matrix(gradient) for key, gradient in given.items()}
@@ -238,14 +239,14 @@ def precondition(
 
 
 def multiplicative(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """`z + Q (∇ − F_• z)` with `z = M ∇`."""
+    """Return `z + Q (∇ − F_• z)` with `z = M ∇`."""
     space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
     rest = restricted(space, grad) - _restricted_damped(inverse, space, z)
     return tree.add(z, lifted(space.rows, solved(space, rest), z))
 
 
 def balanced(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """`Q ∇ + P M Pᵀ ∇`."""
+    """Return `Q ∇ + P M Pᵀ ∇`."""
     space = _current(chosen, inverse, grad)
     beta = solved(space, restricted(space, grad))
     y = tree.add(_fine(chosen, inverse, given), _fine_damped(chosen, inverse, space, beta, grad), scale=-1.0)
@@ -254,7 +255,7 @@ def balanced(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrice
 
 
 def additive(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """`M ∇ + Q ∇`."""
+    """Return `M ∇ + Q ∇`."""
     space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
     return tree.add(z, lifted(space.rows, solved(space, restricted(space, grad)), z))
 
@@ -263,7 +264,7 @@ FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": addi
 
 
 def _current(chosen: Settings, inverse: Inverse, grad: Matrices) -> Space:
-    """The space of the state, or that of this step's residual; a residual that is rounding spans nothing."""
+    """Return the space of the state, or that of this step's residual; numerical noise counts as zero."""
     if isinstance(inverse.space, Space):
         return inverse.space
     z = _fine(chosen, inverse, grad)
@@ -279,7 +280,7 @@ def _fine(chosen: Settings, inverse: Inverse, grad: Gradients) -> dict[str, Tens
 
 
 def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, Tensor]:
-    """`F_• z = F z + λ z`, given `c = Σ_l ⟨W, z^l⟩` of every draw and example."""
+    """Return `F_• z = F z + λ z`, given `c = Σ_l ⟨W, z^l⟩` of every sample and example."""
     n = examples(inverse.taps)
 
     def of(tap: Tap, v: Tensor) -> Tensor:
@@ -292,7 +293,7 @@ def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, 
 def _fine_damped(
     chosen: Settings, inverse: Inverse, space: Space, beta: Float[Tensor, " q"], like: Matrices
 ) -> dict[str, Tensor]:
-    """`M F_• R₀ᵀ β`: of F's part as a tap where that is cheaper, of λ's part by the images of the rows."""
+    """Return `M F_• R₀ᵀ β`, the part of F as a tap if that is cheaper, the part of λ by the images of the rows."""
     n, c = examples(inverse.taps), space.C @ beta
 
     def of(key: str, tap: Tap) -> Tensor | Tap:
@@ -308,6 +309,6 @@ def _fine_damped(
 
 
 def _restricted_damped(inverse: Inverse, space: Space, z: Matrices) -> Float[Tensor, " q"]:
-    """`R₀ F_• z`."""
+    """Return `R₀ F_• z`."""
     c = total(inverse.taps, z).flatten().double()
     return space.C.mT @ c / examples(inverse.taps) + inverse.damping.double() * restricted(space, z)

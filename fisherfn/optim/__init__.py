@@ -1,4 +1,4 @@
-"""The drop-in shell: a torch optimizer and a preconditioner around the pure core, for existing training loops."""
+"""Drop-in classes for existing training loops: a torch optimizer and a preconditioner around the pure functions."""
 
 from fisherfn.optim.natural_gradient import NaturalGradient
 from fisherfn.optim.preconditioner import Preconditioner

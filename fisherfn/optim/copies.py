@@ -1,4 +1,4 @@
-"""Copies and pickles of what the drop-in classes hold: a copy works on the copied net, and on it alone."""
+"""Copies and pickles of the drop-in classes: a copy works only on the copied net."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fisherfn.types import Model
 
 
 class Copies:
-    """Makes a curvature copyable: its pure functions are bound to a net, and are bound again to the copy's.
+    """Makes a curvature copyable: its pure functions are bound to a net, and in a copy to the copied net.
 
-    What was watched and not used yet stays with the original.
+    Watched statistics that were not used yet stay with the original.
     """
 
     network: Network
@@ -37,8 +37,8 @@ class Copies:
         for what in ("method", "likelihood"):
             if not _pickles(options[what]):
                 raise StructureError(
-                    f"an optimizer with this {what} cannot be pickled, as it is made of local functions. Give a method "
-                    "by its name and a likelihood as a class or function of a module, or save state_dict() instead."
+                    f"an optimizer with this {what} cannot be pickled, because it contains local functions. Pass the "
+                    "method by name and the likelihood as a class or function of a module, or save state_dict()."
                 )
         return self._unbound()
 
@@ -53,7 +53,7 @@ class Copies:
 
 
 class _Unbound(NamedTuple):
-    """A natural gradient without the functions that belong to one net: the rest of its fields."""
+    """The fields of a natural gradient without the functions that belong to one net."""
 
     fields: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What the pure functions take and return for one module, held between the steps of somebody else's loop."""
+"""The state of the pure functions for one module, held between the steps of an existing loop."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fisherfn.stats import FISHERS, Layout, Stats
 from fisherfn.types import Info, Model, PyTree, Tree
 
 VERSION = 1
-"""Of the saved form."""
+"""Version of the saved form."""
 
 Outcome: TypeAlias = tuple[Tree, State, Info]
-"""The natural gradient, the new state and what was measured, as `ng.step` returns them."""
+"""The natural gradient, the new state and the info, as `ng.step` returns them."""
 
 
 class Curvature(Copies):
-    """A module's natural gradient, built at its first batch, with its state, cadence and randomness.
+    """The natural gradient of a module, built at the first batch, with its state, cadence and random generator.
 
-    The arguments are those of `NaturalGradient` in the same package.
+    See `NaturalGradient` in the same package for the arguments.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Curvature(Copies):
         self._by_kind: dict[Any, NaturalGradient] = {}
 
     def build(self, x: PyTree) -> NaturalGradient:
-        """Find the layers with these inputs: once for each example shape and mode of the net, with one state."""
+        """Find the layers with these inputs, once per example shape and mode of the net; the state is shared."""
         if self.ng is None:
             _one_process()
             x = _finite(_inputs(x))
@@ -114,24 +114,24 @@ class Curvature(Copies):
             return self.network.build(make, x)
 
     def ready(self) -> NaturalGradient:
-        """The natural gradient, there after the first batch."""
+        """Return the natural gradient, which exists after the first batch."""
         if self.ng is None:
             raise StructureError(
-                "the layers are not found yet, as no batch was seen: pass example_inputs=x to the constructor, watch(x)"
-                " the first time, or make a step with a batch before."
+                "the layers are not known before the first batch: pass example_inputs=x to the constructor, call "
+                "watch(x) the first time, or take a step with a batch before."
             )
         return self.ng
 
     @property
     def state(self) -> State:
-        """The state, there after the first batch."""
+        """The state, which exists after the first batch."""
         self.ready()
         assert self._state is not None
         return self._state
 
     @property
     def damping(self) -> float:
-        """λ."""
+        """The damping λ."""
         return self._damping if self._state is None else float(self._state.damping)
 
     @damping.setter
@@ -147,20 +147,20 @@ class Curvature(Copies):
 
     @property
     def updates(self) -> bool:
-        """Whether the next step takes statistics."""
+        """True if the next step computes statistics."""
         return self._cadence(self.steps).update or self._again()
 
     @property
     def inverts(self) -> bool:
-        """Whether the next step refreshes the inverses."""
+        """True if the next step refreshes the inverses."""
         return self._cadence(self.steps).invert or self._again()
 
     def _again(self) -> bool:
-        """Whether the last step was rejected: then everything is refreshed at once."""
+        """Return True if the last step was rejected; then everything is refreshed at once."""
         return self._rest is not None and bool(self._rest.rejected)
 
     def adapted(self, batch: Any, lr_scale: float | dict[str, float]) -> tuple[Tree, AdaptiveState, Info]:
-        """The parameters after an adaptive step on a batch."""
+        """Return the parameters after an adaptive step on a batch."""
         x, y = pair(batch)
         ng, x = self.build(x), _inputs(x)
         assert self._adaptive is not None and self._rest is not None
@@ -172,13 +172,13 @@ class Curvature(Copies):
             )  # fmt: skip
 
     def _measured(self, ng: NaturalGradient) -> Callable[[State], Tensor] | None:
-        """λ measured once, at the first refresh of the inverses, where no number was given."""
+        """Return a function that measures λ once, at the first refresh of the inverses, if no λ was given."""
         if not self._measures_damping or self._rest is not None or self.steps:
             return None
         return lambda new: START * ng.trace(new).to(new.damping) / sum(s.numel() for _, s in ng.layout.shapes)
 
     def of_batch(self, batch: Any, *, inner: bool) -> Outcome:
-        """The natural gradient of a batch, gradient and curvature from one forward."""
+        """Compute the natural gradient of a batch, with gradient and curvature from one forward pass."""
         x, y = pair(batch)
         ng, x = self.build(x), _inputs(x)
         with self.network.alone_in_autocast():
@@ -189,13 +189,13 @@ class Curvature(Copies):
             )  # fmt: skip
 
     def of_gradients(self, grads: Tree, stats: Stats | None, *, inner: bool) -> Outcome:
-        """The same for a gradient that is there already, with these statistics if it is time for some."""
+        """Compute the natural gradient from an existing gradient, and from statistics if they are due."""
         ng, state = self.ready(), self.state
         with self.network.alone_in_autocast():
             return ng.advance(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
-        """Statistics of a batch, with another Fisher or likelihood than the build's where given."""
+        """Collect statistics of a batch, optionally with another Fisher or likelihood than the build's."""
         ng, x = self.build(x), _inputs(x)
         ng = ng if likelihood is None else replace(ng, likelihood=likelihood)
         with self.network.alone_in_autocast():
@@ -206,7 +206,7 @@ class Curvature(Copies):
             )  # fmt: skip
 
     def commit(self, state: State | AdaptiveState, context: PyTree = ()) -> None:
-        """Take over what a step made, and the buffers of its context."""
+        """Store the result of a step, and the buffers of its context."""
         if isinstance(state, AdaptiveState):
             self._rest, state = state, state.curvature
         elif self._rest is not None:
@@ -219,15 +219,15 @@ class Curvature(Copies):
 
     @contextlib.contextmanager
     def watch(self, inputs: PyTree, reduction: str) -> Iterator[None]:
-        """Note one forward of the net, if the next step takes statistics."""
+        """Record one forward pass of the net, if the next step computes statistics."""
         if reduction not in REDUCTIONS:
             raise unknown("reduction", reduction, REDUCTIONS)
         layout = (self.ready() if inputs is None else self.build(inputs)).layout
         if layout.fallbacks:
             names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
             raise StructureError(
-                f"{names} belong to no layer, and one backward does not give their per-example gradients: pass the "
-                "batch to step((x, y)) instead of watching, or freeze them."
+                f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
+                "the batch to step((x, y)) instead of watching, or freeze them."
             )
         if not self.updates:
             yield
@@ -238,32 +238,32 @@ class Curvature(Copies):
         self._passes.append(Pass(seen.calls, reduction, scale))
 
     def watched(self) -> Stats:
-        """The statistics of all passes since the last step."""
+        """Return the statistics of all passes since the last step."""
         if not self._passes:
             raise StructureError(
-                "this step takes statistics, and none were collected: pass the batch, step((x, y)), or run the net in "
+                "this step needs statistics, and none were collected: pass the batch, step((x, y)), or run the net in "
                 "`with watch():` and call loss.backward() before."
             )
         with torch.no_grad():
             return statistics(self.ready().layout, self._passes)
 
     def forget(self, *, used: bool = False) -> None:
-        """Drop what was watched: all of it, or what a backward went through."""
+        """Drop the watched passes: all of them, or those with a backward pass."""
         self._passes = [each for each in self._passes if used and not each.used]
 
     # ------------------------------------------------------------------------------------------------ saved form
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat tensors and numbers: it passes `torch.load(weights_only=True)`."""
+        """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""
         held = self._state if self._rest is None else self._rest
         flat = dict(self._saved) if held is None else tree.flatten(held)
         return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from there; before the first batch it is kept until the layers are found.
+        """Continue from a saved state; before the first batch it is kept until the layers are found.
 
         Raises:
-            StructureError: not a saved form of this library, or one of another net or method.
+            StructureError: not a saved form of this library, or that of another net or method.
         """
         expect(saved, dict, "a saved curvature", "pass what state_dict() returned")
         if saved.keys() != {"version", "steps", "generator", "state"} or saved["version"] != VERSION:
@@ -289,7 +289,7 @@ class Curvature(Copies):
             return self._rest.curvature
         empty = ng.init(params, damping=self._damping, ema=self._ema)
         device = next(iter(params.values())).device
-        saved = {"examples": empty.examples} | saved if saved else saved  # one from before examples were counted
+        saved = {"examples": empty.examples} | saved if saved else saved  # from a version that did not count examples
         return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
 
 
@@ -302,16 +302,16 @@ def _generator(given: torch.Generator | int) -> torch.Generator:
 
 
 def _inputs(x: PyTree) -> PyTree:
-    """Several inputs as the tuple that they were before a data loader made a list of it, or as a dict."""
+    """Return several inputs as a tuple (data loaders turn it into a list) or as a dict."""
     return tree.plain(tuple(x) if isinstance(x, list) else x)
 
 
 def _finite(x: PyTree) -> PyTree:
-    """Inputs that layers can be found with: those of a broken first batch would show nothing but NaN."""
+    """Raise unless the inputs are finite, because layers cannot be found with NaN."""
     floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not bool(tree.finite(floats)):
         error, text = BATCH_CHECKS["inputs"]
-        raise error(f"{text}. It is the first batch, and layers are found with it: pass example_inputs=x otherwise.")
+        raise error(f"{text}. This is the first batch, with which the layers are found: or pass example_inputs=x.")
     return x
 
 
@@ -319,19 +319,19 @@ def _one_process() -> None:
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     if ranks and torch.distributed.get_world_size() > 1:
         raise StructureError(
-            "several processes train this net, and the drop-in shell averages nothing over them: each would go its own "
-            "way. Use the functional loop with statistics averaged over the ranks."
+            "several processes train this net, but the drop-in classes do not average over processes: the copies would "
+            "diverge. Use the functional loop with statistics averaged over the ranks."
         )
 
 
 class WithCurvature:
-    """What an optimizer and a preconditioner show of their curvature."""
+    """Properties of the curvature that the optimizer and the preconditioner share."""
 
     _curvature: Curvature
 
     @property
     def damping(self) -> float:
-        """λ; a new value counts from the next refresh of the inverses on."""
+        """The damping λ; a new value takes effect at the next refresh of the inverses."""
         return self._curvature.damping
 
     @damping.setter
@@ -340,7 +340,7 @@ class WithCurvature:
 
     @property
     def layout(self) -> Layout:
-        """Which parameter is in which block, and why; there after the first batch."""
+        """The coverage report, which lists the block of each parameter; it exists after the first batch."""
         return self._curvature.ready().layout
 
     @property

@@ -1,4 +1,4 @@
-"""A torch optimizer whose step takes the batch."""
+"""A natural-gradient torch optimizer whose step takes the batch."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fisherfn.optim.curvature import Curvature, Outcome, WithCurvature
 from fisherfn.types import Info, PyTree, Tree
 
 PATIENCE = 10
-"""Steps in a row that `on_bad="skip"` skips before it raises after all."""
+"""Number of consecutive steps that `on_bad="skip"` skips before it raises."""
 
 
 class NaturalGradient(WithCurvature, torch.optim.Optimizer):
-    r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` is forward, backward and step.
+    r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` does forward, backward and step.
 
     $$\delta \leftarrow -\alpha \hat F^{-1} \nabla + \mu\, \delta, \qquad \theta \leftarrow \theta + \delta$$
 
-    It needs no number: α, μ and the damping λ come from the quadratic model of each batch (`ff.adaptive`). With a
-    learning rate η and a damping given, all numbers are fixed, as in other optimizers:
+    By default α, μ and the damping λ come from the quadratic model of each batch (`ff.adaptive`), so no setting is
+    needed. If you give a learning rate η and a damping, all settings are fixed, as in other optimizers:
 
     $$v \leftarrow \mu v + \nu \hat F^{-1} \nabla, \qquad \theta \leftarrow \theta - \eta (v + w \theta)$$
 
     with ν the factor of the KL bound (`ff.kl_clip`) at the largest learning rate of all groups. Loss, gradient, λ and κ
-    are of the mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers move as in training.
-    The layers are found at the first batch, or at once with `example_inputs`.
+    are those of the mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers are updated as
+    in training. The layers are found at the first batch, or immediately with `example_inputs`.
 
     Attributes:
-        info: the last step's `ff.Info`.
-        skipped: steps that were not ok and changed nothing (`on_bad="skip"`).
+        info: the `ff.Info` of the last step.
+        skipped: number of steps that failed a check and changed nothing (`on_bad="skip"`).
 
     >>> net = nn.Linear(2, 1)
     >>> opt = NaturalGradient(net, likelihood=lambda f, y: (f - y).square().sum(-1), fisher="empirical", lr=0.1)
@@ -70,39 +70,39 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         scaler: torch.amp.GradScaler | None = None,
         on_bad: Literal["raise", "skip"] | str = "raise",
     ) -> None:
-        """Nothing is computed yet, unless there are `example_inputs`.
+        """Create the optimizer; nothing is computed before the first batch, except with `example_inputs`.
 
         Args:
-            net: the module; parameters in no group, and those that require no gradient, stay as they are.
+            net: the module; parameters in no group, or without `requires_grad`, are not changed.
             params: parameters of the net or groups of them, each with its own `lr`, `momentum` and `weight_decay`.
-            likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, one's own, or with `fisher="empirical"`
+            likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, your own, or with `fisher="empirical"`
                 a callable `(outputs, targets) -> [N]`.
-            lr: learning rate η; "auto" takes α from the quadratic model, and the groups then hold the factor 1.0 on α,
-                so that schedulers work.
-            method: `ff.kfac()` or a name of `ff.METHODS`.
-            momentum: μ in [0, 1); "auto" is from the quadratic model, and 0.9 where both learning rate and damping are
-                given.
-            weight_decay: w, decoupled: η w θ is subtracted beside the step.
-            kl_bound: κ > 0, in nats per example; None for none. "auto" is 1e-3 where a learning rate is given or labels
-                are classes, else none.
+            lr: learning rate η; "auto" takes α from the quadratic model. The groups then hold a factor on α, initially
+                1.0, so that schedulers work.
+            method: `ff.kfac()` or a name in `ff.METHODS`.
+            momentum: μ in [0, 1); "auto" takes it from the quadratic model, or 0.9 if both learning rate and damping
+                are given.
+            weight_decay: w, decoupled: η w θ is subtracted in addition to the step.
+            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 if a learning rate is given or the
+                labels are classes, else no bound.
             damping: λ ≥ 0, in the units of the Fisher of the mean NLL; "auto" follows the reduction ratio. With an
-                automatic learning rate a number is where λ starts, and rejected steps raise it. `opt.damping` changes
+                automatic learning rate, a number is the initial λ, and rejected steps raise it. `opt.damping` changes
                 it later.
             ema: weight of the old factors, in [0, 1).
-            update_every: steps between statistics; None: 5, or from 2 growing to 10 where a number is automatic.
-            invert_every: steps between refreshes of the inverses; None: 10, or from 4 growing to 20.
+            update_every: steps between statistics; None: 5, or growing from 2 to 10 if a setting is automatic.
+            invert_every: steps between refreshes of the inverses; None: 10, or growing from 4 to 20.
             fisher: "mc", "type2" or "empirical".
-            samples: draws an example for "mc".
-            chunk_size: examples at a time, to bound memory; the result is that of the whole batch.
-            generator: of labels and dropout's seeds, or its seed; its state is saved with the optimizer's.
-            example_inputs: inputs to find the layers with at once.
+            samples: sampled labels per example for "mc".
+            chunk_size: examples at a time, to limit memory; the result is that of the whole batch.
+            generator: random generator for labels and dropout seeds, or its seed; saved with the optimizer.
+            example_inputs: inputs with which to find the layers immediately.
             scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
-            on_bad: what to do with a step that is not ok: "raise" the typed error, or "skip" it, at most ten in a row.
+            on_bad: treatment of a step that fails a check: "raise" the typed error, or "skip" at most ten in a row.
 
         Raises:
             HyperparameterError: a number outside its range.
-            StructureError: parameters that are not the net's; what a build raises comes with the first batch.
-            UnknownNameError: no method, or no Fisher, of this name.
+            StructureError: parameters of another net. Errors of the build are raised at the first batch.
+            UnknownNameError: no method or Fisher has this name.
         """
         auto = {name: value == "auto" for name, value in (("lr", lr), ("damping", damping), ("momentum", momentum))}
         adapts = auto["lr"] or auto["damping"]
@@ -138,15 +138,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, batch: Any = None, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; returns the loss before it, in nats an example.
+        """Take one step and return the loss before it, in nats per example.
 
         Args:
-            batch: `(x, y)`; several inputs are a tuple in the first place. Without it, the step follows the `.grad` of
-                the parameters, with the statistics of `watch`.
-            closure: as in torch: it runs forward and backward and returns the loss. It may stand in the first place.
+            batch: `(x, y)`; pass several inputs as `((x1, x2), y)`. Without a batch, the step uses the `.grad` of the
+                parameters and the statistics of `watch`.
+            closure: runs forward and backward and returns the loss, as in torch. It may be the first argument.
 
         Raises:
-            NonFiniteError, NotPositiveDefiniteError, TargetError: a step that is not ok; nothing has moved.
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed; nothing has changed.
             StructureError: there is neither a batch nor a gradient with its statistics.
         """
         if callable(batch):
@@ -159,7 +159,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             return self._adapted(batch)
         if self._auto_lr:
             raise StructureError(
-                "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or give lr=."
+                "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or pass lr=."
             )
         rate = max(group["lr"] for group in self.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
@@ -174,9 +174,9 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         return loss if batch is None else self.info.loss
 
     def _adapted(self, batch: Any) -> Any:
-        """A step whose numbers are found."""
+        """Take an adaptive step."""
         network = self._curvature.network
-        self._curvature.build(pair(batch)[0])  # which parameters the outputs depend on
+        self._curvature.build(pair(batch)[0])  # finds the parameters that the outputs depend on
         names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
         groups = [(names[id(p)], group) for group in self.param_groups for p in group["params"] if id(p) in names]
         scales = dict.fromkeys(network.parameters(), 1.0)
@@ -203,15 +203,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         return self.info.loss
 
     def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
-        """`with opt.watch(): loss = criterion(net(x), y)`, then `loss.backward()` and `opt.step()`.
+        """Collect statistics in your own pass: `with opt.watch(): loss = criterion(net(x), y)`.
 
-        Statistics are the empirical Fisher of the user's own pass; several passes before a step (accumulation) count
-        as one batch.
+        Call `loss.backward()` and `opt.step()` afterwards. The statistics are those of the empirical Fisher. Several
+        passes before a step (accumulation) count as one batch.
 
         Args:
-            inputs: example inputs, where the first step has not been made and the constructor had none.
-            reduction: what the losses of all passes before the step add up to: the "mean" over their examples, or the
-                "sum" (the step then is that of the sum, N times the mean's).
+            inputs: example inputs, needed before the first step if the constructor had none.
+            reduction: the sum of the losses of all passes before the step is the "mean" over their examples, or the
+                "sum" (the step is then that of the sum, N times that of the mean).
         """
         return self._curvature.watch(inputs, reduction)
 
@@ -221,7 +221,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             return curvature.of_batch(batch, inner=inner)
         if curvature.ng is None:
             raise StructureError(
-                "step() has no batch: write `loss = opt.step((x, y))`, which is forward, backward and step. To keep "
+                "step() has no batch: write `loss = opt.step((x, y))`, which does forward, backward and step. To keep "
                 "your own loss and backward, run the net in `with opt.watch(x):` and call loss.backward() before."
             )
         grads = curvature.network.gradients()
@@ -253,11 +253,11 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
     # ---------------------------------------------------------------------------------- the rest of an optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, before the first batch.
+        """Add a parameter group, as in torch; only before the first batch.
 
         Raises:
-            HyperparameterError: a rate, momentum or decay out of its range.
-            StructureError: parameters of another net, or the layers are found already.
+            HyperparameterError: a learning rate, momentum or weight decay outside its range.
+            StructureError: parameters of another net, or the layers were found already.
         """
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "lr": (lambda v: v >= 0, "must be >= 0"),
@@ -270,7 +270,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         self._curvature.network.train(p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; what was watched goes with the gradients that it belongs to."""
+        """Reset the gradients, as in torch, and the watched statistics that belong to them."""
         super().zero_grad(set_to_none)
         self._curvature.forget(used=True)
 
@@ -279,14 +279,14 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         return {**own, **super().__getstate__()}
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the curvature as flat tensors beside it."""
+        """Return the state as in torch, with the curvature as flat tensors."""
         return {**super().state_dict(), "curvature": self._curvature.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, also before the first batch.
+        """Load a state as in torch, also before the first batch.
 
         Raises:
-            StructureError: the state of another optimizer, net or method.
+            StructureError: the state belongs to another optimizer, net or method.
         """
         if "curvature" not in state_dict:
             raise StructureError(f"the saved optimizer has no curvature, only {sorted(state_dict)}: it is another one.")
@@ -294,7 +294,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
-            raise StructureError(f"{error}: make the same groups as those that were saved.") from error
+            raise StructureError(f"{error}: make the same parameter groups as those that were saved.") from error
 
 
 def _sound(info: Info) -> bool:

@@ -1,4 +1,4 @@
-"""A module as the pure functions want it: parameters, buffers and noise in, and what moved back into the module."""
+"""A module as a pure function: reads its parameters, buffers and noise, and writes back updated buffers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DROPS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
 
 
 class Network:
-    """A module, which of its parameters are trained, and whether it needs dropout's seeds."""
+    """A module, its trained parameters, and a flag for dropout seeds."""
 
     def __init__(self, net: nn.Module) -> None:
         expect(net, nn.Module, "net", "pass the torch.nn.Module whose parameters are trained")
@@ -31,70 +31,70 @@ class Network:
         self._seeded = False
         self._low: torch.dtype | None = None
         self.unused: frozenset[str] = frozenset()
-        """Parameters that the outputs do not depend on: they stay as they are."""
+        """Parameters that the outputs do not depend on; they are not changed."""
 
     # ------------------------------------------------------------------------------------------- its parameters
 
     def train(self, chosen: Iterable[Tensor]) -> None:
-        """Train these parameters, all that there are to be."""
+        """Set the parameters to train."""
         if self._fixed is not None:
             raise StructureError("the layers were found at the first batch: make a new optimizer for more parameters.")
         self._chosen = list(chosen)
         self.parameters()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: those chosen that require a gradient.
+        """Return the trained parameters by name: the chosen ones that require a gradient.
 
         Raises:
-            StructureError: one that is not the net's, none at all, or others than at the build.
+            StructureError: a parameter of another net, no parameter, or other parameters than at the build.
         """
         own = dict(self.net.named_parameters())
         chosen = {id(p) for p in self._chosen}
         if not chosen <= {id(p) for p in own.values()}:
             raise StructureError(
-                "a tensor to train is no parameter of the net: pass parameters of this very net, after what replaces "
-                "its layers, and make a new optimizer when layers are replaced."
+                "a tensor to train is not a parameter of the net: pass parameters of this net, after replacing "
+                "layers, and make a new optimizer whenever layers are replaced."
             )
         found = {name: p for name, p in own.items() if id(p) in chosen and p.requires_grad}
         if not found:
-            raise StructureError("there is no parameter to train: none of those given requires a gradient.")
+            raise StructureError("there is no parameter to train: none of the given parameters requires a gradient.")
         if self._fixed is not None and set(found) != self._fixed:
             raise StructureError(
-                f"{sorted(set(found) ^ self._fixed)[:4]} were frozen or freed after the first batch, when the layers "
+                f"{sorted(set(found) ^ self._fixed)[:4]} were frozen or unfrozen after the first batch, when layers "
                 "were found: make a new optimizer at that point."
             )
         return found
 
     def values(self) -> Tree:
-        """The trained parameters as they are, without autograd."""
+        """Return the values of the trained parameters, without autograd."""
         return {name: p.detach() for name, p in self.parameters().items()}
 
     def gradients(self) -> Tree:
-        """The `.grad` of every trained parameter; zero for those that the outputs do not depend on."""
+        """Return the `.grad` of every trained parameter; zero for those that the outputs do not depend on."""
         found = self.parameters()
         lacking = [name for name, p in found.items() if p.grad is None and name not in self.unused]
         if lacking:
             raise StructureError(
                 f"{', '.join(map(repr, lacking[:4]))} have no gradient: call loss.backward() before step(), and "
-                "zero_grad() after it; freeze (requires_grad_(False)) what the loss does not depend on."
+                "zero_grad() after it; freeze (requires_grad_(False)) parameters that the loss does not depend on."
             )
         return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in found.items()}
 
     # ------------------------------------------------------------------------------------------ its other inputs
 
     def context(self, x: PyTree, generator: torch.Generator) -> Tree:
-        """The buffers, and seeds for the examples of `x` where the net drops units."""
+        """Return the buffers, and dropout seeds for the examples of `x` if the net has dropout."""
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
         return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
 
     def kind(self, x: PyTree) -> Any:
-        """Return what layers are found for: the inputs' example shapes, and the mode of every module."""
+        """Return the key of a build: the example shapes of the inputs, and the mode of every module."""
         leaves = tree.flatten(x).items() if isinstance(x, dict) else enumerate(tree.leaves(x))
         shapes = tuple((path, leaf.shape[1:]) for path, leaf in leaves if isinstance(leaf, Tensor))
         return shapes, tuple(module.training for module in self.net.modules())
 
     def move_buffers(self, context: Tree) -> None:
-        """Write back what the net's buffers became; one that was assigned in another shape or type is replaced."""
+        """Write the new buffers to the net; a buffer with another shape or type is replaced."""
         for name, buffer in self.net.named_buffers():
             new = context[name]
             if new.shape == buffer.shape and new.dtype == buffer.dtype:
@@ -105,7 +105,7 @@ class Network:
 
     @contextlib.contextmanager
     def alone_in_autocast(self) -> Iterator[None]:
-        """The caller's autocast is for the net; curvature is computed in the precision of its factors, ungraded."""
+        """Apply the caller's autocast only to the net; curvature uses the precision of its factors, without grad."""
         device = next(iter(self.parameters().values())).device.type
         self._low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -114,7 +114,7 @@ class Network:
     # ------------------------------------------------------------------------------------------------ as a model
 
     def build(self, make: Callable[[Model, Tree, Tree], T], x: PyTree) -> T:
-        """`make(model, params, context)`, with dropout's seeds in the context where the net turns out to need them."""
+        """Call `make(model, params, context)`, with dropout seeds in the context if the net needs them."""
         check_net(self.net)
         self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
         params, generator = self.values(), torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ class Network:
         plain, _, _ = functional(self.net)
 
         def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
-            """The net in the caller's autocast, its outputs in full precision as losses want them."""
+            """Run the net in the caller's autocast, with outputs in full precision for the loss."""
             device, low = next(iter(params.values())).device.type, self._low
             with torch.autocast(device, dtype=low, enabled=low is not None):
                 outputs, context = plain(params, x, context)
@@ -143,6 +143,6 @@ class Network:
 
 
 def examples(x: PyTree) -> int:
-    """N of some inputs; 0 where there is no tensor."""
+    """Return N of some inputs; 0 if there is no tensor."""
     sizes = [leaf.shape[0] for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
     return sizes[0] if sizes else 0

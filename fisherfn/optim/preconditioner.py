@@ -1,4 +1,4 @@
-"""Gradients made natural, between `loss.backward()` and the step of any torch optimizer."""
+"""A preconditioner for gradients, between `loss.backward()` and the step of any torch optimizer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fisherfn.types import Info, PyTree, Tree
 
 
 class Preconditioner(WithCurvature):
-    r"""Rewrites `.grad`: $\nabla \leftarrow \nu \hat F^{-1} \nabla$, ν from the KL clip where it is asked for.
+    r"""Rewrites `.grad`: $\nabla \leftarrow \nu \hat F^{-1} \nabla$, with ν from the KL clip if a bound is given.
 
         loss.backward()
         pre.step(x)        # or (x, y), or nothing after `with pre.watch(): ...`
         opt.step()
 
     Attributes:
-        info: the last step's `ff.Info`.
+        info: the `ff.Info` of the last step.
     """
 
     def __init__(
@@ -51,16 +51,17 @@ class Preconditioner(WithCurvature):
         example_inputs: PyTree = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Nothing is computed yet, unless there are `example_inputs`. Arguments not listed: see `NaturalGradient`.
+        """Create the preconditioner; nothing is computed before the first batch, except with `example_inputs`.
 
         Args:
             net: the module.
-            params: those of its parameters whose gradients are rewritten; None for all that require one.
-            likelihood: of the outputs; None where only `watch` is used.
+            params: the parameters whose gradients are rewritten; None for all that require a gradient.
+            likelihood: the likelihood of the outputs; None if only `watch` is used.
             method: see `NaturalGradient`.
-            optimizer: the one that takes the step; a `kl_bound` needs its rate, a `scaler` its gradients.
-            kl_bound: κ > 0, in nats an example, at the largest rate of the optimizer's groups; None for no clip.
-            damping: λ ≥ 0; "auto" is 20 tr F̂ / n, n the number of parameters, measured once at the first step.
+            optimizer: the optimizer that takes the step; `kl_bound` needs its learning rate, `scaler` its gradients.
+            kl_bound: κ > 0, in nats per example, at the largest learning rate of the optimizer's groups; None for no
+                bound.
+            damping: λ ≥ 0; "auto" is 20 tr F̂ / n for n parameters, measured once at the first step.
             ema: see `NaturalGradient`.
             update_every: see `NaturalGradient`.
             invert_every: see `NaturalGradient`.
@@ -68,9 +69,9 @@ class Preconditioner(WithCurvature):
             samples: see `NaturalGradient`.
             chunk_size: see `NaturalGradient`.
             generator: see `NaturalGradient`.
-            example_inputs: inputs to find the layers with at once.
-            scaler: the gradient scaler, if there is one: gradients are unscaled first, and left alone where they
-                overflowed and the scaler is about to skip the step.
+            example_inputs: inputs with which to find the layers immediately.
+            scaler: the gradient scaler, if you use one. Gradients are unscaled first. If they overflowed, they are
+                left unchanged, because the scaler will skip the step.
         """
         self._likelihood = likelihood
         self._curvature = Curvature(
@@ -92,16 +93,16 @@ class Preconditioner(WithCurvature):
 
     @torch.no_grad()
     def step(self, batch: Any = None) -> None:
-        """Rewrite the gradients that are there.
+        """Precondition the current gradients in place.
 
         Args:
-            batch: inputs `x` for the sampled Fisher, or `(x, y)` for the empirical one; a tuple is always a pair, so
-                several inputs alone are `((x1, x2), None)`. None takes what was watched. Looked at in steps that take
-                statistics only. With accumulated gradients: the last part of the batch, or all of it.
+            batch: inputs `x` for the sampled Fisher, or `(x, y)` for the empirical one. A tuple is always a pair, so
+                pass several inputs as `((x1, x2), None)`. None uses the watched statistics. The batch is only used in
+                steps that compute statistics. With accumulated gradients, pass the last part of the batch, or all.
 
         Raises:
-            NonFiniteError, NotPositiveDefiniteError, TargetError: a step that is not ok; gradients and state are left.
-            StructureError: no gradient, or nothing to take statistics from.
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed; gradients and state are unchanged.
+            StructureError: no gradient, or no source of statistics.
         """
         curvature = self._curvature
         self._unscale()
@@ -121,14 +122,14 @@ class Preconditioner(WithCurvature):
         curvature.commit(state)
 
     def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
-        """`with pre.watch(): loss = criterion(net(x), y)`, then `loss.backward()` and `pre.step()`.
+        """Collect statistics in your own pass: `with pre.watch(): loss = criterion(net(x), y)`.
 
-        Statistics are the empirical Fisher of the user's own pass; several passes before a step (accumulation) count
-        as one batch.
+        Call `loss.backward()` and `pre.step()` afterwards. The statistics are those of the empirical Fisher. Several
+        passes before a step (accumulation) count as one batch.
 
         Args:
-            inputs: example inputs, where no batch has been seen and the constructor had none.
-            reduction: what the losses of all passes before the step add up to: the "mean" over their examples, or the
+            inputs: example inputs, needed before the first batch if the constructor had none.
+            reduction: the sum of the losses of all passes before the step is the "mean" over their examples, or the
                 "sum".
         """
         return self._curvature.watch(inputs, reduction)
@@ -144,12 +145,12 @@ class Preconditioner(WithCurvature):
         return self._curvature.statistics(x, torch.empty(examples(x), 0), likelihood=_Unlabelled(self._likelihood))
 
     def _unscale(self) -> None:
-        """As before clipping by norm, unless the caller has."""
+        """Unscale the gradients, as before clipping by norm, unless the caller has done so."""
         scaler, optimizer = self._curvature.scaler, self._optimizer
         if scaler is None or optimizer is None:
             return
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # a wrapper: the scaler knows what is inside
+            optimizer = inner  # a wrapper: the scaler knows the inner optimizer
         try:
             scaler.unscale_(optimizer)
         except RuntimeError as error:
@@ -163,21 +164,21 @@ class Preconditioner(WithCurvature):
                 p.grad.copy_(nat[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The curvature as flat tensors."""
+        """Return the curvature as flat tensors."""
         return self._curvature.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, also before the first batch."""
+        """Continue from a saved state, also before the first batch."""
         self._curvature.load_state_dict(state_dict)
 
 
 def _split(batch: Any) -> tuple[PyTree, Any]:
-    """Inputs, and targets or None."""
+    """Split a batch into inputs, and targets or None."""
     return pair(batch) if isinstance(batch, (tuple, list)) else (tree.plain(batch), None)
 
 
 class _Unlabelled:
-    """A likelihood for inputs without targets, `[N, 0]`: their loss is nothing, and it draws as its own does."""
+    """A likelihood for inputs without targets, `[N, 0]`: zero loss, and the samples of the given likelihood."""
 
     def __init__(self, likelihood: Any) -> None:
         self._likelihood = likelihood
@@ -198,4 +199,4 @@ class _Unlabelled:
 
 
 def _unstated(outputs: Tensor, targets: Any) -> Tensor:
-    raise LikelihoodError("no likelihood was stated: pass likelihood=ff.Categorical() or another, or watch.")
+    raise LikelihoodError("no likelihood was given: pass likelihood=ff.Categorical() or another, or watch.")

@@ -1,8 +1,8 @@
-r"""The empirical Fisher from the user's own forward and backward.
+r"""The empirical Fisher from the user's own forward and backward pass.
 
-While watched, every layer call of the module gets a zero leaf added to its output; after `loss.backward()` the leaf's
-`.grad` is the output-gradient. No hook is set, and nothing runs twice. With the loss that `backward` was called on
-being $L$, the mean over the N watched examples (`reduction="mean"`) or their sum, a tap's `g` is
+While the module is watched, a zero leaf is added to the output of every layer call. After `loss.backward()` the `.grad`
+of this leaf is the output-gradient. No hook is set, and nothing runs twice. Let $L$ be the loss on which `backward` was
+called: the mean over the N watched examples (`reduction="mean"`) or their sum. Then the `g` of a tap is
 
 $$g_n = N\,\frac{\partial L}{\partial s_n} \quad\text{or}\quad g_n = \frac{\partial L}{\partial s_n}.$$
 """
@@ -28,9 +28,9 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A layer's call: its input, the zero leaf that was added to its output, and what its family noted.
+    """A call of a layer: its input, the zero leaf added to its output, and the facts of its family.
 
-    `shared`: no example entered the call, so `input` and `leaf` are those of each example's copy.
+    `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy.
     """
 
     input: Tensor
@@ -40,7 +40,7 @@ class Seen(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward: every layer's calls by the weight's name, and what turns a leaf's `.grad` into `∂L/∂s`."""
+    """One forward pass: the calls of each layer by weight name, and the scale that turns `.grad` into `∂L/∂s`."""
 
     calls: Mapping[str, Sequence[Seen]]
     reduction: str
@@ -48,12 +48,12 @@ class Pass(NamedTuple):
 
     @property
     def used(self) -> bool:
-        """Whether a backward went through."""
+        """True if there was a backward pass."""
         return any(seen.leaf.grad is not None for calls in self.calls.values() for seen in calls)
 
 
 class Watch(Intercept):
-    """Notes the layer calls of a module that runs by itself, its parameters being leaves of autograd."""
+    """Records the layer calls of a running module whose parameters are leaves of autograd."""
 
     def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
         self._seen: dict[str, dict[int, Seen]] = {}
@@ -61,11 +61,11 @@ class Watch(Intercept):
 
     @property
     def calls(self) -> dict[str, list[Seen]]:
-        """All uses of each layer, in order."""
+        """The uses of each layer, in order."""
         return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Nothing: the pass is the user's own, dropout from the global generator included."""
+        """Do nothing: the pass is the user's own, including dropout from the global generator."""
 
     def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
@@ -78,17 +78,17 @@ class Watch(Intercept):
 
 
 def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
-    """All watched passes as the statistics of one batch: their examples side by side.
+    """Join the watched passes to the statistics of one batch.
 
     Raises:
-        StructureError: no backward went through a pass, or the module did not run once in it.
-        ShapeError: other shapes than at the build.
+        StructureError: a pass had no backward pass, or the module did not run exactly once in it.
+        ShapeError: shapes differ from the build.
     """
     sizes = [_examples(layout, each) for each in passes]
     layouts = [_as_seen(layout, each) for each in passes]
     if any(other != layouts[0] for other in layouts):
         raise ShapeError(
-            "the passes watched before this step have examples of different shapes (sequences of other lengths?): make "
+            "the passes watched before this step have examples of different shapes (sequences of other lengths?): take "
             "a step after each of them, or pad them to one length."
         )
     layout = layouts[0]
@@ -96,9 +96,9 @@ def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
 
 
 def _as_seen(layout: Layout, each: Pass) -> Layout:
-    """The layout for the example shapes of a pass: those of the build, or others (longer sequences) where one can tell.
+    """Return the layout for the example shapes of a pass: those of the build, or others (longer sequences).
 
-    Rows that examples and positions share do not say how many of them are examples.
+    Other shapes are not supported if examples and positions share an axis, because the number of examples is unknown.
     """
     blocks = []
     for block in layout.blocks:
@@ -119,19 +119,19 @@ def _of_example(use: Use, seen: Seen) -> Size:
 
 
 def _examples(layout: Layout, each: Pass) -> int:
-    """How many examples a pass had."""
+    """Return the number of examples of a pass."""
     for block in layout.layers:
         found = len(each.calls.get(block.weight, ()))
         if found != len(block.uses):
             raise StructureError(
                 f"layer {block.key!r} was used {found} times while watched, {len(block.uses)} at the build: run the "
-                "net once in each `with watch()`, on inputs that take the build's path, neither compiled nor through a "
-                "copy of it."
+                "net exactly once in each `with watch()`, on inputs that take the same path as at the build, neither "
+                "compiled nor through a copy."
             )
     if not each.used:
         raise StructureError(
-            "no backward went through the watched pass: call loss.backward() before step(), on a loss of the outputs "
-            "that the net gave inside `with watch()`."
+            "the watched pass had no backward pass: call loss.backward() before step(), on a loss of the outputs "
+            "that the net returned inside `with watch()`."
         )
     block = layout.layers[0]
     return int(each.calls[block.weight][0].input.shape[block.uses[0].axis]) // block.uses[0].repeats
@@ -140,7 +140,7 @@ def _examples(layout: Layout, each: Pass) -> int:
 def _part(layout: Layout, each: Pass, total: int) -> Stats:
     factor = (total if each.reduction == "mean" else 1) / each.scale
     layers = {block.key: _layer(block, each, factor) for block in layout.blocks}
-    nothing = torch.full((), torch.nan)  # neither the loss nor the outputs were seen
+    nothing = torch.full((), torch.nan)  # neither the loss nor the outputs are known
     return Stats(nothing, nothing.reshape(1), (), layers, {}, layout)
 
 
@@ -155,8 +155,8 @@ def _gradient(block: Block, use: Use, seen: Seen) -> Tensor:
     found = _of_example(use, seen)
     if found != use.output_shape:
         raise ShapeError(
-            f"layer {block.key!r} gave outputs {list(found)} an example while watched, {list(use.output_shape)} at the "
-            "build: watch batches of the same example shape."
+            f"layer {block.key!r} had outputs {list(found)} per example while watched, {list(use.output_shape)} at the "
+            "build: watch batches with the same example shape."
         )
     # a use that the loss does not depend on has none
     return torch.zeros_like(seen.leaf) if seen.leaf.grad is None else seen.leaf.grad.detach()

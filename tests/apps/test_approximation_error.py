@@ -61,7 +61,7 @@ def test_losses_are_reported_as_the_trainers_do_and_fall(own, undrawn):
     records = result(app.run(config(steps=40, every=20, spectra_every=0)))["records"]
     assert [len(record["values"]) for record in records] == [1, 1, 1]
     first, _, last = (record["loss"] for record in records)
-    assert first == pytest.approx(math.log(2), abs=0.02)  # nats an output
+    assert first == pytest.approx(math.log(2), abs=0.02)  # nats per output
     assert 0.5 < last < first - 0.03
 
 

@@ -193,7 +193,7 @@ PROBLEMS = {
 
 
 def ours(one, fisher, damping):
-    """What K-FAC with the factored damping makes of the gradient."""
+    """Precondition the gradient by K-FAC with factored damping."""
     ng = ff.natural_gradient(
         one.model, one.params, one.batch[0], likelihood=one.likelihood, fisher=fisher, context=one.context
     )

@@ -35,7 +35,7 @@ def test_digits_are_learnt_there(config, optim, tmp_path):
 @pytest.mark.parametrize("optim", ["adam", "kfac", "ekfac", "exactNG"])
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_goes_on_on_the_other_device(own, optim, first, then):
-    """In the middle of an epoch: order, labels and optimizer are those of the straight run, rounding is not."""
+    """Resume in the middle of an epoch: order, labels and optimizer are those of the uninterrupted run."""
     settings = {"data": "own:load", "optim": optim, "num_epochs": 2, "batch_size": 8, "lr": 0.05, "quiet": True}
     if optim == "adam":  # makes steps of the rounding of a gradient that is zero, as that of a bias before a batch norm
         settings |= {"model": "own:autoencoder", "lr": 0.005}

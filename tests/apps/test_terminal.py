@@ -1,4 +1,4 @@
-"""How the apps behave in a terminal and out of it: help, colours, quiet and verbose. Exit codes: test_train_mlp.py."""
+"""Behaviour of the apps with and without a terminal: help, colours, quiet, verbose. Exit codes: test_train_mlp.py."""
 
 import fcntl
 import os
@@ -25,7 +25,7 @@ def command(name, *args, cwd, **env):
 
 
 def on_a_terminal(name, *args, cwd, **env):
-    """What the app writes to a terminal, and its exit code."""
+    """Return the output of the app to a terminal, and its exit code."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))  # rows, columns
     call = [sys.executable, str(ROOT / "apps" / f"{name}.py"), *args]

@@ -1,4 +1,4 @@
-"""What every layer owes: its kind, per-example gradients, Fisher block, gradient, K-FAC. Each against a definition."""
+"""Checks of every layer: kind, per-example gradients, Fisher block, gradient, K-FAC, each against its definition."""
 
 import torch
 from torch.func import grad, vmap
@@ -112,7 +112,7 @@ def check_chunks(problem, run, size=2):
 
 
 def check(problem, expected, fisher="mc", **options):
-    """All of it; `expected` says the kind of every block, `options` are K-FAC's. Returns the statistics for more."""
+    """Run all checks; `expected` lists the kind of every block, `options` are K-FAC's. Return the statistics."""
     run = zoo.sampled(problem, fisher, method=ff.kfac(**options))
     assert kinds(run.ng) == expected
     check_gradients(problem, run.ng, run.stats)

@@ -144,7 +144,7 @@ ARRANGED = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
 @pytest.mark.parametrize("name", ARRANGED)
 def test_every_arrangement_is_exact(name):
-    """In a layer's block or in the fallback, whole or in chunks."""
+    """Check a layer's block or the fallback, whole or in chunks."""
     layer, how, shape = ARRANGED[name]
     problem = from_net(Calls(layer, how), shape, "categorical", blocks={"any": ()})
     run = sampled(problem, "type2")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
+from fisherfn.layers.attention import multi_head_attention
 from tests import oracles, zoo
 from tests.layers.checks import check, check_fisher, check_gradients, kinds, normal, same, stepped, twin
 from tests.methods.protocol import at, stack
@@ -250,3 +251,13 @@ def test_masks_of_padding_are_inputs():
     same(dict(stats.grads), oracles.mean_gradient(problem))
     whole = ng.stats(params, (x, y))
     close(ng.fisher(whole).dense(), oracles.fisher_matrix(problem, "empirical"))
+
+
+@pytest.mark.parametrize("shared", [(0, 0, 0), (0, 1, 1), (0, 1, 0), (0, 0, 1), (0, 1, 2)])
+def test_attention_without_a_batch_is_torchs(shared):
+    sequences = [normal(5, 6, seed=seed) for seed in range(3)]
+    query, key, value = (sequences[i] for i in shared)
+    weight, bias, out = normal(18, 6, seed=3), normal(18, seed=4), normal(6, 6, seed=5)
+    arguments = (query, key, value, 6, 2, weight, bias, None, None, False, 0.0, out, None)
+    for got, want in zip(multi_head_attention(*arguments), F.multi_head_attention_forward(*arguments), strict=True):
+        close(got, want, tol=1e-12)

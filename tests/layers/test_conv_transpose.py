@@ -116,7 +116,7 @@ SHAPES = [
 def test_a_transposed_convolution_is_a_convolution_of_the_zero_stuffed_input(
     form, kernel, stride, padding, extra, dilation, groups
 ):
-    """Of the flipped weight with the channels swapped: factors over output positions, so the very same step."""
+    """The weight is flipped with the channels swapped; factors are over output positions, so the step is the same."""
     layer = nn.ConvTranspose2d(4, 6, kernel, stride, padding, extra, groups, dilation=dilation)
     problem = from_net(nn.Sequential(layer, Readout(2)), (3, 4, 3, 4), "categorical")
     stuffed = ZeroStuffed(nn.Conv2d(4, 6, kernel, dilation=dilation, groups=groups), stride, padding, extra)

@@ -1,4 +1,4 @@
-"""Dropout: a mask an example, made from the example's own seed; nothing is drawn behind anyone's back."""
+"""Dropout: a mask per example, made from the example's own seed; nothing is drawn behind anyone's back."""
 
 import pytest
 import torch
@@ -374,19 +374,19 @@ def test_a_users_own_masks_are_sliced_with_the_examples():
 
 
 def drop_path(h, p=0.4):
-    """As timm: one number per example."""
+    """Drop paths as timm does: one number per example."""
     return h * h.new_empty((len(h),) + (1,) * (h.ndim - 1)).bernoulli_(1 - p).div_(1 - p)
 
 
 def stochastic_depth(h, p=0.4):
-    """As torchvision."""
+    """Drop paths as torchvision does."""
     noise = torch.empty([len(h)] + [1] * (h.ndim - 1), dtype=h.dtype, device=h.device)
     noise = noise.bernoulli_(1 - p)
     return h * noise.div_(1 - p)
 
 
 def floored(h, p=0.4):
-    """As transformers."""
+    """Drop paths as transformers does."""
     keep = 1 - p + torch.rand((len(h), *(1,) * (h.ndim - 1)), dtype=h.dtype, device=h.device)
     return h.div(1 - p) * keep.floor_()
 

@@ -100,7 +100,7 @@ def test_running_statistics_move_as_torch_moves_them(momentum):
 
 
 def test_output_gradients_are_n_times_those_of_the_mean_loss():
-    """Of every layer, the cross-example terms included; and the rows are what each layer saw."""
+    """Check every layer, including the cross-example terms; the rows are the inputs of each layer."""
     net = conv_net()
     model, params, context = ff.functional(net)
     ng = ff.natural_gradient(model, params, X, likelihood=ff.Categorical(), fisher="empirical", context=context)

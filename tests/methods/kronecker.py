@@ -1,4 +1,4 @@
-"""What the tests of Kronecker approximations share: statistics given by hand, and a method's result as dense blocks.
+"""Common parts of the tests of Kronecker approximations: hand-made statistics, and results as dense blocks.
 
 `given` makes a problem out of any inputs and output-gradients, through the public interface: one layer without bias,
 and a likelihood whose gradient in the outputs is its target.
@@ -20,7 +20,7 @@ from tests import kron_oracles, zoo
 from tests.zoo import Sampled
 
 TIGHT = 10
-"""As many iterations as the symmetric factors of most of these tests have dimensions: the methods have converged."""
+"""Number of iterations: the dimension of the symmetric factors in most of these tests, enough to converge."""
 
 # Built once each: at every call, run-time type checks would make a builder's inner functions anew.
 ITERATIVE = {
@@ -41,7 +41,7 @@ def drawn(share, *strategies, **named):
 
 @pytest.fixture(autouse=True)
 def as_installed():
-    """In the modules that import it: no type checks at run time, which take nine tenths of it (test_all has them)."""
+    """Turn off run-time type checks in the importing modules, where they take nine tenths of the time."""
     with zoo.as_installed():
         yield
 

@@ -1,4 +1,4 @@
-"""What the tests over all methods share: the methods by name, the cases, and a few plain iterations."""
+"""Common parts of the tests over all methods: the methods by name, the cases, and a few plain iterations."""
 
 import inspect
 
@@ -10,19 +10,19 @@ import fisherfn as ff
 from tests import zoo
 
 METHODS = pytest.mark.parametrize("method", sorted(ff.METHODS))
-PROBLEMS = pytest.mark.parametrize(
-    "id",
-    [
-        "mlp-categorical",
-        "sequence-pooled",
-        "scale-matrix",
-        "patches",
-        "language",
-        "conv-groups",
-        "conv-transpose",
-        "tokens",
-    ],
-)
+IDS = [
+    "mlp-categorical",
+    "sequence-pooled",
+    "scale-matrix",
+    "patches",
+    "language",
+    "conv-groups",
+    "conv-transpose",
+    "tokens",
+]
+"""Names of the nets in the zoo that every method meets."""
+
+PROBLEMS = pytest.mark.parametrize("id", IDS)
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 
 

@@ -1,4 +1,4 @@
-"""What every method owes, by name: a new line in `ff.METHODS` is tested from then on.
+"""Requirements on every method by name: a new line in `ff.METHODS` is tested automatically.
 
 The cases: a plain net, one with shared positions, one with a parameter that no layer claims; grouped convolutions, a
 convolutional autoencoder, an embedding with a layer norm.

@@ -178,7 +178,7 @@ def charted(params, maps):
 
 
 def tangent(maps, params, x, y, method, damping):
-    """How the outputs change, to first order, along the step taken in a chart."""
+    """Return the first-order change of the outputs along the step in a parametrisation."""
     model, p = chart(*maps), charted(params, maps)
     ng = ff.natural_gradient(model, p, x, likelihood=ff.Gaussian(), method=method, fisher="type2")
     nat = ng(p, ng.stats(p, (x, y)), damping=damping)
@@ -206,7 +206,7 @@ def test_the_step_does_not_depend_on_affine_charts_of_layer_inputs(method):
 @STRUCTURES
 @KINDS
 def test_a_gradient_in_rows_is_stepped_like_its_matrix(structure, fisher):
-    """In layers wider than the batch it comes as rows, here of another batch than the system's, of another size."""
+    """Layers wider than the batch get it as rows, here of another batch than the system's, of another size."""
     generator = torch.Generator().manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(12, 14), torch.nn.Tanh(), torch.nn.Linear(14, 10)).double()
     model, params, context = ff.functional(net)

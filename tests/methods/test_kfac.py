@@ -195,7 +195,7 @@ def test_inverses_wait_for_invert():
 
 @FORMS
 def test_a_dead_layer_does_not_spoil_the_step(form):
-    """All inputs of a layer zero, or no gradient at all: π is 0/0 unless it is guarded."""
+    """Zero inputs of a layer, or zero gradients: π is 0/0 unless it is guarded."""
     problem = zoo.from_net(zoo.mlp(3, 4, 2, act=torch.nn.ReLU, bias=False), (4, 3), "gaussian")
     params = {"0.weight": -problem.params["0.weight"].abs(), "2.weight": problem.params["2.weight"]}
     problem = zoo.replace(problem, params=params, x=problem.x.abs())

@@ -61,7 +61,7 @@ ORDER = [
 
 
 def check_order(problem, fisher):
-    """At default iterations."""
+    """Check the order of the errors at default iterations."""
     run = sampled(problem, fisher)
     Fs = blocks(run.stats)
     for key, fits in fitted(run, problem.params, FAMILY).items():

@@ -37,7 +37,7 @@ def build(name):
 
 
 def other_batch(a, g, seed=7):
-    """Of another size, other numbers and another scale."""
+    """Return a batch with another size, other numbers and another scale."""
     k, s, n, t, o, i = (*g.shape, a.shape[-1])
     a2, g2 = taps_of((k, s, n + 1, t, o, i), seed)
     return 2 * a2, g2

@@ -77,7 +77,7 @@ def test_rows_of_ones_include_the_bias_and_follow_the_matrix(vectors):
 
 @pytest.mark.parametrize("vectors", [1, 2, 4])
 def test_spectral_rows_are_the_smallest_eigenvectors_of_the_dense_block(vectors):
-    """Of kron(G, A); not those of kron(A, G), nor the largest."""  # D26
+    """The eigenvectors are those of kron(G, A), not of kron(A, G), and not the largest."""  # D26
     one = full_rank()
     factors = oracles.kfac_of(one.problem, "mc", one.run.draws)
 

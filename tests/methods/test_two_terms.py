@@ -83,7 +83,7 @@ def inverse(ng, state, params):
 @BOTH
 @drawn(0.3, taps=drawn_taps(), damping=DAMPINGS)
 def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
-    """By `torch.linalg.solve` of the dense sum: no absolute values, λ shared out over both factors by π."""  # D4, D15
+    """Compare with `torch.linalg.solve` of the dense sum: no absolute values, π distributes λ."""  # D4, D15
     problem = given(*taps)
     ng, state, _ = fit(problem.run, problem.params, TWO_TERMS[method](floor=FLOOR), damping=damping)
     factors = state.factors["weight"]
@@ -222,7 +222,7 @@ EXACT = {
 @FORMS
 @pytest.mark.parametrize("id", EXACT)
 def test_all_methods_agree_where_the_fisher_is_one_kronecker_product(form, id):
-    """At equal damping in equal form: comparisons of methods are then of the methods."""  # D4
+    """Equal damping in equal form: comparisons of methods then compare the methods."""  # D4
     problem = zoo.pick(id)
     fisher, samples = EXACT[id]
     run = sampled(problem, fisher, samples=samples)

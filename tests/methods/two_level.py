@@ -58,7 +58,7 @@ class Case:
 
     @cached_property
     def state(self):
-        """All spaces but tselepidis have the same factors: they differ from the inversion on."""
+        """Return factors, which are the same for all spaces except tselepidis."""
         return self.updated(method(self.fine))[1]
 
     def two_level(self, *args, **kwargs):
@@ -111,7 +111,7 @@ class Case:
 
 
 def inverted(ng, state):
-    """As `ng.invert`, but from a state of any space."""
+    """Invert like `ng.invert`, but from a state of any space."""
     result = ng.method.invert(state.factors, state.damping)
     assert all(result.ok.values())
     return ng, state._replace(inverses=result.factors)

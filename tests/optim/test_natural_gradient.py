@@ -315,7 +315,7 @@ E = ff.errors
 CONSTRUCTORS = {
     "no net": (lambda: ff.optim.NaturalGradient(None, likelihood=LABELS, lr=0.1), E.StructureError, "Module"),
     "no parameter": (lambda: untrained(params=[]), E.StructureError, "empty"),
-    "another net's": (lambda: untrained(params=nn.Linear(4, 3).parameters()), E.StructureError, "of this very net"),
+    "another net's": (lambda: untrained(params=nn.Linear(4, 3).parameters()), E.StructureError, "of this net"),
     "a negative rate": (lambda: untrained(lr=-0.1), E.HyperparameterError, "lr"),
     "a rate in words": (lambda: untrained(lr="fast"), E.HyperparameterError, "lr"),
     "a momentum of 1": (lambda: untrained(momentum=1.0), E.HyperparameterError, "momentum"),
@@ -349,13 +349,13 @@ def test_later_changes_of_what_is_trained_are_refused():
     opt = converted(case.net, Loop())
     opt.step(case.batches[0])
     case.net[0].weight.requires_grad_(False)
-    with pytest.raises(E.StructureError, match=r"0\.weight.*frozen or freed"):
+    with pytest.raises(E.StructureError, match=r"0\.weight.*frozen or unfrozen"):
         opt.step(case.batches[1])
     case.net[0].weight.requires_grad_(True)
     with pytest.raises(E.StructureError, match="make a new optimizer"):
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     case.net[0] = nn.Linear(4, 5).double()
-    with pytest.raises(E.StructureError, match="of this very net"):
+    with pytest.raises(E.StructureError, match="of this net"):
         opt.step(case.batches[1])
 
 

@@ -204,7 +204,7 @@ def graded(**more):
 X, Y = torch.ones(6, 4), torch.arange(6) % CLASSES
 CALLS = {
     "no net": (lambda: ff.optim.Preconditioner(None), E.StructureError, "Module"),
-    "another net's": (lambda: graded(params=nn.Linear(4, 3).parameters()), E.StructureError, "of this very net"),
+    "another net's": (lambda: graded(params=nn.Linear(4, 3).parameters()), E.StructureError, "of this net"),
     "a clip without a rate": (lambda: graded(kl_bound=1e-3), E.StructureError, "kl_bound needs the optimizer"),
     "no likelihood": (lambda: graded(likelihood=None).step(X), E.LikelihoodError, "pass likelihood"),
     "nothing": (lambda: graded().step(), E.StructureError, "none were collected"),

@@ -219,7 +219,7 @@ def linear():
 
 X = torch.ones(6, 4)
 WRONG = {
-    "no backward": (lambda: passed(linear(), X, backward=False), E.StructureError, "no backward went through"),
+    "no backward": (lambda: passed(linear(), X, backward=False), E.StructureError, "had no backward pass"),
     "the net run twice": (lambda: passed(linear(), X, runs=2), E.StructureError, "used 2 times while watched, 1"),
     "the net not run": (lambda: passed(linear(), X, runs=0, backward=False), E.StructureError, "used 0 times"),
     "another reduction": (lambda: passed(linear(), X, reduction="none"), E.UnknownNameError, "reduction"),

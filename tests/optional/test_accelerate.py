@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def fresh():
-    """Accelerate keeps one state a process: each test begins with none."""
+    """Accelerate keeps one state per process: each test begins with none."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
     yield lambda **more: accelerate.Accelerator(cpu=True, **more)

@@ -1,4 +1,4 @@
-"""What torch's function transforms cannot follow ends in a typed error with a remedy, and the remedy works."""
+"""Models that torch's function transforms cannot follow raise a typed error with a remedy, and the remedy works."""
 
 import copy
 import warnings

@@ -125,7 +125,7 @@ def test_noise_is_the_draw_of_the_generator(id):
 
 @pytest.mark.parametrize("id", ["mlp-categorical", "mlp-gaussian", "sequence-out", "scale-vector"])
 def test_a_slice_of_the_noise_draws_the_very_labels_of_the_whole(id):
-    """What a rank or a chunk relies on."""
+    """Ranks and chunks rely on this."""
     problem = zoo.pick(id)
     run = sampled(problem)
     part = slice(1, 3)
@@ -286,3 +286,11 @@ def test_dropout_masks_go_in_as_context():
     close(
         ng.fisher(ng.stats(problem.params, problem.batch, context=mask)).dense(), oracles.fisher_matrix(masked, "type2")
     )
+
+
+def test_statistics_are_a_tree_like_any_other():
+    s = sampled(zoo.pick("mlp-categorical"))
+    doubled = torch.utils._pytree.tree_map(lambda leaf: 2 * leaf if leaf.is_floating_point() else leaf, s.stats)
+    assert isinstance(doubled, type(s.stats)) and doubled.layout is s.stats.layout
+    close(doubled.loss, 2 * s.stats.loss)
+    close(doubled.outputs, 2 * s.stats.outputs)

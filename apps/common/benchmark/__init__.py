@@ -1,5 +1,5 @@
-"""What a training step costs: `problems` are timed by a `clock` for all `contenders`.
+"""The benchmark of training steps: a `clock` times all `contenders` on `problems`.
 
-These are fisherfn's own steps (`ours`), K-FAC of other libraries (`peers`) and other `optimizers`; `report` and
-`picture` show the numbers.
+The contenders are fisherfn's own steps (`ours`), K-FAC of other libraries (`peers`) and other `optimizers`. `report`
+and `picture` show the numbers.
 """

@@ -1,4 +1,4 @@
-"""Time and memory of calls, in interleaved rounds: what slows one round down slows down everyone in it."""
+"""Time and memory of calls, measured in interleaved rounds, so that a disturbance affects all calls equally."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 K = TypeVar("K", bound=Hashable)
 BUDGET = 8000.0
-"""Milliseconds for one kind of call: slower ones are timed in fewer rounds."""
+"""Time budget in milliseconds for one kind of call; slower calls are timed in fewer rounds."""
 
 
 class Timing(NamedTuple):
-    """Milliseconds: median and quartiles; on a GPU the most MiB held beyond what is held before the call."""
+    """Median and quartiles in milliseconds; on a GPU also the peak memory in MiB beyond that before the call."""
 
     ms: float
     low: float
@@ -26,16 +26,16 @@ class Timing(NamedTuple):
 
 
 def measure(steps: Mapping[K, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[K, Timing]:
-    """Each call once a round, slow ones in fewer, evenly spaced rounds."""
+    """Time each call once per round, slow ones in fewer, evenly spaced rounds."""
     return measure_forgiving(steps, (), rounds, device, title)[0]
 
 
 def measure_forgiving(
     steps: Mapping[K, Callable[[], Any]], forgiven: Container[K], rounds: int, device: str, title: str
 ) -> tuple[dict[K, Timing], dict[K, Exception]]:
-    """The same where some calls may fail in a later round: their errors in place of their timings."""
+    """Time calls of which some may fail in a later round; failed calls give their errors instead of timings."""
     gpu = device if device.startswith("cuda") else None
-    # first calls are slower: they warm up, and tell how often there is time for more
+    # first calls are slower: they warm up, and show how many more calls fit the budget
     stride = {key: every(milliseconds(step, gpu), rounds) for key, step in steps.items()}
     times: dict[K, list[float]] = {key: [] for key in steps}
     failed: dict[K, Exception] = {}
@@ -47,7 +47,7 @@ def measure_forgiving(
                 except Exception as error:
                     if key not in forgiven:
                         raise
-                    stride[key] = rounds + 1  # not again
+                    stride[key] = rounds + 1  # skip it from now on
                     failed[key] = error
     well = {key: values for key, values in times.items() if key not in failed}
     peaks = {key: peak_mib(steps[key], gpu) if gpu else None for key in well}
@@ -55,12 +55,12 @@ def measure_forgiving(
 
 
 def every(ms: float, rounds: int) -> int:
-    """Rounds from one timing of such a call to the next."""
+    """Return the number of rounds from one timing of a call to the next."""
     return min(rounds, math.ceil(rounds * ms / BUDGET))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile; of one value three times it."""
+    """Return median, lower and upper quartile; for one value three times this value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -68,7 +68,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def milliseconds(step: Callable[[], Any], gpu: str | None = None) -> float:
-    """How long a call takes; on a GPU until all that it began there is done."""
+    """Measure the time of a call; on a GPU until all its work is done."""
     if gpu:
         torch.cuda.synchronize(gpu)
     began = time.perf_counter()
@@ -79,7 +79,7 @@ def milliseconds(step: Callable[[], Any], gpu: str | None = None) -> float:
 
 
 def peak_mib(step: Callable[[], Any], gpu: str) -> float:
-    """The most memory that a call holds beyond what is held before it, its result included."""
+    """Measure the peak memory of a call in addition to that before it, including its result."""
     torch.cuda.reset_peak_memory_stats(gpu)
     before = torch.cuda.memory_allocated(gpu)
     step()

@@ -1,4 +1,4 @@
-"""What is timed of an optimizer, and what the mean step of a training costs that uses it."""
+"""The timed parts of an optimizer, and the average cost per training step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Step = Callable[[], Any]
 
 STEP, STATISTICS, INVERSES = "step", "statistics", "inverses"
 ALONE = {STATISTICS: STATISTICS, INVERSES: INVERSES}
-"""Parts that are calls of their own."""
+"""Parts that are separate calls."""
 
 JOINT = {STATISTICS: "step + statistics", INVERSES: "step + inverses"}
-"""Where they come with a step: what they add to it counts."""
+"""Parts that are timed together with a step; the difference counts."""
 
 ALL_THREE = "step + statistics + inverses"
 
@@ -24,18 +24,18 @@ ALL_THREE = "step + statistics + inverses"
 class Contender(NamedTuple):
     """An optimizer on a problem, ready to be timed.
 
-    `parts` has "step" (gradient, preconditioning, update of the weights), and what is done less often, alone
+    `parts` has "step" (gradient, preconditioning, update of the weights), and the less frequent parts, alone
     ("statistics", "inverses") or with a step ("step + statistics", "step + inverses", "step + statistics + inverses").
     """
 
     parts: dict[str, Step]
-    covers: str = "all"  # which layers it preconditions
+    covers: str = "all"  # the layers that it preconditions
     note: str = ""
     error: str = ""
 
 
 class Cost(NamedTuple):
-    """A step, and what statistics and inverses cost beside it; all in one unit."""
+    """The costs of a step, of statistics and of inverses, in one unit."""
 
     step: float
     statistics: float = 0.0
@@ -49,16 +49,16 @@ class Cycle(NamedTuple):
     invert_every: int
 
     def mean(self, cost: Cost) -> float:
-        """The mean step of a training."""
+        """Return the average cost per step."""
         return cost.step + cost.statistics / self.update_every + cost.inverses / self.invert_every
 
 
 CYCLES = (Cycle(10, 100), Cycle(5, 10))
-"""The peers' usual one, which tables and picture show, and the trainers' default."""
+"""The usual cadence of other libraries, shown in tables and picture, and the trainers' default."""
 
 
 def cost(medians: Mapping[str, float]) -> Cost:
-    """The three costs, from the medians of a contender's parts."""
+    """Return the three costs, from the medians of a contender's parts."""
     step = medians[STEP]
 
     def extra(part: str) -> float:
@@ -72,23 +72,23 @@ def cost(medians: Mapping[str, float]) -> Cost:
 
 
 def attempted(build: Callable[[Problem], Contender], problem: Problem) -> Contender:
-    """A peer that has run once, or what it said when it did not: the first line of its error."""
+    """Run a peer once; return it, or the first line of its error."""
     try:
         contender = build(problem)
         for step in contender.parts.values():
             step()
-    except Exception as error:  # whatever a peer raises belongs in the table
+    except Exception as error:  # any error of a peer is shown in the table
         return Contender({}, covers="–", error=f"{type(error).__name__}: {first_line(error)}")
     return contender
 
 
 def first_line(error: Exception) -> str:
-    """Of its message."""
+    """Return the first line of an error message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def coverage(net: nn.Module, covered: tuple[type[nn.Module], ...]) -> str:
-    """Which layers with parameters are of the given kinds, and the kinds that are not."""
+    """Describe which layers with parameters are of the given kinds, and which kinds are not."""
     layers = [module for module in net.modules() if list(module.parameters(recurse=False))]
     missing = dict.fromkeys(type(module).__name__ for module in layers if not isinstance(module, covered))
     return f"not {', '.join(missing)}" if missing else "all"

@@ -1,4 +1,4 @@
-"""Nets for a GPU: a ResNet-50 on small images, and a block of the size that GPT-2 small has."""
+"""Nets for a GPU: a ResNet-50 on small images, and a block of the size of GPT-2 small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, HEADS, POSITIONS = 768, 12, 256
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer network four times as wide, each with a layer norm before and a way around it."""
+    """Attention and a two-layer network four times as wide, each with a layer norm and a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class TransformerBlock(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, T, width]` to the same."""
+        """Map `[N, T, width]` to the same shape."""
         n, t, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).reshape(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -38,11 +38,11 @@ class TransformerBlock(nn.Module):
 
 
 def resnet50(batch_size: int, device: str) -> Problem:
-    """3×32×32, a hundred classes."""
+    """Build a ResNet-50 for 3×32×32 images and a hundred classes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch_size, 3, 32, 32, generator=generator)
     y = torch.randint(100, (batch_size,), generator=generator)
-    y[0] = 99  # the number of classes is read off the labels
+    y[0] = 99  # the number of classes is read from the labels
     likelihood = ff.Categorical()
     data = Data("random", Split(x, y), Split(x, y), "resnet50", likelihood, likelihood)
     net = initialise(MODELS["resnet50"].build(data), "kaiming_normal", generator)
@@ -50,7 +50,7 @@ def resnet50(batch_size: int, device: str) -> Problem:
 
 
 def gpt2_block(batch_size: int, device: str) -> Problem:
-    """The block alone, between random inputs and targets: no vocabulary."""
+    """Build the block without a vocabulary, with random inputs and targets."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, POSITIONS, WIDTH, generator=generator)
     y = torch.rand(batch_size, POSITIONS, WIDTH, generator=generator)
@@ -59,7 +59,7 @@ def gpt2_block(batch_size: int, device: str) -> Problem:
 
 
 class Large(NamedTuple):
-    """How a net is made, its title, and its batch."""
+    """A net with its title and batch."""
 
     make: Callable[[int, str], Problem]
     title: str
@@ -70,4 +70,4 @@ LARGE = {
     "resnet50": Large(resnet50, "ResNet-50, 3×32×32", 128),
     "gpt2_block": Large(gpt2_block, "a block of GPT-2 small", 16),
 }
-"""By name; only when asked for."""
+"""Large nets by name; they are only timed on request."""

@@ -1,8 +1,8 @@
-"""Optimizers that are no K-FAC: SGD and AdamW as torch has them, Muon, Shampoo and SOAP of pytorch_optimizer.
+"""Optimizers other than K-FAC: SGD and AdamW of torch, Muon, Shampoo and SOAP of pytorch_optimizer.
 
-What is done every so many steps is told by the step counter; here it is set before each call, so that both kinds of
-step can be timed. SOAP moves its bases every 10 steps (its default), as others their statistics; Shampoo takes its
-roots every 100 steps, as others their inverses (its default is every step).
+Periodic work depends on the step counter, which is set before each call, so that both kinds of step can be timed. SOAP
+recomputes its bases every 10 steps (its default), like the statistics of others. Shampoo computes its roots every 100
+steps, like the inverses of others (its default is every step).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASES_EVERY, ROOTS_EVERY = 10, 100
 
 
 def stepping(train: Training, optimizer: Any, counter: int | None = None) -> Step:
-    """Forward, backward and update; at that count of steps if one is given."""
+    """Do forward, backward and update, with the given step counter if there is one."""
 
     def step() -> None:
         for group in optimizer.param_groups if counter is not None else ():
@@ -33,13 +33,13 @@ def stepping(train: Training, optimizer: Any, counter: int | None = None) -> Ste
 
 
 def sgd(problem: Problem) -> Contender:
-    """The unit of every table."""
+    """Build the step that is the unit of every table."""
     train = problem.training()
     return Contender({STEP: stepping(train, torch.optim.SGD(train.net.parameters(), lr=RATE))})
 
 
 def sgd_compiled(problem: Problem) -> Contender:
-    """Net and loss through `torch.compile`."""
+    """Build SGD with net and loss compiled by `torch.compile`."""
     train = problem.training()
     forward = torch.compile(lambda x, y: train.loss(train.net(x), y), dynamic=False)
     optimizer = torch.optim.SGD(train.net.parameters(), lr=RATE)
@@ -53,19 +53,19 @@ def sgd_compiled(problem: Problem) -> Contender:
 
 
 def adamw(problem: Problem) -> Contender:
-    """As it is by default: one parameter after the other on a CPU."""
+    """Build AdamW with its defaults: one parameter after the other on a CPU."""
     train = problem.training()
     return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE))})
 
 
 def adamw_fused(problem: Problem) -> Contender:
-    """In one kernel."""
+    """Build AdamW with a fused kernel."""
     train = problem.training()
     return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE, fused=True))})
 
 
 def muon(problem: Problem) -> Contender:
-    """Weights but the last layer's by Muon, the rest by AdamW, as its documentation says."""
+    """Build Muon for all weights except the last layer's, and AdamW for the rest, as documented."""
     from pytorch_optimizer import Muon
 
     train = problem.training()
@@ -77,12 +77,12 @@ def muon(problem: Problem) -> Contender:
 
 
 def soap(problem: Problem) -> Contender:
-    """Bases move at counts that are multiples of `BASES_EVERY`."""
+    """Build SOAP, which recomputes its bases at multiples of `BASES_EVERY`."""
     from pytorch_optimizer import SOAP
 
     train = problem.training()
     optimizer = SOAP(train.net.parameters(), lr=RATE, precondition_frequency=BASES_EVERY)
-    stepping(train, optimizer)()  # its first step only makes the bases
+    stepping(train, optimizer)()  # the first step only computes the bases
     parts = {
         STEP: stepping(train, optimizer, BASES_EVERY + 1),
         JOINT[STATISTICS]: stepping(train, optimizer, BASES_EVERY),
@@ -91,7 +91,7 @@ def soap(problem: Problem) -> Contender:
 
 
 def shampoo(problem: Problem) -> Contender:
-    """Roots at counts that are multiples of `ROOTS_EVERY`, which it counts from one."""
+    """Build Shampoo, which computes its roots at multiples of `ROOTS_EVERY`, counted from one."""
     from pytorch_optimizer import Shampoo
 
     train = problem.training()
@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Callable[[Problem], Contender]] = {
     "Shampoo": shampoo,
     "SOAP": soap,
 }
-"""All but SGD."""
+"""The optimizers except SGD."""
 
 COMPILED: dict[str, Callable[[Problem], Contender]] = {"SGD, compiled": sgd_compiled}
-"""What a compiler does for the unit itself."""
+"""The unit with a compiler."""

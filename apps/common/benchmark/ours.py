@@ -14,7 +14,7 @@ from common.benchmark.problems import Problem
 
 
 class Variant(NamedTuple):
-    """A method, and what decides the length of its steps."""
+    """A method, and the rule for the length of its steps."""
 
     method: Callable[[], ff.Method]
     length: Literal["auto", "clip", "fixed"]
@@ -25,11 +25,11 @@ VARIANTS = {
     "fisherfn, KL clip": Variant(ff.kfac, length="clip"),
     "fisherfn": Variant(ff.kfac, length="fixed"),
 }
-"""Another one is a line here."""
+"""The variants of K-FAC; add another one as a line."""
 
 
 class Prepared(NamedTuple):
-    """A natural gradient whose state has seen one step, and what its calls take."""
+    """A natural gradient after one step, with the arguments of its calls."""
 
     problem: Problem
     ng: ff.NaturalGradient
@@ -37,16 +37,16 @@ class Prepared(NamedTuple):
     given: dict[str, Any]  # generator and context
 
     def stats(self, **more: Any) -> ff.Stats:
-        """Statistics of the batch."""
+        """Compute statistics of the batch."""
         return self.ng.stats(self.problem.params, self.problem.batch, **self.given, **more)
 
     def step(self, **more: Any) -> tuple[Any, ff.State, ff.Info]:
-        """A step on the batch."""
+        """Take a step on the batch."""
         return self.ng.step(self.problem.params, self.state, self.problem.batch, **self.given, **more)
 
 
 def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> Prepared:
-    """Built, and one step done: first calls are slower."""
+    """Build a natural gradient and take one step, because first calls are slower."""
     x, likelihood = problem.batch[0], problem.likelihood
     ng = ff.natural_gradient(
         problem.model, problem.params, x, likelihood=likelihood, method=method, fisher=fisher, context=problem.context
@@ -59,7 +59,7 @@ def prepared(problem: Problem, method: ff.Method | str, fisher: str = "mc") -> P
 
 
 def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contender:
-    """Training steps of three kinds, the update of the weights included."""
+    """Build training steps of three kinds, including the update of the weights."""
     one = prepared(problem, variant.method())
     if variant.length == "auto":
         return adaptive(one, compiled)
@@ -94,7 +94,7 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
 
 
 def adaptive(one: Prepared, compiled: bool) -> Contender:
-    """Steps of `ff.adaptive` as it comes, trial and looking back included."""
+    """Build steps of `ff.adaptive` with its defaults, including the trial and the look back."""
     problem, opt = one.problem, ff.adaptive(one.ng)
     given = one.given
     params, state, _ = opt.step(problem.params, opt.init(problem.params), problem.batch, **given)
@@ -118,11 +118,11 @@ def adaptive(one: Prepared, compiled: bool) -> Contender:
 COMPILED: dict[str, Callable[[Problem], Contender]] = {
     f"{label}, compiled": partial(kfac, variant=variant, compiled=True) for label, variant in VARIANTS.items()
 }
-"""The same as one graph."""
+"""The same, compiled."""
 
 
 def refreshes(problem: Problem) -> dict[str, Step]:
-    """Statistics and factors of every method, without a gradient or a step."""
+    """Build calls for statistics and factors of every method, without gradient or step."""
 
     def refresh(one: Prepared) -> Step:
         return lambda: one.ng.update(one.state, one.stats())
@@ -135,7 +135,7 @@ IN_TOTAL_COMPILED = f"{IN_TOTAL}, compiled"
 
 
 def exact(problem: Problem, compiled: bool = True) -> dict[str, Step]:
-    """The exact natural gradient of the full empirical Fisher, beside a forward and backward of the same batch."""
+    """Build calls of the exact natural gradient (full empirical Fisher), and of a forward and backward pass."""
     one, train = prepared(problem, "exactNG", fisher="empirical"), problem.training()
     fisher = one.ng.fisher(one.stats(), structure="full")
 

@@ -1,12 +1,12 @@
-"""K-FAC in other libraries, on the same weights and batch, each in the fastest way that its documentation shows.
+"""K-FAC of other libraries on the same weights and batch, each in the fastest way that its documentation shows.
 
-None of them is needed to install or use fisherfn: versions in requirements-peers.txt. Each adapter makes one training
-step of what its library offers: gradients by autograd, the library's statistics, its damped inverse, its
-preconditioning, an update of the weights. A layer that the library does not know is updated with its plain gradient.
-One drawn label an example where the library draws labels ("mc").
+fisherfn does not need them; requirements-peers.txt has their versions. Each adapter builds one training step from its
+library: gradients by autograd, the library's statistics, damped inverse and preconditioning, and an update of the
+weights. A layer that the library does not support is updated with its plain gradient. Libraries that sample labels
+("mc") use one label per example.
 
-For the tests an adapter also takes the other `fisher` that its library offers, and what it makes of a gradient is
-`natural_gradient`, in the units of docs/conventions.md.
+For the tests an adapter also accepts the other `fisher` of its library; `natural_gradient` is its preconditioned
+gradient in the units of docs/conventions.md.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from common.benchmark.contenders import INVERSES, JOINT, STATISTICS, STEP, Conte
 from common.benchmark.problems import Problem, Training
 
 RATE = 1e-8
-"""Weights have to stay what they are while they are timed."""
+"""Learning rate so small that the weights do not change during the timing."""
 
 DAMPING = 1.0
 
 KNOWN = nn.Linear, nn.Conv2d
-"""The layers that each of them has K-FAC for."""
+"""Layers that each library supports in K-FAC."""
 
 NaturalGradient = dict[nn.Module, tuple[Tensor, ...]]
-"""Of a layer: weight, and bias if it has one."""
+"""Parameters of a layer: weight, and bias if it has one."""
 
 
 class Adapter(NamedTuple):
-    """A library's K-FAC on a problem."""
+    """The K-FAC of a library on a problem."""
 
-    natural_gradient: Callable[[], NaturalGradient]  # with the inverses it holds
+    natural_gradient: Callable[[], NaturalGradient]  # with the current inverses
     contender: Contender
 
 
@@ -46,7 +46,7 @@ class Adapter(NamedTuple):
 def curvlinops(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> Adapter:
     """`KFACLinearOperator` and its inverse with the heuristic damping, weights and biases jointly.
 
-    Its loss is the sum over the batch, whose Fisher is N times the mean's; damping and result are scaled to match.
+    Its loss is the sum over the batch, with a Fisher N times that of the mean; damping and result are scaled to match.
     """
     from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 
@@ -54,7 +54,9 @@ def curvlinops(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
     loss = nn.CrossEntropyLoss(reduction="sum") if train.y.ndim == 1 else nn.BCEWithLogitsLoss(reduction="sum")
     layers = list(known(train.net))
     weights = [p for layer in layers for p in layer.parameters()]
-    shared = 1 if train.y.ndim <= 2 else train.y[0, ..., 0].numel()  # all axes of the outputs but the last are shared
+    shared = (
+        1 if train.y.ndim <= 2 else train.y[0, ..., 0].numel()
+    )  # all axes of the outputs except the last are shared positions
     held: dict[str, Any] = {}
 
     def statistics() -> None:
@@ -75,7 +77,7 @@ def curvlinops(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
     def inverses() -> None:
         held["inverse"] = KFACInverseLinearOperator(held["fisher"], damping=n * damping, use_heuristic_damping=True)
 
-    def step_with_inverses() -> None:  # they are made when first multiplied with
+    def step_with_inverses() -> None:  # computed at the first product
         inverses()
         step()
 
@@ -90,7 +92,7 @@ def curvlinops(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
 
 
 class Whole(Dataset):
-    """A batch as a data set that is fetched as a whole, so that no example is collated."""
+    """A batch as a data set that is fetched as a whole, without collating examples."""
 
     def __init__(self, *batch: Tensor) -> None:
         self.batch = batch
@@ -99,14 +101,14 @@ class Whole(Dataset):
         return len(self.batch[0])
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """All of it."""
+        """Return the whole batch."""
         return self.batch
 
 
 def nngeometry(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> Adapter:
     """`PMatKFAC` with `inverse` and `mv`, on the gradient of each example's log-likelihood.
 
-    Its `FIM_MonteCarlo` is for labels; this is the same call for any likelihood.
+    Its `FIM_MonteCarlo` only supports class labels; this is the same call for any likelihood.
     """
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
@@ -152,7 +154,7 @@ def nngeometry(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
 
 
 def drawn(outputs: Tensor, like: Tensor) -> Tensor:
-    """One label an example, drawn from the model."""
+    """Sample one label per example from the model."""
     if like.ndim == 1:
         return outputs.softmax(1).multinomial(1).squeeze(1)
     return outputs.sigmoid().bernoulli()
@@ -164,15 +166,15 @@ def drawn(outputs: Tensor, like: Tensor) -> Tensor:
 def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> Adapter:
     """The `KFAC` extension; the library has no optimizer: inverses (Cholesky, factored damping) and products are ours.
 
-    Gradient and statistics come from one backward. Its KFAC of the binary cross-entropy takes one output only: on
-    autoencoders a step with statistics is one of the mean squared error instead.
+    Gradient and statistics come from one backward pass. Its KFAC of the binary cross-entropy supports only one output:
+    on autoencoders a step with statistics uses the mean squared error instead.
     """
     from backpack import backpack as extended_by
     from backpack import extend
     from backpack.extensions import KFAC, KFLR
 
     train = problem.training()
-    if train.y.ndim > 2:  # its losses take vectors
+    if train.y.ndim > 2:  # its losses need vectors
         train = train._replace(net=nn.Sequential(train.net, nn.Flatten()), y=train.y.flatten(1))
     train = train._replace(net=extend(train.net))
     supported = train._replace(loss=extend(nn.CrossEntropyLoss() if train.y.ndim == 1 else nn.MSELoss()))
@@ -207,7 +209,7 @@ def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> 
 
 
 def damped_inverses(factors: list[Tensor], damping: float) -> list[Tensor]:
-    """Of [G, A] with π sharing √λ out, of [G] with λ."""
+    """Return the damped inverses of [G, A], with π distributing √λ, or of [G], with λ."""
     if len(factors) == 1:
         return [inverse(factors[0], damping)]
     G, A = factors
@@ -216,14 +218,14 @@ def damped_inverses(factors: list[Tensor], damping: float) -> list[Tensor]:
 
 
 def inverse(matrix: Tensor, shift: Tensor | float) -> Tensor:
-    """Of `matrix + shift · I`."""
+    """Return the inverse of `matrix + shift · I`."""
     damped = matrix.clone()
     damped.diagonal().add_(shift)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def product(p: Tensor, inverses: list[Tensor]) -> Tensor:
-    """`G⁻¹ ∇W A⁻¹`, or `G⁻¹ ∇b`."""
+    """Return `G⁻¹ ∇W A⁻¹`, or `G⁻¹ ∇b`."""
     grad = p.grad if p.grad is not None else torch.zeros_like(p)
     if len(inverses) == 1:
         return inverses[0] @ grad
@@ -234,7 +236,7 @@ def product(p: Tensor, inverses: list[Tensor]) -> Tensor:
 
 
 def singd(problem: Problem, fisher: str = "empirical", damping: float = DAMPING, rate: float = 1e-2) -> Adapter:
-    """`SINGD` with dense factors and the updates that follow K-FAC; no inverses are made. Empirical Fisher only."""
+    """`SINGD` with dense factors and K-FAC-like updates, without inverses; empirical Fisher only."""
     from singd.optim.optimizer import SINGD
 
     train = problem.training()
@@ -252,7 +254,7 @@ def singd(problem: Problem, fisher: str = "empirical", damping: float = DAMPING,
         chosen.step()
         descend(rest, [p.grad for p in rest])
 
-    def natural_gradient() -> NaturalGradient:  # what it moves weights by
+    def natural_gradient() -> NaturalGradient:  # its preconditioned gradient
         before = {layer: [p.detach().clone() for p in layer.parameters()] for layer in known(train.net)}
         step(False)
         return {
@@ -278,12 +280,12 @@ PEERS: dict[str, Callable[[Problem], Contender]] = {
 
 
 def known(net: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers and convolutions."""
+    """Return linear layers and convolutions."""
     return (module for module in net.modules() if isinstance(module, KNOWN))
 
 
 def update(train: Training, nat: NaturalGradient) -> None:
-    """Move the weights: preconditioned where there is something, by the plain gradient elsewhere."""
+    """Update the weights, with the preconditioned gradient if there is one, else with the plain gradient."""
     steps = {p: move for layer, moves in nat.items() for p, move in zip(layer.parameters(), moves, strict=True)}
     weights = list(train.net.parameters())
     descend(weights, [steps.get(p, p.grad) for p in weights])
@@ -291,6 +293,6 @@ def update(train: Training, nat: NaturalGradient) -> None:
 
 @torch.no_grad()
 def descend(weights: list[Any], moves: list[Any]) -> None:
-    """`w ← w − rate · move`."""
+    """Update `w ← w − rate · move`."""
     for p, move in zip(weights, moves, strict=True):
         p.add_(move, alpha=-RATE)

@@ -1,4 +1,4 @@
-"""The mean step of everyone on every workload, as bars."""
+"""Bars of the average step of every contender on every workload."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from common.benchmark.report import UNIT, Numbers, contenders, mean_step, title
 from common.plots import INK, PALETTE, dress, new_figure, save_figure
 
 LONGEST = 8.0
-"""Bars are cut here, and say their number."""
+"""Value at which bars are cut and labelled with their number."""
 
 
 def mean_steps(numbers: Numbers, path: Path) -> Figure:
-    """One panel a workload, one bar a contender that ran; SGD is one."""
+    """Draw one panel per workload, with one bar per contender that ran, in units of SGD."""
     workloads, names = numbers["workloads"], contenders(numbers)
     figure = new_figure(width=3.2 * len(workloads) + 1.6, height=0.3 * len(names) + 1.1)
     panels = figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0]
@@ -33,7 +33,7 @@ def mean_steps(numbers: Numbers, path: Path) -> Figure:
 
 
 def colour(contender: str) -> str:
-    """The library's own, the unit's, and that of all others."""
+    """Return the colour of the library, of the unit or of the others."""
     if contender.startswith("fisherfn"):
         return PALETTE[0]
     return INK if contender == UNIT else PALETTE[4]

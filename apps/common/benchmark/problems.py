@@ -1,4 +1,4 @@
-"""The nets that are timed: one set of weights and one batch of random images each, the same for everyone."""
+"""The timed nets, each with one set of weights and one batch of random images, the same for all contenders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.models import MODELS, initialise
 
 
 class Workload(NamedTuple):
-    """A model, what it is fed, and how many examples a step."""
+    """A model with its kind of inputs and its batch size."""
 
     title: str
     shape: tuple[int, int, int]
@@ -30,7 +30,7 @@ WORKLOADS = {
     "cuda_convnet": Workload("CNN, 3×32×32", (3, 32, 32), 128, "kaiming_normal"),
     "conv_AE_MNIST": Workload("convolutional autoencoder", (1, 28, 28), 128),
 }
-"""By the model's name."""
+"""Workloads by the name of the model."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,19 +41,19 @@ class Problem(NamedTuple):
     net: nn.Module
     batch: tuple[Tensor, Tensor]
     likelihood: ff.Likelihood
-    loss: Loss  # mean over examples of the negative log-likelihood, as everywhere here
+    loss: Loss  # mean over examples of the negative log-likelihood
     model: Any
     params: dict[str, Tensor]
     context: Any
 
     def training(self) -> Training:
-        """The net for whoever changes weights in place: a copy of everything."""
+        """Return a copy of the net for contenders that change weights in place."""
         x, y = (part.clone() for part in self.batch)
         return Training(copy.deepcopy(self.net), x, y, self.loss)
 
 
 class Training(NamedTuple):
-    """A module's usual training step, in parts."""
+    """The parts of the usual training step of a module."""
 
     net: nn.Module
     x: Tensor
@@ -61,13 +61,13 @@ class Training(NamedTuple):
     loss: Loss
 
     def backward(self) -> None:
-        """Forward and backward: gradients are in `.grad` of the parameters, and only this batch's."""
+        """Run forward and backward; the gradients of this batch are then in `.grad`."""
         self.net.zero_grad(set_to_none=True)
         self.loss(self.net(self.x), self.y).backward()
 
 
 def problem(name: str, batch_size: int | None = None, device: str = "cpu") -> Problem:
-    """The workload of that name; autoencoders reconstruct, the others predict labels."""
+    """Return the workload with this name; autoencoders reconstruct, the others predict labels."""
     workload, model = WORKLOADS[name], MODELS[name]
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch_size or workload.batch_size, *workload.shape, generator=generator)
@@ -80,11 +80,11 @@ def problem(name: str, batch_size: int | None = None, device: str = "cpu") -> Pr
 
 
 def posed(net: nn.Module, batch: tuple[Tensor, Tensor], likelihood: ff.Likelihood) -> Problem:
-    """A net in training mode and a batch as a problem."""
+    """Build a problem from a net in training mode and a batch."""
     loss = F.cross_entropy if isinstance(likelihood, ff.Categorical) else bernoulli_loss
     return Problem(net.train(), batch, likelihood, loss, *ff.functional(net))
 
 
 def bernoulli_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed over outputs, mean over examples."""
+    """Return the loss, summed over outputs and averaged over examples."""
     return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(outputs)

@@ -1,4 +1,4 @@
-"""The numbers as tables, for the terminal and for a page that keeps its own text around them."""
+"""Tables of the numbers, for the terminal and for a page with other text around them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from common.benchmark.ours import FORWARD_BACKWARD
 from common.benchmark.problems import WORKLOADS
 
 UNIT = "SGD"
-"""The contender that the others are measured in."""
+"""The contender that is the unit of time."""
 
 Numbers = Mapping[str, Any]
-"""Of a run, as its JSON holds them: `about`, and for each of `workloads` its contenders, refreshes and exact steps."""
+"""Results of a run as in its JSON: `about`, and for each of `workloads` its contenders, refreshes and exact steps."""
 
 
 def costs(workload: Numbers, name: str) -> Cost:
-    """Of a contender, in milliseconds."""
+    """Return the costs of a contender, in milliseconds."""
     return cost({part: timing["ms"] for part, timing in workload["contenders"][name]["parts"].items()})
 
 
 def mean_step(workload: Numbers, name: str, cycle: Cycle = CYCLES[0]) -> float | None:
-    """In SGD steps; None where the contender did not run."""
+    """Return the average step relative to SGD; None if the contender did not run."""
     if name not in workload["contenders"] or not workload["contenders"][name]["parts"]:
         return None
     return cycle.mean(costs(workload, name)) / costs(workload, UNIT).step
 
 
 def contenders(numbers: Numbers) -> list[str]:
-    """All that were timed on any workload, in order."""
+    """Return all contenders that were timed on any workload, in order."""
     return list(dict.fromkeys(name for one in numbers["workloads"].values() for name in one["contenders"]))
 
 
@@ -39,7 +39,7 @@ def contenders(numbers: Numbers) -> list[str]:
 
 
 def tables(numbers: Numbers) -> dict[str, str]:
-    """By the name that a page calls them."""
+    """Return the tables by their names in a page."""
     return {
         "about": about(numbers),
         "mean step": mean_steps(numbers),
@@ -50,13 +50,13 @@ def tables(numbers: Numbers) -> dict[str, str]:
 
 
 def about(numbers: Numbers) -> str:
-    """Where and when, one line a fact."""
+    """List the circumstances of the run, one line per fact."""
     facts = [(name.replace("_", " "), shown(value)) for name, value in numbers["about"].items()]
     return table(["", ""], facts)
 
 
 def mean_steps(numbers: Numbers) -> str:
-    """The mean step of a training in SGD steps, everyone on every workload, in the peers' usual cycle and ours."""
+    """Table of the average step relative to SGD, for all contenders and workloads, in both cadences."""
     workloads = numbers["workloads"]
     rows = []
     for cycle in CYCLES:
@@ -70,7 +70,7 @@ def mean_steps(numbers: Numbers) -> str:
 
 
 def parts(numbers: Numbers) -> str:
-    """For each workload what a mean step is made of."""
+    """Tables of the parts of an average step, one per workload."""
     head = ["step, ms", "quartiles", "step", "statistics", "inverses", "covers"]
     return "\n\n".join(
         table([f"{title(name)}; in SGD steps", *head], [made_of(workload, one) for one in workload["contenders"]])
@@ -79,7 +79,7 @@ def parts(numbers: Numbers) -> str:
 
 
 def made_of(workload: Numbers, name: str) -> list[str]:
-    """One line of `parts`; of a contender that did not run, its error."""
+    """Return one line of `parts`, or the error of a contender that did not run."""
     one, unit = workload["contenders"][name], costs(workload, UNIT).step
     if not one["parts"]:
         return [name, "–", "–", "–", "–", "–", f"`{one['error']}`"]
@@ -90,7 +90,7 @@ def made_of(workload: Numbers, name: str) -> list[str]:
 
 
 def refreshes(numbers: Numbers) -> str:
-    """Statistics and factors of every method: SGD steps, and K-FAC's refreshes."""
+    """Table of statistics and factors of every method, relative to SGD steps and to K-FAC."""
     workloads = {name: one for name, one in numbers["workloads"].items() if one["refresh"]}
     methods = list(dict.fromkeys(method for one in workloads.values() for method in one["refresh"]))
 
@@ -104,7 +104,7 @@ def refreshes(numbers: Numbers) -> str:
 
 
 def exact(numbers: Numbers) -> str:
-    """The exact natural gradient in forwards and backwards of the same batch."""
+    """Table of the exact natural gradient, relative to a forward and backward pass of the same batch."""
     workloads = {name: one for name, one in numbers["workloads"].items() if one["exact"]}
     kinds = list(dict.fromkeys(kind for one in workloads.values() for kind in one["exact"]))
     rows = [
@@ -115,7 +115,7 @@ def exact(numbers: Numbers) -> str:
 
 
 def memory(numbers: Numbers) -> str:
-    """The most memory that a call holds beyond what is held before it, where that was measured."""
+    """Table of the peak memory of a call in addition to that before it, if it was measured."""
     rows = [
         [title(name), f"{contender}: {part}", f"{timing['peak_mib']:.1f}"]
         for name, workload in numbers["workloads"].items()
@@ -127,7 +127,7 @@ def memory(numbers: Numbers) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown, its columns aligned for the terminal."""
+    """Format a Markdown table with aligned columns."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, ["-" * max(width, 3) for width in widths])
@@ -137,22 +137,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def title(name: str) -> str:
-    """Of a workload."""
+    """Return the title of a workload."""
     return LARGE[name].title if name in LARGE else WORKLOADS[name].title
 
 
 def titles(workloads: Iterable[str]) -> list[str]:
-    """Of several."""
+    """Return the titles of several workloads."""
     return [title(name) for name in workloads]
 
 
 def number(value: float | None) -> str:
-    """Two digits after the point; a dash for None."""
+    """Format a number with two decimals; a dash for None."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def shown(value: Any) -> str:
-    """A fact as text."""
+    """Format a fact as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {one}" for key, one in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -164,9 +164,9 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end of table 
 
 
 def filled(page: str, found: Mapping[str, str]) -> str:
-    """The page with each marked table replaced by the one of that name; all else stays.
+    """Replace each marked table of a page by the one with the same name.
 
-    A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+    A table is between `<!-- table: NAME -->` and `<!-- end of table -->`.
     """
     missing = found.keys() - {match["name"] for match in MARKED.finditer(page)}
     if missing:

@@ -1,7 +1,7 @@
-"""Data by name: `load("MNIST", data_path="…")`, or one's own by `load("pkg.module:function")`.
+"""Data by name: `load("MNIST", data_path="…")`, or your own by `load("pkg.module:function")`.
 
-To add a source, write a `function(data_path: str | None, seed: int) -> Data` that draws only from its seed; give its
-name to `load` as `pkg.module:function` (the current folder is importable), or enter it below.
+To add a source, write a `function(data_path: str | None, seed: int) -> Data` whose randomness only depends on the
+seed; give its name to `load` as `pkg.module:function` (the current folder is importable), or enter it below.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DATA: dict[str, Loader] = {
 
 
 def load(name: str, *, data_path: str | os.PathLike[str] | None = None, seed: int = 0, download: bool = False) -> Data:
-    """The data of that `name`: one of `DATA`, or one's own as "pkg.module:function".
+    """Load data by `name`: one of `DATA`, or your own as "pkg.module:function".
 
     Args:
         name: a name in `DATA`, or a loader `function(data_path, seed) -> Data` as "pkg.module:function".
         data_path: the folder with the files, in the data set's own folder or flat; None is `./data`.
-        seed: of whatever is random: drawn curves and patches, shuffles and splits.
-        download: fetch published files that are missing (needs pooch); they are checked against their checksums.
+        seed: random seed of generated curves and patches, shuffles and splits.
+        download: fetch missing published files (needs pooch) and verify their checksums.
 
     Raises:
-        DataError: an unknown name, a missing file, or one that is not what it should be.
+        DataError: an unknown name, a missing file, or an invalid one.
     """
     path = None if data_path is None else os.fspath(data_path)
     loader = own(name, "data", DataError) if is_own(name) else lookup(name, DATA, "data", DataError)

@@ -1,4 +1,4 @@
-"""What every source of data returns, and the checks that each has to pass."""
+"""The result of every data source, and its checks."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from fisherfn.errors import FisherfnError
 
 
 class DataError(FisherfnError, ValueError):
-    """Data that is not there, or not what it claims to be: what, where, why and what to do."""
+    """Missing or invalid data; the message states what, where, why and the fix."""
 
 
 class Split(NamedTuple):
     """The examples of one part, in a fixed order."""
 
-    inputs: Tensor  # [N, C, H, W] float32 in [0, 1]; FACES alone is standardised (see faces.py)
-    labels: Tensor | None  # [N] int64, None where there are none
+    inputs: Tensor  # [N, C, H, W] float32 in [0, 1]; only FACES is standardised (see faces.py)
+    labels: Tensor | None  # [N] int64, or None without labels
 
 
 class Data(NamedTuple):
-    """A data set with the likelihoods and the model that suit it."""
+    """A data set with its likelihoods and its default model."""
 
     name: str
     train: Split
     test: Split
     model: str  # the default model, a name in common.models.MODELS
-    reconstruction: ff.Likelihood  # of an autoencoder's outputs
-    prediction: ff.Likelihood | None  # of the labels, where there are any
-    resampled: bool = False  # how they come to a larger size: by resampling, else by a border of zeros
+    reconstruction: ff.Likelihood  # for the outputs of an autoencoder
+    prediction: ff.Likelihood | None  # for the labels, if there are any
+    resampled: bool = False  # enlarge images by resampling, otherwise by padding with zeros
 
 
 class Loader(Protocol):
-    """A source of data. The same arguments give the same tensors, and the global generator is left alone."""
+    """A data source. The same arguments give the same tensors; the global generator is not used."""
 
     def __call__(self, data_path: str | None, seed: int) -> Data:
-        """The data under `data_path` (None: `./data`), what is random in it drawn from `seed`."""
+        """Load the data under `data_path` (None: `./data`), with randomness from `seed`."""
         ...
 
 
 def checked(data: Data, name: str) -> Data:
-    """`data` itself if it keeps its promises, else a `DataError`: one's own loader is checked like ours."""
+    """Return `data` if it is valid, else raise `DataError`; user loaders are checked like the library's."""
     if not isinstance(data, Data):
         raise DataError(f"{name}: the loader returned {type(data).__name__}; it should return common.data.Data.")
     for part in ("train", "test"):
         _check_split(getattr(data, part), f"{name}, {part} part")
     shapes = tuple(data.train.inputs.shape[1:]), tuple(data.test.inputs.shape[1:])
     if shapes[0] != shapes[1]:
-        raise DataError(f"{name}: train images are {shapes[0]} and test images {shapes[1]}; make them alike.")
+        raise DataError(f"{name}: train images are {shapes[0]} and test images {shapes[1]}; make them equal.")
     if (data.train.labels is None) != (data.test.labels is None):
         raise DataError(f"{name}: only one of the train and test parts has labels; give both, or None twice.")
     return data

@@ -1,8 +1,8 @@
-"""CIFAR-10 and CIFAR-100 in their published *binary* version; the pickled one is not read, it could run anything.
+"""CIFAR-10 and CIFAR-100 in their published *binary* version; the pickled one could execute code and is not read.
 
 A file is a sequence of records: the label (CIFAR-100: coarse, then fine) in one byte each, then 32×32 pixels of red, of
-green and of blue, row by row. The published `.tar.gz` serves as well: its members are read where they are, none is
-written anywhere.
+green and of blue, row by row. The published `.tar.gz` works too: its members are read in place and not
+extracted.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 
 class Version(NamedTuple):
-    """How one of the two is published."""
+    """The published form of CIFAR-10 or CIFAR-100."""
 
-    folders: tuple[str, ...]  # the first is the archive's own
+    folders: tuple[str, ...]  # the first is the one in the archive
     archive: str
     train: tuple[str, ...]
     test: str
@@ -62,8 +62,8 @@ def load(
 ) -> Data:
     """Images [N, 3, 32, 32] in [0, 1] with their (fine) labels, in the published order.
 
-    The files lie in one of the version's folders under `data_path`, or flat in it, or in its archive there. Of
-    CIFAR-10's five training files those that are found are taken. `first` keeps that many training images.
+    The files are in one of the version's folders under `data_path`, directly in it, or in its archive there. Of the
+    five training files of CIFAR-10 those that are found are used. `first` keeps that many training images.
     """
     del seed  # nothing is random: the split is the published one
     contents = _contents(candidates(data_path, version.folders), name, version)
@@ -83,7 +83,7 @@ restricted = partial(load, name="CIFAR10_RESTRICTED", version=TEN, model="toyCNN
 
 
 def _contents(tried: list[Path], name: str, version: Version) -> dict[str, tuple[str, bytearray]]:
-    """By file name, where it is and its bytes: the files of one folder, else those of the archive."""
+    """Return location and bytes by file name: the files of one folder, else those of the archive."""
     names = [*version.train, version.test]
     path = find(tried, names) or find(tried, [version.archive])
     if path is None:
@@ -105,11 +105,11 @@ def _bytes(path: Path) -> bytearray:
     try:
         return bytearray(path.read_bytes())
     except OSError as cause:
-        raise DataError(f"{path}: cannot be read ({cause.strerror}); check the file and its rights.") from cause
+        raise DataError(f"{path}: cannot be read ({cause.strerror}); check the file and its permissions.") from cause
 
 
 def _unpacked(path: Path, version: Version) -> dict[str, tuple[str, bytearray]]:
-    """The wanted members of the archive, by exact name; nothing is extracted, links and all else are passed over."""
+    """The wanted members of the archive, by exact name; nothing is extracted; links and other members are ignored."""
     wanted = {f"{version.folders[0]}/{file}": file for file in (*version.train, version.test)}
     contents: dict[str, tuple[str, bytearray]] = {}
     try:
@@ -124,7 +124,7 @@ def _unpacked(path: Path, version: Version) -> dict[str, tuple[str, bytearray]]:
                     )
                 opened = archive.extractfile(member)
                 contents[file] = (f"{path}, {file}", bytearray(opened.read() if opened else b""))
-            while stream.read(PIECE):  # to the end, where gzip verifies its checksum
+            while stream.read(PIECE):  # read to the end, where gzip verifies its checksum
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as cause:
         raise DataError(f"{path}: broken archive ({cause}); {AGAIN}.") from cause
@@ -136,7 +136,7 @@ def _record(version: Version) -> int:
 
 
 def _read(where: str, content: bytearray, version: Version) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and labels of one file's bytes."""
+    """Decode images in [0, 1] and labels from the bytes of one file."""
     record = _record(version)
     if not content or len(content) % record:
         raise DataError(

@@ -1,6 +1,6 @@
 r"""CURVES: thin smooth strokes through three random points, after Hinton & Salakhutdinov (Science 313, 2006).
 
-The published file `digs3pts_1.mat` is read where it is found. Otherwise curves of that kind are drawn: a quadratic
+The published file `digs3pts_1.mat` is read if it is found. Otherwise similar curves are generated: a quadratic
 curve `p(t)` with `p(0), p(½), p(1)` the three points, whose ink `i` at a pixel `q` saturates,
 
 $$ x(q) = 1 - e^{-\kappa i(q)}, \qquad
@@ -8,9 +8,9 @@ $$ x(q) = 1 - e^{-\kappa i(q)}, \qquad
 
 anti-aliased by construction. The Gaussian is a product over the two axes, so the integral is one small matrix product
 per image. σ and κ are chosen by two numbers of the published set, cross-entropies per pixel in nats: 0.157 for the best
-constant output (where the original's weight-decayed runs stay), and for the entropy of the grey values themselves,
-which no net can beat, a little less than the 0.0703 of its best runs. Ours are 0.156 and 0.067,
-with a mean pixel of 0.044.
+constant output (where the original's weight-decayed runs stay), and for the entropy of the grey values, which is a
+lower bound for any net, a little less than the 0.0703 of its best runs. The generated curves have 0.156 and 0.067, with
+a mean pixel of 0.044.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAIN, TEST = 20_000, 10_000  # as published
 SIZE = 28
 SIGMA, INK = 0.75, 1.1  # pixels; see above
 MARGIN = 3.0  # pixels: such a curve overshoots its points' box by an eighth at most, so 22 / 8 stays inside
-FAINT = 1e-12  # below is paper: the tails of a Gaussian end in denormal numbers, with which processors are slow
+FAINT = 1e-12  # smaller values are set to zero: the tails of a Gaussian are denormal numbers, which are slow
 STEPS = 96  # of the integral; longest curves then move by less than a stroke's width a step
 CHUNK = 1_000
 
@@ -42,8 +42,9 @@ log = logging.getLogger(__name__)
 def load(data_path: str | None, seed: int) -> Data:
     """20,000 training and 10,000 test images, [N, 1, 28, 28] in [0, 1], without labels.
 
-    `digs3pts_1.mat` under `data_path` (flat or in `curves/`) is taken when it is there: `bdata` [20000, 784] and
-    `bdatatest` [10000, 784]; the names may differ, the shapes may not. Otherwise drawn by `seed`, in a few seconds.
+    `digs3pts_1.mat` under `data_path` (flat or in `curves/`) is used if present: `bdata` [20000, 784] and
+    `bdatatest` [10000, 784]; the names may differ, the shapes may not. Otherwise the curves are generated from
+    `seed` in a few seconds.
     """
     path = find(candidates(data_path, FOLDERS), [FILE])
     log.info("CURVES: %s", f"read from {path}" if path else f"drawn, seed {seed}")
@@ -52,7 +53,7 @@ def load(data_path: str | None, seed: int) -> Data:
 
 
 def published(path: Path) -> tuple[Tensor, Tensor]:
-    """The published training and test images, each [N, 1, 28, 28]."""
+    """Return the published training and test images, each [N, 1, 28, 28]."""
     return _images(path, TRAIN, ["bdata"]), _images(path, TEST, ["bdatatest"])
 
 
@@ -64,14 +65,14 @@ def _images(path: Path, count: int, keys: list[str]) -> Tensor:
 
 
 def draw(count: int, seed: int) -> Tensor:
-    """`count` images [count, 1, 28, 28] in [0, 1], the same for the same seed."""
+    """Generate `count` images [count, 1, 28, 28] in [0, 1], determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
     points = MARGIN + (SIZE - 2 * MARGIN) * torch.rand(count, 3, 2, generator=generator)
     return torch.cat([render(chunk) for chunk in torch.split(points, CHUNK)]).unsqueeze(1)
 
 
 def render(points: Tensor) -> Tensor:
-    """Strokes [N, 28, 28] through `points` [N, 3, 2], given as (x, y) in pixels."""
+    """Draw strokes [N, 28, 28] through `points` [N, 3, 2], given as (x, y) in pixels."""
     middle, length = _path(points)  # [N, STEPS, 2], [N, STEPS]
     pixels = torch.arange(SIZE) + 0.5
     across = torch.exp(-(middle.unsqueeze(-1) - pixels).square() / (2 * SIGMA**2))  # [N, STEPS, 2, 28]

@@ -1,4 +1,4 @@
-"""DIGITS: the 1,797 handwritten digits that come with scikit-learn, for trying things without any file."""
+"""DIGITS: the 1,797 handwritten digits that come with scikit-learn, which need no file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(data_path: str | None, seed: int) -> Data:
     `data_path` is not used: the images are in the scikit-learn package.
     """
     del data_path
-    from sklearn.datasets import load_digits  # a second's import, needed here only
+    from sklearn.datasets import load_digits  # takes a second to import, and is needed only here
 
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16  # grey values are 0 to 16

@@ -1,4 +1,4 @@
-"""Fetching published files, each checked against its published checksum. Nothing is overwritten."""
+"""Download published files and verify their published checksums. Nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class File(NamedTuple):
     name: str
     url: str
     checksum: str  # "md5:…" or "sha256:…"
-    stand_ins: tuple[str, ...]  # any of these beside it makes fetching it needless
+    stand_ins: tuple[str, ...]  # not fetched if any of these is present
 
 
 class Source(NamedTuple):
-    """The files of a data set and the folders they are kept in, the preferred one first."""
+    """The files of a data set and their folders, the preferred one first."""
 
     folders: tuple[str, ...]
     files: tuple[File, ...]
@@ -85,7 +85,7 @@ SVHN = Source(
 )
 
 SOURCES: dict[str, Source] = {
-    "CURVES": Source((), ()),  # drawn, and DIGITS is in scikit-learn: nothing to fetch
+    "CURVES": Source((), ()),  # generated, and DIGITS is part of scikit-learn: nothing to fetch
     "DIGITS": Source((), ()),
     "MNIST": MNIST,
     "FACES": Source(faces.FOLDERS, (OLIVETTI,)),
@@ -100,7 +100,7 @@ SOURCES: dict[str, Source] = {
 
 
 def fetch(name: str, data_path: str | None) -> None:
-    """Fetch what `name` lacks, beside those of its files that are there, else into its own folder."""
+    """Fetch the missing files of `name`, next to those that are present, else into its own folder."""
     if name not in SOURCES:
         raise DataError(f"{name}: knows no files to download; only {', '.join(SOURCES)} do.")
     source = SOURCES[name]
@@ -113,7 +113,7 @@ def fetch(name: str, data_path: str | None) -> None:
 
 
 def _retrieve(file: File, folder: Path) -> None:
-    import pooch  # optional: only who downloads needs it
+    import pooch  # optional: only needed for downloads
 
     try:
         pooch.retrieve(file.url, known_hash=file.checksum, fname=file.name, path=folder)

@@ -6,8 +6,8 @@
 pixels of the enlarged face: 64 / 1.4 ≈ 64 / √2, so whatever the rotation, the patch stays inside the face.
 
 Pixels are standardised as theirs: each with mean zero, all divided by one number that makes the mean variance one.
-So squared errors are in the published units, 1 per pixel for a constant output, and rates and damping found there hold;
-left in [0, 1], the patches' errors would be 55 times smaller.
+Squared errors are therefore in the published units, 1 per pixel for a constant output, and published learning rates and
+damping apply. In [0, 1] the errors would be 55 times smaller.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 
 def load(data_path: str | None, seed: int) -> Data:
-    """Patches [N, 1, 25, 25], standardised, without labels; looked for in `olivetti/` under `data_path`, then flat.
+    """Patches [N, 1, 25, 25], standardised, without labels; searched for in `olivetti/` under `data_path`, then in it.
 
     103,500 for training and 41,400 for testing from `newfaces_rot_single.mat` (`newfaces_single`, [625, 165600]);
-    otherwise 20,700 and 6,900 drawn by `seed` from `olivettifaces.mat` (`faces`, [4096, 400], 0 to 255).
+    otherwise 20,700 and 6,900 sampled with `seed` from `olivettifaces.mat` (`faces`, [4096, 400], 0 to 255).
     """
     tried = candidates(data_path, FOLDERS)
     path = find(tried, [PUBLISHED]) or find(tried, [PHOTOS])
@@ -56,7 +56,7 @@ def load(data_path: str | None, seed: int) -> Data:
 
 
 def published(path: Path) -> tuple[Tensor, Tensor]:
-    """The published patches as they stand in the file, [N, 1, 25, 25]."""
+    """Return the published patches of the file, [N, 1, 25, 25]."""
     values = read_mat(path, (SIZE * SIZE, TOTAL), ["newfaces_single"])
     # copies, so that the 20,700 between them and the file's own array can go; columns are MATLAB's column-major images
     parts = (torch.from_numpy(values[:, part].T).float() for part in (slice(TRAIN), slice(TOTAL - TEST, TOTAL)))
@@ -99,7 +99,7 @@ def _cut(photos: Tensor, turns: Tensor) -> Tensor:
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both parts shifted and scaled by the training part's statistics; a set that is so already stays as it is."""
+    """Standardise both parts by the statistics of the training part; a standardised set is unchanged."""
     train = train - (mean := train.mean(0))
     scale = train.var(0, unbiased=False).mean().sqrt()
     return train / scale, (test - mean) / scale

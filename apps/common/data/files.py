@@ -1,4 +1,4 @@
-"""Finding files under `data_path`, and reading MATLAB ones. Nothing here unpickles."""
+"""Find files under `data_path`, and read MATLAB files. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ print(json.dumps(io.whosmat(path)), flush=True)
 key = sys.stdin.readline().rstrip("\\n")
 numpy.save(out, io.loadmat(path, variable_names=[key])[key], allow_pickle=False)
 """
-"""Prints a MATLAB file's table of contents, reads a name, and saves what the file has under it."""
+"""Program that prints a MATLAB file's table of contents, reads a name, and saves the array with this name."""
 
 
 def candidates(data_path: str | None, own: Iterable[str]) -> list[Path]:
-    """The folders to look in, in order: the data set's own ones under `data_path`, then `data_path` itself."""
+    """Return the folders to search, in order: those of the data set under `data_path`, then `data_path`."""
     root = Path(DEFAULT if data_path is None else data_path).expanduser()
     return [*(root / folder for folder in own), root]
 
 
 def find(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
-    """The first file of one of these `names`, or None; an earlier folder wins over an earlier name."""
+    """Return the first file with one of these `names`, or None; folder order has priority over name order."""
     return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
 
 
 def missing(data: str, file: str, folders: Iterable[Path], remedy: str) -> DataError:
-    """The one sentence for a file that is not there: which, where it was looked for, how to get it."""
+    """Return the message for a missing file: its name, the searched folders, and how to get it."""
     return DataError(f"{data}: found no {file} in {', '.join(map(str, folders))}; {remedy}.")
 
 
 def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
-    """The array of this `shape` in a MATLAB 5 file: under one of `keys`, else the only one of that shape.
+    """Read the array of this `shape` in a MATLAB 5 file: one of `keys`, else the only one with this shape.
 
-    The file's table of contents is read first, so that nothing of a wrong size is ever loaded. A process of its own
-    reads it, because there are malformed files that crash scipy's reader.
+    The table of contents is read first, so that no array of a wrong size is loaded. A separate process reads the file,
+    because some malformed files crash scipy's reader.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "values.npy"
@@ -73,7 +73,7 @@ def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
             raise DataError(f"{path}: cannot be read as a MATLAB 5 file ({cause}); fetch it again.")
         values: np.ndarray = np.load(out, allow_pickle=False)
     if not _fits(values.shape, shape) or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-        raise DataError(f"{path}: {key!r} should hold finite real numbers {_shown(shape)}; fetch the file again.")
+        raise DataError(f"{path}: {key!r} should contain finite real numbers {_shown(shape)}; fetch the file again.")
     return values
 
 

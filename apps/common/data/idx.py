@@ -1,7 +1,8 @@
-"""IDX files: MNIST and what is published in its format.
+"""IDX files: MNIST and data sets in the same format.
 
-An IDX file is big-endian: two zero bytes, a type (8: unsigned bytes), the number of dimensions, each dimension's length
-as 32 bits, then the bytes. The header is not trusted: lengths are compared with the file's before anything is read.
+An IDX file is big-endian: two zero bytes, a type (8: unsigned bytes), the number of dimensions, each dimension's
+length as 32 bits, then the bytes. The header is not trusted: its lengths are compared with the size of the file before
+anything is read.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ def load(
 ) -> Data:
     """Images [N, 1, H, W] in [0, 1] with labels 0 to 9 from the four usual files, gzipped or not, `-idx` or `.idx`.
 
-    They lie in one of `folders` under `data_path`, or flat in it. Where only the `t10k` files are found, nine tenths of
-    them, chosen by `seed`, are for training. `first` keeps that many training images.
+    They are in one of `folders` under `data_path`, or directly in it. If only the `t10k` files are found, nine tenths
+    of them, chosen by `seed`, are used for training. `first` keeps that many training images.
     """
     tried = candidates(data_path, folders)
     folder = _home(tried, name)
     if folder == tried[-1] and folders is FASHION_FOLDERS:
         log.warning(
-            "%s: files read from %s, flat; MNIST's have the same names, so see that these are not they", name, folder
+            "%s: files read directly from %s; those of MNIST have the same names: make sure that these are not MNIST",
+            name,
+            folder,
         )
     if find([folder], [*variants("train-images"), *variants("train-labels")]):
         train, test = read_part(folder, "train", name), read_part(folder, "t10k", name)
@@ -66,19 +69,19 @@ restricted = partial(load, name="MNIST_RESTRICTED", model="ToyNet", folders=MNIS
 
 
 def variants(part: str) -> list[str]:
-    """The names that the file of `part`, such as "train-images", goes by."""
+    """Return the possible names of the file of `part`, such as "train-images"."""
     kind = "idx3" if part.endswith("images") else "idx1"
     return [f"{part}{separator}{kind}-ubyte{suffix}" for suffix in ("", ".gz") for separator in "-."]
 
 
 def read_part(folder: Path, part: str, name: str) -> Pair:
-    """The images and labels of "train" or "t10k" in `folder`."""
+    """Read the images and labels of "train" or "t10k" in `folder`."""
     paths = []
     for file in (f"{part}-images", f"{part}-labels"):
         path = find([folder], variants(file))
         if path is None:
             raise missing(
-                name, f"{variants(file)[0]}[.gz]", [folder], "put it beside the others, or pass download=True"
+                name, f"{variants(file)[0]}[.gz]", [folder], "put it next to the others, or pass download=True"
             )
         paths.append(path)
     images, labels = read(paths[0], 3), read(paths[1], 1)
@@ -90,19 +93,19 @@ def read_part(folder: Path, part: str, name: str) -> Pair:
 
 
 def read(path: Path, dimensions: int) -> Tensor:
-    """The bytes of an IDX file as a uint8 tensor of that many dimensions."""
+    """Read the bytes of an IDX file as a uint8 tensor with this number of dimensions."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             lengths = _header(file, path, dimensions)
             body = _exactly(file, math.prod(lengths), path)
-            # reading past the end also makes gzip verify its checksum
+            # reading past the end makes gzip verify its checksum
             if file.read(1):
                 raise DataError(f"{path}: longer than its header says ({_shape(lengths)}); {AGAIN}.")
     except (EOFError, gzip.BadGzipFile, zlib.error) as cause:
         raise DataError(f"{path}: broken gzip file ({cause}); {AGAIN}.") from cause
     except OSError as cause:
         raise DataError(
-            f"{path}: cannot be read ({cause.strerror or cause}); check the file and its rights."
+            f"{path}: cannot be read ({cause.strerror or cause}); check the file and its permissions."
         ) from cause
     return torch.frombuffer(body, dtype=torch.uint8).reshape(lengths)
 
@@ -112,7 +115,7 @@ def _header(file: io.BufferedIOBase, path: Path, dimensions: int) -> tuple[int, 
     if (zeros, kind) != (0, 8):
         magic = f"{zeros:04x}{kind:02x}{found:02x}"
         raise DataError(
-            f"{path}: magic number {magic}, not 0000080{dimensions}: no IDX file of unsigned bytes; {AGAIN}."
+            f"{path}: magic number {magic}, not 0000080{dimensions}: not an IDX file of unsigned bytes; {AGAIN}."
         )
     if found != dimensions:
         swapped = "; are images and labels swapped?" if {found, dimensions} == {1, 3} else f"; {AGAIN}."
@@ -126,16 +129,16 @@ def _believable(path: Path, lengths: tuple[int, ...]) -> None:
     # before any memory is asked for: can a file of this length hold that many bytes?
     promised, length = math.prod(lengths), path.stat().st_size
     if promised == 0:
-        raise DataError(f"{path}: holds no data ({_shape(lengths)}); {AGAIN}.")
+        raise DataError(f"{path}: contains no data ({_shape(lengths)}); {AGAIN}.")
     header = 4 + 4 * len(lengths)
     gzipped = path.suffix == ".gz"
     if promised + header > (DEFLATE_LIMIT * length if gzipped else length):
-        fault = f"the header promises {_shape(lengths)} = {promised:,} bytes, which a file of {length:,} cannot hold"
+        fault = f"the header states {_shape(lengths)} = {promised:,} bytes, which a file of {length:,} cannot contain"
         raise DataError(f"{path}: {fault}: truncated or damaged; {AGAIN}.")
 
 
 def _exactly(file: io.BufferedIOBase, count: int, path: Path) -> bytearray:
-    # piece by piece: memory follows what the file really holds, and never passes what its header says
+    # piece by piece: memory is limited by the actual contents, and by the size in the header
     body = bytearray()
     while len(body) < count:
         piece = file.read(min(PIECE, count - len(body)))
@@ -146,7 +149,7 @@ def _exactly(file: io.BufferedIOBase, count: int, path: Path) -> bytearray:
 
 
 def _home(tried: list[Path], name: str) -> Path:
-    # one folder for all four files, so that two data sets of the same file names are never mixed
+    # one folder for all four files, so that data sets with equal file names are not mixed
     names = [file for part in ("train", "t10k") for kind in ("images", "labels") for file in variants(f"{part}-{kind}")]
     path = find(tried, names)
     if path is None:

@@ -1,4 +1,4 @@
-"""Bringing images to the size that a net is made for."""
+"""Bring images to the size that a net needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from common.data.base import Data, DataError, Split
 
 
 def enlarged(data: Data, size: int) -> Data:
-    """The data with images of `size`×`size`: padded with zeros, or resampled where they were resampled before.
+    """Return the data with images of `size`×`size`: padded with zeros, or resampled if they were resampled before.
 
     Raises:
-        DataError: images that are larger.
+        DataError: the images are larger.
     """
     shape = tuple(data.train.inputs.shape[2:])
     if shape == (size, size):
@@ -30,12 +30,12 @@ def enlarged(data: Data, size: int) -> Data:
 
 
 def grown(images: Tensor, size: int, *, resampled: bool) -> Tensor:
-    """Images [N, C, H, W] with `size`×`size` pixels, resampled or with a border of zeros."""
+    """Return images [N, C, H, W] with `size`×`size` pixels, resampled or padded with zeros."""
     return _resampled(images, size) if resampled else _padded(images, size)
 
 
 def _padded(images: Tensor, size: int) -> Tensor:
-    """Zeros on all sides; an odd one goes to the right and below."""
+    """Pad with zeros on all sides; an odd one goes to the right and below."""
     height, width = size - images.shape[2], size - images.shape[3]
     return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 

@@ -33,15 +33,15 @@ def load(data_path: str | None, seed: int) -> Data:
 def _read(folder: Path, file: str) -> tuple[Tensor, Tensor]:
     path = find([folder], [file])
     if path is None:
-        raise missing("SVHN", file, [folder], "put it beside the other, or pass download=True (--download)")
+        raise missing("SVHN", file, [folder], "put it next to the other, or pass download=True (--download)")
     pixels = torch.from_numpy(read_mat(path, (SIZE, SIZE, 3, None), ["X"]))
     labels = torch.from_numpy(read_mat(path, (pixels.shape[-1], 1), ["y"])).flatten().long()
     if pixels.dtype != torch.uint8:
-        raise DataError(f"{path}: 'X' should hold bytes, found {pixels.dtype}; is this the published file?")
+        raise DataError(f"{path}: 'X' should contain bytes, found {pixels.dtype}; is this the published file?")
     if labels.min() < 1 or labels.max() > 10:
         raise DataError(
             f"{path}: labels go from {int(labels.min())} to {int(labels.max())} where 1 to 10 are expected (10 is the "
             "digit 0); fetch the file again."
         )
-    # contiguous while they are bytes: the file has images along its last axis, batches are picked along the first
+    # reorder while they are bytes: the file has images along the last axis, batches use the first
     return pixels.permute(3, 2, 0, 1).contiguous().float() / 255, labels % 10

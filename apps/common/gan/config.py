@@ -12,14 +12,14 @@ from common.models.gan import GANS, NORMS
 DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "SVHN")
 
 PLAYERS = ("adam", "sgda", *ff.METHODS)
-"""Optimizers of a player; sgda is gradient descent with Nesterov's momentum, for both: descent-ascent."""
+"""Optimizers of a player; sgda is gradient descent with Nesterov momentum for both players: descent-ascent."""
 
 
 @dataclass(frozen=True)
 class GanConfig:
-    """What a GAN run is: its data, both nets and their optimizers, how long it runs, and where its result goes.
+    """The settings of a GAN run: data, both nets and their optimizers, length and result folder.
 
-    Rates, damping and clip are in the units of apps/common/gan/players.py: of scores averaged over a player's batch.
+    Learning rates, damping and KL bound are in the units of apps/common/gan/players.py: scores averaged over a batch.
     """
 
     app: ClassVar[str] = "train_gan"
@@ -37,66 +37,71 @@ class GanConfig:
     data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")
     model: str | None = option(None, "nets; null: dcgan for images of 28×28, residual for 32×32", choices=GANS)
-    width: float = option(1.0, "all channels, in those published", check=POSITIVE)
+    width: float = option(1.0, "scale of all channels, relative to the published nets", check=POSITIVE)
     critic_norm: str = option(
-        "none", "the critic's norm; batch as published, under which the gradient penalty binds nothing", choices=NORMS
+        "none",
+        "norm of the critic; batch is the published one, with which the gradient penalty has no effect",
+        choices=NORMS,
     )
-    z_dim: int = option(64, "numbers of noise that an image is made of", check=POSITIVE)
+    z_dim: int = option(64, "dimension of the generator's noise", check=POSITIVE)
 
     gen_optim: str = option("kfac", "optimizer of the generator", choices=PLAYERS)
     crit_optim: str = option("kfac", "optimizer of the critic", choices=PLAYERS)
-    gen_lr: float = option(1e-3, "rate of the generator", check=POSITIVE)
-    crit_lr: float = option(1e-3, "rate of the critic", check=POSITIVE)
-    crit_repeats: int = option(5, "critic steps for each of the generator", check=POSITIVE)
+    gen_lr: float = option(1e-3, "learning rate of the generator", check=POSITIVE)
+    crit_lr: float = option(1e-3, "learning rate of the critic", check=POSITIVE)
+    crit_repeats: int = option(5, "critic steps per generator step", check=POSITIVE)
     c_lambda: float = option(10.0, "weight of the gradient penalty", check=NON_NEGATIVE)
-    batch_size: int = option(128, "images a step, real and fake each", check=POSITIVE)
+    batch_size: int = option(128, "real images per step, and as many fakes", check=POSITIVE)
     num_epochs: int = option(
-        200, "as many generator steps as the data has batches, so many times", aliases=("n_epochs",), check=NON_NEGATIVE
+        200,
+        "number of epochs; an epoch has as many generator steps as the data has batches",
+        aliases=("n_epochs",),
+        check=NON_NEGATIVE,
     )
 
-    damping: float = option(1e-4, "natural gradients: added to the Fisher", check=NON_NEGATIVE)
-    clipping: float = option(0.01, "natural gradients: bound of the KL clip, 0 for no clip", check=NON_NEGATIVE)
+    damping: float = option(1e-4, "natural gradients: damping of the Fisher", check=NON_NEGATIVE)
+    clipping: float = option(0.01, "natural gradients: KL bound, 0 for no clip", check=NON_NEGATIVE)
     gen_damping: float | Literal["auto"] | None = option(
-        None, "the generator's damping, where it differs; auto: from the reduction ratio, bad steps taken back",
+        None, "damping of the generator, if different; auto: from the reduction ratio, bad steps are taken back",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    gen_clipping: float | None = option(None, "the generator's, where it is another", check=NON_NEGATIVE)
+    gen_clipping: float | None = option(None, "KL bound of the generator, if different", check=NON_NEGATIVE)
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(
-        None, "natural gradients: the player's steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
+        None, "natural gradients: steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
         check=POSITIVE,
     )  # fmt: skip
     invert_every: int | None = option(
-        None, "natural gradients: the player's steps between inverses; null: 100, for exactNG 1", aliases=("T_inv",),
+        None, "natural gradients: steps between inverses; null: 100, for exactNG 1", aliases=("T_inv",),
         check=POSITIVE,
     )  # fmt: skip
-    momentum: float = option(0.9, "weight of the previous direction, for all but adam", check=FRACTION)
-    weight_decay: float = option(0.0, "decoupled from the gradient, in rates; for all but adam", check=NON_NEGATIVE)
+    momentum: float = option(0.9, "momentum, for all but adam", check=FRACTION)
+    weight_decay: float = option(0.0, "decoupled weight decay, for all but adam", check=NON_NEGATIVE)
     beta_1: float = option(0.5, "adam: weight of the old first moment", check=FRACTION)
     beta_2: float = option(0.999, "adam: weight of the old second moment", check=FRACTION)
 
     fid: Literal["classifier", "inception", "none"] = option(
-        "classifier", "features of the FID: of a classifier trained here on the same data, or Inception's (downloaded)"
+        "classifier", "features of the FID: a classifier trained on the same data, or Inception (downloaded)"
     )
-    fid_every: int = option(1, "epochs between FIDs; the last one always has one", check=POSITIVE)
-    fid_samples: int = option(5_000, "fakes in a FID", check=POSITIVE)
+    fid_every: int = option(1, "epochs between FIDs; the last epoch always has one", check=POSITIVE)
+    fid_samples: int = option(5_000, "number of fakes for a FID", check=POSITIVE)
 
-    seed: int = option(0, "of everything that is random", check=NON_NEGATIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
-    result_dir: str = option("results", "folder of all results")
-    result_name: str | None = option(None, "the result's own folder; null: from data, nets, optimizers and seed")
+    seed: int = option(0, "random seed", check=NON_NEGATIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
+    result_dir: str = option("results", "folder for all results")
+    result_name: str | None = option(None, "name of the result folder; null: from data, nets, optimizers and seed")
     overwrite: bool = option(False, "replace an existing result of that name")
-    resume: bool = option(False, "go on from an existing result's checkpoint")
+    resume: bool = option(False, "continue from the checkpoint of an existing result")
     save_every: int | None = option(
-        None, "generator steps between checkpoints, beside those of every epoch; null: none", check=POSITIVE
+        None, "generator steps between additional checkpoints within an epoch; null: none", check=POSITIVE
     )
-    tensorboard: bool = option(False, "event files for TensorBoard, in the result's folder")
-    quiet: bool = option(False, "no progress bar and no line an epoch")
+    tensorboard: bool = option(False, "write event files for TensorBoard to the result folder")
+    quiet: bool = option(False, "no progress bar and no line per epoch")
     verbose: bool = option(False, "print all settings before training")
 
     def __post_init__(self) -> None:
         validate(self)
         if self.quiet and self.verbose:
-            raise ConfigError("quiet and verbose exclude each other: give one of them")
+            raise ConfigError("quiet and verbose exclude each other: give only one")
         if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume exclude each other: give one of them")
+            raise ConfigError("overwrite and resume exclude each other: give only one")

@@ -1,7 +1,7 @@
-"""The training loop of a game: a generator of epochs, resumable because nothing in it is hidden.
+"""The training loop of a GAN: a generator of epochs, which can be resumed from any snapshot.
 
-A round is so many critic steps, each on its own real images and fakes, then one generator step. An epoch has as many
-rounds as the data has batches; all its randomness comes from one generator, which is part of a snapshot.
+A round consists of several critic steps, each on its own real images and fakes, and one generator step. An epoch has
+as many rounds as the data has batches; all its randomness comes from one generator, which is part of a snapshot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAYERS = ("generator", "critic")
 
 
 class Rules(NamedTuple):
-    """How a game is played."""
+    """Settings of the loop of a GAN."""
 
     num_epochs: int
     batch_size: int
@@ -36,7 +36,7 @@ class Rules(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A game and all that is fixed around it: optimizers by player, the real images in [−1, 1], and the rules."""
+    """The fixed parts of a GAN run: game, optimizers by player, real images in [−1, 1], and settings."""
 
     game: Game
     optimizers: dict[str, Optimizer]
@@ -45,12 +45,12 @@ class Table(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """In an epoch."""
+        """Number of rounds per epoch."""
         return max(1, len(self.images) // self.rules.batch_size)
 
 
 def start(table: Table) -> Snapshot:
-    """The snapshot before the first round; trees by player, and the sums of an unfinished epoch's losses."""
+    """Return the snapshot before the first round: trees by player, and the loss sums of an unfinished epoch."""
     players = {name: getattr(table.game, name) for name in PLAYERS}
     params = {name: player.params for name, player in players.items()}
     context = {name: player.context for name, player in players.items()}
@@ -60,14 +60,14 @@ def start(table: Table) -> Snapshot:
 
 
 Measure = Callable[[Snapshot], dict[str, float]]
-"""What an epoch's metrics say beside the losses: (snapshot) to FID and the like, or nothing."""
+"""Function (snapshot) -> additional metrics of an epoch, such as the FID."""
 
 
 def train(table: Table, snapshot: Snapshot, measure: Measure, watch: Watch = lambda step, at: None) -> Iterator[Epoch]:
-    """Play from `snapshot` on, yielding each epoch; a fresh run yields its starting point first.
+    """Train from `snapshot` and yield each epoch; a new run yields its starting point first.
 
-    A step that is not ok leaves its player as it was, and its round counts as skipped; after `PATIENCE` such rounds in
-    a row the typed error that explains it is raised. `seconds` counts training only.
+    A step that fails a check leaves its player unchanged, and its round counts as skipped. After `PATIENCE` such rounds
+    in a row the typed error is raised. `seconds` counts training only.
     """
     if snapshot.step == 0:
         yield Epoch(snapshot, _metrics(snapshot, 0) | measure(snapshot))
@@ -80,7 +80,7 @@ def train(table: Table, snapshot: Snapshot, measure: Measure, watch: Watch = lam
 
 
 def _epoch(table: Table, at: Snapshot, watch: Watch, shown: str) -> tuple[Snapshot, dict[str, float]]:
-    """What is left of an epoch: the snapshot at its end, and its mean losses."""
+    """Run the rest of an epoch; return the snapshot at its end and its mean losses."""
     rules, rounds = table.rules, table.rounds
     draws = generator_of(rules.seed, at.epoch, stream=1)
     if at.draws.numel():
@@ -108,7 +108,7 @@ def _epoch(table: Table, at: Snapshot, watch: Watch, shown: str) -> tuple[Snapsh
 
 
 def _round(table: Table, at: Snapshot, draws: torch.Generator) -> tuple[Snapshot, list[ff.Info]]:
-    """The critic's steps and the generator's; the infos of those that were not ok."""
+    """Take the steps of critic and generator; return the infos of those that failed a check."""
     rules, count = table.rules, table.rules.batch_size
     device = table.images.device
 
@@ -149,7 +149,7 @@ def _round(table: Table, at: Snapshot, draws: torch.Generator) -> tuple[Snapshot
 
 
 def _moved(at: Snapshot, name: str, new: Stepped, buffers: Any, bad: list[ff.Info]) -> tuple[Snapshot, list[ff.Info]]:
-    """The snapshot after one player's step, or as it was, with the info that says why."""
+    """Return the snapshot after a player's step; if it failed a check, the old one with the info."""
     if not sound(new.info):
         return at, [*bad, new.info]
     params, context = at.params | {name: new.params}, at.context | {name: buffers}

@@ -16,16 +16,16 @@ from common import atomic
 from common.plots import INK, Metrics, dress, look, new_figure, save_figure
 
 COLUMNS = 8
-"""Images in a row of a grid, and rows."""
+"""Images per row of a grid, and number of rows."""
 ENLARGED = 2
 SHOWN = 6
-"""Grids on a contact sheet."""
+"""Number of grids on a contact sheet."""
 ANIMATED = 60
-"""Frames of the animation at most."""
+"""Largest number of frames of the animation."""
 
 
 def grid(images: Tensor, path: Path) -> None:
-    """Images [N, C, H, W] in [0, 1] in rows of eight, one pixel apart, twice their size."""
+    """Arrange images [N, C, H, W] in [0, 1] in rows of eight, one pixel apart, at twice their size."""
     n, c, h, w = images.shape
     columns = min(COLUMNS, n)
     rows = math.ceil(n / columns)
@@ -39,7 +39,7 @@ def grid(images: Tensor, path: Path) -> None:
 
 
 def animation(frames: Sequence[Path], path: Path) -> None:
-    """The grids one after the other, as a GIF that repeats; of many, evenly chosen ones."""
+    """Write the grids as a repeating GIF; of many grids, evenly spaced ones."""
     pictures = [Image.open(frame).convert("P") for frame in _chosen(frames, ANIMATED)]
     durations = [120] * (len(pictures) - 1) + [1500]
     first, *rest = pictures
@@ -51,7 +51,7 @@ def animation(frames: Sequence[Path], path: Path) -> None:
 
 
 def contact_sheet(frames: Sequence[Path], metrics: Metrics, path: Path) -> None:
-    """Some grids side by side, first and last among them, with their epochs and FIDs."""
+    """Draw some grids side by side, including the first and the last, with their epochs and FIDs."""
     chosen = _chosen(frames, SHOWN)
     by_epoch = {int(m["epoch"]): m for m in metrics}
     figure = new_figure(width=2.9 * len(chosen), height=3.2)
@@ -65,7 +65,7 @@ def contact_sheet(frames: Sequence[Path], metrics: Metrics, path: Path) -> None:
 
 
 def curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
-    """FID, critic loss and generator loss over generator steps, and FID over seconds, for each run.
+    """Draw FID, critic loss and generator loss over generator steps, and FID over seconds, for each run.
 
     Args:
         runs: metrics by the name in the legend.
@@ -93,12 +93,12 @@ def curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
 
 
 def epoch_of(frame: Path) -> int:
-    """The epoch in a grid's name, `epoch-0012.png`."""
+    """Return the epoch in the name of a grid, `epoch-0012.png`."""
     return int(frame.stem.rpartition("-")[2])
 
 
 def _chosen(frames: Sequence[Path], count: int) -> list[Path]:
-    """At most so many, evenly, first and last among them."""
+    """Choose at most `count` evenly spaced items, including the first and the last."""
     if len(frames) <= count:
         return list(frames)
     return [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]

@@ -5,13 +5,13 @@ Scores $D(x)$ are a player's outputs, and its loss is linear in them, a mean ove
 - critic, over the 2N images of the batch [real; fake]: $\frac1{2N}\sum_i y_i D(x_i)$ with y = −2 for a real and +2 for
   a fake image, that is mean D(fake) − mean D(real); and the penalty c · mean (‖∇ₓ D(x̂)‖ − 1)² on N mixtures x̂ of
   both (Gulrajani et al. 2017, algorithm 1);
-- generator, over N draws z: $-\frac1N\sum_n D(G(z_n))$, the critic held fixed.
+- generator, over N noise vectors z: $-\frac1N\sum_n D(G(z_n))$, the critic held fixed.
 
-A loss that is linear in the outputs has no second derivative there, so there is no likelihood whose Fisher would be the
-Hessian's positive part. What curves is the map from parameters to scores: both players take the Fisher of Gaussian
-scores of variance one, F = mean Jᵀ J with J the gradient of one example's score. For one score an example that is also
-the second moment of the per-example gradients of ±D, the empirical Fisher. The same pass gives (input, gradient) pairs
-of the same images; the penalty has a gradient, and no part in F.
+A loss that is linear in the outputs has no second derivative with respect to them, so there is no likelihood. The
+curvature comes from the map from parameters to scores: both players use the Fisher of Gaussian scores with variance
+one, F = mean Jᵀ J with J the gradient of one example's score. With one score per example this is also the second
+moment of the per-example gradients of ±D, the empirical Fisher. Inputs and gradients come from the same pass over the
+same images. The penalty contributes to the gradient, but not to F.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from common.optimizers import Batch, Penalty, Tree
 
 @dataclass(frozen=True)
 class Wasserstein:
-    """Scores [N, 1] weighted by targets [N]; their Fisher is that of Gaussian scores of variance one."""
+    """Scores [N, 1] weighted by targets [N], with the Fisher of Gaussian scores with variance one."""
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The weighted score of each example: a loss, not a likelihood, up to whose constant it would be."""
+        """Return the weighted score of each example; a loss, not a likelihood."""
         return targets * outputs.flatten(1).sum(1)
 
     def fisher_sqrt(self, outputs: Tensor) -> Tensor:
-        """One column, 1 for every example."""
+        """Return one column, 1 for every example."""
         return torch.ones_like(outputs).unsqueeze(0)
 
 
 class Player(NamedTuple):
-    """What an optimizer needs of a player: `model(params, x, context)` to scores, its start, and a penalty if any."""
+    """A player for an optimizer: `model(params, x, context)` -> scores, initial values, and a penalty if any."""
 
     model: Any
     params: Tree
@@ -52,7 +52,7 @@ class Player(NamedTuple):
 
 
 class Game(NamedTuple):
-    """Both players, and the generator's images, in training and in evaluation mode."""
+    """Both players, and the images of the generator in training and in evaluation mode."""
 
     generator: Player
     critic: Player
@@ -61,7 +61,7 @@ class Game(NamedTuple):
 
 
 def make_game(pair: Pair, c_lambda: float) -> Game:
-    """The game of two nets in training mode; `c_lambda` is the penalty's weight."""
+    """Build the game of two nets in training mode; `c_lambda` is the weight of the penalty."""
     images, gen_params, gen_buffers = ff.functional(pair.generator.train())
     scores, crit_params, crit_buffers = ff.functional(pair.critic.train())
     shown, _, _ = ff.functional(copy.deepcopy(pair.generator).eval())
@@ -77,22 +77,22 @@ def make_game(pair: Pair, c_lambda: float) -> Game:
 
 
 def seen_by_generator(generator: Tree, critic: Tree, critic_buffers: Tree) -> dict[str, Tree]:
-    """The generator's context: its own buffers, and the critic as it stands, neither differentiated nor changed."""
+    """Return the context of the generator: its buffers, and the critic, which is neither differentiated nor changed."""
     return {"generator": generator, "critic": critic, "critic_buffers": critic_buffers}
 
 
 def critic_batch(real: Tensor, fake: Tensor, mix: Tensor) -> Batch:
-    """One batch of both kinds of images, their weights, and where between them the penalty looks: [N, 1, 1, 1]."""
+    """Return a batch of both kinds of images, their weights, and the mixing weights of the penalty, [N, 1, 1, 1]."""
     weights = torch.full_like(real[:, 0, 0, 0], 2.0)
     return torch.cat([real, fake]), torch.cat([-weights, weights]), mix
 
 
 def gradient_penalty(critic: Any, weight: float) -> Penalty:
-    r"""$c \cdot \frac1N \sum_n (\lVert\nabla_x D(\hat x_n)\rVert - 1)^2$, weight c, between real and fake images.
+    r"""Return $c \cdot \frac1N \sum_n (\lVert\nabla_x D(\hat x_n)\rVert - 1)^2$, between real and fake images.
 
-    $\hat x_n = \epsilon_n x_n + (1 - \epsilon_n) G(z_n)$ with the ε that the batch holds.
+    $\hat x_n = \epsilon_n x_n + (1 - \epsilon_n) G(z_n)$ with the ε of the batch.
 
-    Where batch norm couples the examples, the gradient is that of the sum of all scores. Its buffers are not moved.
+    If batch norm couples the examples, the gradient is that of the sum of all scores. Its buffers are not changed.
     """
 
     def penalty(params: Tree, batch: Batch, context: Any) -> Tensor:

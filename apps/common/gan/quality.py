@@ -1,7 +1,7 @@
-"""How good the fakes are: the Fréchet inception distance, computed by torchmetrics on thousands of them.
+"""The quality of fakes: the Fréchet inception distance, computed by torchmetrics on thousands of them.
 
-Without downloaded weights the features are those of a small classifier that train_cnn trains here on the same data
-(what enters its last layer); such numbers compare runs on the same data and are no published FIDs.
+Without downloaded weights the features are the inputs of the last layer of a small classifier, which train_cnn trains
+on the same data. Such numbers compare runs on the same data and are not comparable with published FIDs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ BATCH = 500
 
 
 class Features(nn.Module):
-    """What a classifier's last layer is fed: images [N, C, H, W] in [0, 1] to [N, d]."""
+    """The inputs of a classifier's last layer: images [N, C, H, W] in [0, 1] -> [N, d]."""
 
     def __init__(self, body: nn.Module, size: int | None, resampled: bool, num_features: int) -> None:
         super().__init__()
         self.body, self.size, self.resampled, self.num_features = body, size, resampled, num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """The features, of images brought to the classifier's size as its training images were."""
+        """Return the features of images, resized to the classifier's size like its training images."""
         if self.size:
             images = grown(images, self.size, resampled=self.resampled)
         out: Tensor = self.body(images)
@@ -47,12 +47,12 @@ class Quality:
     """The distance of fakes from the training images, in the features of one net."""
 
     def __init__(self, features: nn.Module | int, real: Tensor) -> None:
-        """`real` in [0, 1]; an integer stands for Inception's layer of that width.
+        """Prepare the statistics of `real` in [0, 1]; an integer selects Inception's layer of that width.
 
         Raises:
-            ConfigError: Inception's weights, or the package that reads them, are not there.
+            ConfigError: Inception's weights, or the package that reads them, are missing.
         """
-        from torchmetrics.image.fid import FrechetInceptionDistance  # a second's import, needed here only
+        from torchmetrics.image.fid import FrechetInceptionDistance  # takes a second to import, and is needed only here
 
         try:
             metric = FrechetInceptionDistance(feature=features, reset_real_features=False, normalize=True)
@@ -65,7 +65,7 @@ class Quality:
         self._add(real, real=True)
 
     def fid(self, fakes: Tensor) -> float:
-        """Of fakes [N, C, H, W] in [0, 1]."""
+        """Return the distance of fakes [N, C, H, W] in [0, 1]."""
         self._metric.reset()
         self._add(fakes, real=False)
         return float(self._metric.compute())
@@ -78,7 +78,7 @@ class Quality:
 
 
 def make_quality(config: GanConfig, data: Data, say: Callable[[str], None]) -> Quality | None:
-    """The measure that `--fid` names, ready for fakes of this data; `say` tells what it is."""
+    """Return the measure that `--fid` names, for fakes of this data; `say` prints a description."""
     if config.fid == "none":
         return None
     real = data.train.inputs.to(config.device)
@@ -90,7 +90,7 @@ def make_quality(config: GanConfig, data: Data, say: Callable[[str], None]) -> Q
 
 
 def classifier_features(config: GanConfig, data: Data) -> tuple[Features, float]:
-    """The classifier without its last layer, trained now or by an earlier run, and its test accuracy."""
+    """Return the classifier without its last layer, trained now or by an earlier run, and its test accuracy."""
     spec = resolve(CLASSIFIER)
     if data.train.labels is None:
         raise ConfigError(f"{data.name} has no labels for a classifier to learn: give --fid inception or none")

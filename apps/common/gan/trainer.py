@@ -1,4 +1,4 @@
-"""From a configuration to a finished GAN run. Reads top to bottom: game, optimizers, run, pictures."""
+"""Run a GAN training from its configuration. Read from top to bottom: game, optimizers, run, pictures."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from common.results import Results
 from common.trainer import check_device, restore, save, stopped, watched
 
 SAMPLES = "samples"
-"""The folder of the grids, one an epoch."""
+"""The folder of the grids, one per epoch."""
 
 EVERY = {"default": 100, "exactNG": 1}
-"""Steps between statistics and inverses where nothing is said; exactNG averages nothing."""
+"""Default number of steps between statistics and between inverses; exactNG has no running averages."""
 
 FAKES = 500
-"""Made at a time."""
+"""Number of images generated at a time."""
 
 
 def make_table(config: GanConfig, data: Data) -> loop.Table:
-    """The game of these nets on this data, with an optimizer for each player."""
+    """Build the game of these nets on this data, with an optimizer for each player."""
     generator = torch.Generator().manual_seed(config.seed)
     name = config.model or gan_for(data)
     pair = build_gan(name, data, config.z_dim, config.width, generator, config.critic_norm)
@@ -64,7 +64,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
 def make_optimizer(
     config: GanConfig, name: str, lr: float, player: Player, x: Tensor, context: Any
 ) -> optimizers.Optimizer:
-    """The player's optimizer; `x` and `context` are examples of what its model is called with."""
+    """Build the optimizer of a player; `x` and `context` are example arguments of its model."""
     likelihood = Wasserstein()
     if name == "adam":
         betas = (config.beta_1, config.beta_2)
@@ -74,7 +74,7 @@ def make_optimizer(
             player.model, likelihood, lr=lr, momentum=config.momentum, nesterov=True, penalty=player.penalty,
             weight_decay=config.weight_decay,
         )  # fmt: skip
-    # a gradient that is not the likelihood's alone wants a symmetric operator: the multiplicative form is none
+    # a gradient with a penalty needs a symmetric operator, which the multiplicative form is not
     method = ff.two_level(form="balanced") if name == "twolevel_kfac" else ff.METHODS[name]()
     ng = ff.natural_gradient(
         player.model, player.params, x, likelihood=likelihood, method=method, fisher="type2", context=context
@@ -103,7 +103,7 @@ def make_optimizer(
 
 
 def run(config: GanConfig) -> Path:
-    """Train as configured; returns the result folder. Nothing is written before data and nets are known to work."""
+    """Train as configured and return the result folder; nothing is written before data and nets are verified."""
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     config = filled(config, {"model": gan_for(data)})
     with (
@@ -141,16 +141,16 @@ def _nothing(text: str) -> None:
 
 
 def line(metrics: dict[str, float]) -> str:
-    """One epoch as a line to read."""
+    """Format one epoch as a line."""
     losses = (f"  generator {metrics['gen_loss']:8.3f}  critic {metrics['crit_loss']:8.3f}"
               if "gen_loss" in metrics else " " * 38)  # fmt: skip
     fid = f"  FID {metrics['fid']:8.4g}" if "fid" in metrics else ""
-    skipped = f"  {metrics['skipped']:.0f} steps skipped as not ok" if metrics["skipped"] else ""
+    skipped = f"  {metrics['skipped']:.0f} steps skipped" if metrics["skipped"] else ""
     return f"epoch {metrics['epoch']:3.0f}{losses}  {metrics['seconds']:7.1f} s{fid}{skipped}"
 
 
 def measured(config: GanConfig, game: Game, quality: Quality | None, data: Data, at: Snapshot) -> dict[str, float]:
-    """FID where it is due: of the fakes, and of the test images, which no generator should beat by far."""
+    """Compute the FID when it is due: of the fakes, and of the test images, as a lower reference."""
     due = at.epoch % config.fid_every == 0 or at.epoch == config.num_epochs
     if quality is None or not due:
         return {}
@@ -162,7 +162,7 @@ def measured(config: GanConfig, game: Game, quality: Quality | None, data: Data,
 
 @torch.no_grad()
 def fakes(config: GanConfig, game: Game, at: Snapshot, count: int, seed: int) -> Tensor:
-    """Images in [0, 1], always of the same noise, by the generator in evaluation mode."""
+    """Generate images in [0, 1] from fixed noise, with the generator in evaluation mode."""
     z = torch.randn(count, config.z_dim, generator=torch.Generator().manual_seed(seed)).to(config.device)
     params, buffers = at.params["generator"], at.context["generator"]
     images = torch.cat([game.shown(params, part, buffers)[0] for part in z.split(FAKES)])
@@ -170,14 +170,14 @@ def fakes(config: GanConfig, game: Game, at: Snapshot, count: int, seed: int) ->
 
 
 def draw_grid(config: GanConfig, game: Game, at: Snapshot, folder: Path) -> None:
-    """This epoch's grid, always of the same noise."""
+    """Write the grid of this epoch, from fixed noise."""
     images = fakes(config, game, at, pictures.COLUMNS**2, seed=2)
     (folder / SAMPLES).mkdir(exist_ok=True)
     pictures.grid(images, folder / SAMPLES / f"epoch-{at.epoch:04}.png")
 
 
 def draw_all(results: Results, at: Snapshot) -> None:
-    """Animation, contact sheet and curves of the whole run."""
+    """Write animation, contact sheet and curves of the whole run."""
     frames = [frame for frame in sorted((results.path / SAMPLES).glob("epoch-*.png"))
               if pictures.epoch_of(frame) <= at.epoch]  # fmt: skip
     metrics = results.metrics()

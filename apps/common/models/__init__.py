@@ -1,9 +1,9 @@
-"""Models by name, one file a family: fully connected nets, convolutional classifiers, convolutional autoencoders.
+"""Models by name, one file per family: fully connected nets, convolutional classifiers, convolutional autoencoders.
 
-To add a model, write a `build(data: Data) -> nn.Module` that ends in logits; name it as `pkg.module:build` (the current
-folder is importable), or enter it in its family's `MODELS`. One's own takes what its trainer feeds: flattened inputs
-`[N, C·H·W]` in train_mlp, images `[N, C, H, W]` in the others. What it is trained for is its attribute `task`, or its
-module's; without one, labels are predicted where the data has any.
+To add a model, write a `build(data: Data) -> nn.Module` that ends in logits; name it as `pkg.module:build` (the
+current folder is importable), or add it to the `MODELS` of its family. Your own model receives the inputs of its
+trainer: flattened inputs `[N, C·H·W]` in train_mlp, images `[N, C, H, W]` in the others. Its task is its attribute
+`task`, or that of its module; without one, labels are predicted if the data has any.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MODELS: dict[str, Model] = {**MLPS, **CNNS, **AUTOENCODERS}
 
 
 def resolve(name: str, data: Data | None = None, *, inputs: Inputs = "flat") -> Model:
-    """The model of that `name`: one of `MODELS`, or one's own `build(data) -> nn.Module` as "pkg.module:build".
+    """Return the model with this `name`: one of `MODELS`, or your own `build(data) -> nn.Module` as "pkg.module:build".
 
-    `data` decides the task of one's own model that declares none, `inputs` what one's own is fed.
+    For your own model, `inputs` gives the kind of inputs, and `data` the task if the model declares none.
     """
     if not is_own(name):
         return lookup(name, MODELS, "model", ModelError)

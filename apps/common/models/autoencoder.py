@@ -15,7 +15,7 @@ SLOPE = 0.2
 
 
 def conv_mnist(data: Data) -> nn.Module:
-    """Leaky ReLU after every layer but the last; published for MNIST."""
+    """Build the autoencoder published for MNIST, with leaky ReLU after every layer except the last."""
     return built(
         lambda: nn.Sequential(
             nn.Conv2d(channels(data), 6, 5), nn.LeakyReLU(SLOPE),
@@ -27,7 +27,7 @@ def conv_mnist(data: Data) -> nn.Module:
 
 
 def conv_cifar(data: Data) -> nn.Module:
-    """ReLU, then batch norm, after every layer but the last; published for CIFAR-10 and SVHN."""
+    """Build the autoencoder published for CIFAR-10 and SVHN: ReLU, then batch norm, after all layers but the last."""
     return built(
         lambda: nn.Sequential(
             nn.Conv2d(channels(data), 6, 5), nn.ReLU(), nn.BatchNorm2d(6),

@@ -18,14 +18,14 @@ from common.models.initialisation import built
 
 SIZE = 32
 STAGES = (64, 128, 256, 512)
-"""Channels of a residual net's stages; each but the first halves the image."""
+"""Channels of the stages of a residual net; each stage except the first halves the image."""
 
 VGG11: tuple[int | None, ...] = (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None)
 """Channels of the 3×3 convolutions; None halves the image."""
 
 
 def cuda_convnet(data: Data) -> nn.Module:
-    """Three small convolutions with batch norm after the pools, 19,178 parameters on CIFAR-10."""
+    """Build three small convolutions with batch norm after the pools, 19,178 parameters on CIFAR-10."""
     return built(
         lambda: nn.Sequential(
             nn.Conv2d(channels(data), 32, 3), nn.ReLU(), nn.MaxPool2d(3), nn.BatchNorm2d(32),
@@ -36,7 +36,7 @@ def cuda_convnet(data: Data) -> nn.Module:
 
 
 def toy_cnn(data: Data) -> nn.Module:
-    """Two convolutions of a few channels: for methods that need small nets."""
+    """Build two convolutions of a few channels, for methods that need small nets."""
     return built(
         lambda: nn.Sequential(
             nn.Conv2d(channels(data), 4, 7), nn.Tanh(), nn.MaxPool2d(3),
@@ -71,22 +71,22 @@ class Residual(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Branch and shortcut, added."""
+        """Return the sum of branch and shortcut."""
         return torch.relu(self.branch(x) + self.shortcut(x))
 
 
 Block = Callable[[int, int, int], tuple[nn.Module, int]]
-"""(channels before, a stage's channels, stride) to a block and the channels after it."""
+"""Function (channels before, channels of the stage, stride) -> a block and the channels after it."""
 
 
 def basic(before: int, width: int, stride: int) -> tuple[nn.Module, int]:
-    """Two 3×3 convolutions."""
+    """Build a block of two 3×3 convolutions."""
     branch = nn.Sequential(*_convolution(before, width, 3, stride), nn.ReLU(), *_convolution(width, width, 3))
     return Residual(branch, _shortcut(before, width, stride)), width
 
 
 def bottleneck(before: int, width: int, stride: int) -> tuple[nn.Module, int]:
-    """1×1 down to a quarter of the channels, 3×3, 1×1 up; the stride is the 3×3 convolution's."""
+    """Build a bottleneck block: 1×1 to a quarter of the channels, 3×3 with the stride, 1×1 back."""
     branch = nn.Sequential(
         *_convolution(before, width, 1), nn.ReLU(),
         *_convolution(width, width, 3, stride), nn.ReLU(),
@@ -96,7 +96,7 @@ def bottleneck(before: int, width: int, stride: int) -> tuple[nn.Module, int]:
 
 
 def resnet(data: Data, *, block: Block, counts: Sequence[int]) -> nn.Module:
-    """Stem, four stages of so many blocks, mean over the pixels, one linear layer."""
+    """Build a residual net: stem, four stages of blocks, mean over the pixels, one linear layer."""
 
     def make() -> nn.Module:
         layers: list[nn.Module] = [*_convolution(channels(data), STAGES[0], 3), nn.ReLU()]
@@ -112,7 +112,7 @@ def resnet(data: Data, *, block: Block, counts: Sequence[int]) -> nn.Module:
 
 
 def _convolution(before: int, after: int, size: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the image's size (over the stride), with batch norm, which has the bias."""
+    """Build a convolution that keeps the image size (divided by the stride), with batch norm, which has the bias."""
     return [nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(after)]
 
 

@@ -4,8 +4,8 @@
 DCGAN's published scale of the signal at any width; norms as N(1, 0.02²) and biases 0.
 
 The published critics normalise over the batch. Then a score depends on the other images, and a penalty on the slope of
-each score at its own image binds nothing (Gulrajani et al. 2017, section 4): scores grow without bound. So the critics
-here have no norm unless asked for one.
+each score at its own image has no effect (Gulrajani et al. 2017, section 4): scores grow without bound. The critics
+here therefore have no norm by default.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": lambda channels: nn.GroupNorm(1, channels),
     "batch": nn.BatchNorm2d,
 }
-"""How a critic normalises, by name: not at all, over each image's channels and pixels, over the batch as published."""
+"""Norms of a critic by name: none, over the channels and pixels of each image, or over the batch as published."""
 
 
 class Sizes(NamedTuple):
-    """What the nets are built for."""
+    """The sizes for which the nets are built."""
 
     colours: int
     z_dim: int
@@ -81,7 +81,7 @@ class Residual(nn.Module):
         self.body, self.shortcut = body, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of both ways."""
+        """Return the sum of body and shortcut."""
         out: Tensor = self.body(x) + self.shortcut(x)
         return out
 
@@ -116,11 +116,11 @@ def residual(sizes: Sizes) -> Pair:
 
 GANS: dict[str, Callable[[Sizes], Pair]] = {"dcgan": dcgan, "residual": residual}
 PIXELS = {"dcgan": 28, "residual": 32}
-"""Pixels a side of the images that each makes."""
+"""Side of the generated images in pixels."""
 
 
 def gan_for(data: Data) -> str:
-    """The GAN that makes images of this size."""
+    """Return the name of the GAN for images of this size."""
     shape = tuple(data.train.inputs.shape[2:])
     for name, size in PIXELS.items():
         if shape == (size, size):
@@ -131,7 +131,7 @@ def gan_for(data: Data) -> str:
 def build_gan(
     name: str, data: Data, z_dim: int, width: float, generator: torch.Generator, critic_norm: str = "none"
 ) -> Pair:
-    """Generator and critic for this data, initialised from `generator`."""
+    """Build generator and critic for this data, initialised from `generator`."""
     if gan_for(data) != name:
         raise ModelError(
             f"{name} makes images of {PIXELS[name]}×{PIXELS[name]}, {data.name}'s are others; leave it out."

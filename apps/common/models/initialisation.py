@@ -1,4 +1,4 @@
-"""One way of initialising any net, from a generator of its own."""
+"""Initialisation of any net from its own generator."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from common.names import lookup
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """The net that `make` makes, on the CPU and initialised as torch would, without the global generator."""
-    # torch initialises as it builds, from the global generator: on the meta device there is nothing to initialise
+    """Build the net of `make` on the CPU, initialised as by torch, without the global generator."""
+    # torch initialises from the global generator while building; on the meta device it does not
     with torch.device("meta"):
         net = make()
     return initialise(net.to_empty(device="cpu"), "default", torch.Generator().manual_seed(0))
 
 
 class Scheme(NamedTuple):
-    """How one layer starts: both functions fill their tensor in place from the generator."""
+    """The initialisation of one layer: both functions fill their tensor in place from the generator."""
 
     weight: Callable[[Tensor, torch.Generator], object]
     bias: Callable[[Tensor, Tensor, torch.Generator], object]  # the weight comes first: its fan-in may matter
@@ -42,7 +42,7 @@ def _default_bias(weight: Tensor, bias: Tensor, generator: torch.Generator) -> N
 
 
 def _sparse(weight: Tensor, generator: torch.Generator) -> None:
-    # every unit gets 15 inputs, all of them where it has fewer; the rows of a transposed convolution are its inputs
+    # every unit gets 15 inputs, or all if it has fewer; the rows of a transposed convolution are its inputs
     rows = weight.view(len(weight), -1)
     order = torch.rand(rows.shape, generator=generator, device=rows.device).argsort(1)
     values = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
@@ -50,7 +50,7 @@ def _sparse(weight: Tensor, generator: torch.Generator) -> None:
 
 
 SCHEMES: dict[str, Scheme] = {
-    # bias 0.01: the original's
+    # bias 0.01, as in the original
     "xavier_uniform": Scheme(lambda w, g: nn.init.xavier_uniform_(w, generator=g), _constant(0.01)),
     "xavier_normal": Scheme(lambda w, g: nn.init.xavier_normal_(w, generator=g), _constant(0.01)),
     "kaiming_uniform": Scheme(lambda w, g: nn.init.kaiming_uniform_(w, generator=g), _constant(0.01)),
@@ -68,10 +68,10 @@ NORMS = *BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, n
 
 @torch.no_grad()
 def initialise(net: nn.Module, scheme: str, generator: torch.Generator) -> nn.Module:
-    """Fill linear and convolutional layers by `scheme`, reset norm layers (1, 0, fresh statistics); returns `net`.
+    """Fill linear and convolutional layers by `scheme`, reset norm layers (1, 0, initial statistics); return `net`.
 
-    One generator runs through all layers, so that equal shapes get different weights; the global one is not used.
-    Other modules' own parameters stay as they were built.
+    One generator is used for all layers, so that equal shapes get different weights; the global one is not used.
+    Parameters of other modules are not changed.
     """
     fill = lookup(scheme, SCHEMES, "initialisation", ModelError)
     for layer in net.modules():

@@ -1,4 +1,4 @@
-"""The fully connected nets of the published experiments, by their hidden widths; input and output follow the data."""
+"""The fully connected nets of the published experiments, by hidden widths; input and output sizes follow the data."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def linear_code(data: Data, *, encoder: Sequence[int], activation: Callable[[], 
 
 
 def deep_linear(data: Data, *, hidden: Sequence[int]) -> nn.Module:
-    """Linear layers with batch norm between, no activation: a linear map however deep."""
+    """Build linear layers with batch norm and without activations: a deep linear map."""
     return built(lambda: _chain([pixels(data), *hidden, classes(data)], nn.BatchNorm1d))
 
 
 def tanh_net(data: Data, *, hidden: Sequence[int]) -> nn.Module:
-    """Tanh after every layer but the last."""
+    """Build a net with tanh after every layer except the last."""
     return built(lambda: _chain([pixels(data), *hidden, classes(data)], lambda width: nn.Tanh()))
 
 

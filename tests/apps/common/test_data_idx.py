@@ -77,7 +77,7 @@ def test_fashion_never_reads_digits_by_mistake(tmp_path: Path, caplog: pytest.Lo
     assert "same names" not in caplog.text
     # flat, the two cannot be told apart: it says so
     load("F_MNIST", data_path=str(tmp_path / "mnist"))
-    assert "MNIST's have the same names" in caplog.text
+    assert "those of MNIST have the same names" in caplog.text
 
 
 def header(*lengths: int, magic: int | None = None) -> bytes:
@@ -87,7 +87,10 @@ def header(*lengths: int, magic: int | None = None) -> bytes:
 GOOD = idx_bytes(TEN[0])
 HUGE = header(2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(100)
 MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda path: path.write_bytes(GOOD[:-1]), "10 × 4 × 3 = 120 bytes, which a file of 135 cannot hold"),
+    "truncated": (
+        lambda path: path.write_bytes(GOOD[:-1]),
+        "10 × 4 × 3 = 120 bytes, which a file of 135 cannot contain",
+    ),
     "cut in the header": (lambda path: path.write_bytes(GOOD[:9]), "truncated, 5 of 12 bytes"),
     "empty": (lambda path: path.write_bytes(b""), "truncated, 0 of 4 bytes"),
     "too long": (lambda path: path.write_bytes(GOOD + b"x"), "longer than its header says"),
@@ -95,8 +98,8 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong type": (lambda path: path.write_bytes(header(10, 4, 3, magic=0x0D03) + bytes(480)), "magic number 00000d03"),
     "labels for images": (lambda path: path.write_bytes(idx_bytes(TEN[1])), "1 dimensions .* swapped"),
     "four dimensions": (lambda path: path.write_bytes(idx_bytes(TEN[0][None])), "4 dimensions in its header where 3"),
-    "absurd lengths": (lambda path: path.write_bytes(HUGE), "cannot hold"),
-    "no images": (lambda path: path.write_bytes(header(0, 28, 28)), "holds no data"),
+    "absurd lengths": (lambda path: path.write_bytes(HUGE), "cannot contain"),
+    "no images": (lambda path: path.write_bytes(header(0, 28, 28)), "contains no data"),
     "a label too many": (lambda path: path.write_bytes(idx_bytes(digits(9)[0])), "10 labels for 9 images"),
 }
 MALFORMED_GZIP: dict[str, tuple[bytes, str]] = {
@@ -106,7 +109,7 @@ MALFORMED_GZIP: dict[str, tuple[bytes, str]] = {
     "gzip damaged inside": (gzip.compress(GOOD)[:10] + b"\x07" * 40, "broken gzip file"),
     "truncated inside": (gzip.compress(GOOD[:-1]), "truncated, 119 of 120 bytes"),
     "too long inside": (gzip.compress(GOOD + b"x"), "longer than its header says"),
-    "absurd lengths": (gzip.compress(HUGE), "cannot hold"),
+    "absurd lengths": (gzip.compress(HUGE), "cannot contain"),
 }
 
 
@@ -159,7 +162,7 @@ def test_memory_is_bounded_by_header_and_content(tmp_path: Path, promised: tuple
     # pad the second case, so that a file of that length could hold what it promises
     path.write_bytes(path.read_bytes() + gzip.compress(b"") * (400 if held == 1_000 else 0))
     tracemalloc.start()
-    with pytest.raises(DataError, match="longer than|truncated|cannot hold"):
+    with pytest.raises(DataError, match="longer than|truncated|cannot contain"):
         idx.read(path, 3)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -111,7 +111,7 @@ GOOD = Split(IMAGES, LABELS)
         (Split(IMAGES, LABELS[:3]), GOOD, r"labels should be int64 \[4\], .* got torch.int64 \[3\]"),
         (Split(IMAGES, LABELS.float()), GOOD, "int64"),
         (Split(IMAGES, LABELS - 1), GOOD, "class indices from 0, got -1"),
-        (GOOD, Split(torch.zeros(4, 1, 3, 2), LABELS), "make them alike"),
+        (GOOD, Split(torch.zeros(4, 1, 3, 2), LABELS), "make them equal"),
         (GOOD, Split(IMAGES, None), "only one of the train and test parts has labels"),
     ],
 )

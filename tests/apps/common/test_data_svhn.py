@@ -13,7 +13,7 @@ from common.data import DataError, load, svhn
 
 
 def part(count: int, seed: int) -> dict[str, np.ndarray]:
-    """As published: X [32, 32, 3, N] of bytes and y [N, 1] from 1 to 10."""
+    """Write a file as published: X [32, 32, 3, N] of bytes and y [N, 1] from 1 to 10."""
     rng = np.random.default_rng(seed)
     return {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8), "y": np.arange(count)[:, None] % 10 + 1}
 
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
     [
         ({"X": np.zeros((32, 32, 3), np.uint8)}, r"'X' \[32, 32, 3, N\], found X \[32, 32, 3\]"),
         ({"X": np.zeros((5, 3, 32, 32), np.uint8)}, r"found X \[5, 3, 32, 32\]"),
-        ({"X": np.zeros((32, 32, 3, 5))}, "'X' should hold bytes"),
+        ({"X": np.zeros((32, 32, 3, 5))}, "'X' should contain bytes"),
         ({"y": np.ones((4, 1))}, r"'y' \[5, 1\]"),
         ({"y": np.zeros((5, 1))}, "labels go from 0 to 0 where 1 to 10"),
         ({"y": np.full((5, 1), 11)}, "labels go from 11 to 11 where 1 to 10"),

@@ -13,7 +13,7 @@ import fisherfn as ff
 from common.data import Data, Split
 from common.models import MLPS, MODELS, SCHEMES, Model, ModelError, initialise, resolve
 
-# as published; the batch norms of DeepLinear and MLP are included (two numbers a unit)
+# as published; the batch norms of DeepLinear and MLP are included (two numbers per unit)
 COUNTS = {"AE_CURVES": 842_340, "AE_MNIST": 2_837_314, "AE_FACES": 7_537_655, "DeepLinear": 16_040, "MLP": 4_106_920}
 # the same widths with another activation and a linear code
 COUNTS |= {f"AE_{data}_{kind}": COUNTS[f"AE_{data}"] for data in ("CURVES", "MNIST") for kind in ("TANH", "SIGMOID")}

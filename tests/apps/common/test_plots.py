@@ -1,4 +1,4 @@
-"""What is in the pictures: every run, both losses, both axes; and what `plot.py` overlays."""
+"""Contents of the pictures: every run, both losses, both axes; and the overlays of `plot.py`."""
 
 import json
 import math

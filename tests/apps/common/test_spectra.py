@@ -1,4 +1,4 @@
-"""How near a method's Fisher is to the sampled one: every number by brute force."""
+"""Errors of a method's Fisher relative to the sampled one: every number by brute force."""
 
 import dataclasses
 import math
