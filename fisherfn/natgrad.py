@@ -109,9 +109,11 @@ class NaturalGradient:
         """
         self.layout.validate(params)
         unused = "ignore" if self.layout.unused else "raise"
-        layout = build(self.model, params, tree.plain(x), self._context(context), unused=unused)
+        uncovered = "gradient" if self.layout.uncovered else "fallback"
+        layout = build(self.model, params, tree.plain(x), self._context(context), unused=unused, uncovered=uncovered)
         mine, its = ({b.names: (b.key, b.kind, b.shape) for b in each.blocks} for each in (self.layout, layout))
-        if mine != its or self.layout.unused != layout.unused:
+        left, its_left = ((each.unused, dict(each.uncovered).keys()) for each in (self.layout, layout))
+        if mine != its or left != its_left:
             names = sorted({", ".join(names) for names, _ in mine.items() ^ its.items()})[:4]
             raise StructureError(
                 f"on inputs of this shape (or in this mode of the net) {'; '.join(names) or 'other parameters'} form "
@@ -415,7 +417,11 @@ class NaturalGradient:
         else:
             gradients = self.layout.matrices(grads)
         product = self.method.precondition(state.inverses, gradients, inner)
-        return self._cast(product.matrices), product
+        nat = self._cast(product.matrices)
+        plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
+        if plain and inner:
+            product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))
+        return {name: plain.get(name, leaf).to(leaf.dtype) for name, leaf in nat.items()}, product
 
     def _cast(self, matrices: Mapping[str, Tensor]) -> Tree:
         result = self.layout.tree(matrices)
@@ -459,6 +465,7 @@ def natural_gradient(
     samples: int = 1,
     context: PyTree = None,
     unused: Literal["raise", "ignore"] | str = "raise",
+    uncovered: Literal["fallback", "gradient"] | str = "fallback",
 ) -> NaturalGradient:
     """Build a natural gradient: one trace with example inputs finds the layers and verifies them numerically.
 
@@ -477,6 +484,8 @@ def natural_gradient(
             parameters. Entries per example (dropout seeds, masks) are sliced with the examples.
         unused: treatment of parameters that the outputs do not depend on: "raise" the error, or "ignore" them. Ignored
             parameters are in no block, and their gradients and steps are zero.
+        uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
+            gradients; "gradient" leaves them in no block, and their part of a step is the plain gradient.
 
     Raises:
         CoverageError: per-example gradients of a parameter cannot be computed.
@@ -499,7 +508,9 @@ def natural_gradient(
         likelihood = likelihoods.Callback(likelihood)
     if unused not in ("raise", "ignore"):
         raise unknown("unused", unused, ("raise", "ignore"))
-    layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused)
+    if uncovered not in ("fallback", "gradient"):
+        raise unknown("uncovered", uncovered, ("fallback", "gradient"))
+    layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused, uncovered=uncovered)
     ng = NaturalGradient(model, layout, likelihood, method, fisher, samples)
     ng._kind(fisher), ng._samples(samples)
     if fisher != "empirical":

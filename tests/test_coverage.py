@@ -10,6 +10,7 @@ from torch import nn
 import fisherfn as ff
 from fisherfn.stats import Block
 from tests import oracles, zoo
+from tests.nets import outside
 from tests.oracles import close, unvec, vec
 from tests.zoo import FISHERS, sampled
 
@@ -84,7 +85,7 @@ def big_scale(kind, width=3000):
     x = torch.randn(4, width, generator=generator, dtype=torch.float64)
 
     def model(params, x):
-        scaled = x * params["scale"] if kind == "elementwise" else torch.einsum("ni,i->ni", x, params["scale"])
+        scaled = x * params["scale"] if kind == "elementwise" else torch.einsum("ni,i->ni", x, outside(params["scale"]))
         return F.linear(torch.tanh(scaled), params["last.weight"])
 
     blocks = {"scale": ("scale",), "last": ("last.weight",)}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fisherfn as ff
+from tests.nets import outside
 from tests.zoo import as_installed
 
 E = ff.errors
@@ -106,7 +107,9 @@ class Outside(nn.Module):
     def forward(self, x):
         h = torch.tanh(self.first(x)) + self.shift
         if self.kind == "couples":
-            h = self.norm((h @ (torch.eye(h.shape[-1]).to(h) + self.shift)).square())  # the shift is in no layer
+            h = self.norm(
+                (h @ (torch.eye(h.shape[-1]).to(h) + outside(self.shift))).square()
+            )  # the shift is in no layer
         if self.kind == "couples a little":
             h = h + 0.05 * h.mean(0)
         return self.last(h.softmax(-1) if self.kind == "cancels" else h) + 0 * self.norm.weight.sum()

@@ -4,10 +4,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_fused_recurrence, without_affine
+from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
-from fisherfn.layers.dropout import SeededDropout, draws_globally, dropout_seeds, drops, need_seeds
+from fisherfn.layers.copied import COPIED, per_example
+from fisherfn.layers.dropout import (
+    SeededDropout,
+    Sizes,
+    axes_of_examples,
+    draws_globally,
+    dropout_seeds,
+    drops,
+    need_seeds,
+)
+from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
@@ -19,7 +29,7 @@ from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
-_ALL = (LINEAR, MATMUL, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, FALLBACK)
+_ALL = (LINEAR, MATMUL, EINSUM, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, COPIED, FALLBACK)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -32,6 +42,7 @@ def families(function: Callable[..., Any]) -> Sequence[Family]:
 
 
 __all__ = [
+    "COPIED",
     "ELEMENTWISE",
     "EMBEDDING",
     "FALLBACK",
@@ -44,7 +55,10 @@ __all__ = [
     "FallbackFacts",
     "Family",
     "SeededDropout",
+    "Sizes",
     "apart",
+    "as_grouped_product",
+    "axes_of_examples",
     "balance",
     "broadcasts",
     "changes_input",
@@ -54,10 +68,11 @@ __all__ = [
     "dropout_seeds",
     "drops",
     "families",
-    "is_fused_recurrence",
+    "is_packed_recurrence",
     "is_transpose",
     "meeting",
     "need_seeds",
+    "per_example",
     "spreads",
     "swapped_columns",
     "swapped_rows",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
-from fisherfn.layers.recurrent import CELLS
+from fisherfn.layers.recurrent import FUSED, RECURRENT, is_packed
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -21,18 +23,25 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, slope * input)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By its definition (Salimans & Kingma 2016), as torch's own has no rule for `torch.vmap`; -1 means all axes."""
+    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
+    normed: Tensor = v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
+    return normed
+
+
 _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.prelu: prelu,
-    **CELLS,
+    torch._weight_norm: weight_norm,
+    **RECURRENT,
 }
 _AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
-_FUSED = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 def decomposition(
@@ -42,16 +51,33 @@ def decomposition(
     parts = _PARTS.get(function)
     if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
         return None
+    if is_packed_recurrence(function, args, kwargs):
+        return None
     return partial(parts, *args, **kwargs)
+
+
+_ALONE: ContextVar[object | None] = ContextVar("alone", default=None)
 
 
 class Elementary(TorchFunctionMode):
     """Runs composite calls as the elementary ones that they stand for."""
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enter the mode, while all modes of this kind around it see nothing."""
+        token = _ALONE.set(self)
+        try:
+            with self:
+                yield
+        finally:
+            _ALONE.reset(token)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _ALONE.get() not in (None, self):
+            return func(*args, **kwargs)
         parts = decomposition(func, args, kwargs)
         if parts is not None:
             with self:  # the parts may be composite, too
@@ -80,6 +106,7 @@ def without_affine(
     given = dict(zip(names, args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
     scaled, shifted = apart(weight, bias)
+    shifted |= scaled and bias is not None
     scaled &= "normalized_shape" in given
     if not scaled and not shifted:
         return None
@@ -93,6 +120,6 @@ def without_affine(
     return parts
 
 
-def is_fused_recurrence(function: Callable[..., Any]) -> bool:
-    """Whether this is a whole recurrent net in one call."""
-    return function in _FUSED
+def is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a whole recurrent net on a packed sequence, which stays one call."""
+    return function in FUSED and is_packed(args, kwargs)

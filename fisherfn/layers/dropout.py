@@ -1,11 +1,12 @@
 r"""Dropout whose noise is an argument: $x \odot m / (1 - p)$, with the mask $m$ computed from a seed for each example.
 
-One seed an example, drawn by the caller's generator, is all the noise of a step: entry j of example n in the c-th
+One seed per example, drawn by the caller's generator, is all the noise of a step: entry j of example n in the c-th
 dropout of the net is kept where a hash of (seed n, c, j), uniform in [0, 1), is at least p. So an example keeps its
 masks in a chunk, on another rank and in a vmapped member, and a resumed run draws what the straight one drew.
 
-Numbers that a model draws by itself with the examples first (`bernoulli_`, `rand`, `randn` and their like, as
-stochastic depth does) are made from the same seeds.
+Numbers that a model draws by itself (`bernoulli_`, `rand`, `randn` and their like, as stochastic depth does) are made
+from the same seeds. The examples may be on any axis; which one is found by `Sizes`, from runs of two and of three
+examples.
 
 The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose arithmetic fits 64-bit integers.
 """
@@ -13,7 +14,7 @@ The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +71,16 @@ def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 class SeededDropout(Elementary):
-    """Replaces the dropouts of a run by those that the seeds of its examples stand for."""
+    """Replaces the dropouts of a run by those that the seeds of its examples stand for.
 
-    def __init__(self, seeds: Int[Tensor, " n"]) -> None:
+    Args:
+        seeds: one per example.
+        axes: for each dropout of the run the axis of its examples, None where it has none; without, it is the first.
+    """
+
+    def __init__(self, seeds: Int[Tensor, " n"], axes: Sequence[int | None] = ()) -> None:
         super().__init__()
-        self._seeds = seeds
+        self._seeds, self._axes = seeds, axes
         self._calls = 0
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,18 +111,42 @@ class SeededDropout(Elementary):
 
     def _uniform(self, shape: torch.Size, device: torch.device, who: str) -> Tensor:
         """Numbers in [0, 1) from the seeds, in float64; `who` asks for them, for the error."""
-        examples, rows = self._seeds.shape[0], shape[0] if shape else 0
-        if not shape or rows % examples:
-            seen = f"{rows} rows along its first axis" if shape else "no axis"
+        axis = self._axes[self._calls] if self._calls < len(self._axes) else 0
+        examples = self._seeds.shape[0]
+        if not shape or axis is None or shape[axis] % examples:
+            seen = f"{shape[axis]} rows" if shape and axis is not None else "no axis of examples"
             raise ShapeError(
-                f"{who} sees {seen} for {examples} seeds: its input must have the "
-                "examples first, and context['dropout'] one seed for each of them (ff.dropout_seeds(N, generator))."
+                f"{who} sees {seen} for {examples} seeds: its input must have an axis of the examples, "
+                "and context['dropout'] one seed for each of them (ff.dropout_seeds(N, generator))."
             )
         self._calls += 1
-        entries = torch.arange(shape.numel() // examples, device=device)
+        before, after = shape[:axis].numel(), shape[axis:].numel() // examples
+        # a single example's entries have the same numbers wherever its axis is
+        entries = torch.arange(before * after, device=device).reshape(before, 1, after)
         key = _hash(_hash(self._seeds.to(device)) + self._calls)
         uniform: Tensor = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
         return uniform.reshape(shape)
+
+
+class Sizes(SeededDropout):
+    """Notes the shapes of all numbers that a run asks for, and gives it halves."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(1, dtype=torch.int64))
+        self.shapes: list[torch.Size] = []
+
+    def _uniform(self, shape: torch.Size, device: torch.device, who: str) -> Tensor:
+        self.shapes.append(shape)
+        return torch.full(shape, 0.5, dtype=torch.float64, device=device)
+
+
+def axes_of_examples(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> list[int | None]:
+    """The axis of the examples in each of the shapes, from a run of two examples and one of three."""
+    found: list[int | None] = []
+    for shape, longer in zip(two, three, strict=True):
+        axes = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
+        found.append(axes[0] if len(axes) == 1 and 3 * shape[axes[0]] == 2 * longer[axes[0]] else None)
+    return found
 
 
 def need_seeds(context: Any) -> Int[Tensor, " n"]:
@@ -145,6 +175,8 @@ def drops(net: torch.nn.Module) -> bool:
 def _rate(module: torch.nn.Module) -> float:
     rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else 0.0
     if isinstance(module, torch.nn.MultiheadAttention):
+        rate = module.dropout
+    if isinstance(module, torch.nn.RNNBase) and module.num_layers > 1:
         rate = module.dropout
     return float(rate)
 

@@ -21,7 +21,8 @@ from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Use
-from fisherfn.stats.shared import Followed, Plan
+from fisherfn.stats.shared import Followed
+from fisherfn.stats.steps import Plan
 
 REDUCTIONS = ("mean", "sum")
 

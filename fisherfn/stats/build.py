@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Size, Tensor
-from torch.func import vjp
+from torch.func import vmap
 
 from fisherfn import rows, tree
 from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
-from fisherfn.layers import FallbackFacts
+from fisherfn.layers import COPIED
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
-from fisherfn.stats.chunks import window
-from fisherfn.stats.collect import example_gradients, tapped_run
+from fisherfn.stats.collect import tapped_run
+from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
 from fisherfn.stats.functional import call, run
-from fisherfn.stats.intercept import Intercept
-from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.intercept import Intercept, Taps
+from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.numbers import close, cotangent_of, gradients
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
@@ -27,13 +28,14 @@ from fisherfn.types import Model, PyTree, Tree
 FEW = 4
 """Examples that a build is made with, where they are enough: its cost then does not grow with the batch."""
 
-FALLBACK_EXAMPLES = 4
-"""Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
-
 
 @border()
-def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str = "raise") -> Layout:
+def build(
+    model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str = "raise", uncovered: str = "fallback"
+) -> Layout:
     """The layout of `model`: every parameter in exactly one block, or unused where `unused` is "ignore".
+
+    Where `uncovered` is "gradient", a parameter that no layer covers is in no block either.
 
     Raises:
         UnusedParameterError: a parameter does not reach the outputs.
@@ -42,10 +44,10 @@ def build(model: Model, params: Tree, x: PyTree, context: PyTree, *, unused: str
     examples = _validate(params, x)
     if examples > FEW:
         try:
-            return _build(model, params, *_few(x, context), unused, whole=(x, context))
+            return _build(model, params, *_few(x, context), unused, uncovered, whole=(x, context))
         except (RuntimeError, ValueError):  # what some examples do not show, or cannot do, all may
             pass
-    return _build(model, params, x, context, unused)
+    return _build(model, params, x, context, unused, uncovered)
 
 
 class _TooFewError(ValueError):
@@ -71,6 +73,7 @@ def _build(
     x: PyTree,
     context: PyTree,
     unused: str,
+    uncovered: str,
     whole: tuple[PyTree, PyTree] | None = None,
 ) -> Layout:
     """`build` with these examples; those of `whole` say what they leave unused."""
@@ -95,15 +98,15 @@ def _build(
     used = {name: p for name, p in params.items() if name not in left}
     found, why = candidates(mode, more, scout, used, examples)
     tolerance = _tolerance(mode, outputs)
-    if any(by_example) and not mode.couples:
+    if any(by_example) and not more.couples:
         _stands_alone(model, params, x, context, outputs, by_example, tolerance)
     if examples == 1:  # a single one shows neither order nor coupling
         x, context = _and_another(x), _grown_context(context, by_example)
         outputs, _ = _trace(model, params, x, context, 2)
-    cotangent = _cotangent(outputs)
-    truth = _gradients(model, params, x, context, cotangent)
+    cotangent = cotangent_of(outputs)
+    truth = gradients(model, params, x, context, cotangent)
 
-    def layout(blocks: tuple[Block, ...]) -> Layout:
+    def layout(blocks: tuple[Block, ...], plain: tuple[tuple[str, str], ...] = ()) -> Layout:
         return Layout(
             blocks,
             shapes=tuple((name, p.shape) for name, p in params.items()),
@@ -113,18 +116,20 @@ def _build(
             output_dtype=outputs.dtype,
             has_context=not (isinstance(context, tuple) and context == ()),
             context_by_example=tuple(zip(tree.flatten(context), by_example, strict=True)),
-            couples=mode.couples,
+            couples=more.couples,
             unused=tuple(left),
+            uncovered=plain,
             steps=tuple(scout.steps),
         )
 
-    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, mode.couples, tolerance)
-    blocks = _with_fallbacks(kept, used, why | reasons)
-    complete = layout(blocks)
+    kept, reasons = _verify(model, layout(tuple(found)), params, x, context, cotangent, truth, more.couples, tolerance)
+    if uncovered == "gradient":
+        return layout(*without_fallbacks(kept, used, why | reasons))
+    complete = layout(with_fallbacks(kept, used, why | reasons))
     try:
-        return _verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
+        return verify_fallbacks(model, complete, params, x, context, cotangent, tolerance)
     except CoverageError:
-        checked = _in_double(model, complete, params, x, context, cotangent)
+        checked = in_double(model, complete, params, x, context, cotangent)
         if checked is None:
             raise
         return checked
@@ -258,7 +263,7 @@ def _stands_alone(
     pairs = zip(tree.leaves(context), by_example, strict=True)
     own = tree.replace_leaves(context, [leaf[:1] if mine else leaf for leaf, mine in pairs])
     alone, _ = run(model, params, tree.map(lambda leaf: leaf[:1], x), own)
-    if not _close(alone, outputs[:1], outputs[:1].abs(), tolerance):
+    if not close(alone, outputs[:1], outputs[:1].abs(), tolerance):
         raise ShapeError(
             "an example's outputs change when it is alone with its part of the context: noise with an entry for each "
             "example (dropout seeds, masks) must be used along the examples' axis, the first one of what is dropped; "
@@ -298,18 +303,6 @@ def _unused(model: Model, params: Tree, x: PyTree, context: PyTree) -> list[str]
     return [name for name, g in zip(leaves, grads, strict=True) if g is None]
 
 
-def _cotangent(outputs: Tensor) -> Tensor:
-    """A fixed generic cotangent: whatever agrees on it agrees."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-
-
-def _gradients(model: Model, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor) -> Tree:
-    _, pull = vjp(lambda p: run(model, p, x, context)[0], dict(params))  # type: ignore[misc]
-    grads: Tree = pull(cotangent)[0]
-    return grads
-
-
 def _verify(
     model: Model,
     layout: Layout,
@@ -324,6 +317,7 @@ def _verify(
     """Keep the blocks whose taps give autograd's gradients, example by example."""
     _, pull, inputs, _ = tapped_run(model, layout, params, x, context)
     grads = pull(cotangent)
+    several = _wrong_together(layout, pull, cotangent, grads)
     if couples:  # what batch norm mixes by design must not hide another mixture
         pull = tapped_run(model, layout, params, x, context, uncoupled=True)[1]
     leaks = pull(_alone(cotangent, 0))
@@ -334,11 +328,13 @@ def _verify(
     for block in layout.blocks:
         tap = lazy(block, inputs[block.weight], [g.unsqueeze(0) for g in grads[block.weight]])
         found, scale = (block.tensors(total) for total in _sums(tap))
-        wrong = [n for n in block.names if not _close(found[n], truth[n], scale[n], tolerance)]
+        wrong = [n for n in block.names if not close(found[n], truth[n], scale[n], tolerance)]
         others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
         others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
         leak = any(bool((g != 0).any()) for g in others)
-        if leak:
+        if block.key in several:
+            why |= dict.fromkeys(block.names, "torch.vmap gives other gradients of its call")
+        elif leak:
             why |= dict.fromkeys(block.names, f"{block.kind} layer whose rows mix examples")
         elif block.weight in wrong:
             why |= dict.fromkeys(block.names, f"{block.kind} layer of {block.weight!r} is used in other ways too")
@@ -349,6 +345,24 @@ def _verify(
         else:
             kept.append(block)
     return kept, why
+
+
+def _wrong_together(layout: Layout, pull: Callable[[Tensor], Taps], cotangent: Tensor, grads: Taps) -> set[str]:
+    """Find blocks of calls that run once per example, and whose gradients are wrong for several draws at once.
+
+    Some functions (`torch.cdist`) have a wrong derivative under two nested `torch.vmap`.
+    """
+    copied = [block for block in layout.layers if block.kind == COPIED.name]
+    if not copied:
+        return set()
+    both, second = vmap(pull)(torch.stack([cotangent, cotangent.flip(-1)])), pull(cotangent.flip(-1))
+    wrong = set()
+    for block in copied:
+        (found,), (one,), (two,) = both[block.weight], grads[block.weight], second[block.weight]
+        expected = torch.stack([one, two])
+        if not close(found, expected, expected, torch.finfo(found.dtype).eps ** 0.5):
+            wrong.add(block.key)
+    return wrong
 
 
 def _alone(cotangent: Tensor, example: int) -> Tensor:
@@ -366,120 +380,3 @@ def _sums(tap: LazyTap) -> tuple[Tensor, Tensor]:
         sums = sums + rows.outer(g, a)
         sizes = sizes + rows.outer(g.abs(), tree.map(torch.abs, a))
     return sums, sizes
-
-
-def _close(found: Tensor, truth: Tensor, scale: Tensor, tolerance: float, noise: float = 0.0) -> bool:
-    """Agreement to the working precision of the sum's terms (`scale`: the sum of their sizes), far from a missing one.
-
-    The sum itself may vanish: a bias before a batch norm has no gradient. With `noise`, the terms may vanish too.
-    """
-    return bool((found - truth).norm() <= tolerance * scale.norm() + noise)
-
-
-def _noise(truth: Tree) -> float:
-    """The size of numerical noise in a gradient that is zero: 0 below double precision, where it would hide errors."""
-    if any(g.dtype != torch.float64 for g in truth.values()):
-        return 0.0
-    return 100 * torch.finfo(torch.float64).eps * float(tree.norm(truth))
-
-
-def _in_double(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
-) -> Layout | None:
-    """The checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
-
-    Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
-    """
-
-    def double(leaf: Tensor) -> Tensor:
-        return leaf.double() if leaf.is_floating_point() else leaf
-
-    if all(dtype == torch.float64 for dtype in layout.dtypes):
-        return None
-    params, x, context = (tree.map(double, each) for each in (params, x, context))
-    try:
-        return _verify_fallbacks(
-            model, layout, params, x, context, cotangent.double(), 5 * torch.finfo(torch.float64).eps ** 0.5
-        )
-    except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
-        return None
-
-
-def _with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
-    """Every parameter in one block, in params order; one that is in no layer falls back."""
-    by_weight = {block.weight: block for block in layers}
-    covered = {name for block in layers for name in block.names}
-    blocks: list[Block] = []
-    for name, p in params.items():
-        if name in by_weight:
-            blocks.append(by_weight[name])
-        elif name not in covered:
-            facts = FallbackFacts(p.shape)
-            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
-            blocks.append(
-                Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
-            )
-    return _unique_keys(blocks)
-
-
-def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
-    keys = [block.key for block in blocks]
-    clash = {key for key in keys if keys.count(key) > 1}
-    return tuple(replace(block, key=block.weight) if block.key in clash else block for block in blocks)
-
-
-def _verify_fallbacks(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
-) -> Layout:
-    """The layout with the way in which its fallbacks' gradients can be had.
-
-    Per-example gradients must add up to the gradient, or the examples are coupled.
-    """
-    names = [block.weight for block in layout.fallbacks]
-    if not names:
-        return layout
-    few = torch.zeros_like(cotangent)
-    few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
-    truth = _gradients(model, params, x, context, few)
-    part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
-    own = window(layout, context, slice(FALLBACK_EXAMPLES))
-    some = cotangent[None, :FALLBACK_EXAMPLES]
-    try:
-        singles = example_gradients(model, layout, params, names, part, own, some)
-    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
-        layout = replace(layout, one_by_one=_cause(error))
-        try:
-            singles = example_gradients(model, layout, params, names, part, own, some)
-        except (RuntimeError, ValueError) as alone:
-            raise CoverageError(
-                with_line(
-                    f"{listed(names)} (cause: {layout.fallbacks[0].cause}) {'is' if len(names) == 1 else 'are'} in no "
-                    "layer and so need the model to run on single examples, where it raises: "
-                    f"{brief(alone)} If batch norm in training mode is the reason, call net.eval(), or keep these "
-                    "parameters out of params.",
-                    alone,
-                )
-            ) from alone
-    noise = _noise(truth)
-    for name in names:
-        if not _close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance, noise):
-            raise CoverageError(
-                f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
-                "of a batch (batch norm in training mode?). Call net.eval(), or keep this parameter out of params."
-            )
-    return layout
-
-
-def _cause(error: Exception) -> str:
-    """Why the model does not run under `torch.vmap`, in a few words."""
-    said = str(error)
-    for sign, cause in (
-        ("data-dependent control flow", "the model branches on values"),
-        (".item()", "the model branches on values"),
-        ("in-place", "the model writes into a tensor of its own"),
-        ("inplace", "the model writes into a tensor of its own"),
-        ("randomness", "the model draws numbers"),
-    ):
-        if sign in said:
-            return cause
-    return f"torch.vmap raises {type(error).__name__}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from fisherfn.layers import ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackFacts
+from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackFacts
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
 from fisherfn.stats.scout import Scout
-from fisherfn.stats.shared import Place
+from fisherfn.stats.steps import Place
 from fisherfn.types import Tree
 
 
@@ -26,7 +26,7 @@ def candidates(
             if name in scout.failed:
                 why[name] = f"no layer family claims it, read by {scout.failed[name]}"
             elif name not in bias_names and name in mode.other_uses:
-                blocks.append(_elementwise(name, params[name]))
+                blocks.append(_shared(name, params[name], scout.copied.get(name)))
             continue
         records = mode.records[name]
         kinds = list(dict.fromkeys(r.kind for r in records))
@@ -60,12 +60,13 @@ def candidates(
     return blocks, why
 
 
-def _elementwise(name: str, parameter: Tensor) -> Block:
-    """A parameter that all examples share up to a broadcast."""
+def _shared(name: str, parameter: Tensor, call: str | None) -> Block:
+    """A parameter that all examples share up to a broadcast, or up to a call that is run once per example."""
     facts = FallbackFacts(parameter.shape)
     use = Use(facts, parameter.shape, False, parameter.dtype, shared=True)
-    seen = f"seen in the trace; {facts.form}"
-    return Block(name, ELEMENTWISE.name, name, parameter.shape, None, Size(), (use,), seen)
+    seen = f"seen in the trace{'' if call is None else f', copies for {call}'}; {facts.form}"
+    kind = ELEMENTWISE if call is None else COPIED
+    return Block(name, kind.name, name, parameter.shape, None, Size(), (use,), seen)
 
 
 def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype, kind: str) -> Use:

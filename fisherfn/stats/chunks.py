@@ -106,7 +106,10 @@ def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
     }
     checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
     outputs = torch.cat([chunk.outputs for chunk in chunks])
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout)
+    plain = {
+        name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain
+    }
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain)
 
 
 def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:

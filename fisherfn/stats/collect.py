@@ -50,6 +50,7 @@ def collect(
     loss_cot, nll = loss_cotangent(labels.likelihood, outputs, y)
     cots = _fisher_rows(labels, outputs, y, loss_cot, noise)
     loss_grads, grads = pull(loss_cot), _pull_all(pull, cots)
+    plain = {name: loss_grads.pop(name)[0] / outputs.shape[0] for name, _ in layout.uncovered}
     if layout.fallbacks:
         names = [block.weight for block in layout.fallbacks]
         singles = example_gradients(model, layout, params, names, x, context, torch.cat([loss_cot.unsqueeze(0), cots]))
@@ -69,7 +70,9 @@ def collect(
         "targets": _valid(labels.likelihood, outputs, y),
         "loss": torch.isfinite(loss),
     }
-    return Stats(loss, outputs, new_context, layers, checks, layout)
+    if plain:
+        checks["gradient"] = tree.finite(plain)
+    return Stats(loss, outputs, new_context, layers, checks, layout, plain)
 
 
 def tapped_run(
@@ -77,23 +80,29 @@ def tapped_run(
 ) -> tuple[Tensor, Callable[[Tensor], Taps], Taps, PyTree]:
     """One forward: outputs, the pullback to every layer's output, the layers' raw inputs and the new context.
 
+    The pullback also gives the gradient of the parameters that take the plain one, summed over the examples.
     Inputs and output-gradients come with the examples first, wherever the layer has them.
     """
     examples = tree.leaves(x)[0].shape[0]
 
     # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
-    def forward(*taps: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
-        shared = Followed(layout.plan)
-        with Intercept(params, _by_layer(layout, taps), uncoupled, shared) as mode:
-            outputs, new_context = call(model, params, x, context)
+    def forward(*primals: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
+        shared, taps = Followed(layout.plan), primals[: len(zeros)]
+        values = {**params, **dict(zip(plain, primals[len(zeros) :], strict=True))}
+        with Intercept(values, _by_layer(layout, taps), uncoupled, shared) as mode:
+            outputs, new_context = call(model, values, x, context)
         shared.finish()
         return outputs, (_inputs(layout, mode, examples), new_context)
 
-    taps = _zero_taps(layout, tree.leaves(params)[0], examples)
-    outputs, pull, (inputs, new_context) = vjp(forward, *taps, has_aux=True)  # type: ignore[misc]
+    plain = [name for name, _ in layout.uncovered]
+    zeros = _zero_taps(layout, tree.leaves(params)[0], examples)
+    primals = (*zeros, *(params[name] for name in plain))
+    outputs, pull, (inputs, new_context) = vjp(forward, *primals, has_aux=True)  # type: ignore[misc]
 
     def pull_examples_first(cotangent: Tensor) -> Taps:
-        return _examples_first(layout, pull(cotangent.to(outputs.dtype)))
+        pulled = pull(cotangent.to(outputs.dtype))
+        summed = {name: (g,) for name, g in zip(plain, pulled[len(zeros) :], strict=True)}
+        return _examples_first(layout, pulled[: len(zeros)]) | summed
 
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.errors import StructureError, expect
-from fisherfn.layers import Elementary, SeededDropout, drops, need_seeds
+from fisherfn.layers import Elementary, SeededDropout, Sizes, axes_of_examples, drops, need_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
 from fisherfn.types import Model, PyTree, Tree
 
@@ -38,17 +39,51 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     check_net(net)
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
+    axes: dict[Any, list[int | None]] = {}  # facts of the net alone, found once for each shape of the inputs
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
         swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
-        seeded = SeededDropout(need_seeds(context)) if drops(net) or "dropout" in context else contextlib.nullcontext()
+        seeded: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if drops(net) or "dropout" in context:
+            seeds, key = need_seeds(context), _path(net, x)
+            if key not in axes:
+                axes[key] = _dropout_axes(net, {**params, **fresh}, x, seeds)
+            seeded = SeededDropout(seeds, axes[key])
         with seeded, swap():
             outputs = unwrapped(net)(*args, **kwargs)
             moved = swap.buffers(fresh)
         return _logits(outputs), {**context, **moved}
 
     return model, params, buffers
+
+
+def _path(net: torch.nn.Module, x: PyTree) -> Any:
+    """Everything but the number of examples that decides which numbers a run draws."""
+    shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
+    return shapes, tuple(module.training for module in net.modules())
+
+
+def _dropout_axes(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[int | None]:
+    """Where each dropout of a run has the examples, from two runs on copies of the first example.
+
+    Empty where the inputs do not have the examples first, or where the net does not run on copies.
+    """
+    found = []
+    with Elementary().alone(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # no trace sees any of it
+        leaves = tree.leaves(x)
+        if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(seeds) for leaf in leaves):
+            return []
+        for n in (2, 3):
+            args, kwargs = _arguments(net, tree.map(lambda leaf, n=n: torch.cat([leaf[:1]] * n), x))
+            sizes, swap = Sizes(), Swap(net, {name: value.clone() for name, value in values.items()})
+            try:
+                with sizes.alone(), swap():
+                    unwrapped(net)(*args, **kwargs)
+            except Exception:  # the run itself says what is wrong
+                return []
+            found.append(sizes.shapes)
+    return axes_of_examples(*found) if len(found[0]) == len(found[1]) else []
 
 
 def check_net(net: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError, NoiseError
@@ -22,17 +22,19 @@ from fisherfn.layers import (
     Elementary,
     Family,
     apart,
+    as_grouped_product,
     changes_weight,
     couples_examples,
     draws_globally,
     families,
-    is_fused_recurrence,
+    is_packed_recurrence,
     is_transpose,
     untransposed,
     without_affine,
 )
 from fisherfn.stats.scout import Scout
-from fisherfn.stats.shared import Copies, Followed, Growth, Place, layer_copies, shapes, spread
+from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
+from fisherfn.stats.steps import Growth, Place, Seen, seen
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -96,8 +98,8 @@ class Intercept(Elementary):
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
-        self.trace: list[tuple[str, tuple[Size, ...]]] = []
-        """All calls of a trace, by name and shapes of outputs."""
+        self.trace: list[Seen] = []
+        """All calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
@@ -116,9 +118,9 @@ class Intercept(Elementary):
             if shared and not self._enters_layer(func, args, kwargs):
                 return self._followed.take(func, args, kwargs, shared)
         couples = couples_examples(func, args, kwargs)
-        self.couples |= couples
         output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
-        growth = self._compare(func, output)
+        growth = self._compare(func, (args, kwargs), output)
+        self.couples |= couples and growth != [None]  # a kernel standardised by a batch norm is no example's
         matched = self._match(func, args, kwargs) if here else None
         if matched is not None:
             self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
@@ -138,6 +140,7 @@ class Intercept(Elementary):
             return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
 
         plain = untransposed(func, args, kwargs, original) if self._transposes else None
+        plain = plain or as_grouped_product(func, args, kwargs, lambda tensor: id(tensor) in self._names)
         return plain or without_affine(func, args, kwargs, self._apart)
 
     def _match(
@@ -162,11 +165,11 @@ class Intercept(Elementary):
                 "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
                 "drop max_norm and renormalise between steps."
             )
-        if is_fused_recurrence(func) and any(id(leaf) in self._names for leaf in tree.leaves((args, kwargs))):
+
+        if is_packed_recurrence(func, args, kwargs) and any(id(leaf) in self._names for leaf in tree.leaves(args)):
             raise CoverageError(
-                f"the model calls the fused {func.__name__}, whose steps cannot be seen one by one, and no per-example "
-                "gradient can be had of it: write the recurrence with nn.Linear or a cell (nn.LSTMCell, nn.GRUCell), "
-                "or keep its parameters out of params."
+                f"the model calls the fused {func.__name__} on a packed sequence, whose examples have no axis: run it "
+                "on the padded batch instead (without pack_padded_sequence), and read or mask the outputs by length."
             )
 
     def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
@@ -262,12 +265,12 @@ class Intercept(Elementary):
         uses = self._followed.plan.layers.get(name, ())
         return use < len(uses) and uses[use]
 
-    def _compare(self, func: Callable[..., Any], output: Any) -> Growth:
+    def _compare(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
         """How the outputs grow with the examples, in the second of two traces."""
         if self._scout is not None:
-            return self._scout.growth(func, output)
+            return self._scout.growth(func, arguments, output)
         if self._taps is None:
-            self.trace.append(shapes(func, output))
+            self.trace.append(seen(func, arguments, output))
         return None
 
 

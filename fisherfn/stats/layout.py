@@ -13,9 +13,9 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
-from fisherfn.layers import ELEMENTWISE, FAMILIES, Family
+from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
 from fisherfn.stats import report
-from fisherfn.stats.shared import Plan, Step
+from fisherfn.stats.steps import Plan, Step
 from fisherfn.types import PyTree, Tree
 
 
@@ -135,6 +135,8 @@ class Layout:
     """Whether the model mixes the examples of a batch by design (batch norm in training mode)."""
     unused: tuple[str, ...] = ()
     """Parameters that the outputs do not depend on: in no block, and zero in every tree that is made of matrices."""
+    uncovered: tuple[tuple[str, str], ...] = ()
+    """Parameters that take the plain gradient, and why no layer has them: in no block, like the unused ones."""
     one_by_one: str = ""
     """Why the fallback runs the model once per example, one after another; empty where one vectorised run serves."""
     steps: tuple[Step, ...] = ()
@@ -158,7 +160,7 @@ class Layout:
     @cached_property
     def plan(self) -> Plan:
         """What a run does about tensors that all examples share: the steps that concern a layer."""
-        parameters = frozenset(block.weight for block in self.blocks if block.kind == ELEMENTWISE.name)
+        parameters = frozenset(block.weight for block in self.blocks if block.kind in (ELEMENTWISE.name, COPIED.name))
         layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
         layers = {name: uses for name, uses in layers.items() if any(uses)}
         followed = parameters | layers.keys()
@@ -199,9 +201,9 @@ class Layout:
         tensors: Tree = {}
         for block in self.blocks:
             tensors.update(block.tensors(matrices[block.key]))
-        if self.unused:
+        if self.unused or self.uncovered:
             like, shapes = next(iter(tensors.values())), dict(self.shapes)
-            tensors |= {name: like.new_zeros(shapes[name]) for name in self.unused}
+            tensors |= {name: like.new_zeros(shapes[name]) for name in (*self.unused, *dict(self.uncovered))}
         return {name: tensors[name] for name in self.names}
 
     def validate(self, values: Tree) -> None:

@@ -56,6 +56,9 @@ def _rows(layout: Layout) -> list[Sequence[str]]:
         if block.cause:
             why = f"{block.cause}: {why}, {entries:,} numbers per example and sample"
         rows.append((block.key, block.kind, shape, ", ".join(block.names), f"{entries:,}", _share(entries, total), why))
+    for name, why in layout.uncovered:
+        said = f"{cause(why)}: {why}; plain gradient, no curvature"
+        rows.append((name, "gradient", "–", name, f"{sizes[name]:,}", _share(sizes[name], total), said))
     for name in layout.unused:
         rows.append((name, "unused", "–", name, f"{sizes[name]:,}", "–", "the outputs do not depend on it"))
     return rows
@@ -70,13 +73,18 @@ def _last(layout: Layout) -> list[str]:
     sizes = {name: math.prod(shape) for name, shape in layout.shapes}
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
     left = sum(sizes[name] for name in layout.unused)
-    total = sum(sizes.values()) - left
+    plain = sum(sizes[name] for name, _ in layout.uncovered)
+    total = sum(sizes.values()) - left - plain
     layers = f"{len(layout.layers)} layer{'' if len(layout.layers) == 1 else 's'}"
     by_layers = f"{covered:,} by {layers}"
     if covered < total:
         share = _share(covered, total)
         by_layers = f"{covered:,} ({share} %) by {layers}, {total - covered:,} by the fallback"
-    lines = [f"all {total:,} entries covered: {by_layers}" + (f"; {left:,} unused" if left else "")]
+    lines = [
+        f"{'' if plain else 'all '}{total:,} entries covered: {by_layers}"
+        + (f"; {plain:,} take the plain gradient" if plain else "")
+        + (f"; {left:,} unused" if left else "")
+    ]
     if layout.one_by_one:
         lines += [
             f"the fallback runs the model once per example, one after another ({layout.one_by_one}): statistics of N "

@@ -11,37 +11,52 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.layers import broadcasts, changes_input, spreads
-from fisherfn.stats.shared import Copies, Growth, Ledger, Place, Shared, Step, name_of, origins_of, spread, tensors_of
+from fisherfn.stats.shared import Copies, Ledger, Shared, origins_of, spread
+from fisherfn.stats.steps import Growth, Place, Seen, Step, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
 
 
 class Scout(Ledger):
     """Finds the steps: a run with one example more than the one before, whose calls it is compared with."""
 
-    def __init__(self, before: Sequence[tuple[str, tuple[Size, ...]]], examples: int) -> None:
+    def __init__(self, before: Sequence[Seen], examples: int) -> None:
         super().__init__()
         self._before, self._examples = before, examples
         self._place = -1
+        self._inputs: Sequence[Size] | None = None
+        """Shapes of what the current call took in the run before."""
+        self._in_layer = False
+        """Whether the current call is a layer's: it is run as one, and not once per example."""
         self.steps: list[Step] = []
         self.failed: dict[str, str] = {}
         """Weights whose shared tensors are used in a call that cannot be followed, and the call's name."""
+        self.copied: dict[str, str] = {}
+        """Weights whose shared tensors meet the batch in a call that is run once per example, and the call's name."""
 
-    def growth(self, func: Callable[..., Any], output: Any) -> Growth:
-        """Compare the next call's outputs with the run before."""
+    def growth(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
+        """Compare the next call with the run before, and return how its outputs grow."""
         self._place += 1
+        self._inputs = None
         if self._place >= len(self._before):
             return None
-        name, shapes = self._before[self._place]
-        outputs = tensors_of(output)
+        name, shapes, input_shapes = self._before[self._place]
+        outputs, inputs = tensors_of(output), tensors_among(arguments)
         if name != name_of(func) or len(shapes) != len(outputs):
             self._place = len(self._before)  # out of step: nothing later can be compared
             return None
+        if len(inputs) == len(input_shapes):
+            self._inputs = input_shapes
+        return self._places(shapes, outputs)
+
+    def _places(self, shapes: Sequence[Size], tensors: Sequence[Tensor]) -> Growth:
+        """Find the axis in which each tensor is longer than in the run before."""
         found: list[Place | None] = []
-        for old, new in zip(shapes, outputs, strict=True):
+        for old, new in zip(shapes, tensors, strict=True):
             if old == new.shape:
                 found.append(None)
                 continue
@@ -93,6 +108,7 @@ class Scout(Ledger):
         shared = {key: entry for key, entry in shared.items() if not any(entry.tensor is other for other in besides)}
         if not shared:
             return
+        self._in_layer = bool(besides)
         origins = origins_of(shared)
         try:
             if growth is None:
@@ -102,8 +118,7 @@ class Scout(Ledger):
                 self.steps.append(Step(name_of(func), None, origins))
             else:
                 (place,) = growth
-                self._met(func, args, kwargs, output, shared, place)
-                self.steps.append(Step(name_of(func), place, origins))
+                self.steps.append(self._met(func, args, kwargs, output, shared, place))
         except Exception:  # whatever torch has against it: the parameter falls back
             self.fail(origins, name_of(func))
 
@@ -136,11 +151,34 @@ class Scout(Ledger):
 
     def _met(
         self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared], place: Place | None
-    ) -> None:
-        changed = changes_input(func) and self.is_shared(args[0])
-        if place is None or changed or not (broadcasts(func) or spreads(func)):
-            raise ValueError("no broadcast")
+    ) -> Step:
+        if place is None or (changes_input(func) and self.is_shared(args[0])):
+            raise ValueError("a shared tensor changed in place")
+        if not (broadcasts(func) or spreads(func)):
+            return self._met_by_copies(func, args, kwargs, output, shared, place)
         if changes_input(func):
             args = (args[0].clone(), *args[1:])
         if self.meet(func, args, kwargs, shared, place).shape != output.shape:
             raise ValueError("copies of another shape")
+        return Step(name_of(func), place, origins_of(shared))
+
+    def _met_by_copies(
+        self, func: Any, args: Any, kwargs: Any, output: Tensor, shared: dict[int, Shared], place: Place
+    ) -> Step:
+        """The step of a call that is run once per example, if this gives what the call gave."""
+        inputs = None if self._inputs is None else self._places(self._inputs, tensors_among(args, kwargs))
+        if self._in_layer or inputs is None or changes_input(func) or kwargs.get("out") is not None:
+            raise ValueError("no call that can be run once per example")
+        step = Step(name_of(func), place, origins_of(shared), tuple(inputs))
+        found = self.meet(func, args, kwargs, shared, place, step.inputs)
+        if found.shape != output.shape or not _same(found, output):
+            raise ValueError("a call that mixes examples")
+        for name in step.origins:
+            self.copied.setdefault(name, step.function)
+        return step
+
+
+def _same(found: Tensor, output: Tensor) -> bool:
+    """Whether two outputs are equal up to numerical noise."""
+    a, b = found.nan_to_num(), output.nan_to_num()
+    return bool((a - b).norm() <= torch.finfo(output.dtype).eps ** 0.5 * b.norm())

@@ -16,64 +16,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Shaped
-from torch import Size, Tensor
+from torch import Tensor
 from torch.func import vmap
 
 from fisherfn import tree
 from fisherfn.errors import StructureError
-from fisherfn.layers import Call, Family, broadcasts, meeting, spreads
+from fisherfn.layers import Call, Family, meeting, per_example, spreads
+from fisherfn.stats.steps import Place, Plan, Step, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
 
 Copies: TypeAlias = Callable[[int], Tensor]
 """Makes a copy of a shared tensor for each of so many examples, `[N, *shape]`."""
-
-
-class Place(NamedTuple):
-    """Where a tensor has the examples.
-
-    Attributes:
-        axis: counted from the right.
-        repeats: rows per example on that axis.
-        outer: how many of these are further out than the examples: 1 if the examples are outermost, 2 for the two
-            halves of a `torch.cat`.
-    """
-
-    axis: int
-    repeats: int = 1
-    outer: int = 1
-
-
-Growth: TypeAlias = list[Place | None] | None
-"""For each output of a call the place of the examples; None for an output that all examples share. None altogether
-where that is not to be found."""
-
-
-class Step(NamedTuple):
-    """A call that reads shared tensors.
-
-    Attributes:
-        function: its name.
-        place: where its output has the examples; None where the output is shared, too.
-        origins: the weights that its shared tensors come from.
-    """
-
-    function: str
-    place: Place | None
-    origins: frozenset[str]
-
-
-class Plan(NamedTuple):
-    """What a run does about shared tensors.
-
-    Attributes:
-        parameters: those that are shared tensors themselves.
-        layers: for each layer's weight, which of its uses no example enters.
-        steps: the calls, in order.
-    """
-
-    parameters: frozenset[str] = frozenset()
-    layers: Mapping[str, tuple[bool, ...]] = {}
-    steps: tuple[Step, ...] = ()
 
 
 class Shared(NamedTuple):
@@ -109,8 +62,7 @@ class Ledger:
 
         def copies(examples: int) -> Any:
             def one(*each: Tensor) -> Any:
-                new_args, new_kwargs = _replaced((args, kwargs), dict(zip(shared, each, strict=True)))
-                return func(*new_args, **new_kwargs)
+                return _call(func, args, kwargs, dict(zip(shared, each, strict=True)))
 
             return vmap(one)(*(entry.copies(examples) for entry in shared.values()))
 
@@ -134,19 +86,28 @@ class Ledger:
         kwargs: Any,
         shared: dict[int, Shared],
         place: Place,
+        inputs: tuple[Place | None, ...] = (),
     ) -> Tensor:
-        """Run a call with a copy per example in the place of shared tensors."""
+        """Run a call with a copy per example in the place of shared tensors: at once, or with `inputs` one by one."""
+        if inputs:
+            return per_example(
+                lambda new: _call(func, args, kwargs, new),
+                tensors_among(args, kwargs),
+                inputs,
+                {key: entry.copies for key, entry in shared.items()},
+                place,
+            )
         if spreads(func):
             whole: Tensor = func(*args, **kwargs)  # a view: only its shape is wanted
             ((_, entry),) = shared.items()
             copies = meeting(entry.copies(whole.shape[place.axis] // place.repeats), *place).expand(whole.shape)
             # what `repeat` returns has memory of its own, and may be viewed in another shape
             return copies.contiguous() if whole.is_contiguous() else copies
-        shapes = [leaf.shape for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shapes = [leaf.shape for leaf in tensors_among(args, kwargs)]
         examples = torch.broadcast_shapes(*shapes)[place.axis] // place.repeats
         laid = {key: meeting(entry.copies(examples), *place) for key, entry in shared.items()}
-        new_args, new_kwargs = _replaced((args, kwargs), laid)
-        return func(*new_args, **new_kwargs)  # type: ignore[no-any-return]
+        met: Tensor = _call(func, args, kwargs, laid)
+        return met
 
 
 class Followed(Ledger):
@@ -159,18 +120,23 @@ class Followed(Ledger):
 
     def take(self, func: Callable[..., Any], args: Any, kwargs: Any, shared: dict[int, Shared]) -> Any:
         """Run a call that reads shared tensors, as the build's did."""
-        if broadcasts(func) or spreads(func):
+        if self._meets(func):  # runs once, on the copies
             step = self.next(func)
-            if step.place is not None:  # runs once, on the copies
-                return self.meet(func, args, kwargs, shared, step.place)
-            output = func(*args, **kwargs)
-        else:
-            output = func(*args, **kwargs)
-            if not tensors_of(output):
-                return output
-            self.next(func)
+            assert step.place is not None
+            return self.meet(func, args, kwargs, shared, step.place, step.inputs)
+        output = func(*args, **kwargs)
+        if not tensors_of(output):
+            return output
+        self.next(func)
         self.derive(func, args, kwargs, shared, output)
         return output
+
+    def _meets(self, func: Callable[..., Any]) -> bool:
+        """Whether the next step is a call of this function in which shared tensors meet the batch."""
+        if self._taken >= len(self.plan.steps):
+            return False
+        step = self.plan.steps[self._taken]
+        return step.function == name_of(func) and step.place is not None
 
     def next(self, func: Callable[..., Any]) -> Step:
         """The next step, which must be this function's.
@@ -231,26 +197,9 @@ def layer_copies(
     return lambda examples: both(examples)[0], lambda examples: both(examples)[1]
 
 
-def shapes(func: Callable[..., Any], output: Any) -> tuple[str, tuple[Size, ...]]:
-    """A call by its name and the shapes of its outputs."""
-    return name_of(func), tuple(part.shape for part in tensors_of(output))
-
-
 def spread(tensor: Shaped[Tensor, "*shape"], examples: int) -> Shaped[Tensor, "n *shape"]:
     """The same tensor for each example, without copying it."""
     return tensor.expand(examples, *tensor.shape)
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """The name by which a call is known."""
-    return getattr(func, "__name__", type(func).__name__)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors that a call returned."""
-    if isinstance(output, Tensor):
-        return [output]
-    return [part for part in output if isinstance(part, Tensor)] if isinstance(output, (tuple, list)) else []
 
 
 def _part(outputs: Callable[[int], Any], place: int, examples: int) -> Tensor:
@@ -261,6 +210,12 @@ def _part(outputs: Callable[[int], Any], place: int, examples: int) -> Tensor:
 def origins_of(shared: Mapping[int, Shared]) -> frozenset[str]:
     """The weights that shared tensors come from."""
     return frozenset[str]().union(*(entry.origins for entry in shared.values()))
+
+
+def _call(func: Callable[..., Any], args: Any, kwargs: Any, new: Mapping[int, Tensor]) -> Any:
+    """Run a call with other tensors for some of its own, by identity."""
+    new_args, new_kwargs = _replaced((args, kwargs), new)
+    return func(*new_args, **new_kwargs)
 
 
 def _replaced(arguments: PyTree, new: Mapping[int, Tensor]) -> Any:

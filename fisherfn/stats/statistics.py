@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,6 +41,8 @@ class Stats:
     layers: dict[str, LayerStats]
     checks: dict[str, Tensor]
     layout: Layout
+    plain: Tree = field(default_factory=dict)
+    """The gradient of the mean loss in the parameters that are in no block and take the plain gradient."""
 
     @property
     def examples(self) -> int:
@@ -58,7 +60,7 @@ class Stats:
         """The gradient of the mean loss, formed at each call: keep it if you need it twice."""
         matrices = {block.key: self.gradient(block.key) for block in self.layout.blocks}
         dtypes = dict(zip(self.layout.names, self.layout.dtypes, strict=True))
-        return {name: leaf.to(dtypes[name]) for name, leaf in self.layout.tree(matrices).items()}
+        return {name: leaf.to(dtypes[name]) for name, leaf in (self.layout.tree(matrices) | self.plain).items()}
 
     def tap(self, key: str) -> Tap:
         """The block's tap of the Fisher's draws, with `a` as a tensor (an embedding's stays an index).
@@ -94,12 +96,12 @@ class Stats:
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
-    return [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks], stats.layout
+    return [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain], stats.layout
 
 
 def _unflatten(children: list[Any], layout: Layout) -> Stats:
-    loss, outputs, context, layers, checks = children
-    return Stats(loss, outputs, context, layers, checks, layout)
+    loss, outputs, context, layers, checks, plain = children
+    return Stats(loss, outputs, context, layers, checks, layout, plain)
 
 
 tree.register(Stats, _flatten, _unflatten)

@@ -8,7 +8,7 @@ from torch import nn
 import fisherfn as ff
 from tests import oracles, zoo
 from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, same
-from tests.nets import Block, MeanPool, Readout
+from tests.nets import Block, MeanPool, Readout, outside
 from tests.oracles import close
 from tests.zoo import from_net, sampled
 
@@ -242,7 +242,7 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
             self.norm, self.scale, self.head = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            return self.head(torch.tanh(torch.einsum("ni,i->ni", self.norm(x), self.scale)))
+            return self.head(torch.tanh(torch.einsum("ni,i->ni", self.norm(x), outside(self.scale))))
 
     with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="scale"):
         with_context(Scaled().double().train(), normal(4, 3))
@@ -253,7 +253,7 @@ def test_a_fallback_behind_a_batch_norm_in_training_is_refused():
 
 def branching(p, x):
     """A branch on values that gives every example the same either way, as a padding mask that may be left out."""
-    h = torch.einsum("ntd,d->ntd", x, p["w"])
+    h = torch.einsum("ntd,d->ntd", x, outside(p["w"]))
     if bool((x > 0).all()):
         return Readout(2)(h)
     return Readout(2)(torch.where(x > 0, h, h * 1.0))
@@ -263,13 +263,13 @@ def writing(p, x):
     """Rows written into a tensor of the model's own."""
     h = torch.zeros(x.shape, dtype=x.dtype)
     h[..., 0] = torch.einsum("nt,t->nt", x[..., 0], p["w"][: x.shape[1]])
-    return Readout(2)(h + torch.einsum("ntd,d->ntd", x, p["w"]))
+    return Readout(2)(h + torch.einsum("ntd,d->ntd", x, outside(p["w"])))
 
 
 def numbers(p, x):
     """A length read from the values."""
     length = int((x.abs() > 0).sum() / x.numel()) + 1
-    return Readout(2)(torch.einsum("ntd,d->ntd", x, p["w"])[:, : length + 1])
+    return Readout(2)(torch.einsum("ntd,d->ntd", x, outside(p["w"]))[:, : length + 1])
 
 
 WITHOUT_VMAP = {"branches on values": branching, "writes into a tensor": writing, "branches on values (item)": numbers}

@@ -94,7 +94,7 @@ def test_rows_are_torchs_unfold():
 
 
 @pytest.mark.parametrize(
-    ("frozen", "expected"), [("0.bias", {"0": "conv"}), ("0.weight", {"0.bias": "fallback"})], ids=["bias", "weight"]
+    ("frozen", "expected"), [("0.bias", {"0": "conv"}), ("0.weight", {"0.bias": "copied"})], ids=["bias", "weight"]
 )
 def test_partly_frozen_convolutions_are_exact(frozen, expected):
     net = nn.Sequential(nn.Conv1d(2, 2, 2, groups=2), Readout(2))

@@ -257,11 +257,82 @@ class Encoder(nn.Module):
         return Readout(2)(out)
 
 
-@pytest.mark.parametrize("length", [3, 4])
-def test_masks_that_would_run_along_the_positions_are_refused(length):
-    """`[T, N, d]`: also with as many positions as examples, where the shapes fit."""
-    with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="dropout"):
-        build(Encoder(batch_first=False).double().train(), normal(4, length, 4), seeds(4))
+@pytest.mark.parametrize("length", [3, 4, 8])
+def test_examples_on_the_second_axis_keep_their_masks(length):
+    """`[T, N, d]`, torch's default: also with as many positions as examples, or as seeds in another batch."""
+    module = Encoder(batch_first=False).double().train()
+    x, y = normal(6, length, 4), torch.tensor([0, 1, 1, 0, 1, 0])
+    model, params, context, ng = build(module, x, seeds(6))
+    whole, _ = model(params, x, context)
+    other, _ = model(params, x, {**context, "dropout": seeds(6, seed=1)})
+    assert oracles.differs(other, whole, 1e-3)
+    for part in (slice(0, 1), slice(1, 5), torch.tensor([5, 0, 3]), slice(0, 2)):  # 4 and 2 examples divide 8 positions
+        close(model(params, x[part], {**context, "dropout": context["dropout"][part]})[0], whole[part])
+    assert "fallback" not in kinds(ng).values()
+    stats = ng.stats(params, (x, y), context=context)
+    close(stats.outputs, whole)
+    for chunk_size in (4, 1):
+        parts = ng.stats(params, (x, y), context=context, chunk_size=chunk_size)
+        close(ng.fisher(parts).dense(), ng.fisher(stats).dense())
+
+
+def test_both_layouts_of_one_layer_drop_alike_over_the_seeds():
+    """Masks of an example differ between positions, and between examples of one position."""
+
+    class TimeFirst(nn.Module):
+        def forward(self, x):
+            return F.dropout(x.transpose(0, 1), 0.5).transpose(0, 1)
+
+    model, _, context = ff.functional(nn.Sequential(TimeFirst(), nn.Dropout(0.5)).train())
+    ones = torch.ones(40, 30, 20, dtype=torch.float64)
+    context = {**context, "dropout": seeds(40)}
+    alive = (model({}, ones, context)[0] > 0).double()
+    assert abs(alive.mean() - 0.25) < 0.02, "the second mask is the first"
+    for axis in range(3):
+        assert alive.mean([a for a in range(3) if a != axis]).std() < 0.05, "stripes"
+    rows = (model({}, ones, context)[0] > 0).double().flatten(1) - 0.25
+    C = rows @ rows.T / rows.shape[1]
+    assert (C - C.diagonal().diag()).abs().max() < 0.06, "two examples share their masks"
+
+
+def test_where_the_examples_are_is_found_without_a_trace():
+    """Finding it leaves the module, its buffers, the global generator and the modes around as they were."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.calls = nn.Linear(3, 4), nn.BatchNorm1d(4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.norm(F.dropout(self.first(x).transpose(0, 1), 0.5).transpose(0, 1).mean(1))
+
+    net = Net().double().train()
+    model, params, context = ff.functional(net)
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    x = normal(4, 2, 3)
+    _, moved = model(params, x, {**context, "dropout": seeds(4)})
+    again, twice = model(params, x, {**context, "dropout": seeds(4)})
+    assert net.calls == 0 and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    close(moved, twice)
+    assert int(moved["norm.num_batches_tracked"]) == 1
+
+
+def test_a_dropout_that_no_example_enters_is_refused():
+    """Weights, or a table of positions: there is no example whose noise it could be."""
+
+    class Table(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.ones(rows, 3)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(x + F.dropout(self.table, 0.5).sum(0))
+
+    for rows in (5, 6):
+        with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="no axis of examples for"):
+            build(Table(rows).double().train(), X, seeds())
 
 
 def test_torchs_encoder_layer_with_dropout():
@@ -330,6 +401,8 @@ DRAWS = {
     "randn_like": lambda h: h + 0.1 * torch.randn_like(h),
     "normal_": lambda h: h + torch.empty_like(h).normal_(0.5, std=0.1),
     "uniform_": lambda h: h * torch.empty_like(h).uniform_(0.5, 2.0),
+    "second axis": lambda h: (h.T * torch.rand_like(h.T)).T,
+    "second axis, drop path": lambda h: (h.T * torch.empty(1, len(h), dtype=h.dtype).bernoulli_(0.5)).T,
     "random order": lambda h: h.gather(1, torch.argsort(torch.randn(h.shape), 1)),
 }
 
@@ -367,17 +440,17 @@ def test_drawn_numbers_have_their_distributions():
     n = 20_000
     context = {"dropout": seeds(n)}
     draws = {
-        "uniform": (lambda: torch.rand(n), 0.5, 1 / 12**0.5),
-        "range": (lambda: torch.empty(n).uniform_(1, 3), 2.0, 2 / 12**0.5),
-        "normal": (lambda: torch.randn(n), 0.0, 1.0),
-        "mean and deviation": (lambda: torch.empty(n).normal_(2.0, 3.0), 2.0, 3.0),
-        "bernoulli": (lambda: torch.empty(n).bernoulli_(0.3), 0.3, 0.21**0.5),
+        "uniform": (lambda n: torch.rand(n), 0.5, 1 / 12**0.5),
+        "range": (lambda n: torch.empty(n).uniform_(1, 3), 2.0, 2 / 12**0.5),
+        "normal": (lambda n: torch.randn(n), 0.0, 1.0),
+        "mean and deviation": (lambda n: torch.empty(n).normal_(2.0, 3.0), 2.0, 3.0),
+        "bernoulli": (lambda n: torch.empty(n).bernoulli_(0.3), 0.3, 0.21**0.5),
     }
     for draw, mean, deviation in draws.values():
 
         class Alone(nn.Module):
             def forward(self, x, draw=draw):
-                return draw()
+                return draw(len(x))
 
         model, _, _ = ff.functional(Alone())
         numbers, _ = model({}, torch.zeros(n), context)
@@ -393,7 +466,7 @@ def test_uniform_numbers_stay_below_one_in_every_precision():
 
 def test_numbers_without_examples_are_refused():
     """One number for the whole batch, as layer drop has it: it is no example's."""
-    with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="rand sees no axis"):
+    with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="rand sees no axis of examples"):
         build(Draws(lambda h: h * torch.rand([])).double().train(), X, seeds())
 
 

@@ -103,9 +103,6 @@ def test_as_many_examples_as_anything_else(way, traced):
 
 
 OTHERWISE = {
-    "matrix product": (W, lambda w, h: h @ torch.diag(w), "matmul"),
-    "einsum": (W, lambda w, h: torch.einsum("nti,i->nti", h, w), "einsum"),
-    "weight of a layer": ((4, 4), lambda w, h: F.linear(h, w / w.norm()), "linear"),
     "in place on itself": (W, lambda w, h: h * (2 * w).add_(1.0), "add_"),
     "written into a tensor": (W, lambda w, h: written(h, w), "__setitem__"),
     "an own transform": (W, lambda w, h: torch.vmap(lambda row: row * w)(h.flatten(0, 1)).view_as(h), "mul"),

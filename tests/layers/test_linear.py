@@ -212,8 +212,8 @@ TRANSPOSED = {
     "twice": (lambda p, x: (x @ p["w"].T) * torch.tanh(F.linear(x, p["w"], p["b"])), "linear"),
     "the one transpose used twice": (lambda p, x: twice(p["w"].T, x), "linear"),
     "read elsewhere": (lambda p, x: x @ p["w"].T + p["w"].T.sum(0), "fallback"),
-    "the other side": (lambda p, x: (p["w"] @ x.mT).mT, "fallback"),
-    "scaled": (lambda p, x: x @ (0.5 * p["w"].T), "fallback"),
+    "the other side": (lambda p, x: (p["w"] @ x.mT).mT, "einsum"),
+    "scaled": (lambda p, x: x @ (0.5 * p["w"].T), "copied"),
 }
 
 

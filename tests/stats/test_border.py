@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fisherfn as ff
+from tests.nets import outside
 from tests.zoo import as_installed
 
 E = ff.errors
@@ -274,7 +275,7 @@ class NormedOutside(Normed):
     """The same with the scale outside all layers."""
 
     def forward(self, x):
-        return self.last(self.hidden(x) @ torch.diag(self.scale.exp()))
+        return self.last(self.hidden(x) @ torch.diag(outside(self.scale.exp())))
 
 
 def test_a_mode_that_was_changed_after_the_build_is_named():

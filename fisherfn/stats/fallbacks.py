@@ -1,0 +1,139 @@
+"""Parameters that no layer covers: blocks with per-example gradients, checked by numbers, or the plain gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Size, Tensor
+
+from fisherfn import tree
+from fisherfn.errors import CoverageError
+from fisherfn.layers import FallbackFacts
+from fisherfn.stats.border import brief, listed, with_line
+from fisherfn.stats.chunks import window
+from fisherfn.stats.collect import example_gradients
+from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.numbers import close, gradients, noise
+from fisherfn.types import Model, PyTree, Tree
+
+FALLBACK_EXAMPLES = 4
+"""Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
+
+
+def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
+    """Every parameter in one block, in params order; one that is in no layer falls back."""
+    by_weight = {block.weight: block for block in layers}
+    covered = {name for block in layers for name in block.names}
+    blocks: list[Block] = []
+    for name, p in params.items():
+        if name in by_weight:
+            blocks.append(by_weight[name])
+        elif name not in covered:
+            facts = FallbackFacts(p.shape)
+            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
+            blocks.append(
+                Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
+            )
+    return _unique_keys(blocks)
+
+
+def without_fallbacks(
+    layers: list[Block], params: Tree, why: dict[str, str]
+) -> tuple[tuple[Block, ...], tuple[tuple[str, str], ...]]:
+    """The layers in params order, and the parameters that none of them covers, each with the reason."""
+    by_weight = {block.weight: block for block in layers}
+    covered = {name for block in layers for name in block.names}
+    plain = tuple((name, why.get(name, "no layer family claims it")) for name in params if name not in covered)
+    if not layers:
+        raise CoverageError(
+            f"no parameter is in a layer ({plain[0][0]!r}: {plain[0][1]}), so that there is no curvature to use with "
+            'uncovered="gradient". Leave that argument out, or train with a first-order optimizer.'
+        )
+    return _unique_keys([by_weight[name] for name in params if name in by_weight]), plain
+
+
+def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
+    keys = [block.key for block in blocks]
+    clash = {key for key in keys if keys.count(key) > 1}
+    return tuple(replace(block, key=block.weight) if block.key in clash else block for block in blocks)
+
+
+def verify_fallbacks(
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
+) -> Layout:
+    """The layout with the way in which its fallbacks' gradients can be had.
+
+    Per-example gradients must add up to the gradient, or the examples are coupled.
+    """
+    names = [block.weight for block in layout.fallbacks]
+    if not names:
+        return layout
+    few = torch.zeros_like(cotangent)
+    few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
+    truth = gradients(model, params, x, context, few)
+    part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
+    own = window(layout, context, slice(FALLBACK_EXAMPLES))
+    some = cotangent[None, :FALLBACK_EXAMPLES]
+    try:
+        singles = example_gradients(model, layout, params, names, part, own, some)
+    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
+        layout = replace(layout, one_by_one=_cause(error))
+        try:
+            singles = example_gradients(model, layout, params, names, part, own, some)
+        except (RuntimeError, ValueError) as alone:
+            raise CoverageError(
+                with_line(
+                    f"{listed(names)} (cause: {layout.fallbacks[0].cause}) {'is' if len(names) == 1 else 'are'} in no "
+                    "layer and so need the model to run on single examples, where it raises: "
+                    f"{brief(alone)} If batch norm in training mode is the reason, call net.eval(), or build with "
+                    'uncovered="gradient", which takes their plain gradient.',
+                    alone,
+                )
+            ) from alone
+    zero = noise(truth)
+    for name in names:
+        if not close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance, zero):
+            raise CoverageError(
+                f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
+                "of a batch (batch norm in training mode?). Call net.eval(), keep this parameter out of params, or "
+                'let it take the plain gradient: uncovered="gradient".'
+            )
+    return layout
+
+
+def in_double(
+    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
+) -> Layout | None:
+    """The checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
+
+    Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
+    """
+
+    def double(leaf: Tensor) -> Tensor:
+        return leaf.double() if leaf.is_floating_point() else leaf
+
+    if all(dtype == torch.float64 for dtype in layout.dtypes):
+        return None
+    params, x, context = (tree.map(double, each) for each in (params, x, context))
+    try:
+        return verify_fallbacks(
+            model, layout, params, x, context, cotangent.double(), 5 * torch.finfo(torch.float64).eps ** 0.5
+        )
+    except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
+        return None
+
+
+def _cause(error: Exception) -> str:
+    """Why the model does not run under `torch.vmap`, in a few words."""
+    said = str(error)
+    for sign, cause in (
+        ("data-dependent control flow", "the model branches on values"),
+        (".item()", "the model branches on values"),
+        ("in-place", "the model writes into a tensor of its own"),
+        ("inplace", "the model writes into a tensor of its own"),
+        ("randomness", "the model draws numbers"),
+    ):
+        if sign in said:
+            return cause
+    return f"torch.vmap raises {type(error).__name__}"
