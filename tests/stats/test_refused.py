@@ -72,7 +72,7 @@ class Normed(Base):
 
     def forward(self, x):
         h = self.first(x)
-        h = self.norm(h) @ torch.diag(self.scale)  # here
+        h = self.norm(h) * self.scale.clone().abs_()  # here
         return self.last(h)
 
 
