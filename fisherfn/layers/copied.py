@@ -5,7 +5,7 @@ three tensors: after computations that no example enters, the result takes part 
 runs this call with a copy $w_n$ of the result for each example. $g_n = \partial L_n / \partial w_n$, pulled back
 through the computations, is exactly the per-example gradient of the parameters themselves, and $a = 1$. The rest of the
 model runs on the whole batch as always, so that unlike the fallback it may couple examples, branch on values, and have
-no rule for `torch.vmap`. A small parameter is one dense block, a wide one a block for each entry.
+no rule for `torch.vmap`. A small parameter is one dense block; for a wide one there is one block for each entry.
 
 This file lays out the examples for such a call. A place `(axis, repeats, outer)` is that of `fisherfn.stats.shared`.
 """

@@ -17,7 +17,7 @@ from tests.zoo import from_model, from_net, sampled
 
 
 class ScaledStdConv(nn.Conv2d):
-    """As in NFNets (Brock et al. 2021): a batch norm standardises the kernel, a gain scales it."""
+    """A convolution of NFNets (Brock et al. 2021): batch norm standardises the kernel, a gain scales it."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
