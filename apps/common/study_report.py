@@ -54,15 +54,16 @@ def of_net(runs: list[Run]) -> str:
     rows = []
     for optim in [name for name in TITLES if any(run.optim == name for run in runs)]:
         trials = [run for run in runs if run.optim == optim and run.seed == 0 and not run.race]
-        chosen = best(trials)
+        raced = [run for run in runs if run.optim == optim and run.race == "plain"]
+        chosen = best(trials) or (raced[0].fresh() if raced else None)
         if chosen is None:
             rows.append([TITLES[optim], "–", str(len(trials)), "no run ended", "", "", "", ""])
             continue
         seeds = repeats(runs, chosen)
         tried = str(len(trials)) if optim in BASELINES else "0"
-        losses = [run.loss for run in seeds]
+        losses = spread([run.loss for run in seeds]) if seeds else "–"
         rows.append(
-            [TITLES[optim], settings(chosen), tried, spread(losses), str(len(losses)), in_steps(runs, seeds)]
+            [TITLES[optim], settings(chosen), tried, losses, str(len(seeds or raced)), in_steps(runs, seeds or raced)]
             + [in_time(runs, optim, kind) for kind in ("plain", "compiled")]
         )
     head = ["", "learning rate", "trials", "final training loss", "seeds", "steps", "time, plain", "time, compiled"]
@@ -90,7 +91,8 @@ def spread(values: Sequence[float]) -> str:
 def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
     """Return the steps until the loss at which the tuned Adam of the same seed ends, divided by Adam's."""
     adam = best([run for run in runs if run.optim == TARGET and run.seed == 0 and not run.race])
-    ends = {run.seed: run for run in repeats(runs, adam)} if adam else {}
+    ends = {run.seed: run for run in runs if run.optim == TARGET and run.race == "plain"}
+    ends |= {run.seed: run for run in repeats(runs, adam)} if adam else {}
     ratios = []
     for run in seeds:
         if run.seed in ends and math.isfinite(ends[run.seed].loss):
@@ -129,9 +131,10 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
     for axes, (net, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
         for name in names:
             chosen = best([run for run in found if run.optim == name and run.seed == 0 and not run.race])
-            for run in repeats(found, chosen) if chosen else []:
+            raced = [run for run in found if run.optim == name and run.race == "plain"]
+            for run in (repeats(found, chosen) if chosen else []) or raced:
                 draw(axes[0], run.points, 0, looks[name])
-            for run in (run for run in found if run.optim == name and run.race == "plain"):
+            for run in raced:
                 draw(axes[1], run.points, 1, looks[name])
         dress(axes[0], NETS[net].title, "step")
         dress(axes[1], "plain steps, to the loss at which Adam ends", "seconds of training")
