@@ -99,7 +99,7 @@ def declared(node: ast.FunctionDef) -> bool:
 
 
 def pytest_configure(config):
-    """In a run of all tests, note what the marked ones call."""
+    """Note what the marked tests call, in a run of all tests."""
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if whole and not config.option.markexpr and not config.option.keyword:
         config.pluginmanager.register(Calls())

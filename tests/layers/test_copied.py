@@ -30,7 +30,7 @@ class ScaledStdConv(nn.Conv2d):
 
 
 class StdConv(nn.Conv2d):
-    """As in BiT (Kolesnikov et al. 2020)."""
+    """A convolution of BiT (Kolesnikov et al. 2020)."""
 
     def forward(self, x):
         var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)

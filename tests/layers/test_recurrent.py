@@ -46,7 +46,7 @@ def test_torchs_single_cells_are_exact(cell):
 
 
 class Fused(nn.Module):
-    """All outputs and all final states count."""
+    """Use all outputs and all final states."""
 
     def __init__(self, make, time_first=False, start=False, **options):
         super().__init__()
