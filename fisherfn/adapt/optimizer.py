@@ -327,7 +327,10 @@ class Adaptive:
         # one pass over the parameters for each line: they are the largest tensors of a step
         undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
         result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
-        update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, undone, tried.update)
+        # a fixed momentum would propose a bad δ₀ again and again, so it is dropped; a free one is the model's to drop
+        fixed = self.rule == "clip" or self.momentum is not None
+        rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
+        update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
         if self.weight_decay:  # decoupled, so no part of the model: ρ was measured before it
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)

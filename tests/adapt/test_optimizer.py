@@ -202,6 +202,17 @@ def test_units_that_were_dead_before_the_step_are_not_its_fault():
     assert state.alive.tolist() == [False, False, False, True]
 
 
+@pytest.mark.parametrize("given", [{"rule": "clip"}, {"rule": "model", "momentum": 0.9}])
+def test_a_bad_previous_update_is_dropped_where_the_momentum_is_fixed(given):
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), **given)
+    params, state, _ = steps(problem, opt, 3)
+    uphill = torch.func.grad(lambda p: loss(problem, p))(params)
+    state = state._replace(update=ff.tree.scale(uphill, 100.0))
+    _, state, infos = steps(problem, opt, 2, state=state, params=params)
+    assert [bool(info.adapted.rejected) for info in infos] == [True, False], "else λ would double for ever"
+
+
 def test_a_loss_that_became_nan_is_taken_back_but_a_broken_batch_is_not_the_steps_fault():
     problem = mlp(examples=80)
     opt = ff.adaptive(built(problem), damping=0.1)
