@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fisherfn as ff
+from tests.nets import outside
 from tests.oracles import close
 from tests.zoo import as_installed, generator
 
@@ -127,25 +128,25 @@ def test_watched_passes_of_other_lengths():
 
 
 class Normed(nn.Module):
-    def __init__(self, outside):
+    def __init__(self, uncovered):
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
-        self.scale = nn.Parameter(torch.ones(6)) if outside else None
+        self.scale = nn.Parameter(torch.ones(6)) if uncovered else None
 
     def forward(self, x):
         h = torch.tanh(self.norm(self.first(x)))
-        return self.last(h if self.scale is None else h @ torch.diag(self.scale.exp()))  # in no layer
+        return self.last(h if self.scale is None else h @ torch.diag(outside(self.scale)))
 
 
 def test_a_change_of_mode_is_checked_as_a_build_is():
     """Per-example gradients of a parameter behind batch norm exist in evaluation mode alone."""
     x, y = torch.randn(8, 4), torch.zeros(8).long()
-    for outside in (False, True):
-        net = Normed(outside).eval()
+    for uncovered in (False, True):
+        net = Normed(uncovered).eval()
         opt = ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.1, example_inputs=x)
         opt.step((x, y))
         net.train()
-        if outside:
+        if uncovered:
             with as_installed(), pytest.raises(E.FisherfnError, match="training mode"):
                 opt.step((x, y))
         else:

@@ -147,7 +147,7 @@ def test_runs_that_did_not_finish_are_left_out_of_the_means():
 
     runs = {"sgd": {0: ended(2, 1.0), 1: ended(1, 5.0), 2: ended(2, math.nan)}, "adam": {0: ended(0, 3.0)}}
     head, sgd, adam = study_seeds.table(runs, num_epochs=2).splitlines()
-    assert head.split() == ["train", "loss", "test", "loss", "s", "an", "epoch", "seeds"]
+    assert head.split() == ["train", "loss", "test", "loss", "s", "per", "epoch", "seeds"]
     assert sgd.split() == ["SGD", "1.00000", "1.00000", "1.0", "1/3"]
     assert adam.split() == ["Adam", "–", "–", "–", "0/1"]
 

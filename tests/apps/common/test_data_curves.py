@@ -120,7 +120,7 @@ def test_not_finite_is_refused(tmp_path: Path) -> None:
     values = np.zeros((20_000, 784), np.float32)
     values[0, 0] = np.nan
     write_mat(tmp_path, bdata=values)
-    with pytest.raises(DataError, match="'bdata' should hold finite real numbers"):
+    with pytest.raises(DataError, match="'bdata' should contain finite real numbers"):
         load("CURVES", data_path=str(tmp_path))
 
 

@@ -115,7 +115,7 @@ def test_overwriting_spares_what_a_link_points_to(config, tmp_path):
 def test_two_runs_of_one_name_do_not_mix(config):
     first, second = Results.open(config, "app"), Results.open(config, "app")
     first.record(epoch(0))
-    with pytest.raises(ResultExistsError, match="meanwhile"):
+    with pytest.raises(ResultExistsError, match="in the meantime"):
         second.record(epoch(0))
 
 
