@@ -1,24 +1,10 @@
 """The examples of the gallery run in a small setting, and what their pages say of them is true there."""
 
-import importlib.util
-from pathlib import Path
-
-import matplotlib
 import pytest
 import torch
 from torch.func import jacrev, vmap
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-
-matplotlib.use("Agg")
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from tests.examples import DOCS, load
 
 gallery = load("all")
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fisherfn as ff
-from tests.layers.checks import same
+from tests.layers.checks import check_vmap, same
 from tests.nets import outside
 from tests.oracles import close
 from tests.zoo import as_installed
@@ -126,14 +126,11 @@ def test_a_gradient_that_is_not_finite_is_seen():
 def test_models_together_under_vmap_are_the_single_ones():
     net, (x, y) = Beside(), batch()
     ng, params, context = build(net, x, uncovered="gradient")
-    many = {name: torch.stack([p, 0.5 * p]) for name, p in params.items()}
 
     def step(params):
         return ng.step(params, ng.init(params, damping=0.1), (x, y), context=context)[0]
 
-    together = torch.vmap(step)(many)
-    for m in range(2):
-        close({name: leaf[m] for name, leaf in together.items()}, step({name: p[m] for name, p in many.items()}))
+    check_vmap(step, params)
 
 
 def test_another_length_shares_the_state():

@@ -18,13 +18,13 @@ from fisherfn.layers.recurrent import FUSED, RECURRENT, is_packed
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """By its definition: torch's backward of it is wrong under two nested `torch.vmap`."""
+    """Compute it by its definition: torch's backward of it is wrong under two nested `torch.vmap`."""
     slope = weight if input.ndim < 2 else weight.reshape(-1, *(1,) * (input.ndim - 2))
     return torch.where(input > 0, input, slope * input)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """By its definition (Salimans & Kingma 2016), as torch's own has no rule for `torch.vmap`; -1 means all axes."""
+    """Normalise by the definition (Salimans & Kingma 2016): torch's own has no rule for `torch.vmap`. -1: all axes."""
     axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
     normed: Tensor = v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
     return normed

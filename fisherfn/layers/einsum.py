@@ -36,11 +36,11 @@ class Axes(NamedTuple):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """All axes, in the order of the matrices."""
+        """Return the axes, in the order of the matrices."""
         return (*self.groups, *self.outputs, *self.inputs)
 
     def size(self, axes: tuple[int, ...]) -> int:
-        """How many entries some of the axes have together."""
+        """Return the number of entries that some of the axes have together."""
         return math.prod(self.shape[axis] for axis in axes)
 
 

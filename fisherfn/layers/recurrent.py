@@ -148,4 +148,4 @@ RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = dict(
         ((function, partial(whole, step)) for function, step in _FUSED.items()),
     )
 )
-"""What each call of torch is in elementary ones."""
+"""The elementary calls that each of torch's consists of."""

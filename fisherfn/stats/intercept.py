@@ -99,7 +99,7 @@ class Intercept(Elementary):
         self.other_uses: set[str] = set()
         self.couples = False
         self.trace: list[Seen] = []
-        """All calls of a trace, by name and shapes."""
+        """Return the calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])

@@ -117,7 +117,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks of a model, with the shapes that one trace found.
+    """The blocks of a model, with the shapes that one trace found.
 
     `print(layout)` is the coverage report; a notebook shows it as a table.
     """
@@ -159,7 +159,7 @@ class Layout:
 
     @cached_property
     def plan(self) -> Plan:
-        """What a run does about tensors that all examples share: the steps that concern a layer."""
+        """Return the steps for tensors that all examples share, those that concern a layer."""
         parameters = frozenset(block.weight for block in self.blocks if block.kind in (ELEMENTWISE.name, COPIED.name))
         layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
         layers = {name: uses for name, uses in layers.items() if any(uses)}

@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run does about shared tensors.
+    """The steps that a run takes for shared tensors.
 
     Attributes:
         parameters: those that are shared tensors themselves.

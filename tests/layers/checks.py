@@ -6,11 +6,30 @@ from torch.func import grad, vmap
 import fisherfn as ff
 from tests import oracles, zoo
 from tests.layers import unit_weights
+from tests.nets import Readout
 from tests.oracles import close, unvec, vec
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)
+
+
+def readout_of(how, shape, examples=3):
+    """A net that is `how(w, x)` before a readout, on inputs [examples, 3, 4], with a weight of this shape."""
+
+    def model(p, x):
+        return Readout(2)(how(p["w"], x))
+
+    x = normal(examples, 3, 4, seed=2)
+    return zoo.from_model(model, {"w": normal(*shape, seed=1)}, x, "categorical", zoo.generator(), {})
+
+
+def check_vmap(step, params):
+    """A step of two models at once is that of each alone."""
+    many = {name: torch.stack([p, 0.5 * p]) for name, p in params.items()}
+    together = vmap(step)(many)
+    for m in range(2):
+        close({name: leaf[m] for name, leaf in together.items()}, step({name: p[m] for name, p in many.items()}))
 
 
 def twin(problem, net, params, x):

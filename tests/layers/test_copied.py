@@ -8,10 +8,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fisherfn as ff
 from tests import oracles, zoo
-from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, same
+from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, readout_of, same
 from tests.nets import Readout, outside
 from tests.oracles import close
-from tests.zoo import from_model, from_net, sampled
+from tests.zoo import from_net, sampled
 
 # ------------------------------------------------------------------------------------------- reparametrised modules
 
@@ -154,18 +154,10 @@ def halves(y):
     return a * b
 
 
-def problem_of(how, shape, examples=3):
-    def model(p, x):
-        return Readout(2)(how(p["w"], x))
-
-    x = normal(examples, 3, 4, seed=2)
-    return from_model(model, {"w": normal(*shape, seed=1)}, x, "categorical", zoo.generator(), {})
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_every_call_is_exact(way):
     shape, how = WAYS[way]
-    problem = problem_of(how, shape)
+    problem = readout_of(how, shape)
     for fisher in zoo.FISHERS:
         run = sampled(problem, fisher)
         assert kinds(run.ng) == {"w": "elementwise" if way == "queries" else "copied"}
@@ -178,15 +170,15 @@ def test_every_call_is_exact(way):
 @pytest.mark.parametrize("traced", [1, 3, 4])
 def test_as_many_examples_as_anything_else(way, traced):
     shape, how = WAYS[way]
-    problem = problem_of(how, shape, 5)
-    ng = problem_of(how, shape, traced).build(fisher="empirical")
+    problem = readout_of(how, shape, 5)
+    ng = readout_of(how, shape, traced).build(fisher="empirical")
     assert kinds(ng) == {"w": "copied"}
     stats = ng.stats(problem.params, problem.batch)
     close(ng.fisher(stats).dense(), oracles.fisher_matrix(problem, "empirical"))
 
 
 def test_the_report_names_the_call():
-    (block,) = problem_of(WAYS["normalised"][1], M).build().layout.blocks
+    (block,) = readout_of(WAYS["normalised"][1], M).build().layout.blocks
     assert block.why == "seen in the trace, copies for linear; one dense block"
 
 
@@ -211,7 +203,7 @@ def test_a_call_that_mixes_examples_is_no_such_call():
 def test_what_torch_gets_wrong_for_several_draws_falls_back(function):
     """The derivative of `torch.cdist` is wrong under two nested vmaps."""
     shape = (3, 4) if function is torch.cdist else (3,)
-    problem = problem_of(lambda w, h: function(h, w), shape)
+    problem = readout_of(lambda w, h: function(h, w), shape)
     for fisher in zoo.FISHERS:
         run = sampled(problem, fisher)
         assert kinds(run.ng) == {"w": "fallback" if function is torch.cdist else "elementwise"}

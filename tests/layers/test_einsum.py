@@ -7,7 +7,7 @@ from torch import nn
 
 import fisherfn as ff
 from tests import oracles, zoo
-from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal
+from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, readout_of
 from tests.nets import Readout
 from tests.oracles import close
 from tests.zoo import from_model, from_net, sampled
@@ -52,18 +52,10 @@ def merged_bmm(w, h):
     return torch.bmm(both, w).unflatten(1, h.shape[:2]).transpose(0, 1)
 
 
-def problem_of(how, shape, examples=3):
-    def model(p, x):
-        return Readout(2)(how(p["w"], x))
-
-    x = normal(examples, 3, 4, seed=2)
-    return from_model(model, {"w": normal(*shape, seed=1)}, x, "categorical", zoo.generator(), {})
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_every_product_is_exact(way):
     shape, how, block, positions = WAYS[way]
-    problem = problem_of(how, shape)
+    problem = readout_of(how, shape)
     run = sampled(problem, "mc")
     assert kinds(run.ng) == {"w": "einsum"} and run.ng.layout.block("w").shape == block
     assert run.stats.tap("w").a.shape == (block[0], 3, positions, block[2])
@@ -87,7 +79,7 @@ OTHERS = {
 @pytest.mark.parametrize("way", OTHERS)
 def test_other_products_are_exact_too(way):
     shape, how, kind = OTHERS[way]
-    problem = problem_of(how, shape)
+    problem = readout_of(how, shape)
     run = sampled(problem, "type2")
     assert kinds(run.ng) == {"w": kind}
     check_fisher(problem, run, "type2")
@@ -97,7 +89,7 @@ def test_other_products_are_exact_too(way):
 @pytest.mark.parametrize("way", ["experts first", "bmm, merged", "experts with tokens"])
 def test_as_many_examples_as_experts(way, traced):
     shape, how, _, _ = WAYS[way]
-    problem, ng = problem_of(how, shape, 5), problem_of(how, shape, traced).build(fisher="empirical")
+    problem, ng = readout_of(how, shape, 5), readout_of(how, shape, traced).build(fisher="empirical")
     assert kinds(ng) == {"w": "einsum"}
     stats = ng.stats(problem.params, problem.batch)
     close(ng.fisher(stats).dense(), oracles.fisher_matrix(problem, "empirical"))

@@ -7,10 +7,10 @@ from torch import nn
 
 import fisherfn as ff
 from tests import oracles, zoo
-from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, same
+from tests.layers.checks import check_chunks, check_fisher, check_gradients, kinds, normal, readout_of, same
 from tests.nets import Patches, Readout
 from tests.oracles import close
-from tests.zoo import from_model, from_net, sampled
+from tests.zoo import from_net, sampled
 
 W = (4,)
 WAYS = {
@@ -71,17 +71,9 @@ def plus_equal(h, w):
     return h
 
 
-def problem_of(shape, how, examples=3):
-    def model(p, x):
-        return Readout(2)(how(p["w"], x))
-
-    x = normal(examples, 3, 4, seed=2)
-    return from_model(model, {"w": normal(*shape, seed=1)}, x, "categorical", zoo.generator(), {})
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_meet_the_batch_is_exact(way):
-    problem = problem_of(*WAYS[way])
+    problem = readout_of(*reversed(WAYS[way]))
     for fisher in zoo.FISHERS:
         run = sampled(problem, fisher)
         assert kinds(run.ng) == {"w": "elementwise"}
@@ -95,7 +87,7 @@ def test_every_way_to_meet_the_batch_is_exact(way):
 def test_as_many_examples_as_anything_else(way, traced):
     """Traced with one example, and with as many as positions or channels."""
     shape, how = WAYS[way]
-    traced_with, problem = problem_of(shape, how, traced), problem_of(shape, how, 5)
+    traced_with, problem = readout_of(how, shape, traced), readout_of(how, shape, 5)
     ng = traced_with.build(fisher="empirical")
     assert kinds(ng) == {"w": "elementwise"}
     stats = ng.stats(problem.params, problem.batch)
@@ -118,7 +110,7 @@ def written(h, w):
 @pytest.mark.parametrize("way", OTHERWISE)
 def test_what_is_no_broadcast_falls_back_and_the_report_names_the_call(way):
     shape, how, cause = OTHERWISE[way]
-    problem = problem_of(shape, how)
+    problem = readout_of(how, shape)
     run = sampled(problem, "type2")
     (block,) = run.ng.layout.blocks
     assert block.kind == "fallback" and f"read by {cause}" in block.why

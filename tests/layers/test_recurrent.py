@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 import fisherfn as ff
 from tests import oracles, zoo
-from tests.layers.checks import check, check_chunks, check_fisher, kinds, normal, same, tapped_gradients
+from tests.layers.checks import check, check_chunks, check_fisher, check_vmap, kinds, normal, same, tapped_gradients
 from tests.nets import Cell, Readout
 from tests.oracles import close, fisher_matrix
 from tests.zoo import from_net, sampled
@@ -159,14 +159,11 @@ def test_dropout_of_a_single_layer_needs_no_seeds():
 def test_models_together_under_vmap_are_the_single_ones():
     problem = from_net(FUSED["both directions"](), (3, 4, 2), "categorical", blocks={"any": ()})
     ng = problem.build(method="kfac", fisher="type2")
-    many = {name: torch.stack([p, 0.5 * p]) for name, p in problem.params.items()}
 
     def step(params):
         return ng.step(params, ng.init(params, damping=0.1), problem.batch)[0]
 
-    together = torch.vmap(step)(many)
-    for m in range(2):
-        close({name: leaf[m] for name, leaf in together.items()}, step({name: p[m] for name, p in many.items()}))
+    check_vmap(step, problem.params)
 
 
 def test_a_packed_sequence_is_refused_with_the_remedy():

@@ -1,26 +1,13 @@
 """The example's converted loop is the plain one but for what its page shows."""
 
 import difflib
-import importlib.util
 import inspect
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def example():
-    spec = importlib.util.spec_from_file_location("drop_in", DOCS / "examples" / "drop_in.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import DOCS, load
 
 
 def test_it_runs_and_draws(tmp_path):
-    losses = example().main(tmp_path, small=True)
+    losses = load("drop_in").main(tmp_path, small=True)
     assert (tmp_path / "drop_in.png").stat().st_size > 10_000
     adam, natural = losses.values()
     assert adam[0][0] == natural[0][0], "both begin with the same parameters"
@@ -28,7 +15,9 @@ def test_it_runs_and_draws(tmp_path):
 
 
 def test_two_lines_of_the_loop_changed_and_one_imports():
-    plain, converted = (inspect.getsource(getattr(example(), name)).splitlines()[2:] for name in ("plain", "converted"))
+    plain, converted = (
+        inspect.getsource(getattr(load("drop_in"), name)).splitlines()[2:] for name in ("plain", "converted")
+    )
     changes = [line for line in difflib.ndiff(plain, converted) if line[0] in "+-"]
     added = [line[2:].strip() for line in changes if line[0] == "+"]
     assert added == [

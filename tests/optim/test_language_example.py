@@ -1,27 +1,13 @@
 """The example with tied embeddings trains, draws, and every parameter of its net is in a layer."""
 
-import importlib.util
-from pathlib import Path
-
-import matplotlib
 import torch
 
 import fisherfn as ff
-
-matplotlib.use("Agg")
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def example():
-    spec = importlib.util.spec_from_file_location("language", DOCS / "examples" / "language.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import DOCS, load
 
 
 def test_it_runs_and_draws(tmp_path):
-    runs = example().main(tmp_path, small=True)
+    runs = load("language").main(tmp_path, small=True)
     assert (tmp_path / "language.png").stat().st_size > 10_000
     first = [found["loss"][0] for found in runs.values()]
     torch.testing.assert_close(first[0], first[1], rtol=1e-5, atol=0.0)  # the same parameters and batch
@@ -30,7 +16,7 @@ def test_it_runs_and_draws(tmp_path):
 
 
 def test_the_embedding_and_the_output_layer_are_one_block():
-    language = example()
+    language = load("language")
     _, _, alphabet = language.letters()
     net = language.Language(alphabet)
     ids = torch.randint(alphabet, (4, language.LENGTH))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fisherfn as ff
-from tests.nets import outside
+from tests.nets import OldSquare, outside
 from tests.zoo import as_installed
 
 E = ff.errors
@@ -39,18 +39,6 @@ class Reentrant(Base):
 class Checkpointed(Base):
     def hidden(self, x):
         return checkpoint(super().hidden, x, use_reentrant=False)
-
-
-class OldSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 class Square(torch.autograd.Function):

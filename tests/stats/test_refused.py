@@ -9,6 +9,7 @@ from torch import nn
 
 import fisherfn as ff
 from fisherfn.stats.border import LONGEST, brief, listed, with_line
+from tests.nets import OldSquare
 from tests.zoo import as_installed
 
 E = ff.errors
@@ -80,17 +81,6 @@ class NormedFrozen(Normed):
     def __init__(self):
         super().__init__()
         self.scale.requires_grad_(False)
-
-
-class OldSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 class OldFunction(Base):
