@@ -1,10 +1,12 @@
 """The length of a step: the KL bound, the quadratic model, damping, cadence, and the optimizer that needs no number."""
 
+from fisherfn.adapt.build import adaptive
 from fisherfn.adapt.cadence import Cadence, Due
 from fisherfn.adapt.clip import clip_factor, kl_clip
 from fisherfn.adapt.damping import adapted_damping, reduction_ratio
-from fisherfn.adapt.optimizer import START, Adapted, Adaptive, AdaptiveState, adaptive
+from fisherfn.adapt.optimizer import START, Adaptive
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.adapt.state import Adapted, AdaptiveState
 
 __all__ = [
     "START",

@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
-from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
-from fisherfn.likelihoods import Categorical
+from fisherfn.adapt.state import Adapted, AdaptiveState
+from fisherfn.errors import expect
 from fisherfn.natgrad import Batch, NaturalGradient, State, pair
 from fisherfn.stats import Stats, run, window
 from fisherfn.types import Info, PyTree, Tree
@@ -65,56 +65,12 @@ GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
 
 
-class Adapted(NamedTuple):
-    """The choices of an adaptive step, and how well they did.
+class _Seen(NamedTuple):
+    """The whole batch before the step, as the next batch will look back on it."""
 
-    Attributes:
-        learning_rate: α.
-        momentum: μ.
-        damping: λ after the step.
-        reduction_ratio: ρ, the change of the loss divided by the change that the quadratic model predicted.
-        rejected: whether the step, or the one before it, was taken back.
-    """
-
-    learning_rate: Float[Tensor, ""]
-    momentum: Float[Tensor, ""]
-    damping: Float[Tensor, ""]
-    reduction_ratio: Float[Tensor, ""]
-    rejected: Bool[Tensor, ""]
-
-
-class AdaptiveState(NamedTuple):
-    """The memory of the optimizer: a pytree of tensors.
-
-    Attributes:
-        curvature: the method's state; λ is its `damping`.
-        update: δ₀, the last update that was accepted.
-        predicted: M, summed over the accepted steps since inverses were refreshed, in nats.
-        actual: the changes of the loss, likewise.
-        steps: how many steps these are.
-        shrink: factor on a given learning rate, halved by each rejection until inverses are refreshed.
-        first_curvature: tr F̂ / n at the first update.
-        loss: mean loss of the last batch; infinite before the first.
-        spread: squared standard error of that mean.
-        alive: for each parameter, whether its preconditioned gradient was other than zero at the last accepted step.
-        rejected: whether the last step was rejected; a loop may refresh inverses then.
-        average: running average of the parameters, `()` without one.
-        count: steps that were averaged.
-    """
-
-    curvature: State
-    update: Tree
-    predicted: Float[Tensor, ""]
-    actual: Float[Tensor, ""]
-    steps: Int[Tensor, ""]
-    shrink: Float[Tensor, ""]
-    first_curvature: Float[Tensor, ""]
-    loss: Float[Tensor, ""]
-    spread: Float[Tensor, ""]
-    alive: Bool[Tensor, " parameters"]
-    rejected: Bool[Tensor, ""]
-    average: PyTree
-    count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+    loss: Tensor
+    spread: Tensor
+    alive: Tensor
 
 
 class _Tried(NamedTuple):
@@ -211,10 +167,10 @@ class Adaptive:
             state = state._replace(
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
-        loss, spread = self._loss(stats, batch)
-        back = self._looks_back(state, stats, loss, spread, alive)
+        seen = _Seen(*self._loss(stats, batch), alive)
+        back = self._looks_back(state, stats, seen)
         tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
-        return self._decide(params, (before, state), curvature, tried, back, (loss, spread, alive), info, stats)
+        return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
@@ -307,16 +263,19 @@ class Adaptive:
     def _decide(
         self,
         params: Tree,
-        states: tuple[AdaptiveState, AdaptiveState],
+        before: AdaptiveState,
+        state: AdaptiveState,
         curvature: State,
         tried: _Tried,
         back: Tensor,
-        seen: tuple[Tensor, Tensor, Tensor],
+        seen: _Seen,
         info: Info,
         stats: Stats,
     ) -> tuple[Tree, AdaptiveState, Info]:
-        """Accept the step, reject it, or take back the one before."""
-        before, state = states  # as the step found it, and with the refreshes of this step
+        """Accept the step, reject it, or take back the one before.
+
+        `before` is the state as the step found it, `state` the same with the refreshes of this step.
+        """
         ratio = reduction_ratio(tried.actual, tried.predicted)
         ok = {key: mask | back for key, mask in info.ok.items()}
         sound = torch.stack(list(ok.values())).all()
@@ -343,9 +302,9 @@ class Adaptive:
             "actual": torch.where(accepted, state.actual + tried.actual, zero),
             "steps": torch.where(accepted, state.steps + 1, 0),
             "shrink": torch.where(rejected, 0.5 * state.shrink, state.shrink),
-            "loss": torch.where(back, torch.inf, seen[0]),
-            "spread": torch.where(back, zero, seen[1]),
-            "alive": accepted & seen[2],
+            "loss": torch.where(back, torch.inf, seen.loss),
+            "spread": torch.where(back, zero, seen.spread),
+            "alive": accepted & seen.alive,
             "rejected": rejected | state.rejected,
         }
         kept = {name: torch.where(sound, value, getattr(before, name)) for name, value in numbers.items()}
@@ -360,17 +319,15 @@ class Adaptive:
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
         return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
 
-    def _looks_back(
-        self, state: AdaptiveState, stats: Stats, loss: Tensor, spread: Tensor, alive: Tensor
-    ) -> Bool[Tensor, ""]:
+    def _looks_back(self, state: AdaptiveState, stats: Stats, seen: _Seen) -> Bool[Tensor, ""]:
         """Whether the last update must have been a mistake: the loss is too high, or too many parameters are dead."""
         sound = stats.checks["inputs"] & stats.checks["targets"]
         if not self.look_back:
             return torch.zeros_like(sound)
-        limit = state.loss + SIGMAS * (state.spread + spread).sqrt() + TOLERANCE * state.loss.abs()
-        fine = (loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
+        limit = state.loss + SIGMAS * (state.spread + seen.spread).sqrt() + TOLERANCE * state.loss.abs()
+        fine = (seen.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
         sizes = [shape.numel() for _, shape in self.ng.layout.shapes]
-        dead = (loss.new_tensor(sizes) * (state.alive & ~alive)).sum() > DEAD * sum(sizes)
+        dead = (seen.loss.new_tensor(sizes) * (state.alive & ~seen.alive)).sum() > DEAD * sum(sizes)
         return sound & (~fine | dead)
 
     # ----------------------------------------------------------------------------------------------------- the losses
@@ -400,102 +357,3 @@ class Adaptive:
             return (x, y), context
         part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
         return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))
-
-
-def adaptive(
-    ng: NaturalGradient,
-    *,
-    lr: float | str = "auto",
-    momentum: float | str = "auto",
-    damping: float | str = "auto",
-    rule: Rule | str = "auto",
-    kl_bound: float | None = None,
-    ema: float = 0.95,
-    weight_decay: float = 0.0,
-    model_examples: int | None = None,
-    average: float | None = None,
-    look_back: bool = True,
-) -> Adaptive:
-    r"""Return an optimizer that finds step size, momentum and damping itself.
-
-    $$\theta \leftarrow \theta - \alpha \hat F^{-1}\nabla h + \mu\, \delta_0$$
-
-    Args:
-        ng: model, likelihood and method; every method of `ff.METHODS` will do.
-        lr: α; "auto" is the model's minimiser, or 1 under the rule "clip".
-        momentum: μ in [0, 1); "auto" is the model's minimiser, or 0.9 under the rule "clip".
-        damping: λ; "auto" follows the reduction ratio. A number is where λ starts, and only rejected steps raise it.
-        rule: "model", "clip" or "line_search"; "auto" is "clip" for class labels, "line_search" for the exact natural
-            gradient and "model" for the rest.
-        kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
-        ema: weight of the old factors, in [0, 1).
-        weight_decay: w, decoupled: α w θ is subtracted beside the step.
-        model_examples: examples of each batch that the quadratic model is of; None for an eighth, at least 32. A
-            model that mixes examples (batch norm in training mode) is always run on all.
-        average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
-            0.99.
-        look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
-            other reasons than the step (a second player, another data set), or where batches use different parts of
-            the net in turn.
-
-    Raises:
-        HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".
-        UnknownNameError: no rule of this name.
-
-    Source: Martens & Grosse 2015, sections 6 and 7.
-    """
-    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
-    given = {"lr": lr, "momentum": momentum, "damping": damping}
-    numbers = {name: _number(name, value) for name, value in given.items()}
-    rules = {
-        "lr": (lambda v: v > 0, 'must be positive or "auto"'),
-        "momentum": (lambda v: 0 <= v < 1, 'must lie in [0, 1), or be "auto"'),
-        "damping": (lambda v: v >= 0, 'must be >= 0 or "auto"'),
-    }
-    for name, value in numbers.items():
-        if value is not None:
-            expect_number(name, value, *rules[name])
-    if rule != "auto" and rule not in RULES:
-        raise unknown("rule", rule, ("auto", *RULES))
-    chosen = _rule(ng, rule, numbers, kl_bound)
-    if kl_bound is not None:
-        expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None")
-        if chosen != "clip":
-            raise HyperparameterError(
-                f'a KL bound and the rule "{chosen}" both choose the length of the step: drop kl_bound, or set '
-                'rule="clip" (then lr and momentum are numbers, 1 and 0.9 by default).'
-            )
-    if model_examples is not None:
-        expect_number("model_examples", model_examples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
-    for name, fraction in (("ema", ema), ("average", average)):
-        if fraction is not None:
-            expect_number(name, fraction, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    expect_number("weight_decay", weight_decay, lambda v: v >= 0, "must be >= 0")
-    bound = KL_BOUND if chosen == "clip" and kl_bound is None else kl_bound
-    return Adaptive(
-        ng, numbers["lr"], numbers["momentum"], numbers["damping"], chosen, bound, ema, weight_decay, model_examples,
-        average, look_back,
-    )  # fmt: skip
-
-
-def _number(name: str, value: float | str | None) -> Any:
-    """A number, or None for "auto"."""
-    if isinstance(value, str):
-        if value != "auto":
-            raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
-        return None
-    if value is None:
-        raise HyperparameterError(f'{name} is a number or "auto", got None.')
-    return value
-
-
-def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: float | None) -> Any:
-    if rule != "auto":
-        if rule == "line_search" and (numbers["lr"] is not None or numbers["momentum"] not in (None, 0)):
-            raise StructureError('the rule "line_search" finds the learning rate and has no momentum: leave both out.')
-        return rule
-    if kl_bound is not None:
-        return "clip"
-    if numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG":
-        return "line_search"
-    return "clip" if isinstance(ng.likelihood, Categorical) else "model"

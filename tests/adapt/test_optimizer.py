@@ -164,6 +164,16 @@ def test_the_next_batch_takes_back_a_step_that_its_own_examples_did_not_betray()
     assert (flat(there) - flat(params)).norm() > 1
 
 
+@pytest.mark.parametrize(("examples", "part"), [(400, 50), (120, 32), (20, 20)])
+def test_the_model_is_that_of_an_eighth_of_the_batch_but_of_thirty_two_examples(examples, part):
+    problem = mlp(ff.Gaussian(), examples=examples)
+    opt = ff.adaptive(built(problem), damping=0.1)
+    found = steps(problem, opt, 2)[2][-1].adapted
+    expected = steps(problem, replace(opt, model_examples=part), 2)[2][-1].adapted
+    other = steps(problem, replace(opt, model_examples=part - 1), 2)[2][-1].adapted
+    assert float(found.learning_rate) == float(expected.learning_rate) != float(other.learning_rate)
+
+
 def rectifier(seed=0):
     """A ReLU net 3-4-2 with biases."""
     g = torch.Generator().manual_seed(seed)

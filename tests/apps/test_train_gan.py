@@ -156,6 +156,11 @@ def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own
     assert float(state["critic"].curvature.damping) == pytest.approx(0.1)
 
 
+def test_a_critic_with_a_penalty_cannot_find_its_damping(own):
+    with pytest.raises(ConfigError, match="without a penalty.*--gen_damping auto"):
+        make_table(configured("--damping", "auto"), load("own:digits"))
+
+
 def test_each_players_steps_are_counted_for_its_own_cadence(own):
     table = make_table(configured(), load("own:digits"))
     seen = {"generator": [], "critic": []}

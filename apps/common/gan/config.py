@@ -59,7 +59,10 @@ class GanConfig:
         check=NON_NEGATIVE,
     )
 
-    damping: float = option(1e-4, "natural gradients: damping of the Fisher", check=NON_NEGATIVE)
+    damping: float | Literal["auto"] = option(
+        1e-4, "natural gradients: damping of the Fisher; auto, for the generator alone: from the reduction ratio",
+        check=NON_NEGATIVE,
+    )  # fmt: skip
     clipping: float = option(0.01, "natural gradients: KL bound, 0 for no clip", check=NON_NEGATIVE)
     gen_damping: float | Literal["auto"] | None = option(
         None, "damping of the generator, if different; auto: from the reduction ratio, bad steps are taken back",

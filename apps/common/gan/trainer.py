@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from common import optimizers, tensorboard
-from common.config import as_yaml, filled
+from common.config import ConfigError, as_yaml, filled
 from common.data import Data, load
 from common.gan import loop, pictures
 from common.gan.config import GanConfig
@@ -48,7 +48,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     seen = seen_by_generator(game.generator.context, game.critic.params, game.critic.context)
     both = images[:1].expand(2 * config.batch_size, -1, -1, -1)
     own = {"damping": config.gen_damping, "clipping": config.gen_clipping}
-    given: dict[str, Any] = {name: value for name, value in own.items() if value not in (None, "auto")}
+    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     gen_config = dataclasses.replace(config, **given)
     chosen = {
         "generator": make_optimizer(gen_config, config.gen_optim, config.gen_lr, game.generator, z, seen),
@@ -81,7 +81,12 @@ def make_optimizer(
     )
     every = EVERY.get(name, EVERY["default"])
     cadence = ff.Cadence.fixed(config.update_every or every, config.invert_every or every)
-    if player.penalty is None and config.gen_damping == "auto":
+    if config.damping == "auto":
+        if player.penalty is not None:
+            raise ConfigError(
+                "damping auto needs a loss without a penalty, which the critic's is not: give --damping a number, and "
+                "--gen_damping auto for the generator"
+            )
         # no looking back: the other player moves this one's loss
         bound = {"rule": "clip", "kl_bound": config.clipping} if config.clipping else {"rule": "model"}
         opt = ff.adaptive(

@@ -1,0 +1,109 @@
+"""From settings to an adaptive optimizer: checks, and the meaning of "auto"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisherfn.adapt.optimizer import KL_BOUND, RULES, Adaptive, Rule
+from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.likelihoods import Categorical
+from fisherfn.natgrad import NaturalGradient
+
+
+def adaptive(
+    ng: NaturalGradient,
+    *,
+    lr: float | str = "auto",
+    momentum: float | str = "auto",
+    damping: float | str = "auto",
+    rule: Rule | str = "auto",
+    kl_bound: float | None = None,
+    ema: float = 0.95,
+    weight_decay: float = 0.0,
+    model_examples: int | None = None,
+    average: float | None = None,
+    look_back: bool = True,
+) -> Adaptive:
+    r"""Return an optimizer that finds step size, momentum and damping itself.
+
+    $$\theta \leftarrow \theta - \alpha \hat F^{-1}\nabla h + \mu\, \delta_0$$
+
+    Args:
+        ng: model, likelihood and method; every method of `ff.METHODS` will do.
+        lr: α; "auto" is the model's minimiser, or 1 under the rule "clip".
+        momentum: μ in [0, 1); "auto" is the model's minimiser, or 0.9 under the rule "clip".
+        damping: λ; "auto" follows the reduction ratio. A number is where λ starts, and only rejected steps raise it.
+        rule: "model", "clip" or "line_search"; "auto" is "clip" for class labels, "line_search" for the exact natural
+            gradient and "model" for the rest.
+        kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
+        ema: weight of the old factors, in [0, 1).
+        weight_decay: w, decoupled: α w θ is subtracted beside the step.
+        model_examples: examples of each batch that the quadratic model is of; None for an eighth, at least 32. A
+            model that mixes examples (batch norm in training mode) is always run on all.
+        average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
+            0.99.
+        look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
+            other reasons than the step (a second player, another data set), or where batches use different parts of
+            the net in turn.
+
+    Raises:
+        HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".
+        UnknownNameError: no rule of this name.
+
+    Source: Martens & Grosse 2015, sections 6 and 7.
+    """
+    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
+    given = {"lr": lr, "momentum": momentum, "damping": damping}
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    rules = {
+        "lr": (lambda v: v > 0, 'must be positive or "auto"'),
+        "momentum": (lambda v: 0 <= v < 1, 'must lie in [0, 1), or be "auto"'),
+        "damping": (lambda v: v >= 0, 'must be >= 0 or "auto"'),
+    }
+    for name, value in numbers.items():
+        if value is not None:
+            expect_number(name, value, *rules[name])
+    if rule != "auto" and rule not in RULES:
+        raise unknown("rule", rule, ("auto", *RULES))
+    chosen = _rule(ng, rule, numbers, kl_bound)
+    if kl_bound is not None:
+        expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None")
+        if chosen != "clip":
+            raise HyperparameterError(
+                f'a KL bound and the rule "{chosen}" both choose the length of the step: drop kl_bound, or set '
+                'rule="clip" (then lr and momentum are numbers, 1 and 0.9 by default).'
+            )
+    if model_examples is not None:
+        expect_number("model_examples", model_examples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+    for name, fraction in (("ema", ema), ("average", average)):
+        if fraction is not None:
+            expect_number(name, fraction, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    expect_number("weight_decay", weight_decay, lambda v: v >= 0, "must be >= 0")
+    bound = KL_BOUND if chosen == "clip" and kl_bound is None else kl_bound
+    return Adaptive(
+        ng, numbers["lr"], numbers["momentum"], numbers["damping"], chosen, bound, ema, weight_decay, model_examples,
+        average, look_back,
+    )  # fmt: skip
+
+
+def _number(name: str, value: float | str | None) -> Any:
+    """A number, or None for "auto"."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        return None
+    if value is None:
+        raise HyperparameterError(f'{name} is a number or "auto", got None.')
+    return value
+
+
+def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: float | None) -> Any:
+    if rule != "auto":
+        if rule == "line_search" and (numbers["lr"] is not None or numbers["momentum"] not in (None, 0)):
+            raise StructureError('the rule "line_search" finds the learning rate and has no momentum: leave both out.')
+        return rule
+    if kl_bound is not None:
+        return "clip"
+    if numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG":
+        return "line_search"
+    return "clip" if isinstance(ng.likelihood, Categorical) else "model"

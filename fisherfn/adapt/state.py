@@ -1,0 +1,63 @@
+"""The values of an adaptive step: what the optimizer remembers, and what it says of a step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fisherfn.natgrad import State
+from fisherfn.types import PyTree, Tree
+
+
+class Adapted(NamedTuple):
+    """The choices of an adaptive step, and how well they did.
+
+    Attributes:
+        learning_rate: α.
+        momentum: μ.
+        damping: λ after the step.
+        reduction_ratio: ρ, the change of the loss divided by the change that the quadratic model predicted.
+        rejected: whether the step, or the one before it, was taken back.
+    """
+
+    learning_rate: Float[Tensor, ""]
+    momentum: Float[Tensor, ""]
+    damping: Float[Tensor, ""]
+    reduction_ratio: Float[Tensor, ""]
+    rejected: Bool[Tensor, ""]
+
+
+class AdaptiveState(NamedTuple):
+    """The memory of the optimizer: a pytree of tensors.
+
+    Attributes:
+        curvature: the method's state; λ is its `damping`.
+        update: δ₀, the last update that was accepted.
+        predicted: M, summed over the accepted steps since inverses were refreshed, in nats.
+        actual: the changes of the loss, likewise.
+        steps: how many steps these are.
+        shrink: factor on a given learning rate, halved by each rejection until inverses are refreshed.
+        first_curvature: tr F̂ / n at the first update.
+        loss: mean loss of the last batch; infinite before the first.
+        spread: squared standard error of that mean.
+        alive: for each parameter, whether its preconditioned gradient was other than zero at the last accepted step.
+        rejected: whether the last step was rejected; a loop may refresh inverses then.
+        average: running average of the parameters, `()` without one.
+        count: steps that were averaged.
+    """
+
+    curvature: State
+    update: Tree
+    predicted: Float[Tensor, ""]
+    actual: Float[Tensor, ""]
+    steps: Int[Tensor, ""]
+    shrink: Float[Tensor, ""]
+    first_curvature: Float[Tensor, ""]
+    loss: Float[Tensor, ""]
+    spread: Float[Tensor, ""]
+    alive: Bool[Tensor, " parameters"]
+    rejected: Bool[Tensor, ""]
+    average: PyTree
+    count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
