@@ -18,7 +18,7 @@ LIBRARY = Path(__file__).parents[1] / "fisherfn"
 TESTS = (
     "tests/layers/test_copied.py",
     "tests/layers/test_einsum.py",
-    "tests/methods/test_all.py::test_saved_and_resumed_is_the_straight_run[mlp",
+    "tests/methods/test_all.py::test_saved_and_resumed_is_the_straight_run[language-exactNG",
     "tests/test_coverage.py::test_a_notebook_shows_the_report_as_a_table",
     "tests/test_uncovered.py",
     "tests/stats/test_refused.py",
@@ -124,6 +124,7 @@ class Calls:
     def __init__(self) -> None:
         self.codes: set[object] = set()
         self.places: set[Place] = set()
+        self.missing: list[Place] = []
         sys.setprofile(self)
         importlib.import_module("fisherfn")  # some are called on import
         sys.setprofile(None)
@@ -148,11 +149,15 @@ class Calls:
         if output is not None:  # one of several processes: the first one collects
             output["called"] = sorted(self.places)
             return
-        missing = [place for place in annotated() if place not in self.places]
-        if missing:
+        self.missing = [place for place in annotated() if place not in self.places]
+        if self.missing:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            for path, name, line in missing:
-                print(f"\ncalled by no test marked typed: {os.path.relpath(path)}:{line} {name}", end="")
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.missing:
+            terminalreporter.section("functions that no test marked typed calls: add one to tests/typed.py", red=True)
+        for path, name, line in self.missing:
+            terminalreporter.write_line(f"{os.path.relpath(path)}:{line} {name}")
 
     def pytest_testnodedown(self, node):
         self.places |= {tuple(place) for place in node.workeroutput.get("called", ())}

@@ -200,6 +200,7 @@ def test_a_step_that_kills_all_units_is_taken_back_although_the_loss_is_fine():
     back, new, info = opt.step(dead, fooled, (problem.x, problem.y), update=False, invert=False)
     assert info.adapted.rejected and float(new.curvature.damping) == pytest.approx(0.2)
     torch.testing.assert_close(flat(back), flat(params))
+    assert not new.alive.any(), "where no step was taken, the next batch has none to blame"
     _, new, info = opt.step(back, new, (problem.x, problem.y), update=False, invert=False)
     assert not info.adapted.rejected and new.alive.all(), "the step after that is judged by itself"
 
@@ -239,6 +240,22 @@ def test_a_loss_that_became_nan_is_taken_back_but_a_broken_batch_is_not_the_step
     assert float(kept.curvature.damping) == float(state.curvature.damping)
     with pytest.raises(ff.errors.NonFiniteError, match="inputs"):
         ff.check(info)
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_step_that_is_not_ok_leaves_every_part_of_the_state_as_it_was(average):
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), average=average)
+    params, state, _ = steps(problem, opt, 3)
+    params, state, _ = steps(problem, opt, 1, params=params, state=state, update=False, invert=False)
+    broken = problem.x.clone()
+    broken[0, 0] = torch.nan
+    rng = torch.Generator().manual_seed(1)
+    same, kept, info = opt.step(params, state, (broken, problem.y), generator=rng)
+    assert not any(info.ok.values())
+    leaves = torch.utils._pytree.tree_leaves
+    for a, b in zip(leaves((same, kept)), leaves((params, state)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_both_losses_of_the_ratio_are_of_the_same_dropout():

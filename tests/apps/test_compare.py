@@ -56,6 +56,38 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
     compare.main(asked)
 
 
+def test_a_race_does_not_count_its_evaluations_and_ends_at_the_target(monkeypatch):
+    clock, losses = [0.0], iter([0.9, 0.5, 0.3])
+
+    def evaluated(task, snapshot, data):
+        clock[0] += 10.0
+        return next(losses), None
+
+    monkeypatch.setattr(compare, "evaluate", evaluated)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+    data = load("DIGITS")
+    task, _ = make_task(TrainConfig(data="DIGITS", model="ToyNet"), data)
+    begin = start(task, sgd(task.model, task.likelihood, lr=0.1))
+    race = compare.Race(task, [], target=0.4, steps=8)
+
+    def step(number):
+        clock[0] += 1.0
+        race.watch(number, lambda: begin._replace(step=number, seconds=clock[0]))
+
+    for number in range(1, 6):
+        step(number)
+    with pytest.raises(compare.Reached):
+        step(6)
+    assert [point[:3] for point in race.points] == [(2, 2.0, 0.9), (4, 4.0, 0.5), (6, 6.0, 0.3)]
+
+
+def test_the_best_trial_is_the_lowest_that_ended():
+    trials = [Run("MNIST", "adam", lr, "cosine", 0, points=[(1, 1.0, loss, loss)]) for lr, loss in ((1, 0.3), (2, 0.2))]
+    diverged = Run("MNIST", "adam", 3, "cosine", 0, points=[(1, 1.0, 0.1, 0.1)], stopped="diverged")
+    assert study.best([*trials, diverged]).lr == 2
+    assert compare.winner("MNIST", "adam", [*trials, diverged]).key == ("MNIST", "adam", 2, "cosine", 0, "")
+
+
 def test_a_record_that_was_cut_off_is_none(tmp_path):
     path = tmp_path / "NET.jsonl"
     whole = Run("MNIST", "adam", 0.1, "cosine", 0, points=[(1, 0.5, math.nan, 2.0)])

@@ -145,7 +145,14 @@ def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
 
 
 @pytest.mark.parametrize("bound", ["0.2", "0"])
-def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own, bound):
+def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own, bound, monkeypatch):
+    made, plain = [], trainer.optimizers.adaptive
+
+    def noted(opt, cadence):
+        made.append(opt)
+        return plain(opt, cadence)
+
+    monkeypatch.setattr(trainer.optimizers, "adaptive", noted)
     more = ("--damping", "0.1", "--gen_clipping", bound, "--gen_damping", "auto")
     table = make_table(configured(*more), load("own:digits"))
     assert isinstance(loop.start(table).state["generator"], ff.AdaptiveState)
@@ -154,6 +161,9 @@ def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own
     state = last.snapshot.state
     assert float(state["generator"].curvature.damping) not in (0.1, 1.0)
     assert float(state["critic"].curvature.damping) == pytest.approx(0.1)
+    (opt,) = made
+    assert not opt.look_back, "the other player moves this one's loss"
+    assert (opt.rule, opt.kl_bound) == (("clip", 0.2) if bound == "0.2" else ("model", None))
 
 
 def test_a_critic_with_a_penalty_cannot_find_its_damping(own):
