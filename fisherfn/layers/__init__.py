@@ -8,23 +8,24 @@ from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
+from fisherfn.layers.draws import Draw, draws_of
 from fisherfn.layers.dropout import (
     SeededDropout,
     Sizes,
-    axes_of_examples,
     draws_globally,
     dropout_seeds,
     drops,
     need_seeds,
 )
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
-from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
+from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads, works_in_place
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
+from fisherfn.layers.routed import Orders, as_experts
 from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
@@ -51,20 +52,23 @@ __all__ = [
     "TIED",
     "TIED_KINDS",
     "Call",
+    "Draw",
     "Elementary",
     "FallbackFacts",
     "Family",
+    "Orders",
     "SeededDropout",
     "Sizes",
     "apart",
+    "as_experts",
     "as_grouped_product",
-    "axes_of_examples",
     "balance",
     "broadcasts",
     "changes_input",
     "changes_weight",
     "couples_examples",
     "draws_globally",
+    "draws_of",
     "dropout_seeds",
     "drops",
     "families",
@@ -78,4 +82,5 @@ __all__ = [
     "swapped_rows",
     "untransposed",
     "without_affine",
+    "works_in_place",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy
 import torch
 from torch import Size, Tensor
 from torch.func import vmap
@@ -155,7 +158,7 @@ def _validate(params: Tree, x: PyTree) -> int:
 def _trace(
     model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, scout: Scout | None = None
 ) -> tuple[Tensor, Intercept]:
-    before = _global_generators(params)
+    before, others = _global_generators(params), _others()
     x = tree.map(torch.clone, x)  # a model that changes its inputs is refused, and they stay as they were
     with torch.no_grad(), Intercept(params, shared=scout) as mode:
         outputs, _ = call(model, params, x, context)
@@ -165,6 +168,14 @@ def _trace(
         raise NoiseError(
             "the model draws from the global generator: a gradient would not be a function of its arguments. Draw its "
             "noise outside, and pass it as an input like x or in the context."
+        )
+    if _others() != others:
+        random.setstate(others[0])
+        numpy.random.set_state(("MT19937", numpy.frombuffer(others[1], numpy.uint32), *others[2:]))
+        raise NoiseError(
+            "the model draws from numpy's or Python's global generator (as the spectrogram masks of transformers' "
+            "speech nets do): a gradient would not be a function of its arguments. Switch that off "
+            "(apply_spec_augment = False), or pass the noise as an input like x or in the context."
         )
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -185,6 +196,13 @@ def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
     states = {torch.device("cpu"): torch.get_rng_state()}
     device = next(iter(params.values())).device
     return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _others() -> Any:
+    """States of Python's and numpy's global generators."""
+    state: Any = numpy.random.get_state()
+    _, numbers, *rest = state
+    return random.getstate(), numbers.tobytes(), *rest
 
 
 def _restore(generators: dict[torch.device, Tensor]) -> None:
