@@ -36,7 +36,7 @@ TESTS = (
     "tests/layers/test_in_place.py::test_they_are_exact_layers[relu, by place",
     "tests/layers/test_shared_masks.py::test_calls_that_copies_of_one_example_do_not_make",
     "tests/layers/test_shared_masks.py::test_seeds_that_do_not_agree",
-    "tests/layers/test_shared_masks.py::test_a_model_that_draws_by_another",
+    "tests/layers/test_shared_masks.py::test_a_model_that_draws_by_numpys",
     "tests/layers/test_tied.py",
     "tests/layers/test_traps.py",
     "tests/layers/test_unit_weights.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -158,7 +157,7 @@ def _validate(params: Tree, x: PyTree) -> int:
 def _trace(
     model: Model, params: Tree, x: PyTree, context: PyTree, examples: int, scout: Scout | None = None
 ) -> tuple[Tensor, Intercept]:
-    before, others = _global_generators(params), _others()
+    before, numbers = _global_generators(params), _numpy_state()
     x = tree.map(torch.clone, x)  # a model that changes its inputs is refused, and they stay as they were
     with torch.no_grad(), Intercept(params, shared=scout) as mode:
         outputs, _ = call(model, params, x, context)
@@ -169,13 +168,12 @@ def _trace(
             "the model draws from the global generator: a gradient would not be a function of its arguments. Draw its "
             "noise outside, and pass it as an input like x or in the context."
         )
-    if _others() != others:
-        random.setstate(others[0])
-        numpy.random.set_state(("MT19937", numpy.frombuffer(others[1], numpy.uint32), *others[2:]))
+    if _numpy_state() != numbers:
+        _restore_numpy(numbers)
         raise NoiseError(
-            "the model draws from numpy's or Python's global generator (as the spectrogram masks of transformers' "
-            "speech nets do): a gradient would not be a function of its arguments. Switch that off "
-            "(apply_spec_augment = False), or pass the noise as an input like x or in the context."
+            "the model draws from numpy's global generator (as the spectrogram masks of transformers' speech nets do): "
+            "a gradient would not be a function of its arguments. Switch that off (apply_spec_augment = False), or "
+            "pass the noise as an input like x or in the context."
         )
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -198,11 +196,16 @@ def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
     return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _others() -> Any:
-    """States of Python's and numpy's global generators."""
+def _numpy_state() -> Any:
+    """State of numpy's global generator. Python's own is left out: checks of types draw from it."""
     state: Any = numpy.random.get_state()
-    _, numbers, *rest = state
-    return random.getstate(), numbers.tobytes(), *rest
+    name, numbers, *rest = state
+    return name, numbers.tobytes(), *rest
+
+
+def _restore_numpy(state: Any) -> None:
+    name, numbers, *rest = state
+    numpy.random.set_state((name, numpy.frombuffer(numbers, numpy.uint32), *rest))
 
 
 def _restore(generators: dict[torch.device, Tensor]) -> None:

@@ -38,7 +38,7 @@ def divided(x):
 
 
 def view_only(x):
-    """The view changes, and only the view is used."""
+    """Change a view, and use only that."""
     return x.unsqueeze(0).div_(3).squeeze(0)
 
 
@@ -57,7 +57,7 @@ LAYERS = {
 
 
 def stale(net):
-    """What a view changes is read by way of the table."""
+    """Change a view, and read the table."""
     h = table(net)
     h.unsqueeze(0).mul_(2)
     return h

@@ -114,7 +114,7 @@ def test_torchs_own_product_is_known(monkeypatch):
 
 
 def chosen(weight, x):
-    """As many tokens for each expert; a token with a large number takes the place of another."""
+    """Give each expert as many tokens; a large number makes a token take the place of another."""
     tokens = x.flatten(0, 1)
     ends = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (len(tokens) // EXPERTS)
     rows = torch.where(tokens[:, 0] > 50, 1, torch.arange(len(tokens)))
