@@ -94,7 +94,7 @@ def test_what_a_run_finds_is_written_down_and_shown(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("Before.\n") and "old" not in text and "lanczos" in text
     assert (tmp_path / "images" / "performance.png").exists()
-    assert "mean step, in SGD steps" in capsys.readouterr().out
+    assert "average time per step, relative to SGD" in capsys.readouterr().out
 
 
 def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
@@ -136,7 +136,7 @@ def numbers():
 def test_tables_are_in_sgd_steps_and_hide_no_failure():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.mean_steps(numbers()).splitlines()]
     # 2 + 3/10 + 10/100 SGD steps, and with the trainers' cycle 2 + 3/5 + 10/10
-    assert rows[0] == ["mean step, in SGD steps", "MNIST autoencoder"]
+    assert rows[0] == ["average time per step, relative to SGD", "MNIST autoencoder"]
     assert rows[2:] == [
         ["SGD", "1.00"], ["fisherfn", "**2.40**"], ["Other", "–"], ["fisherfn (5, 10)", "**3.60**"],
     ]  # fmt: skip
