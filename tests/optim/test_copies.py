@@ -108,7 +108,7 @@ def test_a_copied_optimizer_has_its_schedule():
 
 
 @pytest.mark.parametrize("what", ["method", "likelihood"])
-def test_what_cannot_be_pickled_says_so_and_can_be_copied(what):
+def test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied(what):
     case = problem()
     options = {"method": ff.kfac(), "likelihood": ff.Categorical(), "fisher": "type2"}
     if what == "likelihood":
