@@ -208,6 +208,11 @@ def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
     return out
 
 
+def moment(a: Rows, diagonal: bool) -> Float[Tensor, "k i *i"]:
+    """Return `Σ_nt a aᵀ`, or its diagonal."""
+    return diagonal_moment(a) if diagonal else second_moment(a)
+
+
 def total(a: Rows) -> Float[Tensor, "k n i"]:
     """Return `Σ_t a` of every example."""
     if isinstance(a, Tensor):
@@ -234,6 +239,11 @@ def squared(a: Rows) -> Rows:
 def alike(a: OneHot) -> Bool[Tensor, "k n t u"]:
     """Return a mask of equal rows within an example; an empty row equals no other."""
     return (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)) & (a.index < a.width).unsqueeze(-1)
+
+
+def total_moment(a: Rows, diagonal: bool) -> Float[Tensor, "k i *i"]:
+    """Return `Σ_n (Σ_t a)(Σ_t a)ᵀ`, or its diagonal; for one-hot rows only the diagonal."""
+    return total_diagonal(a) if isinstance(a, OneHot) else moment(total(a).unsqueeze(2), diagonal)
 
 
 def total_diagonal(a: OneHot) -> Float[Tensor, "k i"]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fisherfn import rows, taps
 from fisherfn.rows import OneHot, Phase, Phases
-from fisherfn.taps import LazyTap, Tap
+from fisherfn.taps import LazyTap, Sizes, Tap
 from tests import zoo
 from tests.oracles import close
 
@@ -78,17 +78,27 @@ def test_a_product_with_itself_in_panels_is_the_product(i):
     close(together[1], 4 * rows.second_moment(a))
 
 
+class Lazy(LazyTap):
+    """A lazy tap of an existing one."""
+
+    stored = 6
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.tap.sizes
+
+    def part(self, examples: slice) -> Tap:
+        return self.tap.window(examples)
+
+
 @given(st.integers(1, 7), st.integers(1, 20))
 def test_windows_are_the_whole(n, window):
-    """Every example in exactly one window, in order; a window of a lazy tap is lazy and the same."""
+    """Every example in exactly one window, in order."""
     tap = Tap(normal(1, n, 2, 3), normal(1, 2, n, 2, 4))
-    asked = []
-
-    def make(examples):
-        asked.append(examples)
-        return tap.window(examples)
-
-    lazy = LazyTap(tap.sizes, stored=6, make=make, columns=lambda examples: make(examples).g)
+    lazy = Lazy(tap)
     before = taps.WINDOW
     taps.WINDOW = window
     try:
@@ -98,9 +108,7 @@ def test_windows_are_the_whole(n, window):
     assert all(part.sizes.n * 6 <= max(window, 6) for part in parts)
     close(torch.cat([part.a for part in parts], 1), tap.a)
     close(torch.cat([part.g for part in parts], 2), tap.g)
-    close(lazy.window(slice(1, 3)).whole().a, tap.a[:, 1:3])
     close(lazy.whole().g, tap.g)
-    assert lazy.to(torch.float32).whole().g.dtype == torch.float32
 
 
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 271])
