@@ -19,7 +19,8 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.gradients import Gradient, as_matrix
 from fisherfn.operators import Kind, check_size, log_determinant
-from fisherfn.taps import AnyTap, Tap, added, example_matrices, matrix_windows
+from fisherfn.per_example import example_matrices, matrix_windows
+from fisherfn.taps import AnyTap, Tap, added
 from fisherfn.types import Matrix, Product, PyTree, Shape
 
 Diagnostics = dict[str, Tensor]

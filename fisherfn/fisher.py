@@ -22,7 +22,8 @@ from fisherfn import operators
 from fisherfn.errors import expect_number, unknown
 from fisherfn.lowrank import System, combine, eigenvalues, factorise, gram, inner_products, smaller_matrix, solve
 from fisherfn.operators import ravel
-from fisherfn.taps import AnyTap, example_matrices, flat_example_matrices, squares
+from fisherfn.per_example import example_matrices, flat_example_matrices, squares
+from fisherfn.taps import AnyTap
 from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]

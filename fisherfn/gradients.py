@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
+from fisherfn import products, rows
 from fisherfn.linalg.damped import Inverse, rotated_back
 from fisherfn.linalg.kron import Factor, Pair, right
 from fisherfn.taps import Sizes, Tap
@@ -49,7 +49,7 @@ def _sandwiched(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
     g, a = _flat_rows(tap, A.dtype)
     g_hat, a_hat = right(g, G), right(a, A)
     n = max(tap.sizes.n, 1)  # without examples the sum is empty
-    W = rows.product(g_hat.mT, a_hat, 1 / n)
+    W = products.product(g_hat.mT, a_hat, 1 / n)
     if not inner:
         return Product(W, ())
     m, o, i = a.shape[1], g.shape[2], a.shape[2]
@@ -61,7 +61,7 @@ def _sandwiched(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
 def _rotated(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
     """Return `Lᵀ ∇ R` for the gradient of a loss tap."""
     g, a = _flat_rows(tap, R.dtype)
-    return rows.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
+    return products.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
 
 
 def _flat_rows(tap: Tap, dtype: torch.dtype) -> tuple[Float[Tensor, "k rows o"], Float[Tensor, "k rows i"]]:

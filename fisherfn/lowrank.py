@@ -6,9 +6,9 @@ By the Woodbury identity,
 
 $$(U U^\top + \lambda I)^{-1} v = \frac1\lambda \bigl(v - U (U^\top U + \lambda I)^{-1} U^\top v\bigr),$$
 
-a system with one unknown per example and sample. Its Gram matrix is a sum over blocks, with the same examples and samples
-in each; no W is formed for layers with few positions. If there are fewer parameters, the system is F + λI itself.
-Systems are factorised in float64.
+a system with one unknown per example and sample. Its Gram matrix is a sum over blocks, with the same examples and
+samples in each; no W is formed for layers with few positions. If there are fewer parameters, the system is F + λI
+itself. Systems are factorised in float64.
 
 k group, s sample, n example, t position, i input, o output; columns m of U run over samples, then examples.
 """
@@ -28,7 +28,8 @@ from fisherfn import rows
 from fisherfn.gradients import Gradient, as_matrix
 from fisherfn.linalg.solve import add_diagonal
 from fisherfn.operators import check_size
-from fisherfn.taps import WINDOW, AnyTap, Sizes, Tap, example_matrices, flat_example_matrices
+from fisherfn.per_example import example_matrices, flat_example_matrices
+from fisherfn.taps import WINDOW, AnyTap, Sizes, Tap
 
 EIGENVALUES = 16384
 """The largest matrix whose eigenvalues are computed: 2 GiB in float64."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisherfn import rows, taps
+from fisherfn import products, rows, taps
 from fisherfn.rows import OneHot, Phase, Phases
 from fisherfn.taps import LazyTap, Sizes, Tap
 from tests import zoo
@@ -69,7 +69,7 @@ def test_structured_rows_are_dense_rows(kind, k, n, t, i, seed):
         close(rows.dense(rows.split_examples(a, 2)), dense.reshape(k, n // 2, 2 * t, i))
 
 
-@pytest.mark.parametrize("i", [3, rows.WIDE - 1, rows.WIDE, rows.WIDE + 3])
+@pytest.mark.parametrize("i", [3, products.WIDE - 1, products.WIDE, products.WIDE + 3])
 def test_a_product_with_itself_in_panels_is_the_product(i):
     a = normal(1, 5, i, i)  # five times as many rows as columns: above the width, in panels
     flat = a.flatten(1, 2)
@@ -115,4 +115,4 @@ def test_windows_are_the_whole(n, window):
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_a_product_is_one_whatever_its_width(width, factor):
     x, y = normal(2, 3, 5), normal(2, 5, width, seed=1)
-    close(rows.product(x, y, factor), factor * torch.einsum("kmj,kji->kmi", x, y))
+    close(products.product(x, y, factor), factor * torch.einsum("kmj,kji->kmi", x, y))

@@ -32,7 +32,9 @@ class Floor(NamedTuple):
 
 
 FLOORS = {
-    **dict.fromkeys(["types", "tree", "errors", "operators", "rows", "taps"], Floor("ground", 0)),
+    **dict.fromkeys(
+        ["types", "tree", "errors", "operators", "products", "rows", "taps", "per_example"], Floor("ground", 0)
+    ),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
     **dict.fromkeys(["gradients"], Floor("method", 1.2)),
     **dict.fromkeys(["lowrank", "rearrangement"], Floor("method", 1.4)),

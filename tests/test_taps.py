@@ -5,7 +5,8 @@ import torch
 
 from fisherfn import rows
 from fisherfn.errors import EmptyBatchError
-from fisherfn.taps import ChunkedTap, Tap, squares
+from fisherfn.per_example import squares
+from fisherfn.taps import ChunkedTap, Tap
 from tests.oracles import close
 
 

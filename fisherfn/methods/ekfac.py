@@ -32,7 +32,8 @@ from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
 from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod
-from fisherfn.taps import AnyTap, Tap, squares
+from fisherfn.per_example import squares
+from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Shape
 
 

@@ -1,7 +1,7 @@
 r"""The exact natural gradient: $(F + \lambda I)^{-1} \nabla$ with the sampled Fisher, full or block-diagonal.
 
-With $U = \frac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots]$ the Fisher is $F = U U^\top$. The system is solved in the
-smaller of example and parameter space (`fisherfn.lowrank`).
+With $U = \frac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots]$ the Fisher is $F = U U^\top$. The system is solved in
+the smaller of example and parameter space (`fisherfn.lowrank`).
 
 "full" couples all layers; "block" keeps one diagonal block per layer, with all its groups. There is no running average:
 the factors are the newest statistics, so the shapes of the state's leaves follow the batch. Damping is λI.
@@ -29,7 +29,8 @@ from fisherfn.fisher import STRUCTURES, Structure
 from fisherfn.gradients import Gradient
 from fisherfn.linalg.solve import condition, floored
 from fisherfn.lowrank import System, combine, examples, gram, inner_products, total
-from fisherfn.taps import AnyTap, Tap, example_matrices, squares
+from fisherfn.per_example import example_matrices, squares
+from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Shape
 
 UNKNOWNS = 16384

@@ -22,7 +22,8 @@ from fisherfn import rows
 from fisherfn.linalg import kron
 from fisherfn.linalg.golub_kahan import LinearMap
 from fisherfn.linalg.kron import Factor, Forms
-from fisherfn.taps import AnyTap, Tap, added, example_matrices, matrix_windows
+from fisherfn.per_example import example_matrices, matrix_windows
+from fisherfn.taps import AnyTap, Tap, added
 
 KEPT = 1 << 26
 """Largest size of per-example gradients that are kept during the iterations, in numbers: 256 MiB in float32."""
