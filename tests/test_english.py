@@ -30,7 +30,7 @@ COUNTED = (
 A_FOR_PER = re.compile(rf"\b(?:{COUNTED}) an? (?:{UNITS})\b")
 
 # files, and folders that end in a slash
-PER_LEFT = ("fisherfn/stats/",)
+PER_LEFT = ("fisherfn/stats/layout.py",)
 DOCSTRINGS_LEFT = ("fisherfn/layers/", "fisherfn/stats/")
 
 
