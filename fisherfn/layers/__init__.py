@@ -4,19 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
-from fisherfn.layers.dropout import (
-    SeededDropout,
-    Sizes,
-    axes_of_examples,
-    draws_globally,
-    dropout_seeds,
-    drops,
-    need_seeds,
-)
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING, changes_weight
@@ -51,31 +41,21 @@ __all__ = [
     "TIED",
     "TIED_KINDS",
     "Call",
-    "Elementary",
     "FallbackFacts",
     "Family",
-    "SeededDropout",
-    "Sizes",
     "apart",
     "as_grouped_product",
-    "axes_of_examples",
     "balance",
     "broadcasts",
     "changes_input",
     "changes_weight",
     "couples_examples",
-    "draws_globally",
-    "dropout_seeds",
-    "drops",
     "families",
-    "is_packed_recurrence",
     "is_transpose",
     "meeting",
-    "need_seeds",
     "per_example",
     "spreads",
     "swapped_columns",
     "swapped_rows",
     "untransposed",
-    "without_affine",
 ]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
-from fisherfn.layers import Elementary, SeededDropout, Sizes, axes_of_examples, drops, need_seeds
+from fisherfn.randomness import SeededDropout, Sizes, axes_of_examples, drops, need_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
 from fisherfn.types import Model, PyTree, Tree
 

@@ -14,24 +14,22 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.decompositions import Elementary, is_packed_recurrence, without_affine
 from fisherfn.errors import CoverageError, NoiseError
 from fisherfn.layers import (
     ELEMENTWISE,
     EMBEDDING,
     Call,
-    Elementary,
     Family,
     apart,
     as_grouped_product,
     changes_weight,
     couples_examples,
-    draws_globally,
     families,
-    is_packed_recurrence,
     is_transpose,
     untransposed,
-    without_affine,
 )
+from fisherfn.randomness import draws_globally
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
 from fisherfn.stats.steps import Growth, Place, Seen, seen

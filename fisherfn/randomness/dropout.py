@@ -22,9 +22,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.decompositions import Elementary
 from fisherfn.errors import NoiseError, ShapeError
-from fisherfn.layers import random_numbers
-from fisherfn.layers.composite import Elementary
+from fisherfn.randomness import random_numbers
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _DROPOUTS = _ENTRIES | _CHANNELS
@@ -105,7 +105,7 @@ class SeededDropout(Elementary):
         return scale * (torch.where(keep, x, limit) - p * limit)
 
     def _mask(self, x: Tensor, p: float, shape: torch.Size) -> Tensor:
-        """Which entries (or channels) are kept, `[M, *shape]` broadcast to `x`."""
+        """Return True for the entries (or channels) that are retained, `[M, *shape]` broadcast to `x`."""
         keep = self._uniform(torch.Size((x.shape[0], *shape)), x.device, "a dropout") >= p
         return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
 

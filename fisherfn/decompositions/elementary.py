@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
-from fisherfn.layers.recurrent import FUSED, RECURRENT, is_packed
+from fisherfn.decompositions.attention import multi_head_attention, scaled_dot_product_attention
+from fisherfn.decompositions.recurrent import FUSED, RECURRENT, is_packed
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -36,11 +36,6 @@ _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.prelu: prelu,
     torch._weight_norm: weight_norm,
     **RECURRENT,
-}
-_AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
 
 
@@ -87,37 +82,6 @@ class Elementary(TorchFunctionMode):
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An elementary call: as it is, unless a subclass has something to do with it."""
         return func(*args, **kwargs)
-
-
-def without_affine(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    apart: Callable[[Any, Any], tuple[bool, bool]],
-) -> Callable[[], Any] | None:
-    """A layer whose scale or bias is none of its own, with these as calls of their own; None for any other call.
-
-    Examples: a bias put together from parts, a scale of `1 + w`, a trained bias on a frozen weight. `apart` says of a
-    weight and a bias whether each is to be taken from the call (a linear layer keeps its weight).
-    """
-    names = _AFFINE.get(function)
-    if names is None:
-        return None
-    given = dict(zip(names, args, strict=False)) | kwargs
-    weight, bias = given.get("weight"), given.get("bias")
-    scaled, shifted = apart(weight, bias)
-    shifted |= scaled and bias is not None
-    scaled &= "normalized_shape" in given
-    if not scaled and not shifted:
-        return None
-    plain = given | ({"weight": None} if scaled else {}) | ({"bias": None} if bias is not None else {})
-
-    def parts() -> Any:
-        out = function(**plain)
-        out = out * weight if scaled else out
-        return out if bias is None else out + bias
-
-    return parts
 
 
 def is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -51,7 +51,7 @@ def _new(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], uniform: Unif
 
 
 def _filled(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: Tensor) -> Tensor:
-    """What a tensor is filled with; its two numbers are a probability, a range, or mean and standard deviation."""
+    """Return the numbers that fill a tensor; the arguments are a probability, a range, or mean and deviation."""
     if name == "bernoulli_":
         return torch.lt(numbers, args[0] if args else kwargs.get("p", 0.5)).to(numbers.dtype)
     names = ("from", "to") if name == "uniform_" else ("mean", "std")

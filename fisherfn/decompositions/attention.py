@@ -50,7 +50,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `F.multi_head_attention_forward` computes, for all its options but `static_k` and `static_v`."""
+    """Compute `F.multi_head_attention_forward`, with all its options but `static_k` and `static_v`."""
     if is_causal and attn_mask is None:
         raise ShapeError(
             "is_causal=True says that attn_mask is the causal one: give attn_mask, too, as torch wants it."
@@ -159,7 +159,7 @@ def _split(x: Float[Tensor, "l n e"], heads: int) -> Float[Tensor, "n h l d"]:
 def _mask(
     attn_mask: Tensor | None, padding: Tensor | None, heads: tuple[Tensor, ...], added: int
 ) -> Float[Tensor, "..."] | None:
-    """What is added to the scores: -inf where attention is barred, broadcast over `[n, head, l, s]`."""
+    """Return the summand of the scores: -inf where attention is barred, broadcast over `[n, head, l, s]`."""
     n, h = heads[0].shape[:2]
     masks = []
     if attn_mask is not None:
