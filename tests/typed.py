@@ -23,7 +23,7 @@ TESTS = (
     "tests/test_uncovered.py",
     "tests/stats/test_refused.py",
     "tests/decompositions/test_attention.py::test_attention_without_a_batch_is_torchs",
-    "tests/stats/test_collect.py::test_statistics_are_a_tree_like_any_other",
+    "tests/stats/test_collector.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
     "tests/layers/test_affine.py",

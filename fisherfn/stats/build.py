@@ -10,16 +10,24 @@ from torch import Size, Tensor
 from torch.func import vmap
 
 from fisherfn import rows, tree
-from fisherfn.errors import CoverageError, EmptyBatchError, NoiseError, ShapeError, StructureError, UnusedParameterError
+from fisherfn.errors import (
+    CoverageError,
+    EmptyBatchError,
+    NoiseError,
+    ShapeError,
+    StructureError,
+    UnusedParameterError,
+    unknown,
+)
 from fisherfn.layers import COPIED
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
-from fisherfn.stats.collect import tapped_run
 from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Block, Layout
 from fisherfn.stats.numbers import close, cotangent_of, gradients
+from fisherfn.stats.runs import tapped_run
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
@@ -41,6 +49,12 @@ def build(
         UnusedParameterError: a parameter does not reach the outputs.
         CoverageError: a parameter's per-example gradients do not add up to its gradient, in no layer and not alone.
     """
+    if not callable(model):
+        raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
+    if unused not in ("raise", "ignore"):
+        raise unknown("unused", unused, ("raise", "ignore"))
+    if uncovered not in ("fallback", "gradient"):
+        raise unknown("uncovered", uncovered, ("fallback", "gradient"))
     examples = _validate(params, x)
     if examples > FEW:
         try:

@@ -12,9 +12,9 @@ from fisherfn.errors import CoverageError
 from fisherfn.layers import FallbackFacts
 from fisherfn.stats.border import brief, listed, with_line
 from fisherfn.stats.chunks import window
-from fisherfn.stats.collect import example_gradients
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.numbers import close, gradients, noise
+from fisherfn.stats.runs import example_gradients
 from fisherfn.types import Model, PyTree, Tree
 
 FALLBACK_EXAMPLES = 4

@@ -16,7 +16,7 @@ from fisherfn.errors import ShapeError, StructureError, unknown
 from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
 from fisherfn.stats import report
 from fisherfn.stats.steps import Plan, Step
-from fisherfn.types import PyTree, Tree
+from fisherfn.types import PyTree, Shape, Tree
 
 
 class Use(NamedTuple):
@@ -205,6 +205,20 @@ class Layout:
             like, shapes = next(iter(tensors.values())), dict(self.shapes)
             tensors |= {name: like.new_zeros(shapes[name]) for name in (*self.unused, *dict(self.uncovered))}
         return {name: tensors[name] for name in self.names}
+
+    def cast(self, values: Tree) -> Tree:
+        """Return a tree like params in the types of the parameters."""
+        return {name: values[name].to(dtype) for name, dtype in zip(self.names, self.dtypes, strict=True)}
+
+    def zeros(self, device: torch.device) -> Tree:
+        """Return a tree of zeros like params, each with one number in memory."""
+        kinds = zip(self.shapes, self.dtypes, strict=True)
+        return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for (name, shape), dtype in kinds}
+
+    @cached_property
+    def block_shapes(self) -> dict[str, Shape]:
+        """The shape of each block's matrices."""
+        return {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.blocks}
 
     def validate(self, values: Tree) -> None:
         """Raise unless `values` has the names and shapes of params."""

@@ -59,8 +59,7 @@ class Stats:
     def grads(self) -> Tree:
         """The gradient of the mean loss, formed at each call: keep it if you need it twice."""
         matrices = {block.key: self.gradient(block.key) for block in self.layout.blocks}
-        dtypes = dict(zip(self.layout.names, self.layout.dtypes, strict=True))
-        return {name: leaf.to(dtypes[name]) for name, leaf in (self.layout.tree(matrices) | self.plain).items()}
+        return self.layout.cast(self.layout.tree(matrices) | self.plain)
 
     def tap(self, key: str) -> Tap:
         """The block's tap of the Fisher's draws, with `a` as a tensor (an embedding's stays an index).
@@ -83,6 +82,11 @@ class Stats:
                 "Call ng.stats without it to update the curvature."
             )
         return lazy(self.layout.block(key), stats.inputs, stats.grads)
+
+    @property
+    def lazy_taps(self) -> dict[str, LazyTap]:
+        """Every block's tap of the Fisher's samples, made for some examples at a time."""
+        return {block.key: self.lazy_tap(block.key) for block in self.layout.blocks}
 
     def lazy_loss_tap(self, key: str) -> LazyTap:
         """`loss_tap(key)` in the same way."""
