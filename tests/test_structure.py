@@ -10,7 +10,7 @@ From the top (a file may import from lower floors of its own tower, and from the
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  linalg, base, fisher         F1s  layers, likelihoods, decompositions
-    F0   types, tree, errors, operators, state             the ground, which both towers stand on
+    F0   types, tree, errors, calls, operators, state      the ground, which both towers stand on
 """
 
 import ast
@@ -31,7 +31,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = {
-    **dict.fromkeys(["types", "tree", "errors", "operators", "rows", "state", "taps"], Floor("ground", 0)),
+    **dict.fromkeys(["types", "tree", "errors", "calls", "operators", "rows", "state", "taps"], Floor("ground", 0)),
     **dict.fromkeys(["linalg", "base", "fisher"], Floor("method", 1)),
     **dict.fromkeys(["methods"], Floor("method", 2)),
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),

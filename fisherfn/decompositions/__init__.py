@@ -4,6 +4,6 @@ The layer families (`fisherfn.layers`) then see linear layers, norms and product
 """
 
 from fisherfn.decompositions.affine import without_affine
-from fisherfn.decompositions.elementary import Elementary, is_packed_recurrence
+from fisherfn.decompositions.elementary import Elementary, refuse
 
-__all__ = ["Elementary", "is_packed_recurrence", "without_affine"]
+__all__ = ["Elementary", "refuse", "without_affine"]

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
+
 _AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -28,7 +30,7 @@ def without_affine(
     names = _AFFINE.get(function)
     if names is None:
         return None
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = bind(names, args, kwargs)
     weight, bias = given.get("weight"), given.get("bias")
     scaled, shifted = apart(weight, bias)
     shifted |= scaled and bias is not None

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fisherfn import tree
 from fisherfn.decompositions.attention import multi_head_attention, scaled_dot_product_attention
 from fisherfn.decompositions.recurrent import FUSED, RECURRENT, is_packed
+from fisherfn.errors import CoverageError
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def decomposition(
     parts = _PARTS.get(function)
     if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
         return None
-    if is_packed_recurrence(function, args, kwargs):
+    if _is_packed_recurrence(function, args, kwargs):
         return None
     return partial(parts, *args, **kwargs)
 
@@ -84,6 +86,17 @@ class Elementary(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this is a whole recurrent net on a packed sequence, which stays one call."""
+def refuse(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Any], bool]
+) -> None:
+    """Raise for a whole recurrent net on a packed sequence, if it has parameters of the model."""
+    if _is_packed_recurrence(function, args, kwargs) and any(is_parameter(leaf) for leaf in tree.leaves(args)):
+        raise CoverageError(
+            f"the model calls the fused {function.__name__} on a packed sequence, whose examples have no axis: run it "
+            "on the padded batch instead (without pack_padded_sequence), and read or mask the outputs by length."
+        )
+
+
+def _is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True for a whole recurrent net on a packed sequence, which stays one call."""
     return function in FUSED and is_packed(args, kwargs)

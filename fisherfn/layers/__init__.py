@@ -1,4 +1,4 @@
-"""The registry of layer families: one file a family, one line here."""
+"""The registry of layer families: one file per family, one line here."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
-from fisherfn.layers.embedding import EMBEDDING, changes_weight
+from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Facts as FallbackFacts
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
-from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
+from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
@@ -27,7 +27,7 @@ _BY_FUNCTION = {function: [f for f in _ALL if function in f.functions] for each 
 
 
 def families(function: Callable[..., Any]) -> Sequence[Family]:
-    """The families whose layers may reach torch as this function."""
+    """Return the families whose layers may reach torch as this function."""
     return _BY_FUNCTION.get(function, ())
 
 
@@ -43,13 +43,10 @@ __all__ = [
     "Call",
     "FallbackFacts",
     "Family",
-    "apart",
     "as_grouped_product",
     "balance",
     "broadcasts",
     "changes_input",
-    "changes_weight",
-    "couples_examples",
     "families",
     "is_transpose",
     "meeting",

@@ -51,6 +51,8 @@ class Family(NamedTuple):
             examples, where there is a quicker way than by the rows.
         moments: raw input and facts to the moments of the rows, where for these facts there is a quicker way than by
             the rows; else None.
+        refuse: raises the typed error for a call of one of the functions that no run of the library can contain.
+        uncoupled: for a call that mixes examples by design (batch norm), the same call without this mixing; else None.
         any_axis: whether the example may be another axis than the first, all axes but the last being alike.
         one_hot: whether the rows are one-hot.
     """
@@ -64,5 +66,9 @@ class Family(NamedTuple):
     from_matrix: Callable[[Tensor, Any], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Any, Size], Tensor] | None = None
     moments: Callable[[Tensor, Any], Moments | None] = lambda x, facts: None
+    refuse: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], None] = lambda function, args, kwargs: None
+    uncoupled: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[], Tensor] | None] = (
+        lambda function, args, kwargs: None
+    )
     any_axis: bool = False
     one_hot: bool = False

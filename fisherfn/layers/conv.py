@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family, Moments
 from fisherfn.rows import Phase, Phases
 
@@ -46,7 +47,7 @@ class Axis(NamedTuple):
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     dimensions = _DIMENSIONS[function]
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     kernel = tuple(given["weight"].shape[2:])
     stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
     padding = _padding(given.get("padding", 0), kernel, dilation)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family, Moments
 from fisherfn.layers.conv import Axis, backward, columns_of, each, overlaps, patch_moments, patches
 from fisherfn.layers.conv import columns as columns
@@ -50,7 +51,7 @@ class _Phase(NamedTuple):
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     dimensions = _DIMENSIONS[function]
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     numbers = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
     facts = Facts(
         kernel=tuple(given["weight"].shape[2:]),

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
+from fisherfn.errors import CoverageError
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns
 from fisherfn.rows import OneHot
@@ -28,7 +30,7 @@ class Facts(NamedTuple):
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         return None
     weight, padding = given["weight"], given.get("padding_idx")
@@ -36,9 +38,12 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return Call(given["input"], weight, None, Facts(width, None if padding is None else padding % width, weight.dtype))
 
 
-def changes_weight(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call renormalises its weight in place."""
-    return function is F.embedding and (dict(zip(_ARGUMENTS, args, strict=False)) | kwargs).get("max_norm") is not None
+def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if bind(_ARGUMENTS, args, kwargs).get("max_norm") is not None:
+        raise CoverageError(
+            "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
+            "drop max_norm and renormalise between steps."
+        )
 
 
 def rows(index: Int[Tensor, "n *t"], facts: Facts) -> OneHot:
@@ -57,5 +62,6 @@ def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Facts) -> Float[Tensor, "
 
 
 EMBEDDING = Family(
-    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix, any_axis=True, one_hot=True
-)
+    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix,
+    refuse=refuse, any_axis=True, one_hot=True,
+)  # fmt: skip

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    given = bind(("input", "weight", "bias"), args, kwargs)
     weight, bias = given["weight"], given.get("bias")
     return Call(given["input"], weight, bias if bias is not None and bias.shape == weight.shape[:1] else None)
 

@@ -4,18 +4,18 @@ from fisherfn.randomness.dropout import (
     SeededDropout,
     Sizes,
     axes_of_examples,
-    draws_globally,
     dropout_seeds,
     drops,
-    need_seeds,
+    refuse,
+    require_seeds,
 )
 
 __all__ = [
     "SeededDropout",
     "Sizes",
     "axes_of_examples",
-    "draws_globally",
     "dropout_seeds",
     "drops",
-    "need_seeds",
+    "refuse",
+    "require_seeds",
 ]
