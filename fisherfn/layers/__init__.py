@@ -11,7 +11,7 @@ from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
 from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.fallback import FALLBACK
-from fisherfn.layers.fallback import Facts as FallbackFacts
+from fisherfn.layers.fallback import Config as FallbackConfig
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
@@ -41,7 +41,7 @@ __all__ = [
     "TIED",
     "TIED_KINDS",
     "Call",
-    "FallbackFacts",
+    "FallbackConfig",
     "Family",
     "as_grouped_product",
     "balance",

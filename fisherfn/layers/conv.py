@@ -25,7 +25,7 @@ _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     """Everything about a convolution but its tensors; padding is (before, after) for each dimension."""
 
     kernel: tuple[int, ...]
@@ -33,6 +33,10 @@ class Facts(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 class Axis(NamedTuple):
@@ -51,8 +55,8 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     kernel = tuple(given["weight"].shape[2:])
     stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
     padding = _padding(given.get("padding", 0), kernel, dilation)
-    facts = Facts(kernel, stride, padding, dilation, int(given.get("groups", 1)))
-    return Call(given["input"], given["weight"], given.get("bias"), facts)
+    config = Config(kernel, stride, padding, dilation, int(given.get("groups", 1)))
+    return Call(given["input"], given["weight"], given.get("bias"), config)
 
 
 def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
@@ -72,27 +76,27 @@ def _padding(value: str | int | Sequence[int], kernel: tuple[int, ...], dilation
     return tuple((p, p) for p in each(value, len(kernel)))  # type: ignore[arg-type]
 
 
-def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
-    columns = _columns(x, facts)
-    return Phases((Phase(patches(x, _axes(x, facts), facts.groups), (), columns),), len(columns))
+def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
+    columns = _columns(x, config)
+    return Phases((Phase(patches(x, _axes(x, config), config.groups), (), columns),), len(columns))
 
 
-def moments(x: Float[Tensor, "n c *space"], facts: Facts) -> Moments | None:
-    axes = _axes(x, facts)
-    return patch_moments(x, axes, facts.groups).spread(_columns(x, facts)) if overlaps(axes) else None
+def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
+    axes = _axes(x, config)
+    return patch_moments(x, axes, config.groups).spread(_columns(x, config)) if overlaps(axes) else None
 
 
-def _axes(x: Float[Tensor, "n c *space"], facts: Facts) -> list[Axis]:
+def _axes(x: Float[Tensor, "n c *space"], config: Config) -> list[Axis]:
     axes = []
-    spans = zip(x.shape[2:], facts.kernel, facts.stride, facts.padding, facts.dilation, strict=True)
+    spans = zip(x.shape[2:], config.kernel, config.stride, config.padding, config.dilation, strict=True)
     for size, k, stride, (before, after), dilation in spans:
         positions = (size + before + after - dilation * (k - 1) - 1) // stride + 1
         axes.append(Axis(-before, positions, stride, k, dilation))
     return axes
 
 
-def _columns(x: Float[Tensor, "n c *space"], facts: Facts) -> Tensor:
-    return columns_of(torch.arange(math.prod(facts.kernel), device=x.device), x.shape[1] // facts.groups)
+def _columns(x: Float[Tensor, "n c *space"], config: Config) -> Tensor:
+    return columns_of(torch.arange(math.prod(config.kernel), device=x.device), x.shape[1] // config.groups)
 
 
 def columns_of(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
@@ -203,26 +207,26 @@ def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x
 
 
-def columns(g: Float[Tensor, "s n c *space"], facts: Any) -> Float[Tensor, "k s n t o"]:
-    flat = g.reshape(*g.shape[:2], facts.groups, g.shape[2] // facts.groups, -1)
+def columns(g: Float[Tensor, "s n c *space"], config: Any) -> Float[Tensor, "k s n t o"]:
+    flat = g.reshape(*g.shape[:2], config.groups, g.shape[2] // config.groups, -1)
     return flat.permute(2, 0, 1, 4, 3)
 
 
-def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], facts: Facts) -> Float[Tensor, "k o i"]:
-    return weight.reshape(facts.groups, weight.shape[0] // facts.groups, -1)
+def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], config: Config) -> Float[Tensor, "k o i"]:
+    return weight.reshape(config.groups, weight.shape[0] // config.groups, -1)
 
 
-def from_matrix(matrix: Float[Tensor, "k o i"], facts: Facts) -> Float[Tensor, "c_out c_in *kernel"]:
-    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *facts.kernel)
+def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor, "c_out c_in *kernel"]:
+    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *config.kernel)
 
 
 def weight_gradient(
-    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], facts: Facts, shape: Size
+    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], config: Config, shape: Size
 ) -> Float[Tensor, "*weight"]:
     """The backward pass of torch itself: no patch is ever stored."""
-    pads = [p for pair in reversed(facts.padding) for p in pair]
+    pads = [p for pair in reversed(config.padding) for p in pair]
     x = F.pad(x, pads) if any(pads) else x
-    return backward(x, g, shape, facts.stride, (0,) * len(facts.kernel), facts.dilation, facts.groups)
+    return backward(x, g, shape, config.stride, (0,) * len(config.kernel), config.dilation, config.groups)
 
 
 def backward(

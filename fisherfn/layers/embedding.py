@@ -23,10 +23,14 @@ from fisherfn.rows import OneHot
 _ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     width: int
     padding: int | None
     dtype: torch.dtype
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -35,7 +39,7 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return None
     weight, padding = given["weight"], given.get("padding_idx")
     width = weight.shape[0]
-    return Call(given["input"], weight, None, Facts(width, None if padding is None else padding % width, weight.dtype))
+    return Call(given["input"], weight, None, Config(width, None if padding is None else padding % width, weight.dtype))
 
 
 def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -46,18 +50,18 @@ def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         )
 
 
-def rows(index: Int[Tensor, "n *t"], facts: Facts) -> OneHot:
+def rows(index: Int[Tensor, "n *t"], config: Config) -> OneHot:
     flat = index.long().reshape(1, index.shape[0], -1)
-    if facts.padding is not None:
-        flat = torch.where(flat == facts.padding, facts.width, flat)
-    return OneHot(flat, facts.width, facts.dtype)
+    if config.padding is not None:
+        flat = torch.where(flat == config.padding, config.width, flat)
+    return OneHot(flat, config.width, config.dtype)
 
 
-def to_matrix(weight: Float[Tensor, "v e"], facts: Facts) -> Float[Tensor, "1 e v"]:
+def to_matrix(weight: Float[Tensor, "v e"], config: Config) -> Float[Tensor, "1 e v"]:
     return weight.mT.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Facts) -> Float[Tensor, "v e"]:
+def from_matrix(matrix: Float[Tensor, "1 e v"], config: Config) -> Float[Tensor, "v e"]:
     return matrix.squeeze(0).mT
 
 

@@ -76,11 +76,11 @@ def untransposed(
     return lambda: x @ weight if bias is None else x @ weight + bias
 
 
-def to_matrix(weight: Float[Tensor, "i o"], facts: None) -> Float[Tensor, "1 o i"]:
+def to_matrix(weight: Float[Tensor, "i o"], config: None) -> Float[Tensor, "1 o i"]:
     return weight.mT.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "i o"]:
+def from_matrix(matrix: Float[Tensor, "1 o i"], config: None) -> Float[Tensor, "i o"]:
     return matrix.squeeze(0).mT
 
 

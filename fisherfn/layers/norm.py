@@ -21,11 +21,15 @@ from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     """The shape of the weight, and whether it lies along the last axes (else along axis 1)."""
 
     shape: Size
     last: bool
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 _BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -98,36 +102,36 @@ def match_rms(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def _call(normalised: Tensor, given: dict[str, Any], last: bool) -> Call:
-    return Call(normalised, given["weight"], given.get("bias"), Facts(given["weight"].shape, last))
+    return Call(normalised, given["weight"], given.get("bias"), Config(given["weight"].shape, last))
 
 
-def rows(x: Float[Tensor, "n *axes"], facts: Facts) -> Float[Tensor, "k n t 1"]:
-    return _channels_first(x.unsqueeze(0), facts).squeeze(1)
+def rows(x: Float[Tensor, "n *axes"], config: Config) -> Float[Tensor, "k n t 1"]:
+    return _channels_first(x.unsqueeze(0), config).squeeze(1)
 
 
-def columns(g: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
-    return _channels_first(g, facts)
+def columns(g: Float[Tensor, "s n *axes"], config: Config) -> Float[Tensor, "k s n t 1"]:
+    return _channels_first(g, config)
 
 
-def _channels_first(x: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
-    s, n, k = x.shape[0], x.shape[1], facts.shape.numel()
-    if facts.last:
+def _channels_first(x: Float[Tensor, "s n *axes"], config: Config) -> Float[Tensor, "k s n t 1"]:
+    s, n, k = x.shape[0], x.shape[1], config.shape.numel()
+    if config.last:
         return x.reshape(s, n, -1, k).movedim(-1, 0).unsqueeze(-1)
     return x.reshape(s, n, k, -1).movedim(2, 0).unsqueeze(-1)
 
 
-def to_matrix(weight: Float[Tensor, "*shape"], facts: Facts) -> Float[Tensor, "k 1 1"]:
+def to_matrix(weight: Float[Tensor, "*shape"], config: Config) -> Float[Tensor, "k 1 1"]:
     return weight.reshape(-1, 1, 1)
 
 
-def from_matrix(matrix: Float[Tensor, "k 1 1"], facts: Facts) -> Float[Tensor, "*shape"]:
-    return matrix.reshape(facts.shape)
+def from_matrix(matrix: Float[Tensor, "k 1 1"], config: Config) -> Float[Tensor, "*shape"]:
+    return matrix.reshape(config.shape)
 
 
-def weight_gradient(x: Tensor, g: Tensor, facts: Facts, shape: Size) -> Float[Tensor, "*shape"]:
+def weight_gradient(x: Tensor, g: Tensor, config: Config, shape: Size) -> Float[Tensor, "*shape"]:
     """`Σ g x̂` entry by entry: no copy with channels first."""
     product = g * x
-    if facts.last:
+    if config.last:
         return product.reshape(-1, *shape).sum(0)
     return product.transpose(0, 1).flatten(1).sum(1)
 

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError
-from fisherfn.layers import FallbackFacts
+from fisherfn.layers import FallbackConfig
 from fisherfn.stats.border import brief, listed, with_line
 from fisherfn.stats.chunks import window
 from fisherfn.stats.layout import Block, Layout, Use
@@ -31,10 +31,10 @@ def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tu
         if name in by_weight:
             blocks.append(by_weight[name])
         elif name not in covered:
-            facts = FallbackFacts(p.shape)
-            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
+            config = FallbackConfig(p.shape)
+            reason = f"{why.get(name, 'no layer family claims it')}; {config.form}"
             blocks.append(
-                Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
+                Block(name, "fallback", name, p.shape, None, Size(), (Use(config, p.shape, False, p.dtype),), reason)
             )
     return _unique_keys(blocks)
 

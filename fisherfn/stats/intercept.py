@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
     Attributes:
         kind: its family.
-        call: its tensors and facts.
+        call: its tensors and static configuration.
         bias: the name of its bias, if that is a parameter.
         output: what it returned, before any tap.
         copies: the input of each of so many examples, where no example enters the call.

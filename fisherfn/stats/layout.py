@@ -23,7 +23,7 @@ class Use(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        facts: static facts of the family.
+        config: static configuration, as the family reads it.
         output_shape: the output's axes but the examples'.
         biased: whether the block's bias was added.
         axis: where the examples are.
@@ -35,7 +35,7 @@ class Use(NamedTuple):
         transposed: whether inputs and output-gradients have changed places: the output layer of a tied embedding.
     """
 
-    facts: Any
+    config: Any
     output_shape: Size
     biased: bool
     dtype: torch.dtype
@@ -83,9 +83,9 @@ class Block:
         return report.cause(self.why) if self.kind == "fallback" else ""
 
     @property
-    def facts(self) -> Any:
-        """The static facts that its weight is read by."""
-        return self.uses[0].facts
+    def config(self) -> Any:
+        """The static configuration that its weight is read by."""
+        return self.uses[0].config
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,12 +96,12 @@ class Block:
     def shape(self) -> tuple[int, int, int]:
         """(groups K, d_out, d_in with the bias column)."""
         probe = torch.empty(self.weight_shape, device="meta")
-        k, o, i = self.family.to_matrix(probe, self.facts).shape
+        k, o, i = self.family.to_matrix(probe, self.config).shape
         return k, o, i + (self.bias is not None)
 
     def matrix(self, values: Tree) -> Float[Tensor, "k o i"]:
         """The block's matrix W, bias as last column, of a tree like params."""
-        weight = self.family.to_matrix(values[self.weight], self.facts)
+        weight = self.family.to_matrix(values[self.weight], self.config)
         if self.bias is None:
             return weight
         bias = values[self.bias].reshape(weight.shape[0], weight.shape[1], 1)
@@ -110,8 +110,8 @@ class Block:
     def tensors(self, matrix: Float[Tensor, "k o i"]) -> Tree:
         """The inverse of `matrix`."""
         if self.bias is None:
-            return {self.weight: self.family.from_matrix(matrix, self.facts)}
-        weight = self.family.from_matrix(matrix[..., :-1], self.facts)
+            return {self.weight: self.family.from_matrix(matrix, self.config)}
+        weight = self.family.from_matrix(matrix[..., :-1], self.config)
         return {self.weight: weight, self.bias: matrix[..., -1].reshape(self.bias_shape)}
 
 

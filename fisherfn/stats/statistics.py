@@ -121,9 +121,9 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
     total: Matrix | None = None
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
         x = x.to(dtype) if x.is_floating_point() else x  # indices stay indices
-        weight = block.family.to_matrix(backward(x, g, use.facts, block.weight_shape), use.facts)
+        weight = block.family.to_matrix(backward(x, g, use.config, block.weight_shape), use.config)
         if block.bias is not None:
-            bias = block.family.columns(g.unsqueeze(0), use.facts).sum((1, 2, 3)) * float(use.biased)
+            bias = block.family.columns(g.unsqueeze(0), use.config).sum((1, 2, 3)) * float(use.biased)
             weight = torch.cat([weight, bias.unsqueeze(-1)], -1)
         total = weight if total is None else total + weight
     assert total is not None
@@ -149,11 +149,11 @@ def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], sc
 
 
 def _rows(block: Block, use: Use, x: Tensor) -> rows.Rows:
-    return rows.split_examples(block.family.rows(x, use.facts), use.repeats)
+    return rows.split_examples(block.family.rows(x, use.config), use.repeats)
 
 
 def _columns_of(block: Block, use: Use, g: Tensor) -> Float[Tensor, "k s n t o"]:
-    columns = block.family.columns(g, use.facts)
+    columns = block.family.columns(g, use.config)
     return columns if use.repeats == 1 else columns.unflatten(2, (-1, use.repeats)).flatten(3, 4)
 
 
@@ -184,7 +184,7 @@ def _second_moment(block: Block, inputs: Sequence[Tensor], positions: int) -> Fl
     (use, *more), x = block.uses, inputs[0]
     if more or use.repeats > 1:
         return None
-    moments = block.family.moments(x.to(torch.promote_types(x.dtype, torch.float32)), use.facts)
+    moments = block.family.moments(x.to(torch.promote_types(x.dtype, torch.float32)), use.config)
     if moments is None or block.bias is None:
         return None if moments is None else moments.second
     first = moments.first.unsqueeze(-1) * float(use.biased)  # the bias sees ones, or nothing
