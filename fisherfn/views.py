@@ -44,7 +44,7 @@ class Views(Collector):
     def matvec(self, state: State, v: Tree) -> Tree:
         """Multiply a tree by the method's undamped approximate Fisher."""
         self._check_state(state)
-        return self._tree(self.method.matvec(state.factors, self.layout.matrices(v)))
+        return self.layout.cast(self.layout.tree(self.method.matvec(state.factors, self.layout.matrices(v))))
 
     def approximation(self, state: State) -> Approximation:
         """Return the method's undamped approximate Fisher as an operator: products, trace, spectrum, logdet."""
@@ -136,9 +136,6 @@ class Views(Collector):
         if plain and inner:
             product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))
         return self.layout.cast(self.layout.tree(product.matrices) | plain), product
-
-    def _tree(self, matrices: Mapping[str, Tensor]) -> Tree:
-        return self.layout.cast(self.layout.tree(matrices))
 
 
 def cheapest_gradient(stats: Stats, block: Block) -> Tensor | Tap:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
@@ -77,13 +78,13 @@ def _padding(value: str | int | Sequence[int], kernel: tuple[int, ...], dilation
 
 
 def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
-    columns = _columns(x, config)
-    return Phases((Phase(patches(x, _axes(x, config), config.groups), (), columns),), len(columns))
+    order = _unfold_order(x, config)
+    return Phases((Phase(patches(x, _axes(x, config), config.groups), (), order),), len(order))
 
 
 def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
     axes = _axes(x, config)
-    return patch_moments(x, axes, config.groups).spread(_columns(x, config)) if overlaps(axes) else None
+    return patch_moments(x, axes, config.groups).spread(_unfold_order(x, config)) if overlaps(axes) else None
 
 
 def _axes(x: Float[Tensor, "n c *space"], config: Config) -> list[Axis]:
@@ -95,12 +96,12 @@ def _axes(x: Float[Tensor, "n c *space"], config: Config) -> list[Axis]:
     return axes
 
 
-def _columns(x: Float[Tensor, "n c *space"], config: Config) -> Tensor:
-    return columns_of(torch.arange(math.prod(config.kernel), device=x.device), x.shape[1] // config.groups)
+def _unfold_order(x: Float[Tensor, "n c *space"], config: Config) -> Tensor:
+    return unfold_order(torch.arange(math.prod(config.kernel), device=x.device), x.shape[1] // config.groups)
 
 
-def columns_of(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
-    """Where patches with channels last have their place in unfold order, for some entries of the kernel."""
+def unfold_order(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
+    """Return the places in unfold order of patches with channels last, for some entries of the kernel."""
     size = len(entries) if kernel_size is None else kernel_size
     return (entries[:, None] + size * torch.arange(channels, device=entries.device)).reshape(-1)
 
@@ -111,7 +112,7 @@ def patches(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -
     Channels last, so that memory is read in runs: in unfold order the copy would cost half of the product after it.
     """
     x = _unfolded(_cover(x, axes).movedim(1, -1).contiguous(), axes, groups)
-    return x.permute(3, 0, 1, 2, 4).flatten(3)
+    return rearrange(x, "n t entries g c -> g n t (entries c)")
 
 
 def _unfolded(
@@ -158,14 +159,14 @@ def _correlations(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: 
     padded, steps = F.pad(x, (0, 0) * (d - 1) + (0, reach[0])), [axis.step for axis in axes]
     ahead = backward(padded, x, shape, (1,) * d, [0, *reach[1:]], steps, groups).unflatten(0, (groups, channels))
     behind = ahead.transpose(1, 2).flip(tuple(range(3, d + 3)))[:, :, :, :-1]
-    apart = torch.zeros((1, 1), dtype=torch.int64, device=x.device)
+    index = torch.zeros((1, 1), dtype=torch.int64, device=x.device)  # of the distance f − e, for each pair of entries
     for axis, count in zip(axes, distances, strict=True):
         e = torch.arange(axis.entries, device=x.device)
         between = e - e[:, None] + axis.entries - 1
-        apart = (apart[:, None, :, None] * count + between[:, None, :]).flatten(2).flatten(0, 1)
-    blocks = torch.cat([behind, ahead], 3).flatten(3)[..., apart]  # g, c, c, e, f
-    first = x.reshape(n, groups, 1, channels, -1).sum((0, 4)).expand(-1, len(apart), -1)
-    return Moments(first.flatten(1), blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2))
+        index = (index[:, None, :, None] * count + between[:, None, :]).flatten(2).flatten(0, 1)
+    blocks = torch.cat([behind, ahead], 3).flatten(3)[..., index]  # g, c, c, e, f
+    first = x.reshape(n, groups, 1, channels, -1).sum((0, 4)).expand(-1, len(index), -1)
+    return Moments(first.flatten(1), rearrange(blocks, "g c d e f -> g (e c) (f d)"))
 
 
 def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
@@ -178,13 +179,13 @@ def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int)
     first, others = axes[0], axes[1:]
     lines = _cover(x, axes).movedim(2, 0).movedim(2, -1).contiguous()  # y, n, *space, c
     y, n = lines.shape[:2]
-    u = _unfolded(lines.flatten(0, 1), others, groups).unflatten(0, (y, n))  # y, n, t, entries, g, c
-    u = u.permute(0, 4, 1, 2, 3, 5).flatten(2, 3).flatten(3)  # y, g, rows, columns
+    u = _unfolded(lines.flatten(0, 1), others, groups).unflatten(0, (y, n))
+    u = rearrange(u, "y n t entries g c -> y g (n t) (entries c)")
     starts = [first.step * e for e in range(first.entries)]
     blocks: dict[tuple[int, int], Tensor] = {}
     for distance in range(first.entries):
-        apart = first.step * distance
-        products = u[: y - apart].mT @ u[apart:]
+        shift = first.step * distance
+        products = u[: y - shift].mT @ u[shift:]
         for e in range(first.entries - distance):
             block = products[starts[e] : starts[e] + first.positions].sum(0)
             blocks[e, e + distance], blocks[e + distance, e] = block, block.mT
@@ -208,12 +209,11 @@ def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
 
 
 def columns(g: Float[Tensor, "s n c *space"], config: Any) -> Float[Tensor, "k s n t o"]:
-    flat = g.reshape(*g.shape[:2], config.groups, g.shape[2] // config.groups, -1)
-    return flat.permute(2, 0, 1, 4, 3)
+    return rearrange(g, "s n (k o) ... -> k s n (...) o", k=config.groups)
 
 
 def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], config: Config) -> Float[Tensor, "k o i"]:
-    return weight.reshape(config.groups, weight.shape[0] // config.groups, -1)
+    return rearrange(weight, "(k o) c ... -> k o (c ...)", k=config.groups)
 
 
 def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor, "c_out c_in *kernel"]:

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
 from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family, Moments
-from fisherfn.layers.conv import Axis, backward, columns_of, each, overlaps, patch_moments, patches
+from fisherfn.layers.conv import Axis, backward, each, overlaps, patch_moments, patches, unfold_order
 from fisherfn.layers.conv import columns as columns
 from fisherfn.rows import Phase, Phases
 
@@ -70,8 +71,8 @@ def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
         return None
     axes = [phase.axis for d, size in enumerate(x.shape[2:]) for phase in _phases(size, config, d)]
     entries = torch.arange(math.prod(config.kernel), device=x.device)
-    columns = columns_of(entries, x.shape[1] // config.groups)
-    return patch_moments(x, axes, config.groups).spread(columns) if overlaps(axes) else None
+    order = unfold_order(entries, x.shape[1] // config.groups)
+    return patch_moments(x, axes, config.groups).spread(order) if overlaps(axes) else None
 
 
 def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
@@ -86,7 +87,7 @@ def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
             a = patches(x, [phase.axis for phase in phases], config.groups)
         else:  # where stride and dilation share a divisor, some positions meet no input
             a = x.new_zeros(config.groups, x.shape[0], len(positions), 0)
-        parts.append(Phase(a, positions, columns_of(entries, channels, kernel)))
+        parts.append(Phase(a, positions, unfold_order(entries, channels, kernel)))
     return Phases(tuple(parts), channels * kernel)
 
 
@@ -122,13 +123,11 @@ def _flat(ranges: list[range], sizes: Any, device: torch.device) -> Tensor:
 
 def to_matrix(weight: Float[Tensor, "c_in c_out *kernel"], config: Config) -> Float[Tensor, "k o i"]:
     flipped = weight.flip(tuple(range(2, weight.ndim)))
-    grouped = flipped.reshape(config.groups, -1, *flipped.shape[1:])  # k, i, o, kernel
-    return grouped.transpose(1, 2).flatten(2)
+    return rearrange(flipped, "(k i) o ... -> k o (i ...)", k=config.groups)
 
 
 def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor, "c_in c_out *kernel"]:
-    grouped = matrix.reshape(*matrix.shape[:2], -1, *config.kernel).transpose(1, 2)
-    flipped = grouped.flatten(0, 1)
+    flipped = rearrange(matrix.reshape(*matrix.shape[:2], -1, *config.kernel), "k o i ... -> (k i) o ...")
     return flipped.flip(tuple(range(2, flipped.ndim)))
 
 

@@ -71,7 +71,7 @@ def _shared(name: str, parameter: Tensor, call: str | None) -> Block:
 
 def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype, kind: str) -> Use:
     whole = shared and FAMILIES[record.kind].any_axis
-    shape = record.output.shape if whole else _without(record.output.shape, place.axis)
+    shape = record.output.shape if whole else Size(n for a, n in enumerate(record.output.shape) if a != place.axis)
     dtype = torch.promote_types(record.output.dtype, dtype)
     transposed = kind == TIED.name and record.kind == LINEAR.name
     return Use(record.call.config, shape, bias is not None and record.bias == bias, dtype, *place, shared, transposed)
@@ -109,10 +109,6 @@ def _grown(shape: Size, other: Size) -> int | None:
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
     return axes[0] if len(axes) == 1 else None
-
-
-def _without(shape: Size, axis: int) -> Size:
-    return Size((*shape[:axis], *shape[axis + 1 :]))
 
 
 def _matrix_shape(record: Record, weight: Tensor) -> Size:

@@ -190,7 +190,9 @@ class Collector:
             grads = dict.fromkeys(loss_grads, ())
         layers = {b.key: LayerStats(inputs[b.weight], grads[b.weight], loss_grads[b.weight]) for b in layout.blocks}
         loss = nll.mean()
-        checks = {"inputs": _finite(x, loss), "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
+        numbers = [leaf for leaf in tree.leaves(x) if leaf.is_floating_point()]
+        finite = tree.finite_inputs([loss.new_zeros(()), *numbers])
+        checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
         return Stats(loss, outputs, new_context, layers, checks, layout, plain)
@@ -218,8 +220,3 @@ def known_likelihood(likelihood: Any, fisher: str, samples: int) -> Any:
     if fisher != "empirical":
         require(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return likelihood
-
-
-def _finite(x: PyTree, loss: Tensor) -> Tensor:
-    numbers = (leaf for leaf in tree.leaves(x) if leaf.is_floating_point())
-    return tree.finite_inputs([loss.new_zeros(()), *numbers])

@@ -27,7 +27,7 @@ from fisherfn.layers import (
 )
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
-from fisherfn.stats.steps import Growth, Place, Seen, seen
+from fisherfn.stats.steps import Growth, Place, Traced, traced
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -91,7 +91,7 @@ class Intercept(Elementary):
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
-        self.trace: list[Seen] = []
+        self.trace: list[Traced] = []
         """Return the calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
@@ -262,7 +262,7 @@ class Intercept(Elementary):
         if self._scout is not None:
             return self._scout.growth(func, arguments, output)
         if self._taps is None:
-            self.trace.append(seen(func, arguments, output))
+            self.trace.append(traced(func, arguments, output))
         return None
 
 

@@ -42,7 +42,8 @@ def tapped_run(
         return outputs, (_inputs(layout, mode, examples), new_context)
 
     plain = [name for name, _ in layout.uncovered]
-    zeros = _zero_taps(layout, tree.leaves(params)[0], examples)
+    like, uses = tree.leaves(params)[0], (use for block in layout.layers for use in block.uses)
+    zeros = [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
     primals = (*zeros, *(params[name] for name in plain))
     outputs, pull, (inputs, new_context) = vjp(forward, *primals, has_aux=True)  # type: ignore[misc]
 
@@ -125,8 +126,3 @@ def example_gradients(
         return one_by_one
     gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
     return gradients
-
-
-def _zero_taps(layout: Layout, like: Tensor, examples: int) -> list[Tensor]:
-    uses = (use for block in layout.layers for use in block.uses)
-    return [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
