@@ -33,6 +33,7 @@ TESTS = (
     "tests/layers/test_norm.py",
     "tests/decompositions/test_recurrent.py",
     "tests/layers/test_tied.py",
+    "tests/layers/test_own_family.py",
     "tests/layers/test_traps.py",
     "tests/layers/test_unit_weights.py",
     "tests/linalg/test_condition.py",
