@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.base import Estimated, Method
-from fisherfn.errors import expect, expect_number, unknown
-from fisherfn.methods import METHODS
+from fisherfn.errors import expect_number
+from fisherfn.methods import named
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
 from fisherfn.types import Info, Model, PyTree, Tree
@@ -154,7 +154,7 @@ class NaturalGradient(Views):
     ) -> tuple[State, Estimated]:
         """Return the updated state, valid or not, and the masks."""
         counted, rho = state.counted(float(stats.examples) if weight is None else weight)
-        result = self.method.update(state.factors, stats.lazy_taps, rho, self.mean, inverting)
+        result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
         return counted._replace(factors=result.factors), result
 
     def _inverted(self, state: State) -> tuple[State, Estimated]:
@@ -214,11 +214,7 @@ def natural_gradient(
         UnknownNameError: no method or Fisher has this name.
         HyperparameterError: fewer than one sample.
     """
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-        method = METHODS[method]()
-    expect(method, Method, "method", f"pass ff.kfac() or another method, or one of the names {', '.join(METHODS)}")
+    method = named(method)
     likelihood = known_likelihood(likelihood, fisher, samples)
     layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused, uncovered=uncovered)
     return NaturalGradient(model, layout, likelihood, fisher, samples, method)

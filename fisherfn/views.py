@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Method, Preconditioned, whole_mean
+from fisherfn.base import Method, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
-from fisherfn.linalg import kron
+from fisherfn.gradients import tap_is_cheaper
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State
-from fisherfn.stats import Block, Collector, Stats, mean_gradient
-from fisherfn.taps import Mean, Tap
+from fisherfn.stats import Block, Collector, Stats
+from fisherfn.taps import Tap
 from fisherfn.types import Tree
 
 
@@ -32,7 +32,6 @@ class Views(Collector):
     """
 
     method: Method
-    mean: Mean = whole_mean
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
         """Return the preconditioned gradient, a tree like params; `Stats` avoid forming the gradient itself."""
@@ -53,15 +52,15 @@ class Views(Collector):
         return Approximation(
             self.layout.zeros(state.damping.device),
             partial(self.matvec, state),
-            of_trace=method.trace and partial(method.trace, factors, shapes),
-            of_spectrum=method.eigenvalues and partial(method.eigenvalues, factors, shapes),
+            of_trace=partial(method.trace, factors, shapes),
+            of_spectrum=partial(method.eigenvalues, factors, shapes),
         )
 
     def trace(self, state: State) -> Float[Tensor, ""]:
         """Return the trace of the undamped approximate Fisher, in the precision of the factors."""
         self._check_state(state)
-        trace = self.method.trace
-        return trace(state.factors, self.layout.block_shapes) if trace else self.approximation(state).trace()
+        trace = self.method.trace(state.factors, self.layout.block_shapes)
+        return self.approximation(state).trace() if trace is None else trace
 
     def inverse(self, state: State) -> DampedInverse:
         """Return the damped inverse of the last `invert` as an operator: `precondition` multiplies by it.
@@ -71,7 +70,7 @@ class Views(Collector):
         """
         self._check_state(state)
         method = self.method
-        if method.inverse == "nonlinear":
+        if method.inverse_kind == "nonlinear":
             raise StructureError(
                 f"the step of this {method.name} is not a linear function of the gradient: its coarse space depends on "
                 'the residual. Use another coarse space, such as "nicolaides".'
@@ -79,8 +78,8 @@ class Views(Collector):
         return DampedInverse(
             self.layout.zeros(state.damping.device),
             partial(self.precondition, state),
-            symmetric=method.inverse == "symmetric",
-            of_logdet=method.logdet and partial(method.logdet, tree.map(_double, state.inverses)),
+            symmetric=method.inverse_kind == "symmetric",
+            of_logdet=partial(method.logdet, tree.map(_double, state.inverses), self.layout.block_shapes),
         )
 
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
@@ -143,9 +142,9 @@ def cheapest_gradient(stats: Stats, block: Block) -> Tensor | Tap:
     if block.family.weight_gradient is not None or block.family.one_hot:
         return stats.gradient(block.key)
     tap = stats.lazy_loss_tap(block.key)
-    if kron.factored_is_cheaper(tap.sizes):
+    if tap_is_cheaper(tap.sizes):
         return tap.whole()
-    return mean_gradient(tap, torch.promote_types(stats.layers[block.key].loss_grads[0].dtype, torch.float32))
+    return tap.mean_gradient()
 
 
 def _double(leaf: Tensor) -> Tensor:

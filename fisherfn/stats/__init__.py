@@ -7,7 +7,7 @@ from fisherfn.stats.collector import Collector, FisherKind, known_likelihood
 from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.layout import Block, Layout
-from fisherfn.stats.statistics import LayerStats, Stats, mean_gradient
+from fisherfn.stats.statistics import LayerStats, Stats
 
 __all__ = [
     "FISHERS",
@@ -22,7 +22,6 @@ __all__ = [
     "build",
     "functional",
     "known_likelihood",
-    "mean_gradient",
     "pair",
     "run",
     "window",
