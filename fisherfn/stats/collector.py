@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from fisherfn.types import Model, PyTree, Tree
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
+C = TypeVar("C", bound="Collector")
+
 
 @dataclass(frozen=True)
 class Collector:
@@ -55,7 +57,7 @@ class Collector:
     fisher_kind: str
     samples: int
 
-    def for_shape(self, params: Tree, x: PyTree, *, context: PyTree = None) -> Self:
+    def for_shape(self: C, params: Tree, x: PyTree, *, context: PyTree = None) -> C:
         """Return the natural gradient for inputs of another example shape (longer sequences), with the same state.
 
         States and preconditioned gradients of both are interchangeable. If a state holds statistics of a batch
