@@ -215,7 +215,7 @@ def test_a_failed_invert_keeps_the_old_inverses():
     assert not any(bool(ok) for ok in info.ok.values()) and equal(after, state)
 
 
-def test_half_precision_sums_do_not_cry_wolf():
+def test_overflowing_half_precision_sums_raise_no_false_alarm():
     """100,000 entries of size 1 are finite, though their sum is no float16."""
     problem = zoo.from_net(zoo.mlp(100, 2), (1024, 100), "categorical")
     problem = zoo.to(zoo.replace(problem, x=torch.ones_like(problem.x)), torch.float16)
