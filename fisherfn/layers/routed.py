@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherfn.calls import holds
 from fisherfn.errors import StructureError
 from fisherfn.layers.einsum import Axes, grouped_product
-from fisherfn.layers.visible import holds
 
 _NAMES = ("input", "mat2", "offs", "bias", "out_dtype")
 GROUPED = getattr(torch, "_grouped_mm", None)

@@ -10,9 +10,9 @@ from torch.func import vmap
 import fisherfn as ff
 from tests import oracles, zoo
 from tests.layers.checks import kinds
-from tests.layers.test_dropout import X, Y, build, masked_problem, seeds
 from tests.nets import Readout, outside
 from tests.oracles import close
+from tests.randomness.test_dropout import X, Y, build, masked_problem, seeds
 
 E = ff.errors
 POSITIONS = 4
