@@ -1,4 +1,4 @@
-"""Calls of torch functions, as a torch-function mode sees them: a function with positional and named arguments."""
+"""Calls of torch functions in a torch-function mode: a function with positional and named arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bind(names: Iterable[str], args: Iterable[Any], kwargs: Mapping[str, Any]) -
 
 
 def holds(mask: Bool[Tensor, ""]) -> bool:
-    """Return a mask's value; true where values cannot be looked at (`torch.vmap`, a trace)."""
+    """Return the value of a mask, or True if values cannot be read (under `torch.vmap` or in a trace)."""
     if get_proxy_mode() is not None or torch.compiler.is_compiling():
         return True
     try:

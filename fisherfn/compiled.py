@@ -1,4 +1,4 @@
-"""Compiled steps: a pure function of trees is traced once for each kind of call and then runs as a single graph.
+"""Compiled steps: a pure function of trees is traced once per kind of call and then runs as a single graph.
 
 `torch.compile` does not support the function mode that intercepts the layers. A trace does: a step is a pure function
 without branches on values, so its operations on tensors are always the same, and torch compiles the trace.

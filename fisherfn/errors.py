@@ -21,7 +21,7 @@ class ShapeError(FisherfnError, ValueError):
 
 
 class EmptyBatchError(ShapeError):
-    """A batch without examples has no mean."""
+    """The batch has no examples, so its mean does not exist."""
 
 
 class StructureError(FisherfnError, ValueError):
@@ -29,15 +29,15 @@ class StructureError(FisherfnError, ValueError):
 
 
 class UnusedParameterError(StructureError):
-    """A parameter that the model's outputs do not depend on."""
+    """The model's outputs do not depend on a parameter."""
 
 
 class HyperparameterError(FisherfnError, ValueError):
-    """A hyperparameter outside its range."""
+    """A hyperparameter is outside its range."""
 
 
 class UnknownNameError(FisherfnError, ValueError):
-    """An unknown name."""
+    """A method, Fisher, block or option has an unknown name."""
 
 
 class NoiseError(FisherfnError, ValueError):
@@ -45,7 +45,7 @@ class NoiseError(FisherfnError, ValueError):
 
 
 class CoverageError(FisherfnError, ValueError):
-    """A parameter whose per-example gradients cannot be computed, not even by the fallback."""
+    """The per-example gradients of a parameter cannot be computed, not even by the fallback."""
 
 
 class ModelError(FisherfnError, RuntimeError):
@@ -53,7 +53,7 @@ class ModelError(FisherfnError, RuntimeError):
 
 
 class TooLargeError(FisherfnError, ValueError):
-    """A dense computation above the size limit."""
+    """A dense computation would exceed the size limit."""
 
 
 class MissingPackageError(FisherfnError, ImportError):
@@ -65,11 +65,11 @@ class LikelihoodError(FisherfnError, TypeError):
 
 
 class TargetError(FisherfnError, ValueError):
-    """Targets of the wrong type, or outside the likelihood's range."""
+    """Targets have the wrong type, or are outside the likelihood's range."""
 
 
 class NonFiniteError(FisherfnError, ArithmeticError):
-    """NaN or infinity in inputs, loss, statistics or step."""
+    """Inputs, loss, statistics or step contain NaN or infinity."""
 
 
 class NotPositiveDefiniteError(FisherfnError, ArithmeticError):
@@ -123,8 +123,8 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     ),
     "gradient": (
         NonFiniteError,
-        "the gradient is NaN or infinite although the loss is finite: a derivative overflows, or is that of a root or "
-        "norm at zero; lower the learning rate, or avoid such values in the model",
+        "the gradient is NaN or infinite although the loss is finite: a derivative overflows, or a root or norm is "
+        "differentiated at zero; lower the learning rate, or avoid such values in the model",
     ),
 }
 BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {

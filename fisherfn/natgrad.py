@@ -1,4 +1,4 @@
-"""Model + likelihood + method = natural gradient: the roof over both towers, and the public contract."""
+"""The natural gradient of a model with a likelihood and a method: the main public interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fisherfn.views import Views
 class NaturalGradient(Views):
     """A natural gradient for one model: pure functions of params, state and batch. Made by `natural_gradient`.
 
-    `stats`, `noise`, `for_shape` and `implicit_fisher` come from the `Collector`, all that reads a state from `Views`.
+    `stats`, `noise`, `for_shape` and `implicit_fisher` come from `Collector`, methods that read a state from `Views`.
     """
 
     def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
@@ -152,7 +152,7 @@ class NaturalGradient(Views):
     def _updated(
         self, state: State, stats: Stats, inverting: bool = True, weight: float | Tensor | None = None
     ) -> tuple[State, Estimated]:
-        """Return the updated state, valid or not, and the masks."""
+        """Return the updated state, valid or not, and the result of the method's update with its masks."""
         counted, rho = state.counted(float(stats.examples) if weight is None else weight)
         result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
         return counted._replace(factors=result.factors), result
@@ -162,7 +162,7 @@ class NaturalGradient(Views):
         return state._replace(inverses=result.factors), result
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
-        """Return an info whose masks combine these checks; checks of the batch count for every block."""
+        """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""
         keys = [block.key for block in self.layout.blocks]
         batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
         blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]

@@ -1,4 +1,4 @@
-"""The state of a natural gradient: everything that is remembered from step to step."""
+"""The state of a natural gradient: all values that are carried from step to step."""
 
 from __future__ import annotations
 

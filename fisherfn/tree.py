@@ -1,4 +1,4 @@
-"""Arithmetic on trees of tensors. The only file that knows `torch.utils._pytree`."""
+"""Arithmetic on trees of tensors. This is the only file that uses `torch.utils._pytree`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
     {'w': tensor([2., 2.])}
     """
     _same_structure(tree, *rest)
-    if all(_is_flat(each) for each in (tree, *rest)):  # trees of parameters: ten times faster than the general case
+    if all(_is_flat(each) for each in (tree, *rest)):  # flat dicts of tensors: ten times faster than the general case
         return {name: fn(*(each[name] for each in (tree, *rest))) for name in tree}  # type: ignore[return-value]
     return pytree.tree_map(fn, tree, *rest)  # type: ignore[no-any-return]
 
@@ -117,7 +117,9 @@ def finite(x: PyTree) -> Shaped[Tensor, ""]:
 
 
 def finite_inputs(x: PyTree) -> Shaped[Tensor, ""]:
-    """`finite` of data, which may be as large as their type allows: an attention mask of the lowest numbers has no sum.
+    """Return a 0-d mask that is true if every entry of the data is finite; unlike in `finite`, sums may overflow.
+
+    Data may be as large as their type allows, such as an attention mask that contains the lowest number.
 
     >>> finite_inputs(torch.full((3,), torch.finfo(torch.float32).min))
     tensor(True)

@@ -1,4 +1,4 @@
-"""A state read: as the preconditioner of a gradient, as operators, and compared with the exact sampled Fisher."""
+"""Functions that read a state: preconditioning, operators, and the error against the exact sampled Fisher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fisherfn.types import Tree
 
 @dataclass(frozen=True)
 class Views(Collector):
-    """A model with its likelihood and a method: pure functions that read a state and never make a new one.
+    """A model with its likelihood and a method: pure functions that read a state and never return a new one.
 
     Attributes:
         method: the approximation of the Fisher and its inverse.
@@ -34,7 +34,7 @@ class Views(Collector):
     method: Method
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
-        """Return the preconditioned gradient, a tree like params; `Stats` avoid forming the gradient itself."""
+        """Return the preconditioned gradient, a tree like params; with `Stats` the gradient itself is not formed."""
         self._check_state(state)
         if isinstance(grads, Stats):
             self._check_stats(grads)

@@ -334,7 +334,7 @@ def test_shares_add_up_and_the_fallback_says_what_it_costs():
     scale = layout.block("scale")
     assert f"{scale.cause}:" in at["scale"] and scale.cause in scale.why
     assert "numbers per example and sample" in " ".join(at["scale"])
-    assert "forward pass more" in lines[-1]
+    assert "one more forward pass" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Composite calls (attention, recurrent nets, layers with a foreign scale) as the elementary calls they consist of.
+"""Decomposition of composite calls (attention, recurrent nets, layers with a computed scale) into elementary calls.
 
-The layer families (`fisherfn.layers`) then see linear layers, norms and products only.
+The layer families (`fisherfn.layers`) then see only linear layers, norms and products.
 """
 
 from fisherfn.decompositions.affine import without_affine

@@ -1,4 +1,4 @@
-"""Layers whose scale or bias is none of their own parameters: the plain layer, then a product and a sum."""
+"""Layers whose scale or bias is not a parameter of their own: rewritten as the plain layer, a product and a sum."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def without_affine(
     kwargs: dict[str, Any],
     apart: Callable[[Any, Any], tuple[bool, bool]],
 ) -> Callable[[], Any] | None:
-    """A layer whose scale or bias is none of its own, with these as calls of their own; None for any other call.
+    """Rewrite a layer whose scale or bias is not a parameter of its own, with separate calls for these; else None.
 
-    Examples: a bias put together from parts, a scale of `1 + w`, a trained bias on a frozen weight. `apart` says of a
-    weight and a bias whether each is to be taken from the call (a linear layer keeps its weight).
+    Examples are a bias concatenated from parts, a scale of `1 + w`, and a trained bias on a frozen weight. `apart`
+    returns for a weight and a bias True if each should be removed from the call (a linear layer keeps its weight).
     """
     names = _AFFINE.get(function)
     if names is None:

@@ -1,8 +1,8 @@
-r"""Attention has no parameters but those of its projections: multi-head attention in its elementary calls.
+r"""Multi-head attention as elementary calls: its only parameters are those of its projections, which are linear layers.
 
-`nn.MultiheadAttention` reaches torch as one composite call. Written out here, its projections are linear layers like
-any others. With one input for query, key and value the fused projection is one layer of `3E` outputs; with several it
-is used once for each, every use taking its own part of the outputs.
+`nn.MultiheadAttention` reaches torch as one composite call. This file writes it out, so that its projections become
+ordinary linear layers. With one input for query, key and value the fused projection is one layer of `3E` outputs; with
+several inputs it is used once for each, and every use takes its own part of the outputs.
 
 Vaswani et al. 2017, *Attention is all you need*, section 3.2. n example, l query position, s key position, e embedding,
 h head, d entry of a head.
@@ -55,7 +55,7 @@ def multi_head_attention(
     """Compute `F.multi_head_attention_forward`, with all its options but `static_k` and `static_v`."""
     if is_causal and attn_mask is None:
         raise ShapeError(
-            "is_causal=True says that attn_mask is the causal one: give attn_mask, too, as torch wants it."
+            "is_causal=True says that attn_mask is the causal mask: pass attn_mask, too, as torch requires it."
         )
     batched = query.ndim == 3
     if not batched:
@@ -101,16 +101,16 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "*n l e"]:
-    r"""$\mathrm{softmax}(q k^\top / \sqrt d + \text{mask})\, v$ by its definition.
+    r"""Compute $\mathrm{softmax}(q k^\top / \sqrt d + \text{mask})\, v$ by its definition.
 
-    The fused kernels have no rule for `torch.vmap`, which would run them one model, draw or example at a time.
+    The fused kernels have no rule for `torch.vmap`, which would run them on one model, sample or example at a time.
     """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # here true means: attend
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # in this function true means: attend
         attn_mask = _additive(~attn_mask, query)
     return attention_weights(query, key, attn_mask, dropout_p, scale) @ value
 
@@ -122,13 +122,13 @@ def attention_weights(
     dropout_p: float,
     scale: float | None = None,
 ) -> Float[Tensor, "*n l s"]:
-    """The softmax of the scores, with what is added to them as `mask`."""
+    """Compute the softmax of the scores plus `mask`."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    root = math.sqrt(abs(scale))  # on both sides, or half precision overflows in the product
+    root = math.sqrt(abs(scale))  # applied to both factors, or the product overflows in half precision
     scores: Tensor = (query * root) @ (key * math.copysign(root, scale)).mT
     if mask is None:
         weights = scores.softmax(-1)
-    else:  # a query that may attend to nothing gets nothing
+    else:  # a query that may attend to no key gets zero weights
         scores = scores + mask
         barred = scores.isneginf().all(-1, keepdim=True)
         weights = scores.masked_fill(barred, 0.0).softmax(-1).masked_fill(barred, 0.0)
@@ -136,7 +136,7 @@ def attention_weights(
 
 
 def _again(same: tuple[bool, bool, bool], query: Tensor, key: Tensor, value: Tensor) -> Projected:
-    """The three inputs, identical where they were."""
+    """Return the three inputs after a change, identical where the originals were."""
     key = query if same[0] else key
     return query, key, query if same[1] else key if same[2] else value
 

@@ -1,4 +1,4 @@
-"""Composite calls that reach torch as one, and the elementary calls that they stand for."""
+"""Function mode that replaces composite calls of torch by elementary ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fisherfn.errors import CoverageError
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Compute it by its definition: torch's backward of it is wrong under two nested `torch.vmap`."""
+    """Compute PReLU by its definition, since torch's backward of it is wrong under two nested `torch.vmap`."""
     slope = weight if input.ndim < 2 else weight.reshape(-1, *(1,) * (input.ndim - 2))
     return torch.where(input > 0, input, slope * input)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Normalise by the definition (Salimans & Kingma 2016): torch's own has no rule for `torch.vmap`. -1: all axes."""
+    """Normalise by definition (Salimans & Kingma 2016), as torch's has no `torch.vmap` rule; `dim=-1` for all axes."""
     axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
     normed: Tensor = v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
     return normed
@@ -44,7 +44,7 @@ _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
 def decomposition(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Any] | None:
-    """The same call in elementary ones, to be run in its place; None for a call that is one already."""
+    """Return the elementary calls that replace a composite call; None if the call is already elementary."""
     parts = _PARTS.get(function)
     if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
         return None
@@ -57,11 +57,11 @@ _ALONE: ContextVar[object | None] = ContextVar("alone", default=None)
 
 
 class Elementary(TorchFunctionMode):
-    """Runs composite calls as the elementary ones that they stand for."""
+    """Replace composite calls by elementary ones while the mode is entered."""
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Enter the mode, while all modes of this kind around it see nothing."""
+        """Enter the mode and make all enclosing modes of this kind inactive meanwhile."""
         token = _ALONE.set(self)
         try:
             with self:
@@ -82,14 +82,14 @@ class Elementary(TorchFunctionMode):
         return self.elementary(func, args, kwargs)
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An elementary call: as it is, unless a subclass has something to do with it."""
+        """Run an elementary call; subclasses may change this."""
         return func(*args, **kwargs)
 
 
 def refuse(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Any], bool]
 ) -> None:
-    """Raise for a whole recurrent net on a packed sequence, if it has parameters of the model."""
+    """Raise for a fused recurrent net on a packed sequence, if it reads parameters of the model."""
     if _is_packed_recurrence(function, args, kwargs) and any(is_parameter(leaf) for leaf in tree.leaves(args)):
         raise CoverageError(
             f"the model calls the fused {function.__name__} on a packed sequence, whose examples have no axis: run it "
@@ -98,5 +98,5 @@ def refuse(
 
 
 def _is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return True for a whole recurrent net on a packed sequence, which stays one call."""
+    """Return True for a fused recurrent net on a packed sequence, which is not decomposed."""
     return function in FUSED and is_packed(args, kwargs)

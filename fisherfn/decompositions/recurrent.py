@@ -1,10 +1,11 @@
-r"""Recurrent nets in their elementary calls: two linear layers and a nonlinearity per layer and direction.
+r"""Recurrent nets as elementary calls: two linear layers and a nonlinearity per layer and direction.
 
 `nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell` reach torch as one call each, and so do whole `nn.RNN`, `nn.GRU` and
-`nn.LSTM`. Written out here, the matrix at the input is one linear layer shared over time, and the matrix at the hidden
-state (and the projection of an LSTM with `proj_size`) is one that is used once per step. Gates are in torch's order.
+`nn.LSTM`. This file writes them out: the matrix at the input becomes one linear layer shared over time. The matrix at
+the hidden state (and the projection of an LSTM with `proj_size`) becomes one that is used once per step. Gates are in
+torch's order.
 
-n example, t step, i input, h hidden.
+In annotations n is the example, t the step, i the input and h the hidden unit.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 State: TypeAlias = tuple[Tensor, ...]
-"""The hidden state `[n, h]`; for an LSTM also the cell state."""
+"""Hidden state `[n, h]`; for an LSTM also the cell state."""
 
 Step: TypeAlias = Callable[..., State]
-"""One step: the projected input, the state, and the weights and biases at the hidden state, to the new state."""
+"""Function for one step: from projected input, state, and weights and biases at the hidden state to the new state."""
 
 
 def lstm_step(
     gates: Float[Tensor, "n gates"], state: State, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None = None
 ) -> State:
-    """Hochreiter & Schmidhuber 1997, with a forget gate; `w_hr` projects the hidden state (Sak et al. 2014)."""
+    """Compute one step of an LSTM with forget gate (Hochreiter & Schmidhuber 1997).
+
+    `w_hr` projects the hidden state (Sak et al. 2014).
+    """
     hidden, cell = state
     i, f, g, o = (gates + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
@@ -38,7 +42,7 @@ def lstm_step(
 
 
 def gru_step(gates: Float[Tensor, "n gates"], state: State, w_hh: Tensor, b_hh: Tensor | None) -> State:
-    """Cho et al. 2014, with the reset gate after the product, as torch has it."""
+    """Compute one step of a GRU (Cho et al. 2014), with the reset gate after the product, as in torch."""
     (hidden,) = state
     r_x, z_x, n_x = gates.chunk(3, -1)
     r_h, z_h, n_h = F.linear(hidden, w_hh, b_hh).chunk(3, -1)
@@ -48,12 +52,12 @@ def gru_step(gates: Float[Tensor, "n gates"], state: State, w_hh: Tensor, b_hh: 
 
 
 def rnn_tanh_step(gates: Float[Tensor, "n h"], state: State, w_hh: Tensor, b_hh: Tensor | None) -> State:
-    """Elman 1990."""
+    """Compute one step of an Elman network with tanh (Elman 1990)."""
     return ((gates + F.linear(state[0], w_hh, b_hh)).tanh(),)
 
 
 def rnn_relu_step(gates: Float[Tensor, "n h"], state: State, w_hh: Tensor, b_hh: Tensor | None) -> State:
-    """Elman 1990, with ReLU."""
+    """Compute one step of an Elman network with ReLU (Elman 1990)."""
     return ((gates + F.linear(state[0], w_hh, b_hh)).relu(),)
 
 
@@ -66,7 +70,7 @@ def cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:
-    """Return the new state of one cell: a tensor, or hidden and cell state where that is what it was given."""
+    """Return the new state of one cell: a tensor, or hidden and cell state, in the form of the given state."""
     alone = isinstance(state, Tensor)
     new = step(F.linear(x, w_ih, b_ih), (state,) if isinstance(state, Tensor) else tuple(state), w_hh, b_hh)
     return new[0] if alone else new
@@ -86,8 +90,8 @@ def whole(
 ) -> tuple[Tensor, ...]:
     """Return the outputs and final states of a whole recurrent net, as torch's fused calls do.
 
-    Steps are on axis 1 if `batch_first`, else on axis 0. `weights` has for each layer and direction the two matrices,
-    two biases if `biased`, and an LSTM's projection if it has one.
+    Steps are on axis 1 if `batch_first`, else on axis 0. For each layer and direction, `weights` contains the two
+    matrices, two biases if `biased`, and the projection of an LSTM that has one.
     """
     time, directions = int(batch_first), 1 + bidirectional
     states = (initial,) if isinstance(initial, Tensor) else tuple(initial)
@@ -103,7 +107,7 @@ def whole(
             outputs.append(hidden)
             last.append(final)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if train and dropout > 0 and layer < layers - 1:  # noise goes with the examples, which have to come first
+        if train and dropout > 0 and layer < layers - 1:  # dropout noise needs the examples on the first axis
             x = F.dropout(x, dropout) if batch_first else F.dropout(x.transpose(0, 1), dropout).transpose(0, 1)
     return x, *(torch.stack(each) for each in zip(*last, strict=True))
 
@@ -123,7 +127,7 @@ def _one_direction(
 
 
 def is_packed(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a fused call is on a packed sequence, whose examples have no axis."""
+    """Return True if a fused call is on a packed sequence, whose examples have no axis."""
     return "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], (bool, int)))
 
 
@@ -140,7 +144,7 @@ _FUSED: dict[Callable[..., Any], Step] = {
     torch.rnn_relu: rnn_relu_step,
 }
 FUSED = frozenset(_FUSED)
-"""Whole recurrent nets in one call."""
+"""Functions that run a whole recurrent net in one call."""
 
 RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = dict(
     chain(
@@ -148,4 +152,4 @@ RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = dict(
         ((function, partial(whole, step)) for function, step in _FUSED.items()),
     )
 )
-"""The elementary calls that each of torch's consists of."""
+"""The replacement of each of torch's recurrent functions by elementary calls."""

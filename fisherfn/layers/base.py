@@ -1,6 +1,6 @@
-"""What a layer family must say of itself: how it is recognised, and how it turns into `(a, g)`.
+"""Interface of a layer family: how its calls are recognised, and how they are converted to `(a, g)`.
 
-A layer is a few pure functions and no state. A new one is a new file with one `Family`, and one line in `FAMILIES`.
+A family is a few pure functions without state. A new one is a new file with one `Family`, and one line in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fisherfn.rows import Rows
 
 
 class Call(NamedTuple):
-    """One use of a layer, as intercepted: its tensors, and the static configuration that the family reads them by."""
+    """One intercepted use of a layer: its tensors, and the static configuration with which the family reads them."""
 
     input: Tensor
     weight: Tensor
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     second: Float[Tensor, "k i i"]
 
     def spread(self, columns: Int[Tensor, " i"]) -> Moments:
-        """The same with entry j in place `columns[j]`."""
+        """Return the same moments with entry j moved to index `columns[j]`."""
         back = columns.argsort()
         return Moments(self.first[:, back], self.second[:, back][..., back])
 
@@ -39,22 +39,22 @@ class Family(NamedTuple):
     """A layer family.
 
     Attributes:
-        name: what the coverage report calls it.
-        functions: the torch functions that its layers may reach torch as.
-        match: reads a call of one of them: a `Call` if it is one of this family's, else None.
-        rows: the call's input `[N, …]` (a normalisation's is already normalised) and config to `a: [K, N, T, d_in]`,
-            without bias column, dense or with a structure.
-        columns: raw output-gradients `[S, N, …]` and config to `g: [K, S, N, T, d_out]`.
-        to_matrix: weight to `[K, d_out, d_in]`.
-        from_matrix: back, given the weight's shape.
-        weight_gradient: raw input and one draw's raw output-gradients `[N, …]` to the weight's gradients, summed over
-            examples, where there is a quicker way than by the rows.
-        moments: raw input and config to the moments of the rows, where for this config there is a quicker way than by
-            the rows; else None.
-        refuse: raises the typed error for a call of one of the functions that no run of the library can contain.
+        name: name of the family in the coverage report.
+        functions: the torch functions that layers of this family call.
+        match: reads a call of one of them; returns a `Call` if it is a layer of this family, else None.
+        rows: converts the call's input `[N, …]` (already normalised for a normalisation) and config to
+            `a: [K, N, T, d_in]`, without bias column, dense or with a structure.
+        columns: converts raw output-gradients `[S, N, …]` and config to `g: [K, S, N, T, d_out]`.
+        to_matrix: converts the weight to `[K, d_out, d_in]`.
+        from_matrix: inverse of `to_matrix`.
+        weight_gradient: computes the weight's gradient, summed over examples, from raw input and one sample's raw
+            output-gradients `[N, …]`; None if there is no faster way than from the rows.
+        moments: computes the moments of the rows from raw input and config; returns None if this config has no faster
+            way than from the rows.
+        refuse: raises the typed error for a call of one of the functions that the library cannot handle at all.
         uncoupled: for a call that mixes examples by design (batch norm), the same call without this mixing; else None.
-        any_axis: whether the example may be another axis than the first, all axes but the last being alike.
-        one_hot: whether the rows are one-hot.
+        any_axis: True if the examples may be on any axis but the last (all these axes are equivalent).
+        one_hot: True if the rows are one-hot.
     """
 
     name: str

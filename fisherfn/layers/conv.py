@@ -27,7 +27,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 
 
 class Config(NamedTuple):
-    """Everything about a convolution but its tensors; padding is (before, after) for each dimension."""
+    """Configuration of a convolution, without its tensors; padding is (before, after) for each dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -37,11 +37,11 @@ class Config(NamedTuple):
 
 
 Facts = Config
-"""The name in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts that version 0.1 saved."""
 
 
 class Axis(NamedTuple):
-    """Which inputs the output positions meet along one dimension: `start + stride · position + step · entry`."""
+    """Inputs that the output positions meet along one dimension: `start + stride · position + step · entry`."""
 
     start: int
     positions: int
@@ -61,7 +61,7 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """One number for each dimension."""
+    """Return one number per dimension."""
     if isinstance(value, int):
         return (value,) * dimensions
     values = tuple(value)
@@ -101,15 +101,16 @@ def _unfold_order(x: Float[Tensor, "n c *space"], config: Config) -> Tensor:
 
 
 def unfold_order(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
-    """Return the places in unfold order of patches with channels last, for some entries of the kernel."""
+    """Return the unfold-order indices of the columns of channels-last patches, for some entries of the kernel."""
     size = len(entries) if kernel_size is None else kernel_size
     return (entries[:, None] + size * torch.arange(channels, device=entries.device)).reshape(-1)
 
 
 def patches(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Float[Tensor, "g n t i"]:
-    """The inputs under each output position, zero outside: `i` runs over kernel entries, then channels.
+    """Return the inputs under each output position, zero outside: `i` runs over kernel entries, then channels.
 
-    Channels last, so that memory is read in runs: in unfold order the copy would cost half of the product after it.
+    Channels come last so that memory is read contiguously. In unfold order the copy would take half as long as the
+    product that follows.
     """
     x = _unfolded(_cover(x, axes).movedim(1, -1).contiguous(), axes, groups)
     return rearrange(x, "n t entries g c -> g n t (entries c)")
@@ -127,10 +128,10 @@ def _unfolded(
 
 
 def overlaps(axes: Sequence[Axis]) -> bool:
-    """Whether patches share so much that `patch_moments` costs less than a product of patches.
+    """Return True if patches overlap so much that `patch_moments` costs less than a product of patches.
 
-    Along the first axis it multiplies every line of the input with its neighbours (entries · lines products), the
-    product of patches every pair of entries at every position, of which symmetry saves three eighths.
+    Along the first axis, `patch_moments` multiplies every line of the input by its neighbours (entries · lines
+    products). The product of patches multiplies every pair of entries at every position; symmetry saves three eighths.
     """
     first = axes[0]
     lines = first.positions + first.step * (first.entries - 1)
@@ -138,7 +139,7 @@ def overlaps(axes: Sequence[Axis]) -> bool:
 
 
 def patch_moments(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
-    """`Σ_nt a` and `Σ_nt a aᵀ` of `patches`, which are never made; the stride is 1 along the first axis."""
+    """Compute `Σ_nt a` and `Σ_nt a aᵀ` of `patches` without forming them; the stride is 1 along the first axis."""
     everywhere = all(
         axis.stride == 1 and axis.start + axis.step * (axis.entries - 1) <= 0 and axis.start + axis.positions >= size
         for size, axis in zip(x.shape[2:], axes, strict=True)
@@ -147,11 +148,11 @@ def patch_moments(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: 
 
 
 def _correlations(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
-    r"""`patch_moments` where the padding is so wide that each kernel entry meets the whole input.
+    r"""Compute `patch_moments` for padding so wide that each kernel entry meets the whole input.
 
-    The block of the entries e and f then depends on f − e alone. It is the input's correlation with itself at that
-    distance, $\sum_q x_q x_{q + f - e}^\top$: a convolution's gradient by its weight, of x both as input and as
-    output-gradient. Along the first axis the distances from 0 on are enough: $-d$ has the transpose of d.
+    The block of the entries e and f then depends only on f − e. It is the autocorrelation of the input at that
+    distance, $\sum_q x_q x_{q + f - e}^\top$, which is the weight gradient of a convolution with x both as input and as
+    output-gradient. Along the first axis d ≥ 0 is enough: the block of $-d$ is the transpose of the block of d.
     """
     n, channels, d = x.shape[0], x.shape[1] // groups, len(axes)
     reach, distances = [axis.step * (axis.entries - 1) for axis in axes], [2 * axis.entries - 1 for axis in axes]
@@ -170,11 +171,11 @@ def _correlations(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: 
 
 
 def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
-    r"""`patch_moments` line by line of the first axis.
+    r"""Compute `patch_moments` one line of the first axis at a time.
 
     The second moment has a block for each pair of kernel entries e, f along the first axis. With $u_y$ the patches
-    along the other axes of line y, it is $\sum_p u_{p + e}^\top u_{p + f}$: a sum of products of lines that lie f − e
-    apart, which all pairs of that distance share.
+    along the other axes of line y, it is $\sum_p u_{p + e}^\top u_{p + f}$. Its terms are products of lines at distance
+    f − e, which all pairs of entries with that distance share.
     """
     first, others = axes[0], axes[1:]
     lines = _cover(x, axes).movedim(2, 0).movedim(2, -1).contiguous()  # y, n, *space, c
@@ -223,7 +224,7 @@ def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor,
 def weight_gradient(
     x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], config: Config, shape: Size
 ) -> Float[Tensor, "*weight"]:
-    """The backward pass of torch itself: no patch is ever stored."""
+    """Compute the weight gradient by torch's own backward pass, which stores no patches."""
     pads = [p for pair in reversed(config.padding) for p in pair]
     x = F.pad(x, pads) if any(pads) else x
     return backward(x, g, shape, config.stride, (0,) * len(config.kernel), config.dilation, config.groups)
@@ -232,7 +233,7 @@ def weight_gradient(
 def backward(
     x: Tensor, g: Tensor, shape: Size, stride: Any, padding: Any, dilation: Any, groups: int, output_padding: Any = None
 ) -> Tensor:
-    """The gradient of a convolution by its weight; of a transposed one where there is an output padding."""
+    """Compute the weight gradient of a convolution, or of a transposed one if an output padding is given."""
     weight = x.new_empty(1).expand(shape)  # read for its shape only
     found = torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, output_padding is not None,

@@ -2,8 +2,9 @@ r"""Transposed convolutions: $s_u = W a_u + b$ at output position u, with $a_u$ 
 
 Position u meets input j through kernel entry δ where $u = j \cdot \text{stride} - \text{padding} + \delta \cdot
 \text{dilation}$. In the patch the kernel is flipped: columns run over `(C_in / G, *kernel)` with the last entry first.
-Of the zero-inserted patch only one part in stride^dimensions is not zero, and always the same columns for positions of
-one phase, $(u + \text{padding}) \bmod \text{stride}$: rows are made phase by phase, without the zeros.
+Only one in stride^dimensions entries of the zero-inserted patch is nonzero. Positions of one phase,
+$(u + \text{padding}) \bmod \text{stride}$, have these entries in the same columns, so rows are computed phase by phase,
+without the zeros.
 
 Shapes: input `[N, C_in, *space]`, output `[N, C_out, *space]`, weight `[C_in, C_out / G, *kernel]`.
 """
@@ -32,7 +33,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", 
 
 
 class Config(NamedTuple):
-    """Everything about a transposed convolution but its tensors."""
+    """Configuration of a transposed convolution, without its tensors."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -43,11 +44,11 @@ class Config(NamedTuple):
 
 
 Facts = Config
-"""The name in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts that version 0.1 saved."""
 
 
 class _Phase(NamedTuple):
-    """One phase along one dimension: its output positions, its entries of the flipped kernel, and the inputs met."""
+    """One phase along one dimension: its output positions, entries of the flipped kernel, and inputs."""
 
     positions: range
     entries: range
@@ -67,7 +68,7 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
-    if any(stride > 1 for stride in config.stride):  # a phase has few entries, and they share little
+    if any(stride > 1 for stride in config.stride):  # the patches of a phase have few entries and overlap little
         return None
     axes = [phase.axis for d, size in enumerate(x.shape[2:]) for phase in _phases(size, config, d)]
     entries = torch.arange(math.prod(config.kernel), device=x.device)
@@ -92,13 +93,13 @@ def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
 
 
 def _length(size: int, config: Config, d: int) -> int:
-    """How many output positions there are along dimension d."""
+    """Return the number of output positions along dimension d."""
     reach = config.dilation[d] * (config.kernel[d] - 1) + config.output_padding[d] + 1
     return (size - 1) * config.stride[d] - 2 * config.padding[d] + reach
 
 
 def _phases(size: int, config: Config, d: int) -> list[_Phase]:
-    """All phases along dimension d that have an output position."""
+    """Return the phases along dimension d that have an output position."""
     stride, padding, dilation, kernel = config.stride[d], config.padding[d], config.dilation[d], config.kernel[d]
     phases = []
     for first in range(min(stride, _length(size, config, d))):
@@ -114,7 +115,7 @@ def _phases(size: int, config: Config, d: int) -> list[_Phase]:
 
 
 def _flat(ranges: list[range], sizes: Any, device: torch.device) -> Tensor:
-    """Row-major index of the product of some ranges within an array of these sizes."""
+    """Return the row-major indices of the product of some ranges in an array of these sizes."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     for chosen, size in zip(ranges, sizes, strict=True):
         index = index.unsqueeze(-1) * size + torch.tensor(list(chosen), dtype=torch.int64, device=device)
@@ -134,7 +135,7 @@ def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor,
 def weight_gradient(
     x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], config: Config, shape: Size
 ) -> Float[Tensor, "*weight"]:
-    """The backward pass of torch itself: no zero is inserted."""
+    """Compute the weight gradient by torch's own backward pass, which inserts no zeros."""
     return backward(x, g, shape, config.stride, config.padding, config.dilation, config.groups, config.output_padding)
 
 

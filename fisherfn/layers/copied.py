@@ -1,13 +1,14 @@
-r"""Weights that are computed from parameters, and parameters that meet the batch in a call of no layer family.
+r"""Weights computed from parameters, and parameters that meet the batch in a call of no layer family.
 
-Weight and spectral normalisation, standardised kernels, low-rank updates `W + B A`, parts of a matrix, products of
-three tensors: after computations that no example enters, the result takes part in one call on the batch. `torch.vmap`
-runs this call with a copy $w_n$ of the result for each example. $g_n = \partial L_n / \partial w_n$, pulled back
-through the computations, is exactly the per-example gradient of the parameters themselves, and $a = 1$. The rest of the
-model runs on the whole batch as always, so that unlike the fallback it may couple examples, branch on values, and have
-no rule for `torch.vmap`. A small parameter is one dense block; for a wide one there is one block for each entry.
+Examples are weight and spectral normalisation, standardised kernels, low-rank updates `W + B A`, parts of a matrix, and
+products of three tensors. After computations without the batch, the result takes part in one call on the batch.
+`torch.vmap` runs this call with a copy $w_n$ of the result per example. Its gradient
+$g_n = \partial L_n / \partial w_n$, pulled back through the computations, is exactly the per-example gradient of the
+parameters, and $a = 1$. The rest of the model runs on the whole batch, so unlike with the fallback it may couple
+examples, branch on values, and contain functions without a rule for `torch.vmap`. A small parameter is one dense block;
+a large one has one block per entry.
 
-This file lays out the examples for such a call. A place `(axis, repeats, outer)` is that of `fisherfn.stats.shared`.
+This file arranges the examples for such a call. A place `(axis, repeats, outer)` is a `fisherfn.stats.steps.Place`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fisherfn.layers.base import Family
 from fisherfn.layers.fallback import columns, from_matrix, rows, to_matrix
 
 _Place: TypeAlias = tuple[int, int, int]
-"""Axis of the examples counted from the right, rows per example there, and how many of these are further out."""
+"""Axis of the examples counted from the right, rows per example on it, and how many of these are further out."""
 
 
 def per_example(
@@ -33,14 +34,14 @@ def per_example(
     copies: Mapping[int, Callable[[int], Tensor]],
     place: _Place,
 ) -> Tensor:
-    """Run a call once per example, with copies in the place of shared tensors, and put the outputs together.
+    """Run a call once per example, with shared tensors replaced by copies, and join the outputs.
 
     Args:
-        call: the call, given what stands for some of its tensors, by identity.
+        call: the call, a function of replacements for some of its tensors, by identity.
         tensors: all tensors that it takes.
-        places: where each has the examples; None where it has none.
-        copies: by identity of a shared tensor its copies, for a number of examples.
-        place: where the output has the examples.
+        places: position of the examples in each of them; None for a tensor without examples.
+        copies: functions that copy the shared tensors for a number of examples, by identity.
+        place: position of the examples in the output.
 
     Raises:
         ValueError: no tensor has an axis of examples.
@@ -60,7 +61,7 @@ def per_example(
 
 
 def _examples_first(x: Shaped[Tensor, "..."], place: _Place) -> Shaped[Tensor, "n ..."]:
-    """Take the examples apart: each keeps its rows on the axis where it had them."""
+    """Move the examples to the first axis; the rows of each stay on the axis where they were."""
     axis, repeats, outer = place
     at = axis + x.ndim
     parts: Tensor = x.unflatten(at, (outer, -1, repeats // outer)).movedim(at + 1, 0)

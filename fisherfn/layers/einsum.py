@@ -1,12 +1,12 @@
 r"""Products with a parameter of any axes: `torch.einsum` of two tensors, `bmm`, and `matmul` of three axes or more.
 
-Experts, `torch.einsum('nei,eio->neo', x, W)`, are a layer per expert; so is every axis that input, weight and output
-have in common. Axes of the weight that only the output has make up $d_{out}$, those that are summed over make up
-$d_{in}$, and all other axes of the input are positions (or the examples):
+Experts, `torch.einsum('nei,eio->neo', x, W)`, are one layer per expert: each axis shared by input, weight and output
+indexes groups. Axes that only weight and output share form $d_{out}$, those that are summed over form $d_{in}$, and
+all other axes of the input are positions (or the examples):
 
 $$s_{pko} = \sum_i W_{koi}\, x_{pki}.$$
 
-k group, p position or example, o output, i input.
+Here k is the group, p the position or example, o the output and i the input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SUMS = {torch.baddbmm, Tensor.baddbmm}
 
 
 class Axes(NamedTuple):
-    """The axes of a weight of this shape: groups, then outputs, then inputs."""
+    """The axes of a weight of this shape that index groups, outputs and inputs."""
 
     shape: Size
     groups: tuple[int, ...]
@@ -37,16 +37,16 @@ class Axes(NamedTuple):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Return the axes, in the order of the matrices."""
+        """The axes in the order of the matrices."""
         return (*self.groups, *self.outputs, *self.inputs)
 
     def size(self, axes: tuple[int, ...]) -> int:
-        """Return the number of entries that some of the axes have together."""
+        """Return the product of the lengths of some of the axes."""
         return math.prod(self.shape[axis] for axis in axes)
 
 
 def grouped_product(x: Float[Tensor, "*p k i"], weight: Float[Tensor, "*shape"], axes: Axes) -> Float[Tensor, "*p k o"]:
-    """Return the product of every group, the form that all of this family's calls are brought into."""
+    """Compute the product of every group; all calls of this family are converted to this form."""
     if has_torch_function((x, weight)):
         return handle_torch_function(grouped_product, (x, weight), x, weight, axes)
     return torch.einsum("...ki,koi->...ko", x, to_matrix(weight, axes))
@@ -55,7 +55,7 @@ def grouped_product(x: Float[Tensor, "*p k i"], weight: Float[Tensor, "*shape"],
 def as_grouped_product(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Any], bool]
 ) -> Callable[[], Any] | None:
-    """A product with one parameter as `grouped_product`; None for any other call."""
+    """Convert a product with one parameter to `grouped_product`; return None for any other call."""
     if kwargs:
         return None
     if function is torch.einsum and args and isinstance(args[0], str):
@@ -86,7 +86,7 @@ def as_grouped_product(
 
 
 def _of_matmul(a: Size, b: Size) -> str:
-    """The equation of a matrix product: batch axes from the right, of which one of length 1 is summed over."""
+    """Return the equation of a matrix product: batch axes from the right, summed over where one has length 1."""
     names = iter("abcdefghijklmnopqrstuvw")
     left, right, out = "xy", "yz", "xz"
     for axis in range(3, max(len(a), len(b)) + 1):
@@ -100,7 +100,7 @@ def _of_matmul(a: Size, b: Size) -> str:
 
 
 def _letters(equation: str, dimensions: list[int]) -> tuple[str, str, str] | None:
-    """The letters of both operands and the output, an ellipsis of one operand spelled out."""
+    """Return the letters of both operands and the output, with the ellipsis of one operand spelled out."""
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     parts = inputs.split(",")
     if len(parts) != 2:
@@ -120,7 +120,7 @@ def _letters(equation: str, dimensions: list[int]) -> tuple[str, str, str] | Non
 
 
 def _product(x: Tensor, weight: Tensor, of_x: str, of_w: str, out: str) -> Callable[[], Tensor] | None:
-    """A product by its letters; None where the weight is summed alone, or nothing could be an axis of examples."""
+    """Build a product from its letters; None if the weight alone is summed, or no axis could be that of examples."""
     sizes = dict(zip(of_w, weight.shape, strict=True))
     if any(sizes.get(c, length) != length for c, length in zip(of_x, x.shape, strict=True)):
         return None  # broadcast along an axis of the weight

@@ -1,13 +1,13 @@
-r"""Elementwise scales, shifts and every other parameter that all examples share up to a broadcast: $y = w \odot x + b$.
+r"""Elementwise scales, shifts and all other parameters that the examples share up to a broadcast: $y = w \odot x + b$.
 
-Hand-written normalisations, layer scales, class and position tokens, tables of relative positions, trained slopes: each
-reaches the batch by a broadcast, after views, casts or other small computations that no example enters. Give every
-example a copy $w_n$ of the parameter where it meets the batch; $g_n = \partial L_n / \partial w_n$ is then exactly the
-per-example gradient, already summed over positions, and $a = 1$. A small parameter is one dense block, a wide one a
-block for each entry, as in the fallback. Unlike the fallback this needs no run of the model per example.
+Hand-written normalisations, layer scales, class and position tokens, tables of relative positions and trained slopes
+reach the batch by a broadcast, after views, casts or other small computations without the batch. If every example gets
+a copy $w_n$ of the parameter where it meets the batch, $g_n = \partial L_n / \partial w_n$ is exactly the per-example
+gradient, already summed over positions, and $a = 1$. A small parameter is one dense block, a large one has one block
+per entry, as in the fallback. Unlike the fallback this needs no run of the model per example.
 
-This file says which calls are such a meeting, and how copies are laid out for one. Raw "input" `[N]` of ones, raw
-"output-gradient" `[S, N, *shape]`.
+This file recognises the calls in which a shared tensor meets the batch, and arranges copies for them. The raw "input"
+is `[N]` ones, the raw "output-gradient" `[S, N, *shape]`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _SPREADING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 
 
 def broadcasts(function: Callable[..., Any]) -> bool:
-    """Whether a call broadcasts its tensors against each other, so that copies can stand for a shared one."""
+    """Return True if a call broadcasts its tensors against each other, so that copies can replace a shared one."""
     name = getattr(function, "__name__", "")
     return name in _BROADCASTING or (changes_input(function) and name.rstrip("_") in _BROADCASTING)
 
 
 def spreads(function: Callable[..., Any]) -> bool:
-    """Whether a call only makes a tensor larger by repeating it."""
+    """Return True if a call only enlarges a tensor by repeating it."""
     return getattr(function, "__name__", "") in _SPREADING
 
 
 def changes_input(function: Callable[..., Any]) -> bool:
-    """Whether a call works in place."""
+    """Return True if a call works in place, judged by its name."""
     name = getattr(function, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def works_in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call changes its first tensor: by its name, or by `inplace=True` as activations have it."""
+    """Return True if a call changes its first tensor: by its name, or by `inplace=True`, which activations have."""
     if changes_input(function):
         return True
     place = _place_of_inplace(function)
@@ -67,14 +67,14 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
 
 
 def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: int) -> Float[Tensor, "..."]:
-    """Lay out copies `[N, *shape]` for a broadcast against a tensor that has the examples on `axis`, from the right.
+    """Arrange copies `[N, *shape]` for a broadcast against a tensor with the examples on `axis`, from the right.
 
-    The shared tensor has a length of 1 there, or fewer axes. The other tensor may have `repeats` rows per example,
-    `outer` of them further out than the examples. Where a call repeats a longer shared tensor once per example, its own
-    length is innermost.
+    The shared tensor has length 1 on this axis, or fewer axes. The other tensor may have `repeats` rows per example,
+    `outer` of them further out than the examples. If a call repeats a longer shared tensor once per example, the
+    length of the shared tensor is innermost.
 
     Raises:
-        ValueError: it has another length on that axis.
+        ValueError: the shared tensor has another length on that axis.
     """
     right = -axis - 1
     missing = right - (copies.ndim - 1)
@@ -83,7 +83,7 @@ def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: i
     else:
         place = copies.ndim - right - 1
         length = copies.shape[place]
-        laid = copies.movedim(0, place - 1)  # examples, then the shared tensor's own
+        laid = copies.movedim(0, place - 1)  # examples, then the axis of the shared tensor
         if length == 1:
             laid = laid.squeeze(place)
         elif repeats % length or outer > 1:

@@ -1,7 +1,7 @@
-r"""Embeddings: $s = W e_j$, a column of the matrix `[E, V]` for each index j; its row is one-hot and kept as the index.
+r"""Embeddings: $s = W e_j$, a column of the matrix `[E, V]` for each index j; the one-hot row is stored as the index.
 
-Input `[N, *T]` of integers, output `[N, *T, E]`, weight `[V, E]`. The padding index, which torch gives no gradient, is
-an empty row. `max_norm` (which changes the weight), `scale_grad_by_freq` and `sparse` are not claimed.
+Input `[N, *T]` of integers, output `[N, *T, E]`, weight `[V, E]`. The row of the padding index, which gets no gradient
+in torch, is zero. Calls with `max_norm` (which changes the weight), `scale_grad_by_freq` or `sparse` are not covered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 
 Facts = Config
-"""The name in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts that version 0.1 saved."""
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

@@ -1,7 +1,7 @@
 """The layer of last resort: a parameter that no family claims, with its per-example gradient as `g` and `a = 1`.
 
-Its raw "input" is a column of ones, its raw "output-gradient" the per-example gradient `[S, N, *shape]`. A small
-parameter is one dense block (K = 1, d_out = its size); a large one is a block for each entry (K = its size, d_out = 1).
+The raw "input" is a column of ones, the raw "output-gradient" the per-example gradient `[S, N, *shape]`. A small
+parameter is one dense block (K = 1, d_out = its size); a large one has a block per entry (K = its size, d_out = 1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from fisherfn.layers.base import Family
 
 DENSE_UP_TO = 256
-"""Largest parameter whose curvature is one dense block: its factor costs as much as a layer of this width."""
+"""The size of the largest parameter with one dense block: its factor costs as much as a layer of this width."""
 
 
 class Config(NamedTuple):
@@ -26,12 +26,12 @@ class Config(NamedTuple):
 
     @property
     def form(self) -> str:
-        """The form of its blocks, for the report."""
+        """The form of the parameter's blocks, for the report."""
         return "one dense block" if self.dense else "a block for each entry"
 
 
 Facts = Config
-"""The name in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts that version 0.1 saved."""
 
 
 def rows(ones: Float[Tensor, " n"], config: Config) -> Float[Tensor, "k n 1 1"]:

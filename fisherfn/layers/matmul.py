@@ -1,6 +1,6 @@
-r"""Linear layers whose weight stands on the right: $s = x W + b$, with $W$ of shape `[d_in, d_out]`.
+r"""Linear layers with the weight on the right: $s = x W + b$, with $W$ of shape `[d_in, d_out]`.
 
-`x @ W`, `torch.matmul`, `torch.mm` and `torch.addmm`, as hand-written nets and some language models have them.
+The calls are `x @ W`, `torch.matmul`, `torch.mm` and `torch.addmm`, used by hand-written nets and some language models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SUMS = (torch.addmm, Tensor.addmm)
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     names = ("input", "mat1", "mat2") if function in _SUMS else ("input", _PRODUCTS[function])
     given = bind(names, args, kwargs)
-    if set(given) != set(names):  # scaled sums and outputs given as arguments are another thing
+    if set(given) != set(names):  # scaled sums and calls with out= are not covered
         return None
     *bias, x, weight = (given[name] for name in names)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.ndim < 2 or weight.ndim != 2:
@@ -39,7 +39,7 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def is_transpose(x: Any, output: Any) -> bool:
-    """Whether a call returned the transpose of a matrix, or of several (`mT`), as a view of them."""
+    """Return True if a call returned the transpose of a matrix, or of a batch of them (`mT`), as a view."""
     if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.ndim < 2 or output.ndim != x.ndim:
         return False
     return all(tuple(b) == (*a[:-2], a[-1], a[-2]) for a, b in ((x.shape, output.shape), (x.stride(), output.stride())))
@@ -51,7 +51,7 @@ def untransposed(
     kwargs: dict[str, Any],
     original: Callable[[Any], Tensor | None],
 ) -> Callable[[], Any] | None:
-    """A product with the transpose of a weight as the layer that it is; None for any other call.
+    """Convert a product with the transpose of a weight to a layer; return None for any other call.
 
     `x @ W.T` is `F.linear(x, W)`, and `F.linear(x, W.T)` is `x @ W`. `original` gives W for its transpose.
     """

@@ -1,4 +1,4 @@
-r"""Normalisations: the affine part $y_c = w_c \hat x_c + b_c$, one 1×1 layer (1×2 with bias) a channel or entry c.
+r"""Normalisations: the affine part $y_c = w_c \hat x_c + b_c$, one 1×1 layer (1×2 with bias) per channel or entry c.
 
 The layer's input is the normalised $\hat x$, recomputed here from the same call without its affine part; the
 normalisation itself has no parameters. Batch, instance and group norm have their channels on axis 1, layer and RMS
@@ -22,14 +22,14 @@ from fisherfn.layers.base import Call, Family
 
 
 class Config(NamedTuple):
-    """The shape of the weight, and whether it lies along the last axes (else along axis 1)."""
+    """The shape of the weight, and True if it applies to the last axes, False if to axis 1."""
 
     shape: Size
     last: bool
 
 
 Facts = Config
-"""The name in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts that version 0.1 saved."""
 
 
 _BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -49,7 +49,7 @@ def frozen_batch_norm(
 
     def frozen() -> Tensor:
         x, weight = given["input"], given.get("weight")
-        # statistics in the weight's type: under autocast the input's is coarser, and torch requires equal types
+        # statistics in the weight's type: under autocast the input is less precise, and torch requires equal types
         exact = x.detach() if weight is None else x.detach().to(weight.dtype)
         var, mean = torch.var_mean(exact, [0, *range(2, x.ndim)], correction=0)
         return F.batch_norm(x, mean, var, weight, given.get("bias"), eps=given.get("eps", 1e-5))
@@ -61,7 +61,7 @@ def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     given = bind(_BATCH, args, kwargs)
     if given.get("weight") is None:
         return None
-    # batch statistics are recomputed without the buffers, which the model's own call has already moved
+    # batch statistics are recomputed without the buffers, which the model's own call has already updated
     mean, var = (None, None) if given.get("training", False) else (given["running_mean"], given["running_var"])
     x = F.batch_norm(given["input"], mean, var, training=given.get("training", False), eps=given.get("eps", 1e-5))
     return _call(x, given, last=False)
@@ -129,7 +129,7 @@ def from_matrix(matrix: Float[Tensor, "k 1 1"], config: Config) -> Float[Tensor,
 
 
 def weight_gradient(x: Tensor, g: Tensor, config: Config, shape: Size) -> Float[Tensor, "*shape"]:
-    """`Σ g x̂` entry by entry: no copy with channels first."""
+    """Compute `Σ g x̂` entry by entry, without a copy that has channels first."""
     product = g * x
     if config.last:
         return product.reshape(-1, *shape).sum(0)

@@ -1,13 +1,13 @@
 r"""Experts on routed rows: `torch.nn.functional.grouped_mm`, with the rows sorted by their expert.
 
-A mixture of experts gathers the tokens in the order of their experts, `x[index]`, and multiplies each stretch by its
-own matrix. In that order the examples lie anywhere. In the order of the tokens they do not, so the same product is
+A mixture of experts gathers the tokens in the order of their experts, `x[index]`, and multiplies each contiguous range
+of rows by its own matrix. This order scatters the rows of an example. In the order of the tokens the same product is
 
 $$s_r = \sum_k h_{rk}\, W_k\, (h_{rk}\, x_r),$$
 
-with $h_{rk} = 1$ if row r is expert k's, else 0: a grouped product of every expert on every row. Rows of other experts
-are zero, in the inputs and in the output-gradients. It costs as many products as there are experts, where torch's own
-has no rule for `torch.vmap`.
+with $h_{rk} = 1$ if row r belongs to expert k, else 0: a grouped product of every expert on every row. Rows of other
+experts are zero, in the inputs and in the output-gradients. This multiplies every row by every expert; torch's own
+function, which does not, has no rule for `torch.vmap`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from fisherfn.layers.einsum import Axes, grouped_product
 
 _NAMES = ("input", "mat2", "offs", "bias", "out_dtype")
 GROUPED = getattr(torch, "_grouped_mm", None)
-"""What `torch.nn.functional.grouped_mm` calls."""
+"""The function that `torch.nn.functional.grouped_mm` calls."""
 
 
 class Order(NamedTuple):
-    """Rows of a tensor that was gathered from another: which `rows` of that one's, of how many."""
+    """Origin of the rows of a gathered tensor: the indices `rows` into the source, and its number of rows."""
 
     rows: Int[Tensor, " s"]
     tokens: int
 
 
 class Orders:
-    """Orders of gathered rows in a run, by identity of the tensor and of the ends of the experts' stretches."""
+    """Orders of gathered rows in a run, by identity of the tensor and of the end indices of the experts' ranges."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Order]] = {}
 
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], output: Any) -> None:
-        """Note a call `x[index]`; any other is none."""
+        """Record a call `x[index]`; ignore any other call."""
         if func is not Tensor.__getitem__ or not isinstance(output, Tensor) or not isinstance(args[1], Tensor):
             return
         x, index = args
@@ -50,7 +50,7 @@ class Orders:
             self._known[id(output)] = output, Order(index, x.shape[0])
 
     def of(self, x: Tensor, ends: Tensor) -> Order | None:
-        """The order of rows: that of earlier ones with the same ends, or that in which they were gathered."""
+        """Return the order of rows: that of earlier rows with the same ends, or that in which they were gathered."""
         _, order = self._known.get(id(ends), self._known.get(id(x), (None, None)))
         if order is not None:
             self._known[id(ends)] = ends, order
@@ -65,7 +65,7 @@ def as_experts(
     is_parameter: Callable[[Any], bool],
     original: Callable[[Any], Tensor | None],
 ) -> Callable[[], Tensor] | None:
-    """A product of sorted rows with a parameter as a grouped product; None for any other call.
+    """Convert a product of sorted rows with a parameter to a grouped product; return None for any other call.
 
     `original` gives W for its transpose.
     """
@@ -94,17 +94,17 @@ def _experts(x: Float[Tensor, "s i"], weight: Tensor, ends: Int[Tensor, " k"], o
 
 
 def _even(order: Order, by_token: Int[Tensor, " s"]) -> Bool[Tensor, ""]:
-    """Whether each token was gathered as often as any other, so that each example has as many rows.
+    """Return True if all tokens were gathered equally often, so that all examples have the same number of rows.
 
     Raises:
-        StructureError: it was not. Where values cannot be looked at, the outputs are not finite instead.
+        StructureError: some token was gathered more often. If values cannot be read, the outputs become NaN instead.
     """
     times = order.rows.shape[0] // order.tokens
     expected = torch.arange(order.rows.shape[0], device=by_token.device) // times
     even = (order.rows[by_token] == expected).all()
     if not holds(even):
         raise StructureError(
-            "the model routes some tokens to more experts than others, so that examples have different numbers of "
-            "rows: route each token to as many experts (top-k), without a capacity or a choice by the experts."
+            "the model routes some tokens to more experts than others, so examples have different numbers of rows: "
+            "route each token to the same number of experts (top-k), without a capacity limit or expert choice."
         )
     return even

@@ -1,14 +1,14 @@
 r"""One matrix as embedding and output layer: $x = W e_j$ at the input, $s = W^\top h$ at the output, W of `[E, V]`.
 
-The output layer's gradient in this matrix is $\sum_t h_t \delta_t^\top$ with $\delta$ its output-gradient: input and
-output-gradient have changed places. So its rows are $a = \delta$ and its columns $g = h$. An output-gradient differs
-from draw to draw and a row may not, so each draw's positions are positions of their own, at which the columns of every
-other draw are zero. The per-example gradients are exact, and no `[N, V, E]` is formed.
+The output layer's gradient with respect to this matrix is $\sum_t h_t \delta_t^\top$, with $\delta$ its
+output-gradient: input and output-gradient swap roles, so its rows are $a = \delta$ and its columns $g = h$.
+Output-gradients differ between samples, but rows must not. Each sample therefore gets its own positions, at which the
+columns of all other samples are zero. The per-example gradients are exact, and no `[N, V, E]` is formed.
 
-A product is the same if a row is scaled by c and its column by 1/c. c makes the columns of both uses equally long on
-average; without it, Kronecker methods would multiply the one's large inputs with the other's large inputs.
+The product does not change if a row is scaled by c and its column by 1/c. We choose c so that the columns of both uses
+have the same mean square; otherwise Kronecker methods would multiply the large inputs of one use by those of the other.
 
-Input of the first use `[N, *T]` of integers, of the second `[N, *T, E]`; weight `[V, E]`.
+The input of the first use is `[N, *T]` integers, that of the second `[N, *T, E]`; the weight is `[V, E]`.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.linear import LINEAR, columns
 
 KINDS = {EMBEDDING.name, LINEAR.name}
-"""The families of the two uses."""
+"""The names of the families of the two uses."""
 
 
 def rows(x: Tensor, config: Any) -> structures.Rows:
-    """The rows of the embedding; those of the output layer before the change of places."""
+    """Return the rows of the embedding, or those of the output layer before the roles are swapped."""
     return embedding.rows(x, config) if isinstance(config, embedding.Config) else LINEAR.rows(x, config)
 
 
 def swapped_rows(delta: Float[Tensor, "1 s n t v"], scale: Tensor | float) -> Float[Tensor, "1 n st v"]:
-    """Rows of the output layer in the embedding's matrix: its output-gradients, position by position of each draw."""
+    """Return the output layer's rows in the embedding's matrix: its output-gradients, sample after sample."""
     return delta.movedim(1, 2).flatten(2, 3) * scale
 
 
 def swapped_columns(h: Float[Tensor, "1 n t e"], draws: int, scale: Tensor | float) -> Float[Tensor, "1 s n st e"]:
-    """Columns of the output layer in the embedding's matrix: its inputs, each at the positions of its own draw."""
+    """Return the output layer's columns in the embedding's matrix: its inputs, at the positions of each sample."""
     if draws == 1:
         return (h / scale).unsqueeze(1)
     own = torch.eye(draws, dtype=h.dtype, device=h.device)
@@ -48,7 +48,7 @@ def swapped_columns(h: Float[Tensor, "1 n t e"], draws: int, scale: Tensor | flo
 
 
 def balance(h: Float[Tensor, "..."], g: Float[Tensor, "s ..."]) -> Float[Tensor, ""]:
-    """The scale c: inputs h of the output layer against output-gradients g of the embedding, in the mean square."""
+    """Return the scale c that gives the output layer's inputs, h / c, the mean square of the embedding's gradients g."""
     squares = h.square().mean(), g.square().sum(0).mean()
     usable = (squares[0] > 0) & (squares[1] > 0)
     ratio = torch.where(usable, squares[0] / torch.where(usable, squares[1], 1.0), 1.0)
@@ -64,7 +64,7 @@ def from_matrix(matrix: Float[Tensor, "1 e v"], config: Any) -> Float[Tensor, "v
 
 
 def weight_gradient(x: Tensor, g: Tensor, config: Any, shape: Size) -> Float[Tensor, "v e"]:
-    """Each use's in its own way: the one by index, the other as a product."""
+    """Compute the weight gradient of one use: by index for the embedding, as a product for the output layer."""
     if isinstance(config, embedding.Config):
         columns_of = columns(g.unsqueeze(0), config).squeeze(1)
         return from_matrix(structures.outer(columns_of, structures.cast(rows(x, config), g.dtype)), config)

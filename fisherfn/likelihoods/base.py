@@ -71,7 +71,7 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
         return grad(lambda g: likelihood.nll(g, targets).sum())(f)  # type: ignore[attr-defined, no-any-return]
 
     try:
-        # reverse over reverse: the gradient's own pullback is symmetric
+        # reverse over reverse mode: the pullback of the gradient is symmetric
         return vjp(slope, outputs)[1](v)[0]  # type: ignore[no-any-return]
     except (RuntimeError, NotImplementedError) as error:
         raise LikelihoodError(

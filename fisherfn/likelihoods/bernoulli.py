@@ -15,7 +15,7 @@ from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_ou
 
 @dataclass(frozen=True)
 class Bernoulli:
-    r"""Independent coin flips: binary images, multi-label classification.
+    r"""Independent binary outputs: binary images, multi-label classification.
 
     $-\log p(y \mid f) = \sum_j \log(1 + e^{f_j}) - y_j f_j$ for logits; with `logits=False` the outputs are the
     probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision.

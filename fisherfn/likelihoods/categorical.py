@@ -67,7 +67,7 @@ class Categorical:
 
     def _of_indices(self, outputs: Float[Tensor, "n *t c"], labels: Int[Tensor, "n *t"]) -> Float[Tensor, "n *t"]:
         index = labels.clamp(0, outputs.shape[-1] - 1).long().unsqueeze(-1)
-        # log-sum-exp minus the picked logit: the softmax is never stored
+        # log-sum-exp minus the logit of the class: the softmax is never stored
         normaliser = torch.logsumexp(outputs, -1)
         nll = normaliser - outputs.gather(-1, index).squeeze(-1)
         if self.weight is not None:

@@ -1,4 +1,4 @@
-"""Random numbers of a model as a function of seeds: dropout, and everything else that it draws by itself."""
+"""Random numbers of a model as a function of seeds: dropout and all other noise that the model samples itself."""
 
 from fisherfn.randomness.draws import Draw, draws_of
 from fisherfn.randomness.dropout import (

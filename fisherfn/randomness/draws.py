@@ -1,4 +1,4 @@
-"""Calls for random numbers, and where their numbers have the examples, from runs of two and of three examples."""
+"""Calls for random numbers and their axes of examples, found by runs with two and with three examples."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import NamedTuple
 from torch import Size
 
 UNKNOWN = -1
-"""Axis of the examples where it is not to be found."""
+"""The axis of the examples if it cannot be found."""
 
 
 class Draw(NamedTuple):
     """A call for random numbers.
 
     Attributes:
-        shape: with two examples.
-        axis: of the examples; None for numbers that all examples share, `UNKNOWN` where it is not to be found.
+        shape: shape of the numbers for two examples.
+        axis: axis of the examples; None for numbers that all examples share, `UNKNOWN` if it cannot be found.
     """
 
     shape: Size
     axis: int | None
 
     def fits(self, shape: Size, examples: int) -> bool:
-        """Whether a call of this shape may be the same one, for so many examples."""
+        """Return True if a call of this shape may be the same call, with this number of examples."""
         if self.axis is None or self.axis == UNKNOWN:
             return self.axis == UNKNOWN or shape == self.shape
         return shape == Size(n * examples // 2 if at == self.axis else n for at, n in enumerate(self.shape))
 
 
 def draws_of(two: Sequence[Size], three: Sequence[Size]) -> list[Draw]:
-    """The calls for random numbers of a run, from their shapes with two examples and with three."""
+    """Return the calls for random numbers of a run, given their shapes with two and with three examples."""
     return [Draw(shape, _axis(shape, longer)) for shape, longer in zip(two, three, strict=True)]
 
 

@@ -1,16 +1,16 @@
 r"""Dropout whose noise is an argument: $x \odot m / (1 - p)$, with the mask $m$ computed from a seed for each example.
 
-One seed per example, drawn by the caller's generator, is all the noise of a step: entry j of example n in the c-th
-dropout of the net is kept where a hash of (seed n, c, j), uniform in [0, 1), is at least p. So an example keeps its
-masks in a chunk, on another rank and in a vmapped member, and a resumed run draws what the straight one drew.
+One seed per example, sampled with the caller's generator, is all the noise of a step: entry j of example n in the c-th
+dropout of the net is retained if a hash of (seed n, c, j), uniform in [0, 1), is at least p. So an example has the same
+masks in a chunk, on another rank and in a vmapped member, and a resumed run samples the same noise as one without a
+break.
 
-Numbers that a model draws by itself (`bernoulli_`, `rand`, `randn` and their like, as stochastic depth does) are made
-from the same seeds. The examples may be on any axis; which one is found by `Sizes`, from runs of two and of three
-examples.
+Numbers that a model samples itself (`bernoulli_`, `rand`, `randn` and similar calls, as in stochastic depth) are
+computed from the same seeds. The examples may be on any axis; `Sizes` finds it by runs with two and three examples.
 
-Where no example enters (a table of positions, a weight), the batch has one mask: a mask per example would give the
-following calls another shape. This mask needs noise that all examples know, or a chunk would drop other entries than
-the whole batch. So every seed of a step has the same upper 32 bits, and the shared masks are made from these.
+A tensor that all examples share (a table of positions, a weight) has one mask for the batch: one mask per example would
+change the shape of the following calls. The mask must not depend on the chunk, so it needs noise that is equal for all
+examples. Every seed of a step therefore has the same upper 32 bits, from which the shared masks are computed.
 
 The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose arithmetic fits 64-bit integers.
 """
@@ -44,15 +44,15 @@ _RANDOM = {
 }  # fmt: skip
 
 _SHARED = 0x5F3759DF
-"""Keeps the noise of shared masks apart from that of the first example."""
+"""Constant that makes the noise of shared masks independent of that of the first example."""
 _READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist}
 
 
 def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-    """One seed for each example: the noise of every dropout in a step, as `context["dropout"]`.
+    """Return one seed per example, for all dropout noise of a step, to be passed as `context["dropout"]`.
 
-    Their upper halves are equal: noise of masks that all examples share. Make the seeds of a step in one call, and
-    slice them. They are where the generator is; a net on another device takes them there.
+    The upper halves of the seeds are equal, for masks that all examples share. Make the seeds of a step in one call,
+    and slice them. They are on the device of the generator; a net on another device moves them.
 
     Raises:
         ShapeError: a negative number of examples.
@@ -62,17 +62,15 @@ def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"
     torch.Size([2])
     """
     if examples < 0:
-        raise ShapeError(f"seeds are one for each example, got {examples} examples.")
+        raise ShapeError(f"there is one seed per example, got {examples} examples.")
     if not isinstance(generator, torch.Generator):
-        raise NoiseError(
-            f"seeds are drawn by a torch.Generator, got {type(generator).__name__}; the global one is never used."
-        )
+        raise NoiseError(f"seeds need a torch.Generator, got {type(generator).__name__}; the global one is never used.")
     own = torch.randint(2**32, (examples,), generator=generator, device=generator.device)
     return own + ((_hash(own[:1] ^ _SHARED) >> 1 | 1) << 32)
 
 
 def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call takes numbers from the global generator."""
+    """Return True if a call takes numbers from the global generator."""
     if function in _DROPOUTS:
         return _active(args, kwargs)
     if function in _BUILTIN:
@@ -93,11 +91,11 @@ def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 class SeededDropout(Elementary):
-    """Replaces the dropouts of a run by those that the seeds of its examples stand for.
+    """Replace the dropouts of a run by dropouts whose masks are computed from the seeds of the examples.
 
     Args:
-        seeds: one per example.
-        draws: the calls for random numbers of a run, in order; without, all have the examples on the first axis.
+        seeds: one seed per example.
+        draws: the calls for random numbers of a run, in order; if empty, all have the examples on the first axis.
     """
 
     def __init__(self, seeds: Int[Tensor, " n"], draws: Sequence[Draw] = ()) -> None:
@@ -105,10 +103,10 @@ class SeededDropout(Elementary):
         self._seeds, self._draws = seeds, draws
         self._calls = 0
         self._single: dict[int, Tensor] = {}
-        """Single random numbers and what was computed from them, by identity."""
+        """Single random numbers and the results computed from them, by identity."""
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A dropout with its seeds; any other call as it is."""
+        """Run a dropout or another random call with noise from the seeds, and any other call unchanged."""
         if func in _DROPOUTS and _active(args, kwargs):
             given = _given(args, kwargs)
             dropped = self._dropped(func, given)
@@ -121,8 +119,8 @@ class SeededDropout(Elementary):
             return func(*args, **kwargs)
         if func in _READS:
             raise NoiseError(
-                "the model branches on a random number, as layer drop does, or reads its value: the path of a step "
-                "would not be that of the build. Switch that off (layerdrop = 0 in the configuration), or mask with "
+                "the model branches on a random number, as layer drop does, or reads its value: a step would take "
+                "another path than the build. Switch that off (layerdrop = 0 in the configuration), or mask with "
                 "the number, h * (torch.rand(len(h), 1) > p)."
             )
         output = func(*args, **kwargs)
@@ -139,7 +137,7 @@ class SeededDropout(Elementary):
         keep = self._mask(x, p, x.shape[1:2] if func in _CHANNELS else x.shape[1:])
         if func not in (F.alpha_dropout, F.feature_alpha_dropout):
             return torch.where(keep, x / (1 - p), 0.0) if p < 1 else torch.zeros_like(x)
-        # Klambauer et al. 2017: dropped units go to SELU's lower limit, mean and variance are restored
+        # Klambauer et al. 2017: dropped units are set to SELU's lower limit, mean and variance are restored
         limit = -1.7580993408473766
         scale = 1 / math.sqrt((1 - p) * (1 + p * limit**2)) if p < 1 else 0.0
         return scale * (torch.where(keep, x, limit) - p * limit)
@@ -150,7 +148,7 @@ class SeededDropout(Elementary):
         return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
 
     def _uniform(self, shape: Size, device: torch.device, who: str) -> Tensor:
-        """Numbers in [0, 1) from the seeds, in float64; `who` asks for them, for the error."""
+        """Return numbers in [0, 1) from the seeds, in float64; `who` is the name of the call, for the error."""
         axis = self._axis(shape, who)
         self._calls += 1
         if axis is None:
@@ -166,7 +164,7 @@ class SeededDropout(Elementary):
         return uniform
 
     def _axis(self, shape: Size, who: str) -> int | None:
-        """The axis of the examples in the next call's numbers; None where they share these."""
+        """Return the axis of the examples in the numbers of the next call; None if all examples share them."""
         axis, examples = 0 if not self._draws else self._next(shape, who).axis, self._seeds.shape[0]
         if axis is not None and (axis < 0 or not shape or shape[axis] % examples):
             seen = f"{shape[axis]} rows" if shape and axis >= 0 else "no axis of examples"
@@ -177,36 +175,36 @@ class SeededDropout(Elementary):
         return axis
 
     def _next(self, shape: Size, who: str) -> Draw:
-        """The next call of the runs of a few examples, which must be this one."""
+        """Return the next recorded call for random numbers, which must match this one."""
         if self._calls >= len(self._draws) or not self._draws[self._calls].fits(shape, self._seeds.shape[0]):
             raise self._another_path(f"{who} draws {list(shape)} numbers")
         return self._draws[self._calls]
 
     def finish(self) -> None:
-        """Raise unless the run drew as often as a run of a few examples."""
+        """Raise unless the run sampled as often as the recorded run with a few examples."""
         if self._draws and self._calls != len(self._draws):
             raise self._another_path(f"the model draws {self._calls} times")
 
     def _another_path(self, found: str) -> StructureError:
         return StructureError(
-            f"{found}, and copies of one example draw otherwise ({len(self._draws)} calls): the model's path depends "
-            "on the values of its input, and where a mask has the examples is not known. Draw that noise outside, with "
-            "an entry for each example, and pass it as an input."
+            f"{found}, unlike a run on copies of one example ({len(self._draws)} calls): the model's path depends on "
+            "the values of its input, so the axis of the examples in a mask is unknown. Sample that noise outside, "
+            "with one entry per example, and pass it as an input."
         )
 
     def _shared(self) -> Int[Tensor, " 1"]:
-        """The seed of numbers that all examples share: the upper half of each example's."""
+        """Return the seed of numbers that all examples share: the upper half of each example's seed."""
         shared = self._seeds >> 32
         if not holds((shared == shared[:1]).all() & (shared[:1] > 0).all()):
             raise NoiseError(
-                "the net drops entries that all examples share, and the seeds do not agree on them: make those of a "
-                "step by one call of ff.dropout_seeds(N, generator), and slice them for chunks and ranks."
+                "the net drops entries that all examples share, and the seeds do not agree on them: make the seeds of "
+                "a step by one call of ff.dropout_seeds(N, generator), and slice them for chunks and ranks."
             )
         return shared[:1]
 
 
 class Sizes(SeededDropout):
-    """Notes the shapes of all numbers that a run asks for, and gives it halves."""
+    """Record the shapes of all random numbers of a run, whose values are 0.5."""
 
     def __init__(self) -> None:
         super().__init__(torch.zeros(1, dtype=torch.int64))
@@ -217,29 +215,29 @@ class Sizes(SeededDropout):
         return torch.full(shape, 0.5, dtype=torch.float64, device=device)
 
     def _note(self, found: Any) -> None:
-        """Let the run branch: the run with seeds says what is wrong."""
+        """Record nothing, so that the run may branch; the run with seeds raises the error."""
 
 
 def require_seeds(context: Any) -> Int[Tensor, " n"]:
-    """The seeds of a context, or the error that says where they come from."""
+    """Return the seeds of a context; raise an error that says how to make them if there are none."""
     if "dropout" not in context:
         raise NoiseError(
             "the net drops units in training mode, and its noise is an argument: pass "
-            'context | {"dropout": ff.dropout_seeds(N, generator)} with a seed for each example, new ones every step; '
+            'context | {"dropout": ff.dropout_seeds(N, generator)} with one seed per example, new ones every step; '
             "or call net.eval() first."
         )
     seeds = context["dropout"]
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
         found = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
         raise NoiseError(
-            f'context["dropout"] must be int64 seeds [N], one an example, got {found}: '
+            f'context["dropout"] must be int64 seeds [N], one per example, got {found}: '
             "make them with ff.dropout_seeds(N, generator)."
         )
     return seeds
 
 
 def drops(net: torch.nn.Module) -> bool:
-    """Whether some module of a net in training mode drops units."""
+    """Return True if some module of a net in training mode drops units."""
     return any(m.training and _rate(m) > 0 for m in net.modules())
 
 
@@ -262,7 +260,7 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hash(value: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """A 32-bit integer to another, every bit depending on every bit."""
+    """Hash a 32-bit integer to another one; every output bit depends on every input bit."""
     state = ((value & 0xFFFFFFFF) * 747796405 + 2891336453) & 0xFFFFFFFF
     word = (((state >> ((state >> 28) + 4)) ^ state) * 277803737) & 0xFFFFFFFF
     return (word >> 22) ^ word

@@ -1,7 +1,7 @@
-"""Random numbers that a model draws by itself, from uniform ones that are given.
+"""Random numbers that a model samples itself, computed from given uniform numbers.
 
-`torch.rand`, `randn`, `bernoulli` and the methods of tensors like them, as stochastic depth, patch dropout and noise
-layers call them. Uniform numbers have 32 bits, normal ones are their quantiles.
+The calls are `torch.rand`, `randn`, `bernoulli` and the equivalent methods of tensors, used by stochastic depth, patch
+dropout and noise layers. Uniform numbers have 32 bits; normal numbers are quantiles at uniform numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from fisherfn.calls import bind
 
 Uniform: TypeAlias = Callable[[Size, torch.device, str], Tensor]
-"""Makes numbers in [0, 1) of a shape on a device; the last argument says who asks."""
+"""Function that returns numbers in [0, 1) of a shape on a device; the last argument is the name of the call."""
 
 _NEW = {"rand", "randn"}
 _LIKE = {"rand_like", "randn_like", "bernoulli"}
@@ -24,12 +24,12 @@ _IN_PLACE = {"bernoulli_", "uniform_", "normal_"}
 
 
 def is_known(function: Callable[..., Any]) -> bool:
-    """Whether a call draws numbers that can be made from uniform ones."""
+    """Return True if a call samples numbers that can be computed from uniform ones."""
     return getattr(function, "__name__", "") in _NEW | _LIKE | _IN_PLACE
 
 
 def drawn(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], uniform: Uniform) -> Tensor:
-    """The numbers of a call."""
+    """Return the random numbers of a call, computed from uniform ones."""
     name = function.__name__
     if name in _NEW:
         return _new(name, args, kwargs, uniform)
@@ -63,11 +63,11 @@ def _filled(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: T
 
 
 def _rounded_down(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uniform numbers in a coarser type, where 1 stays out of reach."""
+    """Convert uniform numbers to a less precise type without rounding any of them up to 1."""
     step = torch.finfo(dtype).eps
     return (torch.floor(numbers / step) * step).to(dtype)
 
 
 def _normal(numbers: Tensor) -> Tensor:
-    """Quantiles of the normal distribution; the smallest uniform number is half a step above 0."""
+    """Return quantiles of the normal distribution; uniform numbers are shifted up by half a step to avoid 0."""
     return math.sqrt(2) * torch.erfinv(2 * (numbers + 2.0**-33) - 1)

@@ -1,4 +1,4 @@
-"""Network in, taps out: interception, zero taps and pullbacks, label sources, layout."""
+"""Collection of statistics from a network: interception, zero taps and pullbacks, sampled labels, layout."""
 
 from fisherfn.stats.batch import FISHERS, Batch, pair
 from fisherfn.stats.build import build

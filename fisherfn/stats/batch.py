@@ -13,7 +13,7 @@ from fisherfn.stats.layout import Layout
 from fisherfn.types import PyTree
 
 Batch: TypeAlias = Sequence[Any]
-"""Inputs and targets: a tuple, or the list that a data loader makes of it."""
+"""Inputs and targets: a tuple, or a list as data loaders return it."""
 
 FISHERS = ("mc", "type2", "empirical")
 
@@ -48,8 +48,8 @@ def checked(layout: Layout, batch: Batch, context: PyTree) -> Checked:
 def checked_context(layout: Layout, context: PyTree) -> PyTree:
     """Return the context, `()` for none; raise unless there is one exactly if the build had one."""
     if layout.has_context != (context is not None):
-        given, expected = ("none was given", "with one") if layout.has_context else ("one was given", "without")
-        raise StructureError(f"{given}, and the model was built {expected}: pass context= to both, or to neither.")
+        given, expected = ("no context", "with one") if layout.has_context else ("a context", "without")
+        raise StructureError(f"{given} was given, but the build was {expected}: pass context= to both or to neither.")
     return () if context is None else context
 
 
@@ -62,7 +62,7 @@ def count_examples(layout: Layout, x: PyTree, y: PyTree = (), context: PyTree = 
     if shapes != layout.input_shapes or any(leaf.ndim == 0 for leaf in inputs):
         raise ShapeError(
             f"the batch's examples have shape {[tuple(s) for s in shapes]}, traced with "
-            f"{[tuple(s) for s in layout.input_shapes]}. Reshape the inputs, or build natural_gradient with their like."
+            f"{[tuple(s) for s in layout.input_shapes]}. Reshape the inputs, or build with such inputs."
         )
     sizes = {
         leaf.shape[0] for leaf in [*inputs, *(leaf for leaf in tree.leaves(y) if isinstance(leaf, Tensor))] if leaf.ndim
@@ -71,8 +71,8 @@ def count_examples(layout: Layout, x: PyTree, y: PyTree = (), context: PyTree = 
     own = {leaf.shape[0] for leaf, mine in pairs if mine}
     if len(sizes) == 1 and not own <= sizes:
         raise ShapeError(
-            f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has {sorted(sizes)}: draw "
-            "them for this batch."
+            f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has {sorted(sizes)}: "
+            "sample them for this batch."
         )
     if len(sizes) != 1:
         raise ShapeError(f"inputs and targets differ in their number of examples: {sorted(sizes)}.")
@@ -89,7 +89,7 @@ def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:
     if not fits or (samples is not None and noise.shape[1] != samples):
         expected = f"[{examples}, {'S' if samples is None else samples}, …]"
         raise ShapeError(
-            f"noise has shape {list(noise.shape)}, expected {expected}: one entry for each example, then each draw. "
+            f"noise has shape {list(noise.shape)}, expected {expected}: one entry per example and sample. "
             "Make it with ng.noise(batch, generator) for this very batch, or take the matching slice."
         )
 

@@ -1,6 +1,6 @@
-"""Torch's errors at the library's border: what a model does that torch's function transforms cannot follow.
+"""Translation of torch's errors: what a model does that torch's function transforms cannot follow.
 
-Each entry of the table was seen to have one cause. Any other error is the model's own and passes as it is.
+Each entry of the table has one observed cause. Any other error comes from the model and is raised unchanged.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("only for real scalar outputs",),
-        "the model computes with complex outputs, and gradients are taken of real ones. Return "
+        "the model's outputs are complex, and gradients need real ones. Return "
         "torch.view_as_real(outputs), and write the likelihood for real and imaginary parts.",
     ),
     (
@@ -70,7 +70,7 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 LONGEST = 399
-"""Characters of a message that says why a model is refused."""
+"""The maximal length of a message that says why a model is refused, in characters."""
 
 _CALLS = str(Path(__file__).with_name("functional.py"))
 _OURS = str(Path(__file__).parents[1])
@@ -82,10 +82,10 @@ _BETWEEN = ("contextlib.py", "functools.py")
 def border() -> Iterator[None]:
     """Turn an error of torch with a known cause into `ModelError`, which names it and a remedy.
 
-    What is raised while the model runs also names the line of the model.
+    Errors raised while the model runs also name the line of the model.
 
     Raises:
-        ModelError: the model does what torch's function transforms cannot follow.
+        ModelError: the model does something that torch's function transforms cannot follow.
     """
     try:
         yield
@@ -120,7 +120,7 @@ def _line(error: BaseException) -> tuple[str, int, str] | None:
     inside, found = False, None
     for frame, number in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        if found and file.startswith(_OURS):  # what follows is the library's
+        if found and file.startswith(_OURS):  # the frames that follow belong to the library
             break
         inside = inside or (file == _CALLS and frame.f_code.co_name == "call")
         if inside and not file.startswith(_NOT_THE_MODEL) and Path(file).name not in _BETWEEN:
@@ -135,7 +135,7 @@ def brief(error: BaseException, longest: int = 100) -> str:
 
 
 def listed(names: Iterable[str], longest: int = 80) -> str:
-    """Return names in quotes, as many as are not too long together."""
+    """Return names in quotes, as many as fit into `longest` characters."""
     quoted = [repr(name) for name in names]
     shown = quoted[:1]
     for name in quoted[1:]:

@@ -1,4 +1,4 @@
-"""Build a layout: trace the model, check the layers by numbers, and give every other parameter a fallback."""
+"""Build a layout: trace the model, verify the layers numerically, and give every other parameter a fallback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(
 
     Raises:
         UnusedParameterError: a parameter does not reach the outputs.
-        CoverageError: a parameter's per-example gradients do not add up to its gradient, in no layer and not alone.
+        CoverageError: a parameter is in no layer, and its per-example gradients do not add up to its gradient.
     """
     if not callable(model):
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
@@ -44,17 +44,17 @@ def build(
     if whole.examples > FEW:
         try:
             return _build(whole.few(), unused, uncovered, whole)
-        except (RuntimeError, ValueError):  # what some examples do not show, or cannot do, all may
+        except (RuntimeError, ValueError):  # all examples may show, or allow, what a few do not
             pass
     return _build(whole, unused, uncovered)
 
 
 class _TooFewError(ValueError):
-    """Some examples do not show what all do."""
+    """A few examples do not show what the whole batch shows."""
 
 
 def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None) -> Layout:
-    """`build` with these examples; those of `whole` show which parameters they leave unused."""
+    """Build a layout from these examples; those of `whole` show which parameters the few leave unused."""
     outputs, first = probe.trace()
     scout, second, by_example = _trace_one_more(probe, outputs, first)
     left = _unused(probe, unused, whole)
@@ -63,7 +63,7 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
     tolerance = _tolerance(first, outputs)
     if any(by_example) and not second.couples:
         _check_alone(probe, outputs, by_example, tolerance)
-    if probe.examples == 1:  # a single one shows neither order nor coupling
+    if probe.examples == 1:  # a single example shows neither order nor coupling
         probe = probe.with_another(by_example)
         outputs, _ = probe.trace()
     cotangent = cotangent_of(outputs)
@@ -127,7 +127,7 @@ def _unused(probe: Probe, unused: str, whole: Probe | None) -> list[str]:
 
 
 def _trace_one_more(probe: Probe, outputs: Tensor, mode: Intercept) -> tuple[Scout, Intercept, tuple[bool, ...]]:
-    """Trace one example more, which shows where the examples are, also in the context, and which calls have none.
+    """Trace with one example more, to find the axis of the examples in every call and in the context.
 
     Entries of the context per example (dropout noise) must grow with the batch, so the trace fails until they do.
     """
@@ -146,13 +146,13 @@ def _trace_one_more(probe: Probe, outputs: Tensor, mode: Intercept) -> tuple[Sco
     text = (
         f"the model runs on {examples} examples and not on {examples + 1}: {brief(first)} It must take any number of "
         "examples: look for a batch size written into a reshape (write x.flatten(1), or -1 for it), or for a context "
-        f"of which some entries only happen to be {examples}."
+        f"of which some leaf only happens to have {examples} entries."
     )
     raise ShapeError(with_line(text, first)) from first
 
 
 class _Square(ShapeError):
-    """Outputs with a second axis that follows the batch."""
+    """The outputs have a second axis whose length follows the batch."""
 
 
 def _of_examples(outputs: Tensor, longer: Tensor, mode: Intercept) -> Intercept:
@@ -161,15 +161,16 @@ def _of_examples(outputs: Tensor, longer: Tensor, mode: Intercept) -> Intercept:
         return mode
     raise _Square(
         f"the model's outputs are {list(outputs.shape)}, with one example more {list(longer.shape)}: they compare the "
-        "examples of the batch (a similarity matrix?) and have no shape per example. Return an embedding for each and "
+        "examples of the batch (a similarity matrix?) and have no shape per example. Return one embedding each and "
         'compare them in the likelihood, a function (outputs, targets) -> [N], with fisher="empirical".'
     )
 
 
 def _tolerance(mode: Intercept, outputs: Tensor) -> float:
-    """Return the tolerance for sums that differ by numerical noise, for the coarsest precision of any layer.
+    """Return the tolerance for sums that differ by numerical noise, for the lowest precision of any layer.
 
-    Under autocast that is not the parameters' precision. In half precision a root would let a missing use pass.
+    Under autocast this precision is below that of the parameters. In half precision the square root of machine epsilon
+    is so large that a missing use would pass.
     """
     records = [record.output for found in mode.records.values() for record in found]
     eps = max(torch.finfo(output.dtype).eps for output in [outputs, *records])
@@ -177,11 +178,11 @@ def _tolerance(mode: Intercept, outputs: Tensor) -> float:
 
 
 def _check_alone(probe: Probe, outputs: Tensor, by_example: tuple[bool, ...], tolerance: float) -> None:
-    """Raise unless the first example needs nothing of the context but its own part."""
+    """Raise unless the first example needs only its own part of the context."""
     alone = probe.alone(by_example).run()
     if not close(alone, outputs[:1], outputs[:1].abs(), tolerance):
         raise ShapeError(
-            "an example's outputs change when it is alone with its part of the context: noise with an entry for each "
-            "example (dropout seeds, masks) must be used along the examples' axis, the first one of what is dropped; "
+            "an example's outputs change when it is run alone with its part of the context: noise with one entry per "
+            "example (dropout seeds, masks) must be used along the axis of the examples, the first axis of the input; "
             f"or a leaf of the context only happens to have {outputs.shape[0]} entries: build with another number."
         )

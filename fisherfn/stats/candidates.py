@@ -1,4 +1,4 @@
-"""From two traces to blocks: which weights look like layers, where their examples are, and why some cannot be one."""
+"""Conversion of two traces to blocks: which weights look like layers, where their examples are, and which cannot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fisherfn.types import Tree
 def candidates(
     mode: Intercept, more: Intercept, scout: Scout, params: Tree, examples: int
 ) -> tuple[list[Block], dict[str, str]]:
-    """A block for each weight that some layer family saw, and why some of them cannot be one."""
+    """Return a block for each weight that some layer family recognised, and the reasons why others have none."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
     claimed = set(mode.other_uses)
@@ -61,7 +61,7 @@ def candidates(
 
 
 def _shared(name: str, parameter: Tensor, call: str | None) -> Block:
-    """A parameter that all examples share up to a broadcast, or up to a call that is run once per example."""
+    """Return the block of a parameter that all examples share up to a broadcast or a call run once per example."""
     config = FallbackConfig(parameter.shape)
     use = Use(config, parameter.shape, False, parameter.dtype, shared=True)
     seen = f"seen in the trace{'' if call is None else f', copies for {call}'}; {config.form}"
@@ -78,16 +78,16 @@ def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: to
 
 
 def _places(records: list[Record], more: list[Record], examples: int) -> list[Place] | None:
-    """For each use where the examples are, the axis counted from the left; None if they are not to be found.
+    """Return for each use the position of the examples, with the axis counted from the left; None if not found.
 
-    One example more makes exactly one axis longer, in the layer's input and output alike.
+    One example more makes exactly one axis longer, the same one in the layer's input and output.
     """
     if len(records) != len(more):
         return None
     places = []
     for record, other in zip(records, more, strict=True):
         family = FAMILIES[record.kind]
-        if other.copies is not None:  # no example enters: copies have them on the first axis
+        if other.copies is not None:  # the input is shared by the examples: copies have them on the first axis
             places.append(Place(0, 1 if family.any_axis else record.output.shape[0]))
             continue
         axes = [
@@ -104,7 +104,7 @@ def _places(records: list[Record], more: list[Record], examples: int) -> list[Pl
 
 
 def _grown(shape: Size, other: Size) -> int | None:
-    """The one axis in which two shapes differ."""
+    """Return the one axis in which two shapes differ; None if there is not exactly one."""
     if len(shape) != len(other):
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
@@ -116,7 +116,7 @@ def _matrix_shape(record: Record, weight: Tensor) -> Size:
 
 
 def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
-    """What the trace found, for the report."""
+    """Return for the report what the trace found."""
     times = f", used {len(uses)} times" if len(uses) > 1 else ""
     g = torch.empty((1, uses[0].repeats, *uses[0].output_shape), device="meta")
     shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.config).shape[3]

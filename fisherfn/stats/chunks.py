@@ -1,4 +1,4 @@
-"""A batch a few examples at a time, to bound memory: the statistics of the chunks are those of the whole."""
+"""Statistics of a batch in chunks of a few examples, to limit memory; joined, they equal those of the whole batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def in_chunks(
     size: int,
     likelihood: Any,
 ) -> Stats:
-    """`part(x, y, noise, context)` of consecutive chunks of `size` examples, joined.
+    """Compute `part(x, y, noise, context)` for consecutive chunks of `size` examples, and join the results.
 
     Raises:
-        LikelihoodError: a loss that couples the examples of different chunks.
+        LikelihoodError: the loss couples the examples of different chunks.
     """
     examples = tree.leaves(x)[0].shape[0]
     parts: list[tuple[int, Stats]] = []
@@ -41,7 +41,7 @@ def in_chunks(
         noise_c = None if noise is None else noise[chunk]
         stats = part(x_c, y_c, noise_c, window(layout, context, chunk))
         parts.append((min(size, examples - start), stats))
-        # a running statistic goes on from chunk to chunk, every example's own noise stays where it is
+        # running statistics continue from chunk to chunk; noise per example keeps its place
         context = _carry(layout, context, stats.context)
     joined = join(parts)
     joined.checks["chunks"] = _separate(likelihood, joined.outputs, y, size)
@@ -49,10 +49,11 @@ def in_chunks(
 
 
 def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
-    """Whether examples have the same loss in two chunks as in both joined; needs no run of the model.
+    """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this.
 
     Raises:
-        LikelihoodError: they do not. Where values cannot be looked at (`torch.vmap`, a trace) the mask says so instead.
+        LikelihoodError: the losses differ. Under `torch.vmap` or in a trace, where values cannot be read, the returned
+            mask is false instead.
     """
 
     def nll(part: slice) -> Tensor:
@@ -61,7 +62,7 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
 
     with torch.no_grad():
         joined, alone = nll(slice(2 * size)), torch.cat([nll(slice(size)), nll(slice(size, 2 * size))])
-    finite = torch.isfinite(joined) & torch.isfinite(alone)  # where they are not, another check says so
+    finite = torch.isfinite(joined) & torch.isfinite(alone)  # another check reports losses that are not finite
     sizes = torch.where(finite, joined.abs() + alone.abs(), 0.0)
     same = ~finite | ((joined - alone).abs() <= torch.finfo(joined.dtype).eps ** 0.5 * sizes.amax())
     mask: Tensor = same.all()
@@ -72,20 +73,20 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
 
 
 def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
-    """A context for some of the examples: what it has for each of them goes along."""
+    """Return the context of a slice of examples: leaves with one entry per example are sliced."""
     pairs = zip(tree.leaves(context), layout.by_example(context), strict=True)
     return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
 
 
 def _carry(layout: Layout, whole: PyTree, new: PyTree) -> PyTree:
-    """What the next window starts from: the context after this one, but for what each example has."""
+    """Return the context for the next chunk: leaves as this chunk left them, except those with entries per example."""
     moved = tree.flatten(new)
     pairs = zip(tree.flatten(whole).items(), layout.by_example(whole), strict=True)
     return tree.replace_leaves(whole, [old if mine else moved.get(path, old) for (path, old), mine in pairs])
 
 
 def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
-    """The contexts of consecutive windows as one: the last one's, with every example's own."""
+    """Join the contexts of consecutive chunks: the last one, with entries per example concatenated."""
     mine = dict(layout.context_by_example)
     flat = [tree.flatten(part) for part in parts]
     leaves = [torch.cat([part[path] for part in flat]) if mine.get(path) else last for path, last in flat[-1].items()]
@@ -93,7 +94,7 @@ def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
 
 
 def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
-    """Statistics of chunks, each with its number of examples, as those of the whole batch."""
+    """Join the statistics of chunks, each given with its number of examples, into those of the whole batch."""
     chunks = [chunk for _, chunk in parts]
     first = chunks[0]
     total = sum(size for size, _ in parts)

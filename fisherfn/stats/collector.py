@@ -1,4 +1,4 @@
-"""Model + likelihood = statistics: one forward, and a backward to activations only for each kind of label."""
+"""Statistics of a model and a likelihood: one forward pass, and one backward pass to activations per kind of label."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Collector:
 
     Attributes:
         model: the pure function that was traced.
-        layout: its blocks, and the shapes of the trace.
-        likelihood: the likelihood of its outputs.
+        layout: the blocks of the model, and the shapes of the trace.
+        likelihood: the likelihood of the outputs.
         fisher_kind: the Fisher that `stats` samples by default.
         samples: the number of sampled labels per example by default.
     """
@@ -60,9 +60,8 @@ class Collector:
     def for_shape(self: C, params: Tree, x: PyTree, *, context: PyTree = None) -> C:
         """Return the natural gradient for inputs of another example shape (longer sequences), with the same state.
 
-        States and preconditioned gradients of both are interchangeable. If a state holds statistics of a batch
-        (`exact`, two-level), they are those of the last update, whatever its shape. The call costs a build, so keep
-        the result.
+        Both can use the same states and preconditioned gradients. If a state holds statistics of a batch (`exact`,
+        two-level), they are those of the last update, whatever its shape. The call costs a build, so keep the result.
 
         Raises:
             StructureError: the parameters form other blocks on these inputs.
@@ -150,7 +149,7 @@ class Collector:
     def _noise_of(
         self, given: Checked, generator: torch.Generator | None, noise: Tensor | None, samples: int | None
     ) -> Tensor | None:
-        """Return the noise of "mc": as it was given, or from the generator."""
+        """Return the noise for "mc": the given one, or new noise from the generator."""
         require(self.likelihood, "sample", "mc")
         if noise is None and generator is not None:
             expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
@@ -170,7 +169,7 @@ class Collector:
     def _collect(
         self, params: Tree, kind: str | None, x: PyTree, y: PyTree, noise: Tensor | None, context: PyTree
     ) -> Stats:
-        """Return the statistics of a batch or chunk that was checked; `kind` is None for those without curvature."""
+        """Return the statistics of a checked batch or chunk; `kind` is None for statistics without curvature."""
         layout = self.layout
         outputs, pull, inputs, new_context = tapped_run(self.model, layout, params, x, context)
         loss_cot, nll = loss_cotangent(self.likelihood, outputs, y)
@@ -186,7 +185,7 @@ class Collector:
             inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
             loss_grads |= {name: (g[0],) for name, g in singles.items()}
             grads |= {name: (g[1:],) for name, g in singles.items()}
-        if kind == "empirical":  # the data's own targets: the same backward serves
+        if kind == "empirical":  # labels are the data's targets: the backward pass of the loss is reused
             grads = {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in loss_grads.items()}
         if kind is None:
             grads = dict.fromkeys(loss_grads, ())
@@ -208,7 +207,7 @@ class Collector:
 
 
 def known_likelihood(likelihood: Any, fisher: str, samples: int) -> Any:
-    """Return a likelihood that has what this Fisher needs; a plain callable is one for the empirical Fisher.
+    """Return a likelihood with the methods that this Fisher needs; a plain callable serves the empirical Fisher.
 
     Raises:
         UnknownNameError: no Fisher has this name.

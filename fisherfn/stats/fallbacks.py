@@ -1,4 +1,4 @@
-"""Parameters that no layer covers: blocks with per-example gradients, checked by numbers, or the plain gradient."""
+"""Parameters that no layer covers: blocks of per-example gradients, verified numerically, or the plain gradient."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fisherfn.stats.runs import example_gradients
 from fisherfn.types import Tree
 
 FALLBACK_EXAMPLES = 4
-"""Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
+"""The number of examples on which the build checks the fallback's per-example gradients: enough to see a coupling."""
 
 
 def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
-    """Return every parameter in one block, in params order; one that is in no layer gets a fallback."""
+    """Return blocks that contain every parameter, in params order; a parameter without a layer gets a fallback."""
     by_weight = {block.weight: block for block in layers}
     covered = {name for block in layers for name in block.names}
     blocks: list[Block] = []
@@ -48,7 +48,7 @@ def without_fallbacks(
     plain = tuple((name, why.get(name, "no layer family claims it")) for name in params if name not in covered)
     if not layers:
         raise CoverageError(
-            f"no parameter is in a layer ({plain[0][0]!r}: {plain[0][1]}), so that there is no curvature to use with "
+            f"no parameter is in a layer ({plain[0][0]!r}: {plain[0][1]}), so there is no curvature to use with "
             'uncovered="gradient". Leave that argument out, or train with a first-order optimizer.'
         )
     return _unique_keys([by_weight[name] for name in params if name in by_weight]), plain
@@ -61,9 +61,9 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
 
 
 def verify_fallbacks(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) -> Layout:
-    """Return the layout, which says how its fallbacks' per-example gradients are computed.
+    """Verify the fallbacks' per-example gradients, and return the layout with the way in which they are computed.
 
-    Per-example gradients must add up to the gradient, or the examples are coupled.
+    Per-example gradients that do not add up to the gradient show that the model couples the examples.
     """
     names = [block.weight for block in layout.fallbacks]
     if not names:
@@ -76,7 +76,7 @@ def verify_fallbacks(probe: Probe, layout: Layout, cotangent: Tensor, tolerance:
     some = cotangent[None, :FALLBACK_EXAMPLES]
     try:
         singles = example_gradients(probe.model, layout, probe.params, names, part, own, some)
-    except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
+    except Exception as error:  # vmap only adds speed: functions without a vmap rule may still run one by one
         layout = replace(layout, one_by_one=_cause(error))
         try:
             singles = example_gradients(probe.model, layout, probe.params, names, part, own, some)
@@ -102,9 +102,10 @@ def verify_fallbacks(probe: Probe, layout: Layout, cotangent: Tensor, tolerance:
 
 
 def in_double(probe: Probe, layout: Layout, cotangent: Tensor) -> Layout | None:
-    """Return the checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
+    """Verify the fallbacks in double precision, and return the layout; None if they fail there, too.
 
-    Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
+    Per-example gradients that cancel or are zero, such as those of a shift before a softmax, are numerical noise in
+    single precision and may fail its check.
     """
 
     def double(leaf: Tensor) -> Tensor:
@@ -116,12 +117,12 @@ def in_double(probe: Probe, layout: Layout, cotangent: Tensor) -> Layout | None:
     tolerance = 5 * torch.finfo(torch.float64).eps ** 0.5
     try:
         return verify_fallbacks(Probe(probe.model, params, x, context), layout, cotangent.double(), tolerance)
-    except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
+    except (RuntimeError, ValueError):  # the check fails, or the model runs only in single precision
         return None
 
 
 def _cause(error: Exception) -> str:
-    """Return in a few words why the model does not run under `torch.vmap`."""
+    """Return a short reason why the model does not run under `torch.vmap`."""
     said = str(error)
     for sign, cause in (
         ("data-dependent control flow", "the model branches on values"),

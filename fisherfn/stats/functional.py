@@ -1,4 +1,4 @@
-"""Modules as pure models: calling one with its parameters and buffers as arguments."""
+"""Modules as pure models, which take their parameters and buffers as arguments."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fisherfn.types import Model, PyTree, Tree
 
 
 def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
-    """Return a module as `(model, params, context)`, its buffers being the context.
+    """Convert a module to `(model, params, context)`; the context holds its buffers.
 
-    `model(params, x, context)` returns the outputs and the new buffers (batch norm's running statistics move in
-    training mode, buffers may be assigned); neither the module nor the given context is changed. Attributes that the
-    forward sets on the module (activations, counters) are dropped. Several inputs are a tuple, `net(*x)`, or a dict,
-    `net(**x)`, unless the forward takes no such names and so must want the dict itself. Of an output that is an object
-    with `.logits`, these are taken. Parameters that do not require a gradient stay in the module, frozen. Build with
+    `model(params, x, context)` returns the outputs and the new buffers (batch norm's running statistics change in
+    training mode, buffers may be assigned). Neither the module nor the given context is changed. Attributes that the
+    forward sets on the module (activations, counters) are dropped. Pass several inputs as a tuple, `net(*x)`, or as a
+    dict, `net(**x)`; a forward that takes no such names gets the dict itself. If the output is an object with
+    `.logits`, the model returns these. Parameters that do not require a gradient stay frozen in the module. Build with
     `natural_gradient(model, params, x, context=context, …)`; a module without buffers has the empty context `{}`.
 
-    Dropout in training mode draws nothing by itself: its noise is in the context too, for the N examples of a step
-    `context | {"dropout": ff.dropout_seeds(N, generator)}`.
+    Dropout in training mode takes its noise from the context, too: pass
+    `context | {"dropout": ff.dropout_seeds(N, generator)}` for the N examples of a step.
 
     >>> model, params, context = functional(torch.nn.Linear(2, 1))
     >>> outputs, context = model(params, torch.ones(3, 2), context)
@@ -40,7 +40,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     check_net(net)
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
-    draws: dict[Any, list[Draw]] = {}  # facts of the net alone, found once for each shape of the inputs
+    draws: dict[Any, list[Draw]] = {}  # properties of the net, found once for each shape of the inputs
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
@@ -62,18 +62,18 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
 
 
 def _path(net: torch.nn.Module, x: PyTree) -> Any:
-    """Everything but the number of examples that decides which numbers a run draws."""
+    """Return a key of everything except the number of examples that decides which random numbers a run samples."""
     shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
     return shapes, tuple(module.training for module in net.modules())
 
 
 def _draws(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[Draw]:
-    """Where each dropout of a run has the examples, from two runs on copies of the first example.
+    """Find the axis of the examples in each dropout of a run, by two runs on copies of the first example.
 
-    Empty where the inputs do not have the examples first, or where the net does not run on copies.
+    The result is empty if the examples are not on the first axis of the inputs, or if the net does not run on copies.
     """
     found = []
-    with Elementary().alone(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # no trace sees any of it
+    with Elementary().alone(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # hidden from any trace
         leaves = tree.leaves(x)
         if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(seeds) for leaf in leaves):
             return []
@@ -83,7 +83,7 @@ def _draws(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list
             try:
                 with sizes.alone(), swap():
                     unwrapped(net)(*args, **kwargs)
-            except Exception:  # the run itself says what is wrong
+            except Exception:  # the actual run raises the error
                 return []
             found.append(sizes.shapes)
     return draws_of(*found) if len(found[0]) == len(found[1]) else []
@@ -105,7 +105,7 @@ def check_net(net: torch.nn.Module) -> None:
 
 
 def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the net is called with: a tuple is several inputs, and a dict too if the forward takes them by name."""
+    """Return the arguments of the net: several inputs for a tuple, and for a dict if the forward takes its names."""
     if not isinstance(x, Mapping):
         return (x if isinstance(x, tuple) else (x,)), {}
     try:
@@ -116,21 +116,21 @@ def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[s
 
 
 def _logits(outputs: Any) -> Any:
-    """The logits of an output that is an object holding them, else the output itself."""
+    """Return the logits of an output object that has them, else the output itself."""
     logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     return logits if isinstance(logits, Tensor) else outputs
 
 
 def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
-    """Call the model, composite calls as elementary ones: in all of the library's runs, or results would differ."""
+    """Call the model with composite calls decomposed, as all runs of the library do so that their results agree."""
     with Elementary():
         return call(model, params, x, context)
 
 
 def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
-    """Call the model as the contract says: with the context if there is one. `()` stands for none.
+    """Call the model, with the context if there is one; `()` stands for none.
 
-    For a caller that is in an `Elementary` mode already.
+    The caller must already be in an `Elementary` mode.
     """
     before = versions(x)
     if isinstance(context, tuple) and context == ():
@@ -139,7 +139,7 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
         outputs, new_context = model(params, x, context)
     if versions(x) != before:
         raise StructureError(
-            "the model changes its inputs in place (as x += 1, x.clamp_() or an inplace=True at the front do), and a "
+            "the model changes its inputs in place (x += 1, x.clamp_(), or inplace=True in its first layers), and a "
             "step runs it more than once on the same inputs. Write x = x + 1, or let the forward begin with "
             "x = x.clone()."
         )

@@ -1,9 +1,9 @@
-r"""The exact (type 2) Fisher as products through the model, nothing stored: $F v = \frac1N \sum_n J_n^\top B_n J_n v$.
+r"""The exact (type 2) Fisher as products through the model, without storage: $F v = \frac1N \sum_n J_n^\top B_n J_n v$.
 
-$J_n$ is the Jacobian of example n's outputs and $B_n$ the Fisher of its outputs, which the likelihood knows. A product
-costs a few gradients, whatever the number of outputs: where type 2 has hundreds of columns an
-example (784 pixels at batch 1024 are 802,816), neither they nor a system of that size ever exist. What is solved with
-it is solved by conjugate gradients, in a fixed number of steps.
+$J_n$ is the Jacobian of example n's outputs and $B_n$ the Fisher of its outputs, given by the likelihood. A product
+costs a few gradients, whatever the number of outputs. Type 2 may have hundreds of columns per example (784 pixels at
+batch size 1024 give 802,816 columns); here neither the columns nor a system of that size is formed. Linear systems are
+solved by a fixed number of conjugate-gradient steps.
 
 Schraudolph 2002, *Fast curvature matrix-vector products for second-order gradient descent*; Martens 2010, *Deep
 learning via Hessian-free optimization*, sections 4.2 and 4.6 (warm starts).
@@ -32,21 +32,22 @@ from fisherfn.types import Model, PyTree, Tree
 
 
 class Solved(NamedTuple):
-    """An approximate solution, and the length of its residual relative to the right side's."""
+    """An approximate solution, and the norm of its residual relative to that of the right-hand side."""
 
     x: Tree
     residual: Float[Tensor, ""]
 
 
 class ImplicitFisher:
-    """The type-2 Fisher of a batch, full: all layers coupled. Immutable; every method is a pure function of it.
+    """The full type-2 Fisher of a batch, with all layers coupled. It is immutable, and its methods are pure functions.
 
     Args:
-        model: as at the build.
-        likelihood: of the outputs; with `fisher_product(outputs, v)`, B v for every example, or `fisher_sqrt`.
-        params: where the Fisher is taken.
-        x: the batch's inputs.
-        context: the model's, `()` for none.
+        model: the model, as at the build.
+        likelihood: the likelihood of the outputs, with `fisher_product(outputs, v)` (B v of every example) or
+            `fisher_sqrt`.
+        params: the parameters at which the Fisher is evaluated.
+        x: the inputs of the batch.
+        context: the context of the model, `()` for none.
     """
 
     def __init__(self, model: Model, likelihood: Any, params: Tree, x: PyTree, context: PyTree) -> None:
@@ -58,20 +59,20 @@ class ImplicitFisher:
 
     @border()
     def __matmul__(self, v: Tree) -> Tree:
-        """`F v`."""
+        """Compute the product `F v`."""
         v = {name: v[name].to(leaf.dtype) for name, leaf in self._params.items()}
         outputs, pull = vjp(self._outputs, self._params)  # type: ignore[misc]
-        # J v is what pulls v back through the pullback, which is linear: reverse mode alone, which every layer has
+        # J v is the pullback of the pullback, which is linear: this needs reverse mode only, which every layer supports
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
         (product,) = pull(output_fisher(self._likelihood, outputs, None, push(v)[0]) / self._examples)
         return product  # type: ignore[no-any-return]
 
     def solve(self, v: Tree, damping: float | Tensor, *, iterations: int = 50, start: Tree | None = None) -> Solved:
-        r"""$(F + \lambda I)^{-1} v$ by so many steps of conjugate gradients, from `start` (zero if None).
+        r"""Solve $(F + \lambda I) x = v$ by `iterations` steps of conjugate gradients from `start` (zero if None).
 
         Raises:
-            HyperparameterError: no iteration, or a negative damping.
-            StructureError: a tree unlike params.
+            HyperparameterError: fewer than one iteration, or a negative damping.
+            StructureError: the names of `v` differ from those of params.
         """
         expect_number("iterations", iterations, lambda n: n >= 1, "must be a whole number >= 1", whole=True)
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
@@ -94,7 +95,7 @@ class ImplicitFisher:
         return Solved(x, torch.where(first > 0, (square / first).sqrt(), 0.0))
 
     def to_scipy(self, damping: float = 0.0) -> Any:
-        """`F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
+        """Return `F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.
 
         Raises:
             MissingPackageError: scipy is not installed.
@@ -103,4 +104,4 @@ class ImplicitFisher:
 
     def _like_params(self, v: Tree) -> None:
         if not isinstance(v, dict) or v.keys() != self._params.keys():
-            raise StructureError(f"a tree like params is wanted, with {', '.join(map(repr, self._params))}.")
+            raise StructureError(f"expected a tree like params, with {', '.join(map(repr, self._params))}.")

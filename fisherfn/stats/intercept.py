@@ -1,8 +1,9 @@
-"""Seeing layers without hooks: a torch-function mode around one run of the model.
+"""Interception of layers without hooks: a torch-function mode around one run of the model.
 
-The mode recognises calls whose weight *is* one of the parameters (the same tensor), notes their inputs and adds a zero
-"tap" to their outputs. Differentiating by the taps gives output-gradients, and no module is ever changed. Where no
-example enters a call, the tap is added one broadcast later (`fisherfn.stats.shared`).
+The mode recognises calls whose weight *is* one of the parameters (the same tensor), records their inputs and adds a
+zero "tap" to their outputs. Differentiating with respect to the taps gives the output-gradients, and no module is ever
+changed. If the input of a call does not depend on the examples, the tap is added at a later broadcast
+(`fisherfn.stats.shared`).
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from fisherfn.stats.steps import Growth, Place, Traced, traced
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
-"""Zero taps (or their gradients): for each weight's name one tensor a use."""
+"""Zero taps (or their gradients): one tensor per use, under the name of the weight."""
 
 
 class Record(NamedTuple):
-    """An intercepted call, by names.
+    """An intercepted call of a layer.
 
     Attributes:
-        kind: its family.
-        call: its tensors and static configuration.
-        bias: the name of its bias, if that is a parameter.
-        output: what it returned, before any tap.
-        copies: the input of each of so many examples, where no example enters the call.
-        place: where the output has the examples, as the second trace of the build sees it.
+        kind: name of the layer family.
+        call: tensors and static configuration of the call.
+        bias: name of the bias, if it is a parameter.
+        output: output of the call, before any tap.
+        copies: for an input that does not depend on the examples, a function that copies it once per example.
+        place: position of the examples in the output, found by the second trace of the build.
     """
 
     kind: str
@@ -57,22 +58,21 @@ class Record(NamedTuple):
     place: Place | None = None
 
     def input(self, examples: int) -> Tensor:
-        """The input with an axis of examples."""
+        """Return the input with an axis of examples."""
         return self.call.input if self.copies is None else self.copies(examples)
 
 
 class Intercept(Elementary):
-    """Records the layer calls of a run; with `taps`, adds them to the outputs in order of use.
+    """Record the layer calls of a run, and add `taps`, if given, to the outputs in order of use.
 
-    Without taps (the build's traces) it also notes which parameters anything but a layer reads, and whether some call
-    couples examples.
+    Without taps (in the build's traces) the mode also records which parameters are read by calls other than layers, and
+    whether some call couples examples.
 
     Args:
-        params: the parameters, by identity.
+        params: the parameters, recognised by identity.
         taps: zero taps for each use of a layer.
-        uncoupled: batch norms keep their batch's statistics fixed, so that the coupling they are known for does not
-            hide another.
-        shared: how tensors that all examples share are found (second trace of the build) or followed.
+        uncoupled: hold the batch statistics of batch norms fixed, so that their known coupling does not hide another.
+        shared: object that finds the tensors shared by all examples (second trace of the build) or follows them.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class Intercept(Elementary):
         self.other_uses: set[str] = set()
         self.couples = False
         self.trace: list[Traced] = []
-        """Return the calls of a trace, by name and shapes."""
+        """The calls of a trace, with their names and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         self._orders = Orders()
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call, and notes what it is to the parameters."""
+        """Run a call, and record it if it is a layer or reads parameters."""
         self._refuse(func, args, kwargs)
-        # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
+        # tensors inside a transform that the model itself applies (jvp, grad, vmap) are invalid after it has ended
         here = _level() == self._entered
         simpler = self._simpler(func, args, kwargs) if here else None
         if simpler is not None:
@@ -125,7 +125,7 @@ class Intercept(Elementary):
             self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
             return self._record(*matched, func, args, kwargs, output, growth)
         if here and args and id(args[0]) in self._names and is_transpose(args[0], output):
-            self._transposes[id(output)] = output, args[0]  # whoever uses it reads the weight
+            self._transposes[id(output)] = output, args[0]  # a call that uses the transpose reads the weight
         else:
             self._note_reads(output, (args, kwargs))
         if self._scout is not None:
@@ -133,7 +133,7 @@ class Intercept(Elementary):
         return output
 
     def _simpler(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same call as a plain layer and what is not the layer's own."""
+        """Return the call rewritten as a plain layer and further calls; None if it needs no rewriting."""
 
         def original(tensor: Any) -> Tensor | None:
             return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
@@ -146,7 +146,7 @@ class Intercept(Elementary):
     def _match(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Family, Call] | None:
-        """The family of a layer whose weight is a parameter, and its call."""
+        """Return the family and the call of a layer whose weight is a parameter; None for any other call."""
         for family in families(func):
             call = family.match(func, args, kwargs)
             if call is not None and id(call.weight) in self._names:
@@ -163,7 +163,7 @@ class Intercept(Elementary):
     def _without_coupling(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], Tensor] | None:
-        """Return a call that mixes examples by design as one that does not; None for any other call."""
+        """Return a version without mixing of a call that mixes examples by design; None for any other call."""
         found = (family.uncoupled(func, args, kwargs) for family in families(func))
         return next((call for call in found if call is not None), None)
 
@@ -171,7 +171,7 @@ class Intercept(Elementary):
         return id(leaf) in self._names
 
     def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
-        """Parameters that a call turns into tensors in another way than a layer's (asking for a shape is none)."""
+        """Record the parameters from which a call other than a layer computes tensors (reading a shape is no use)."""
         if self._taps is not None or not any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):
             return
         known = {id(tensor) for tensor in besides}
@@ -211,14 +211,14 @@ class Intercept(Elementary):
         return output
 
     def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
-        """An output with its tap, where there is one; `x` is the layer's input."""
+        """Add the tap of this use to an output, if there is one; `x` is the layer's input."""
         taps = () if self._taps is None else self._taps.get(name, ())
         return output + taps[use].to(output.dtype) if use < len(taps) else output
 
-    # ---------------------------------------------------------------------------------- what all examples share
+    # ------------------------------------------------------------------------- tensors shared by all examples
 
     def _follow(self, name: str, parameter: Tensor) -> None:
-        """A parameter that all examples share: its copies are the parameter with its tap."""
+        """Follow a parameter that all examples share: its copies are the parameter plus its tap."""
         assert self._followed is not None
 
         def ones(examples: int) -> Tensor:
@@ -231,10 +231,10 @@ class Intercept(Elementary):
         self._followed.add(parameter, frozenset([name]), copies)
 
     def _apart(self, arguments: PyTree, weight: Any, bias: Any) -> tuple[bool, bool]:
-        """Whether a layer's weight and its bias are none of its own, so that they are better calls of their own.
+        """Return for a layer's weight and its bias True if each should be applied in a call of its own.
 
-        A tensor that is no parameter may be computed from some; a run with a plan knows. If a layer's input is shared,
-        the plan has a step for each of its calls.
+        A tensor that is no parameter may be computed from parameters; only a run with a plan knows this. If a layer's
+        input is shared, the plan has a step for each of its calls.
         """
         follows = self._followed is None or bool(self._followed.among(arguments))
 
@@ -246,7 +246,7 @@ class Intercept(Elementary):
         return computed(weight), computed(bias) or bias_alone
 
     def _enters_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call that reads shared tensors is a use of a layer that the plan knows; its step is taken."""
+        """Return True if a call on shared tensors is a use of a layer in the plan; this consumes its step."""
         assert self._followed is not None
         matched = self._match(func, args, kwargs)
         if matched is None:
@@ -258,14 +258,14 @@ class Intercept(Elementary):
         return True
 
     def _is_shared_use(self, name: str, use: int, growth: Growth) -> bool:
-        """Whether no example enters this use of a layer."""
+        """Return True if the input of this use of a layer does not depend on the examples."""
         if self._followed is None:
             return growth == [None]
         uses = self._followed.plan.layers.get(name, ())
         return use < len(uses) and uses[use]
 
     def _compare(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
-        """How the outputs grow with the examples, in the second of two traces."""
+        """Return how the outputs grow with the number of examples, in the second of two traces."""
         if self._scout is not None:
             return self._scout.growth(func, arguments, output)
         if self._taps is None:
@@ -274,6 +274,6 @@ class Intercept(Elementary):
 
 
 def _level() -> int | None:
-    """How many of torch's function transforms are around."""
+    """Return the nesting level of torch's function transforms; None outside of all."""
     level: int | None = torch._C._functorch.maybe_current_level()
     return level

@@ -1,4 +1,4 @@
-"""Labels of the Fisher: cotangents of the outputs for each kind of Fisher.
+"""Cotangents of the outputs for the loss and for each kind of Fisher.
 
 The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer products (docs/conventions.md).
 """
@@ -37,7 +37,7 @@ def fisher_cotangents(
 ) -> Float[Tensor, "s n *d"]:
     """Return the output-gradients of every sample ("mc") or the columns of the output Fisher's square root ("type2").
 
-    The targets only say how much each observation counts, where the likelihood distinguishes that.
+    The targets only give the weight of each observation, for likelihoods that have such weights.
     """
     observed = getattr(likelihood, "observed", None)
     if observed is None:
@@ -58,7 +58,7 @@ def _equal_cotangents(
     sample = require(likelihood, "sample", fisher)
     if noise is None:
         raise NoiseError(
-            'fisher="mc" draws labels and never touches the global generator: '
+            'fisher="mc" samples labels and never uses the global generator: '
             "pass generator=torch.Generator() or noise=ng.noise(batch, generator)."
         )
     draws = noise.shape[1]
@@ -72,6 +72,6 @@ def require(likelihood: object, method: str, fisher: str) -> object:
     if found is None:
         raise LikelihoodError(
             f'fisher="{fisher}" needs {type(likelihood).__name__}.{method}, which it does not have; '
-            'define it (see the likelihood protocol), or use fisher="empirical", which needs nll alone.'
+            'define it (see the likelihood protocol), or use fisher="empirical", which needs only nll.'
         )
     return found

@@ -1,4 +1,4 @@
-"""Which parameter is in which block, and why: the static side of a model, and its coverage report."""
+"""Layout of a model: which parameter is in which block, and why. Printed, it is the coverage report."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Use(NamedTuple):
 
     Attributes:
         config: static configuration, as the family reads it.
-        output_shape: the output's axes but the examples'.
-        biased: whether the block's bias was added.
-        axis: where the examples are.
-        dtype: of the output-gradients: the output's, or the weight's where that is finer.
-        repeats: rows an example has on that axis, where examples and positions are merged.
-        outer: how many of these are further out than the examples: the halves of a `torch.cat` are 2.
-        shared: whether no example enters the call, so that its output meets the batch one broadcast later; statistics
-            have the examples on the first axis.
-        transposed: whether inputs and output-gradients have changed places: the output layer of a tied embedding.
+        output_shape: shape of the output without the axis of the examples.
+        biased: True if the block's bias was added.
+        axis: axis of the examples.
+        dtype: type of the output-gradients: that of the output or of the weight, whichever is more precise.
+        repeats: rows per example on that axis, above 1 if examples and positions are merged there.
+        outer: how many of these rows are further out than the examples; 2 for the two halves of a `torch.cat`.
+        shared: True if the input of the call does not depend on the examples, so that its output meets the batch in a
+            later broadcast. Its statistics have the examples on the first axis.
+        transposed: True if inputs and output-gradients swap roles: the output layer of a tied embedding.
     """
 
     config: Any
@@ -46,11 +46,11 @@ class Use(NamedTuple):
     transposed: bool = False
 
     def full_shape(self, examples: int) -> tuple[int, ...]:
-        """The output's shape for so many examples."""
+        """Return the shape of the output for this number of examples."""
         return (*self.output_shape[: self.axis], examples * self.repeats, *self.output_shape[self.axis :])
 
     def examples_first(self, x: Tensor) -> Tensor:
-        """An input or output of the call with the examples outermost on the first axis."""
+        """Move the examples of an input or output of the call to the first axis, outermost."""
         x = x.movedim(self.axis, 0) if self.axis else x
         if self.outer == 1:
             return x
@@ -61,7 +61,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A layer as one matrix a group, `[K, d_out, d_in (+1)]`, and where its parameters come from."""
+    """A layer as one matrix per group, `[K, d_out, d_in (+1)]`, with the names of its parameters."""
 
     key: str
     kind: str
@@ -74,33 +74,33 @@ class Block:
 
     @property
     def family(self) -> Family:
-        """How this kind of layer turns into `(a, g)`."""
+        """The layer family, which converts this kind of layer to `(a, g)`."""
         return FAMILIES[self.kind]
 
     @property
     def cause(self) -> str:
-        """Why it is in no layer, in one word; empty for a layer."""
+        """One word for the reason why the parameter is in no layer; empty for a layer."""
         return report.cause(self.why) if self.kind == "fallback" else ""
 
     @property
     def config(self) -> Any:
-        """The static configuration that its weight is read by."""
+        """The static configuration of the layer, with which the family reads the weight."""
         return self.uses[0].config
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its parameters."""
+        """The names of the block's parameters."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(groups K, d_out, d_in with the bias column)."""
+        """The shape of the block's matrix: (groups K, d_out, d_in with the bias column)."""
         probe = torch.empty(self.weight_shape, device="meta")
         k, o, i = self.family.to_matrix(probe, self.config).shape
         return k, o, i + (self.bias is not None)
 
     def matrix(self, values: Tree) -> Float[Tensor, "k o i"]:
-        """The block's matrix W, bias as last column, of a tree like params."""
+        """Return the block's part of a tree like params as its matrix W, with the bias as the last column."""
         weight = self.family.to_matrix(values[self.weight], self.config)
         if self.bias is None:
             return weight
@@ -108,7 +108,7 @@ class Block:
         return torch.cat([weight, bias], -1)
 
     def tensors(self, matrix: Float[Tensor, "k o i"]) -> Tree:
-        """The inverse of `matrix`."""
+        """Invert `matrix`: return the block's part of a tree like params."""
         if self.bias is None:
             return {self.weight: self.family.from_matrix(matrix, self.config)}
         weight = self.family.from_matrix(matrix[..., :-1], self.config)
@@ -117,7 +117,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of a model, with the shapes that one trace found.
+    """The blocks of a model, with the shapes found by tracing it.
 
     `print(layout)` is the coverage report; a notebook shows it as a table.
     """
@@ -130,36 +130,36 @@ class Layout:
     output_dtype: torch.dtype
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
-    """The leaves of the context, and whether each has an entry for every example (dropout noise) and goes with it."""
+    """The leaves of the context, each with True if it has one entry per example (dropout noise)."""
     couples: bool = False
-    """Whether the model mixes the examples of a batch by design (batch norm in training mode)."""
+    """True if the model mixes the examples of a batch by design (batch norm in training mode)."""
     unused: tuple[str, ...] = ()
-    """Parameters that the outputs do not depend on: in no block, and zero in every tree that is made of matrices."""
+    """Parameters that the outputs do not depend on. They are in no block; trees made from matrices have zeros there."""
     uncovered: tuple[tuple[str, str], ...] = ()
-    """Parameters that take the plain gradient, and why no layer has them: in no block, like the unused ones."""
+    """Parameters that take the plain gradient, each with the reason why no layer covers it. They are in no block."""
     one_by_one: str = ""
-    """Why the fallback runs the model once per example, one after another; empty where one vectorised run serves."""
+    """The reason why the fallback runs the model on one example at a time; empty if it uses one vectorised run."""
     steps: tuple[Step, ...] = ()
-    """All calls of the trace that read tensors which all examples share."""
+    """All calls of the trace that read tensors shared by all examples."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All parameters, in params order."""
+        """The names of all parameters, in params order."""
         return tuple(name for name, _ in self.shapes)
 
     @cached_property
     def layers(self) -> tuple[Block, ...]:
-        """Blocks that a layer family claims."""
+        """The blocks of a layer family."""
         return tuple(block for block in self.blocks if block.kind != "fallback")
 
     @cached_property
     def fallbacks(self) -> tuple[Block, ...]:
-        """Blocks of parameters without a layer."""
+        """The blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
 
     @cached_property
     def plan(self) -> Plan:
-        """Return the steps for tensors that all examples share, those that concern a layer."""
+        """The steps for tensors shared by all examples, restricted to those that concern a layer."""
         parameters = frozenset(block.weight for block in self.blocks if block.kind in (ELEMENTWISE.name, COPIED.name))
         layers = {block.weight: tuple(use.shared for use in block.uses) for block in self.layers}
         layers = {name: uses for name, uses in layers.items() if any(uses)}
@@ -167,10 +167,10 @@ class Layout:
         return Plan(parameters, layers, tuple(step for step in self.steps if step.origins & followed))
 
     def by_example(self, context: PyTree) -> list[bool]:
-        """For each leaf of a context whether it goes with the examples.
+        """Return for each leaf of a context True if it has one entry per example.
 
         Raises:
-            StructureError: other leaves than at the build.
+            StructureError: the leaves differ from those at the build.
         """
         known, given = dict(self.context_by_example), tree.flatten(context)
         if known.keys() != given.keys():
@@ -182,7 +182,7 @@ class Layout:
         return [known[path] for path in given]
 
     def block(self, key: str) -> Block:
-        """The block of this key."""
+        """Return the block with this key."""
         if key not in self._by_key:
             raise unknown("block", key, list(self._by_key))
         return self._by_key[key]
@@ -192,12 +192,12 @@ class Layout:
         return {block.key: block for block in self.blocks}
 
     def matrices(self, values: Tree) -> dict[str, Tensor]:
-        """A tree like params as one matrix a block."""
+        """Convert a tree like params to one matrix per block."""
         self.validate(values)
         return {block.key: block.matrix(values) for block in self.blocks}
 
     def tree(self, matrices: Mapping[str, Tensor]) -> Tree:
-        """One matrix a block as a tree like params, in params order."""
+        """Convert one matrix per block to a tree like params, in params order."""
         tensors: Tree = {}
         for block in self.blocks:
             tensors.update(block.tensors(matrices[block.key]))
@@ -207,17 +207,17 @@ class Layout:
         return {name: tensors[name] for name in self.names}
 
     def cast(self, values: Tree) -> Tree:
-        """Return a tree like params in the types of the parameters."""
+        """Convert a tree like params to the types of the parameters."""
         return {name: values[name].to(dtype) for name, dtype in zip(self.names, self.dtypes, strict=True)}
 
     def zeros(self, device: torch.device) -> Tree:
-        """Return a tree of zeros like params, each with one number in memory."""
+        """Return a tree of zeros like params, which stores one number per parameter."""
         kinds = zip(self.shapes, self.dtypes, strict=True)
         return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for (name, shape), dtype in kinds}
 
     @cached_property
     def block_shapes(self) -> dict[str, Shape]:
-        """The shape of each block's matrices."""
+        """The matrix shape of each block."""
         return {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.blocks}
 
     def validate(self, values: Tree) -> None:
@@ -225,7 +225,7 @@ class Layout:
         if not isinstance(values, Mapping) or set(values) != set(self.names):
             given = set(values) if isinstance(values, Mapping) else {type(values).__name__}
             raise StructureError(
-                f"a tree like params is wanted: missing {sorted(set(self.names) - given)[:4]}, "
+                f"expected a tree like params: missing {sorted(set(self.names) - given)[:4]}, "
                 f"unexpected {sorted(given - set(self.names))[:4]}. Pass the same names as at the build."
             )
         for name, shape in self.shapes:

@@ -1,4 +1,4 @@
-"""Numbers that a build compares: generic cotangents, and when two gradients agree."""
+"""Numerical checks of a build: generic cotangents, and tolerances at which two gradients agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fisherfn.types import Tree
 
 
 def cotangent_of(outputs: Tensor) -> Tensor:
-    """Return a fixed generic cotangent: gradients that agree on it are equal."""
+    """Return a fixed pseudo-random cotangent; gradient functions that agree on it are taken as equal."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
 
@@ -18,7 +18,7 @@ def cotangent_of(outputs: Tensor) -> Tensor:
 def close(found: Tensor, truth: Tensor, scale: Tensor, tolerance: float, noise: float = 0.0) -> bool:
     """Return True if two sums agree in the working precision of their terms; `scale` is the sum of their sizes.
 
-    The sum itself may vanish: a bias before a batch norm has no gradient. With `noise`, the terms may vanish too.
+    The sum itself may vanish: a bias before a batch norm has no gradient. With `noise`, the terms may vanish, too.
     """
     return bool((found - truth).norm() <= tolerance * scale.norm() + noise)
 

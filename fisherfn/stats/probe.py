@@ -1,4 +1,4 @@
-"""A model with example inputs: what a build runs several times, with more, fewer or other examples."""
+"""A model with example inputs, which a build runs several times with more, fewer or other examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fisherfn.stats.scout import Scout
 from fisherfn.types import Model, PyTree, Tree
 
 FEW = 4
-"""Number of examples that a build runs if they show enough: its cost then does not grow with the batch."""
+"""The number of examples that a build runs if they show enough: its cost then does not grow with the batch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Probe:
             if not isinstance(p, Tensor) or not p.is_floating_point():
                 raise StructureError(
                     f"params[{name!r}] must be a real floating-point tensor, got {getattr(p, 'dtype', type(p))}. A "
-                    "complex one is written as two real ones, or as torch.view_as_complex of a real parameter."
+                    "complex parameter is written as two real ones, or as torch.view_as_complex of a real one."
                 )
         leaves = tree.leaves(self.x)
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
@@ -54,12 +54,12 @@ class Probe:
 
     @property
     def seeds(self) -> tuple[bool, ...]:
-        """For each leaf of the context whether it is a dropout seed per example."""
+        """One flag per leaf of the context: True if it holds the dropout seeds."""
         return tuple(path.partition("/")[0] == "dropout" for path in tree.flatten(self.context))
 
     @property
     def lengths(self) -> tuple[bool, ...]:
-        """For each leaf of the context whether its first axis is as long as the batch."""
+        """One flag per leaf of the context: True if its first axis is as long as the batch."""
         leaves = tree.leaves(self.context)
         return tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.examples for leaf in leaves)
 
@@ -69,7 +69,7 @@ class Probe:
         return outputs
 
     def gradients(self, cotangent: Tensor) -> Tree:
-        """Return autograd's gradient of all parameters for this cotangent."""
+        """Return autograd's gradient with respect to all parameters for this cotangent."""
         _, pull = vjp(lambda p: replace(self, params=p).run(), dict(self.params))  # type: ignore[misc]
         grads: Tree = pull(cotangent)[0]
         return grads
@@ -85,22 +85,22 @@ class Probe:
         return [name for name, g in zip(leaves, grads, strict=True) if g is None]
 
     def trace(self, scout: Scout | None = None) -> tuple[Tensor, Intercept]:
-        """Run the model and note its calls.
+        """Run the model and record its calls.
 
         Raises:
             NoiseError: the model uses the global random generator.
-            ShapeError: outputs that are not one real tensor `[N, …]`.
+            ShapeError: the outputs are not one real tensor `[N, …]`.
         """
         before, numbers = _global_generators(self.params), _numpy_state()
-        x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and they stay as they were
+        x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and the originals are kept
         with torch.no_grad(), Intercept(self.params, shared=scout) as mode:
             outputs, _ = call(self.model, self.params, x, self.context)
         after = _global_generators(self.params)
         if not all(torch.equal(before[device], after[device]) for device in before):
             _restore(before)
             raise NoiseError(
-                "the model draws from the global generator: a gradient would not be a function of its arguments. Draw "
-                "its noise outside, and pass it as an input like x or in the context."
+                "the model draws from the global generator: a gradient would not be a function of its arguments. "
+                "Sample its noise outside, and pass it as an input like x or in the context."
             )
         if _numpy_state() != numbers:
             _restore_numpy(numbers)
@@ -117,7 +117,7 @@ class Probe:
     def few(self) -> Probe:
         """Return a few examples with their dropout seeds.
 
-        They are spread over the batch: a model may take another path where some are padded.
+        They are spread over the batch, since a model may take another path for padded examples.
         """
         chosen = torch.linspace(0, self.examples - 1, FEW).long()
         return self._with(self.seeds, lambda leaf: leaf[chosen])
@@ -127,16 +127,16 @@ class Probe:
         return self._with(by_example, lambda leaf: leaf[:1])
 
     def one_more(self, by_example: tuple[bool, ...]) -> Probe:
-        """Return these examples and the first one again."""
+        """Return these examples, followed by a copy of the first."""
         return self._with(by_example, lambda leaf: torch.cat([leaf, leaf[:1]]))
 
     def with_another(self, by_example: tuple[bool, ...]) -> Probe:
-        """Return these examples and other ones: numbers scaled one by one, indices in another order."""
+        """Return these examples and as many different ones: numbers rescaled entry by entry, indices reordered."""
         x = tree.map(lambda leaf: torch.cat([leaf, _other(leaf)]), self.x)
         return replace(self.one_more(by_example), x=x)
 
     def _with(self, by_example: tuple[bool, ...], change: Callable[[Tensor], Tensor]) -> Probe:
-        """Return the probe with a change of all tensors that have the examples on their first axis."""
+        """Return the probe with a change applied to all tensors that have the examples on their first axis."""
         pairs = zip(tree.leaves(self.context), by_example, strict=True)
         context = tree.replace_leaves(self.context, [change(leaf) if mine else leaf for leaf, mine in pairs])
         return replace(self, x=tree.map(change, self.x), context=context)
@@ -151,7 +151,7 @@ def _check_outputs(outputs: Any, examples: int) -> None:
         )
     if outputs.is_complex():
         raise ShapeError(
-            f"the model's outputs are {outputs.dtype}, and gradients are taken of real numbers: return "
+            f"the model's outputs are {outputs.dtype}, but gradients need real numbers: return "
             "torch.view_as_real(outputs), and write the likelihood for real and imaginary parts."
         )
 
@@ -171,7 +171,7 @@ def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
 
 
 def _numpy_state() -> Any:
-    """Return the state of numpy's global generator. Python's own is left out: checks of types draw from it."""
+    """Return the state of numpy's global generator. Python's own is not checked, because type checkers use it."""
     state: Any = numpy.random.get_state()
     name, numbers, *rest = state
     return name, numbers.tobytes(), *rest

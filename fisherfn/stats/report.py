@@ -19,7 +19,7 @@ CAUSES = (
     ("of different layers", "ambiguous"),
     ("first axis", "axis"),
 )
-"""Signs in the reason of a fallback, and their words. Where a function is the cause, its name is the word."""
+"""Phrases in the reason of a fallback, each with its one-word cause. If a function is the cause, it is its name."""
 
 
 def cause(why: str) -> str:
@@ -69,7 +69,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _last(layout: Layout) -> list[str]:
-    """Return the total, which says that nothing was left out, and the time that the fallback takes."""
+    """Return the last lines: the total, which shows that nothing was left out, and the cost of the fallback."""
     sizes = {name: math.prod(shape) for name, shape in layout.shapes}
     covered = sum(sizes[name] for block in layout.layers for name in block.names)
     left = sum(sizes[name] for name in layout.unused)
@@ -88,11 +88,11 @@ def _last(layout: Layout) -> list[str]:
     if layout.one_by_one:
         lines += [
             f"the fallback runs the model once per example, one after another ({layout.one_by_one}): statistics of N "
-            "examples cost N forward and backward passes of one example more"
+            "examples need N more forward and backward passes of one example"
         ]
     elif layout.fallbacks:
         lines += [
-            "the fallback runs the model once more, on single examples under torch.vmap: statistics cost one forward "
-            "pass more, and one backward pass more for the loss and for each sample"
+            "the fallback runs the model once more, on single examples under torch.vmap: statistics need one more "
+            "forward pass, and one more backward pass for the loss and for each sample"
         ]
     return lines

@@ -1,6 +1,6 @@
-"""The two kinds of runs that statistics are made of: one of the whole batch with taps, and one per example.
+"""Runs of the model that give statistics: one of the whole batch with taps, and one per example.
 
-A single `vjp` with respect to zero taps is shared by the loss gradient and all Fisher samples; no weight gradient is
+A single `vjp` with respect to zero taps serves the loss gradient and all Fisher samples; no weight gradient is
 formed. Parameters without a layer get per-example gradients by `vmap`.
 """
 
@@ -27,12 +27,12 @@ def tapped_run(
 ) -> tuple[Tensor, Callable[[Tensor], Taps], Taps, PyTree]:
     """Run the model once; return outputs, the pullback to the layers' outputs, the layers' raw inputs, the new context.
 
-    The pullback also gives the gradient of the parameters that take the plain one, summed over the examples. Inputs and
-    output-gradients have the examples first, wherever the layer has them.
+    The pullback also returns the gradient, summed over the examples, of parameters that take the plain gradient.
+    Inputs and output-gradients have the examples on the first axis, whichever axis the layer has them on.
     """
     examples = tree.leaves(x)[0].shape[0]
 
-    # one flat list of tensors goes through vjp: walking trees of them costs a small net as much as its layers
+    # vjp gets one flat list of tensors: traversing trees of them takes as long as the layers of a small net
     def forward(*primals: Tensor) -> tuple[Tensor, tuple[list[Tensor], PyTree]]:
         shared, taps = Followed(layout.plan), primals[: len(zeros)]
         values = {**params, **dict(zip(plain, primals[len(zeros) :], strict=True))}
@@ -56,7 +56,7 @@ def tapped_run(
 
 
 def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]) -> Taps:
-    """Pull several cotangents back, `[S, N, …]` to `[S, …]` per tap; no tap for none."""
+    """Pull several cotangents back, `[S, N, …]` to `[S, …]` per tap; without cotangents the result is empty."""
     if cotangents.shape[0] == 0:
         return {}
     if cotangents.shape[0] == 1:  # one plain backward is cheaper than a vmapped one
@@ -66,7 +66,7 @@ def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]
 
 
 def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
-    """What every layer saw at every use."""
+    """Return the inputs of every use of every layer; raise if a layer was not used as often as at the build."""
     for block in layout.layers:
         uses = len(mode.records.get(block.weight, ()))
         if uses != len(block.uses):
@@ -78,7 +78,7 @@ def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
-    """Tensors in the order of layers and their uses, by weight."""
+    """Group tensors, given in the order of layers and their uses, by the name of the weight."""
     each = iter(flat)
     return {block.weight: tuple(next(each) for _ in block.uses) for block in layout.layers}
 
@@ -97,9 +97,10 @@ def example_gradients(
     context: PyTree,
     cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Per-example gradients of some parameters for each row of cotangents, by runs on single examples.
+    """Compute per-example gradients of some parameters for each row of cotangents, by runs on single examples.
 
-    These are one run under `torch.vmap`, or one after another where the layout says that the model has no such run.
+    All examples share one run under `torch.vmap`; if the layout says that the model does not allow this, they are run
+    one after another.
     """
     chosen = {name: params[name] for name in names}
     leaves, by_example = tree.leaves(context), layout.by_example(context)
@@ -114,7 +115,7 @@ def example_gradients(
             return outputs.squeeze(0)
 
         _, pull = vjp(forward, chosen)  # type: ignore[misc]
-        # row by row: under a second vmap torch's backward of some functions (prelu) is wrong
+        # row by row: under a second vmap, torch's backward of some functions (prelu) is wrong
         rows: Tree = tree.map(lambda *each: torch.stack(each), *(pull(cot)[0] for cot in cots_n))
         return rows
 

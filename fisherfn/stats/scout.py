@@ -1,8 +1,8 @@
-"""Finding the calls that read tensors which all examples share, by comparing two runs.
+"""Search for the calls that read tensors shared by all examples, by comparing two runs.
 
-The second run has one example more than the first. An output whose shape is the same in both is shared, too; one that
-grew along one axis is where the shared tensor meets the batch. Each step is tried on the spot: what torch refuses
-makes the weights that it comes from fall back.
+The second run has one example more than the first. An output whose shape is the same in both is shared, too. If it grew
+along one axis, the shared tensor meets the batch in this call. Each step is tried immediately: if torch refuses it, the
+weights from which its shared tensors come get a fallback.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from fisherfn.types import PyTree
 
 
 class Scout(Ledger):
-    """Finds the steps: a run with one example more than the one before, whose calls it is compared with."""
+    """Find the steps for shared tensors: compare a run with an earlier run of one example less, call by call."""
 
     def __init__(self, before: Sequence[Traced], examples: int) -> None:
         super().__init__()
         self._before, self._examples = before, examples
         self._place = -1
         self._inputs: Sequence[Size] | None = None
-        """Shapes of what the current call took in the run before."""
+        """The shapes of the current call's inputs in the earlier run; None if unknown."""
         self._in_layer = False
-        """Whether the current call is a layer's: it is run as one, and not once per example."""
+        """True if the current call is a layer, which is never run once per example."""
         self.steps: list[Step] = []
         self.failed: dict[str, str] = {}
-        """Weights whose shared tensors are used in a call that cannot be followed, and the call's name."""
+        """The name of the call that cannot be followed, for each weight whose shared tensors it reads."""
         self._stale: dict[int, Shared] = {}
-        """Shared tensors that a call in place has changed by way of another."""
+        """Shared tensors that were changed through another tensor with the same storage."""
         self.copied: dict[str, str] = {}
-        """Weights whose shared tensors meet the batch in a call that is run once per example, and the call's name."""
+        """The name of the call run once per example, for each weight whose shared tensors meet the batch in it."""
 
     def growth(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
-        """Compare the next call with the run before, and return how its outputs grow."""
+        """Compare the next call with the earlier run, and return how its outputs grow."""
         self._place += 1
         self._inputs = None
         if self._place >= len(self._before):
@@ -49,14 +49,14 @@ class Scout(Ledger):
         name, shapes, input_shapes = self._before[self._place]
         outputs, inputs = tensors_of(output), tensors_among(arguments)
         if name != name_of(func) or len(shapes) != len(outputs):
-            self._place = len(self._before)  # out of step: nothing later can be compared
+            self._place = len(self._before)  # the runs differ: no later call can be compared
             return None
         if len(inputs) == len(input_shapes):
             self._inputs = input_shapes
         return self._places(shapes, outputs)
 
     def _places(self, shapes: Sequence[Size], tensors: Sequence[Tensor]) -> Growth:
-        """Find the axis in which each tensor is longer than in the run before."""
+        """Find the axis in which each tensor is longer than in the earlier run."""
         found: list[Place | None] = []
         for old, new in zip(shapes, tensors, strict=True):
             if old == new.shape:
@@ -73,9 +73,9 @@ class Scout(Ledger):
         return found
 
     def outer(self, x: Tensor, place: Place) -> int:
-        """How many rows of each example are further out than the examples.
+        """Return how many of each example's rows are further out than the examples.
 
-        The last example is the first one again: its rows are where the first one's values are.
+        The last example is a copy of the first, so its rows are found by their equal values.
         """
         rows = x.detach().movedim(place.axis, 0).flatten(1) if x.ndim > 1 else x.detach().unsqueeze(-1)
         rows = rows.nan_to_num() if rows.is_floating_point() else rows.double()
@@ -87,7 +87,7 @@ class Scout(Ledger):
         return 1
 
     def note_parameters(self, arguments: PyTree, names: Mapping[int, str], besides: tuple[Any, ...] = ()) -> None:
-        """Note the parameters among the arguments of a call: all examples share them."""
+        """Record the parameters among the arguments of a call: all examples share them."""
         for leaf in tree.leaves(arguments):
             if id(leaf) in names and not any(leaf is other for other in besides):
                 self.add(leaf, frozenset([names[id(leaf)]]), partial(spread, leaf))
@@ -102,9 +102,9 @@ class Scout(Ledger):
         names: Mapping[int, str],
         besides: tuple[Any, ...] = (),
     ) -> None:
-        """Note what a call did with shared tensors: a step, or one that cannot be followed."""
+        """Record what a call does with shared tensors: a step, or a failure if it cannot be followed."""
         if not tensors_of(output) and not changes_input(func):
-            return  # a shape, a number
+            return  # the call returned a shape or a number
         self.note_parameters((args, kwargs), names, besides)
         for leaf in tree.leaves((args, kwargs)):
             if id(leaf) in self._stale:
@@ -124,13 +124,13 @@ class Scout(Ledger):
             else:
                 (place,) = growth
                 self.steps.append(self._met(func, args, kwargs, output, shared, place))
-        except Exception:  # whatever torch has against it: the parameter falls back
+        except Exception:  # for any error of torch, the parameter gets a fallback
             self.fail(origins, name_of(func))
 
     def add_layer(
         self, func: Callable[..., Any], weight: str, shared: dict[int, Shared], output: Tensor, copies: Copies
     ) -> None:
-        """Note the output of a layer that no example enters, if copies of it can be had."""
+        """Record the output of a layer whose input is shared by all examples, if it can be copied per example."""
         super().add_layer(func, weight, shared, output, copies)
         origins = origins_of(shared)
         if shared:
@@ -142,7 +142,7 @@ class Scout(Ledger):
             self.fail(origins | {weight}, name_of(func))
 
     def fail(self, origins: frozenset[str], cause: str) -> None:
-        """Give these weights up, for a call of this name."""
+        """Record that these weights need a fallback, because of a call of this name."""
         for name in origins:
             self.failed.setdefault(name, cause)
 
@@ -155,7 +155,7 @@ class Scout(Ledger):
                 raise ValueError("copies of another shape")
 
     def _changes(self, x: Any, output: Any) -> None:
-        """Give up the other tensors that see what a call in place changes: their copies would keep the old values."""
+        """Stop following other tensors whose storage an in-place call changes: their copies would keep old values."""
         if output is not x or not self.is_shared(x):
             raise ValueError("a tensor changed in place by a shared one")
         for key, entry in list(self.entries.items()):
@@ -178,7 +178,7 @@ class Scout(Ledger):
     def _met_by_copies(
         self, func: Any, args: Any, kwargs: Any, output: Tensor, shared: dict[int, Shared], place: Place
     ) -> Step:
-        """The step of a call that is run once per example, if this gives what the call gave."""
+        """Return the step of a call that is run once per example; raise unless this reproduces the call's output."""
         inputs = None if self._inputs is None else self._places(self._inputs, tensors_among(args, kwargs))
         if self._in_layer or inputs is None or changes_input(func) or kwargs.get("out") is not None:
             raise ValueError("no call that can be run once per example")
@@ -192,6 +192,6 @@ class Scout(Ledger):
 
 
 def _same(found: Tensor, output: Tensor) -> bool:
-    """Whether two outputs are equal up to numerical noise."""
+    """Return True if two outputs are equal up to numerical noise."""
     a, b = found.nan_to_num(), output.nan_to_num()
     return bool((a - b).norm() <= torch.finfo(output.dtype).eps ** 0.5 * b.norm())

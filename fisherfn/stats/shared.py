@@ -1,11 +1,11 @@
-"""Tensors that all examples share, followed from a parameter to where they meet the batch.
+"""Tensors that all examples share, followed from a parameter to the call in which they meet the batch.
 
-A parameter, or the output of a layer that no example enters (position embeddings of `[1, T]` indices, a net on a grid),
-reaches the batch one broadcast later. Up to there its calls are small: they are run once more for a copy per example,
-by `torch.vmap`, and the copies take the shared tensor's place in the broadcast. A zero tap added to the copies at their
-origin then has exactly the per-example output-gradient.
+A parameter, or the output of a layer whose input is shared (position embeddings of `[1, T]` indices, a net on a grid),
+reaches the batch in a later broadcast. The calls before it are small: they are repeated for one copy per example by
+`torch.vmap`, and the copies replace the shared tensor in the broadcast. The gradient with respect to a zero tap, added
+to the copies at their origin, is then exactly the per-example output-gradient.
 
-The build finds out which calls these are (`fisherfn.stats.scout`); later runs follow its steps (`Followed`).
+The build finds these calls (`fisherfn.stats.scout`); later runs follow its steps (`Followed`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fisherfn.stats.steps import Place, Plan, Step, name_of, tensors_among, tens
 from fisherfn.types import PyTree
 
 Copies: TypeAlias = Callable[[int], Tensor]
-"""Makes a copy of a shared tensor for each of so many examples, `[N, *shape]`."""
+"""Function that copies a shared tensor once per example, for a given number of examples: `[N, *shape]`."""
 
 
 class Shared(NamedTuple):
-    """A tensor that all examples share (kept, so that its identity stays its own)."""
+    """A tensor that all examples share. It is retained so that no other tensor gets the same identity."""
 
     tensor: Tensor
     origins: frozenset[str]
@@ -44,21 +44,21 @@ class Ledger:
         self.entries: dict[int, Shared] = {}
 
     def add(self, tensor: Tensor, origins: frozenset[str], copies: Copies) -> None:
-        """Note a shared tensor. A call that returns what it was given (a cast to the same type) adds nothing."""
+        """Record a shared tensor, unless it is already known (a cast to the same type returns its input)."""
         self.entries.setdefault(id(tensor), Shared(tensor, origins, _once(copies)))
 
     def among(self, *arguments: PyTree) -> dict[int, Shared]:
-        """The shared tensors among the arguments of a call."""
+        """Return the shared tensors among the arguments of a call."""
         if not self.entries:
             return {}
         return {id(leaf): self.entries[id(leaf)] for leaf in tree.leaves(arguments) if id(leaf) in self.entries}
 
     def is_shared(self, tensor: Any) -> bool:
-        """Whether this very tensor was noted."""
+        """Return True if this very tensor was recorded."""
         return id(tensor) in self.entries
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, shared: dict[int, Shared], output: Any) -> None:
-        """Note the output of a call that no example enters; one in place makes the tensor another."""
+        """Record the output of a call on shared tensors; an in-place call replaces the entry of its tensor."""
         changed = id(args[0]) if args and works_in_place(func, args, kwargs) else None
         if changed is not None:
             del self.entries[changed]
@@ -82,7 +82,7 @@ class Ledger:
     def add_layer(
         self, func: Callable[..., Any], weight: str, shared: dict[int, Shared], output: Tensor, copies: Copies
     ) -> None:
-        """Note the output of a layer that no example enters."""
+        """Record the output of a layer whose input is shared by all examples."""
         self.add(output, origins_of(shared) | {weight}, copies)
 
     @staticmethod
@@ -94,7 +94,7 @@ class Ledger:
         place: Place,
         inputs: tuple[Place | None, ...] = (),
     ) -> Tensor:
-        """Run a call with a copy per example in the place of shared tensors: at once, or with `inputs` one by one."""
+        """Run a call with shared tensors replaced by copies per example: at once, or with `inputs` per example."""
         if inputs:
             return per_example(
                 lambda new: _call(func, args, kwargs, new),
@@ -104,10 +104,10 @@ class Ledger:
                 place,
             )
         if spreads(func):
-            whole: Tensor = func(*args, **kwargs)  # a view: only its shape is wanted
+            whole: Tensor = func(*args, **kwargs)  # a view: only its shape is used
             ((_, entry),) = shared.items()
             copies = meeting(entry.copies(whole.shape[place.axis] // place.repeats), *place).expand(whole.shape)
-            # what `repeat` returns has memory of its own, and may be viewed in another shape
+            # the result of `repeat` has its own memory, and may be viewed in another shape
             return copies.contiguous() if whole.is_contiguous() else copies
         shapes = [leaf.shape for leaf in tensors_among(args, kwargs)]
         examples = torch.broadcast_shapes(*shapes)[place.axis] // place.repeats
@@ -117,7 +117,7 @@ class Ledger:
 
 
 class Followed(Ledger):
-    """The shared tensors of a run that takes the steps of the build."""
+    """The shared tensors of a run that follows the steps of the build."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Followed(Ledger):
         self._taken = 0
 
     def take(self, func: Callable[..., Any], args: Any, kwargs: Any, shared: dict[int, Shared]) -> Any:
-        """Run a call that reads shared tensors, as the build's did."""
+        """Run a call on shared tensors in the way that the build found."""
         if self._meets(func):  # runs once, on the copies
             step = self.next(func)
             assert step.place is not None
@@ -138,17 +138,17 @@ class Followed(Ledger):
         return output
 
     def _meets(self, func: Callable[..., Any]) -> bool:
-        """Whether the next step is a call of this function in which shared tensors meet the batch."""
+        """Return True if the next step is a call of this function in which shared tensors meet the batch."""
         if self._taken >= len(self.plan.steps):
             return False
         step = self.plan.steps[self._taken]
         return step.function == name_of(func) and step.place is not None
 
     def next(self, func: Callable[..., Any]) -> Step:
-        """The next step, which must be this function's.
+        """Return the next step, which must be a call of this function.
 
         Raises:
-            StructureError: it is another's.
+            StructureError: the step belongs to another function.
         """
         if self._taken >= len(self.plan.steps) or self.plan.steps[self._taken].function != name_of(func):
             raise self._another_path(f"a call of {name_of(func)}")
@@ -163,7 +163,7 @@ class Followed(Ledger):
     @staticmethod
     def _another_path(found: str) -> StructureError:
         return StructureError(
-            f"the model takes another path than at the build, {found} on parameters that all examples share: it "
+            f"the model takes another path than at the build, {found} on parameters that all examples share: its path "
             "depends on its input. Build with inputs that take the same path."
         )
 
@@ -178,10 +178,10 @@ def layer_copies(
     output: Tensor,
     tapped: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Copies, Copies]:
-    """Inputs and outputs, for each of so many examples, of a layer that no example enters.
+    """Return functions that copy the input and the output of a layer with a shared input once per example.
 
-    A family that wants its examples on the first axis gets them merged with what is there. `tapped` adds the tap to
-    the outputs, given the inputs.
+    If the family needs the examples on the first axis, they are merged with the axis that is already there. `tapped`
+    adds the tap to the outputs, given the inputs.
     """
     merged = not family.any_axis
     kept = output if shared else output.clone()  # the model may change its output in place
@@ -205,7 +205,7 @@ def layer_copies(
 
 
 def spread(tensor: Shaped[Tensor, "*shape"], examples: int) -> Shaped[Tensor, "n *shape"]:
-    """The same tensor for each example, without copying it."""
+    """Expand a tensor to one view per example, without copying."""
     return tensor.expand(examples, *tensor.shape)
 
 
@@ -215,12 +215,12 @@ def _part(outputs: Callable[[int], Any], place: int, examples: int) -> Tensor:
 
 
 def origins_of(shared: Mapping[int, Shared]) -> frozenset[str]:
-    """The weights that shared tensors come from."""
+    """Return the names of the weights from which shared tensors were computed."""
     return frozenset[str]().union(*(entry.origins for entry in shared.values()))
 
 
 def _call(func: Callable[..., Any], args: Any, kwargs: Any, new: Mapping[int, Tensor]) -> Any:
-    """Run a call with other tensors for some of its own, by identity."""
+    """Run a call with some of its tensors replaced, by identity."""
     new_args, new_kwargs = _replaced((args, kwargs), new)
     return func(*new_args, **new_kwargs)
 
@@ -230,7 +230,7 @@ def _replaced(arguments: PyTree, new: Mapping[int, Tensor]) -> Any:
 
 
 def _once(copies: Callable[[int], Any]) -> Callable[[int], Any]:
-    """Make copies once for each number of examples: they are used wherever the tensor is."""
+    """Cache the copies for each number of examples, since several calls may use the same shared tensor."""
     made: dict[int, Any] = {}
 
     def kept(examples: int) -> Any:

@@ -1,4 +1,4 @@
-"""The statistics of one batch as a value: raw tensors of each layer, from which one tap at a time is made."""
+"""The statistics of one batch as a value: raw tensors of each layer, converted to one tap at a time."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from fisherfn.types import Matrix, PyTree, Tree
 
 
 class LayerStats(NamedTuple):
-    """A layer's raw statistics, one tensor a use, the examples first. `()` where they were not asked for."""
+    """A layer's raw statistics: one tensor per use, with the examples first; `()` for those not requested."""
 
     inputs: tuple[Tensor, ...]
-    """`[N, …]`, as the layer saw them (a convolution's are not unfolded)."""
+    """Inputs of the layer, `[N, …]`, as it received them (those of a convolution are not unfolded)."""
     grads: tuple[Tensor, ...]
-    """`[S, N, …]`: output-gradients of the Fisher's draws."""
+    """Output-gradients of the sampled labels, `[S, N, …]`."""
     loss_grads: tuple[Tensor, ...]
-    """`[N, …]`: output-gradients of the data's loss, `N · ∂(mean loss)/∂output`."""
+    """Output-gradients of the loss on the data, `[N, …]`: `N · ∂(mean loss)/∂output`."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one batch says: loss, gradient and curvature statistics. A pytree; the layout is its static part."""
+    """Loss, gradient and curvature statistics of one batch. A pytree; the layout is its static part."""
 
     loss: Float[Tensor, ""]
-    """Mean negative log-likelihood over the batch."""
+    """The mean negative log-likelihood over the batch."""
     outputs: Tensor
     context: PyTree
     layers: dict[str, LayerStats]
     checks: dict[str, Tensor]
     layout: Layout
     plain: Tree = field(default_factory=dict)
-    """The gradient of the mean loss in the parameters that are in no block and take the plain gradient."""
+    """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
 
     @property
     def examples(self) -> int:
-        """N."""
+        """The number of examples, N."""
         block = self.layout.blocks[0]
         return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """Every block's tap of the Fisher's draws. Prefer `lazy_tap(key)` where one at a time will do."""
+        """The tap of every block for the sampled labels. `lazy_tap(key)` needs less memory: one block at a time."""
         return {block.key: self.tap(block.key) for block in self.layout.blocks}
 
     @property
     def grads(self) -> Tree:
-        """The gradient of the mean loss, formed at each call: keep it if you need it twice."""
+        """The gradient of the mean loss, a tree like params. It is computed at each access, so keep the result."""
         matrices = {block.key: self.gradient(block.key) for block in self.layout.blocks}
         return self.layout.cast(self.layout.tree(matrices) | self.plain)
 
     def tap(self, key: str) -> Tap:
-        """The block's tap of the Fisher's draws, with `a` as a tensor (an embedding's stays an index).
+        """Return the block's tap for the sampled labels, with `a` as a tensor (an index for an embedding).
 
         Raises:
             StructureError: these statistics were made with `curvature=False`.
@@ -70,31 +70,31 @@ class Stats:
         return self.lazy_tap(key).whole().plain()
 
     def loss_tap(self, key: str) -> Tap:
-        """The block's tap of the data's own targets: one draw, whose mean over examples is the gradient."""
+        """Return the block's tap for the data's targets: one sample, whose mean over examples is the gradient."""
         return self.lazy_loss_tap(key).whole().plain()
 
     def lazy_tap(self, key: str) -> LazyTap:
-        """`tap(key)`, made for some examples at a time, with `a` in the structure that it has."""
+        """Return `tap(key)` computed on demand for a slice of examples, with `a` in its structured form."""
         stats = self.layers[key]
         if not stats.grads:
             raise StructureError(
-                f"block {key!r} has no Fisher draws: these statistics were made with curvature=False. "
+                f"block {key!r} has no Fisher samples: these statistics were made with curvature=False. "
                 "Call ng.stats without it to update the curvature."
             )
         return lazy(self.layout.block(key), stats.inputs, stats.grads)
 
     @property
     def lazy_taps(self) -> dict[str, LazyTap]:
-        """Every block's tap of the Fisher's samples, made for some examples at a time."""
+        """The lazy tap of every block for the sampled labels, computed on demand for a slice of examples."""
         return {block.key: self.lazy_tap(block.key) for block in self.layout.blocks}
 
     def lazy_loss_tap(self, key: str) -> LazyTap:
-        """`loss_tap(key)` in the same way."""
+        """Return `loss_tap(key)` computed on demand for a slice of examples."""
         stats = self.layers[key]
         return lazy(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
 
     def gradient(self, key: str) -> Matrix:
-        """The block's gradient of the mean loss, as its matrix."""
+        """Return the gradient of the mean loss for one block, as its matrix."""
         stats = self.layers[key]
         return gradient(self.layout.block(key), stats.inputs, stats.loss_grads)
 
@@ -112,7 +112,7 @@ tree.register(Stats, _flatten, _unflatten)
 
 
 def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Matrix:
-    """`1/N Σ_n Σ_t g aᵀ` of one draw, by the quickest way that the layer knows, at least in float32."""
+    """Compute `1/N Σ_n Σ_t g aᵀ` for one sample, in the fastest way the layer has, at least in float32."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
     grads = [g.to(dtype) for g in grads]
     backward = block.family.weight_gradient
@@ -131,9 +131,9 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
 
 
 def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | float = 1.0) -> Tap:
-    """Raw statistics as `(a, g)`: uses are concatenated along the shared positions, the bias is a column of `a`.
+    """Convert raw statistics to `(a, g)`: uses are joined along the shared positions, the bias is a column of `a`.
 
-    `scale` is that of a tied embedding's output layer, see `fisherfn.layers.tied`.
+    `scale` is the scale of a tied embedding's output layer, see `fisherfn.layers.tied`.
     """
     parts = []
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
@@ -154,7 +154,7 @@ def _columns_of(block: Block, use: Use, g: Tensor) -> Float[Tensor, "k s n t o"]
 def _columns(
     block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | float
 ) -> Float[Tensor, "k s n t o"]:
-    """`g` alone: no row is made for it."""
+    """Compute only `g`, without computing any row."""
     parts = [
         swapped_columns(rows.dense(_rows(block, use, x)), g.shape[0], scale)
         if use.transposed
@@ -165,7 +165,7 @@ def _columns(
 
 
 def _scale(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | float:
-    """The scale of a tied embedding's output layer, of all examples."""
+    """Compute the scale of a tied embedding's output layer from all examples."""
     head = next((at for at, use in enumerate(block.uses) if use.transposed), None)
     if head is None:
         return 1.0
@@ -190,7 +190,7 @@ def _second_moment(
 
 
 class Known(NamedTuple):
-    """The facts of a tap that its shapes tell: sizes, size of the rows of one example, one-hot rows or not, type."""
+    """Properties of a tap that follow from its shapes: sizes, row storage per example, one-hot or not, type."""
 
     sizes: Sizes
     stored: int
@@ -204,8 +204,8 @@ class BlockTap(LazyTap):
 
     Attributes:
         inputs, grads: the raw statistics of each use.
-        scale: that of a tied embedding's output layer, of all examples.
-        precision: type to which parts are cast; None: that of the raw statistics.
+        scale: scale of a tied embedding's output layer, computed from all examples.
+        precision: type to which parts are cast; None keeps that of the raw statistics.
     """
 
     block: Block
@@ -266,7 +266,7 @@ class BlockTap(LazyTap):
 
 
 def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> BlockTap:
-    """Return the tap of raw statistics; nothing is computed but the scale of a tied embedding."""
+    """Return the lazy tap of raw statistics; only the scale of a tied embedding is computed now."""
     known = _of_one_example(
         block,
         tuple(((use.repeats, *x.shape[1:]), x.dtype) for x, use in zip(inputs, block.uses, strict=True)),
@@ -277,10 +277,10 @@ def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Blo
 
 
 _Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
-"""Shape and type of a tensor."""
+"""The shape and type of a tensor."""
 
 
-# kept, because on the meta device torch works in Python: this was half of the time of a small net's step
+# cached, because torch runs the meta device in Python: this took half of the time of a small net's step
 @lru_cache(maxsize=4096)
 def _of_one_example(block: Block, inputs: tuple[_Kind, ...], grads: tuple[_Kind, ...]) -> Known:
     x, g = ([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds] for kinds in (inputs, grads))

@@ -1,4 +1,4 @@
-"""Calls of a run as the build notes them: their shapes, where they have the examples, and which a later run repeats."""
+"""Records of the calls of a run: their shapes, their axes of examples, and the steps that later runs repeat."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fisherfn.types import PyTree
 
 
 class Place(NamedTuple):
-    """Where a tensor has the examples.
+    """The position of the examples in a tensor.
 
     Attributes:
-        axis: counted from the right.
+        axis: axis of the examples, counted from the right.
         repeats: rows per example on that axis.
-        outer: how many of these are further out than the examples: 1 if the examples are outermost, 2 for the two
+        outer: how many of these rows are further out than the examples: 1 if the examples are outermost, 2 for the two
             halves of a `torch.cat`.
     """
 
@@ -27,12 +27,12 @@ class Place(NamedTuple):
 
 
 Growth: TypeAlias = list[Place | None] | None
-"""For each output of a call the place of the examples; None for an output that all examples share. None altogether
-where that is not to be found."""
+"""The place of the examples in each output of a call, None for an output that all examples share. None instead of the
+list if the places cannot be found."""
 
 
 class Traced(NamedTuple):
-    """A call of a run: its name, and the shapes of the tensors that it returned and took."""
+    """A call of a run: its name, and the shapes of its output and input tensors."""
 
     name: str
     outputs: tuple[Size, ...]
@@ -43,10 +43,10 @@ class Step(NamedTuple):
     """A call that reads shared tensors.
 
     Attributes:
-        function: its name.
-        place: where its output has the examples; None where the output is shared, too.
-        origins: the weights that its shared tensors come from.
-        inputs: where each of its tensors has the examples, for a call that is run once per example.
+        function: name of the function.
+        place: position of the examples in the output; None if the output is shared, too.
+        origins: names of the weights from which the shared tensors were computed.
+        inputs: position of the examples in each input tensor, for a call that is run once per example.
     """
 
     function: str
@@ -56,11 +56,11 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The steps that a run takes for shared tensors.
+    """The steps of a run that concern shared tensors.
 
     Attributes:
-        parameters: those that are shared tensors themselves.
-        layers: for each layer's weight, which of its uses no example enters.
+        parameters: names of the parameters that are shared tensors themselves.
+        layers: for each layer's weight, one flag per use: True if its input is shared by all examples.
         steps: the calls, in order.
     """
 
@@ -70,23 +70,23 @@ class Plan(NamedTuple):
 
 
 def traced(func: Callable[..., Any], arguments: PyTree, output: Any) -> Traced:
-    """A call as a later run is compared with it."""
+    """Return the record of a call, with which the call of a later run is compared."""
     inputs = tuple(leaf.shape for leaf in tensors_among(arguments))
     return Traced(name_of(func), tuple(part.shape for part in tensors_of(output)), inputs)
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """The name by which a call is known."""
+    """Return the name of a function, or of its type if it has none."""
     return getattr(func, "__name__", type(func).__name__)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors that a call returned."""
+    """Return the tensors that a call returned."""
     if isinstance(output, Tensor):
         return [output]
     return [part for part in output if isinstance(part, Tensor)] if isinstance(output, (tuple, list)) else []
 
 
 def tensors_among(*arguments: PyTree) -> list[Tensor]:
-    """The tensors among the arguments of a call, in order."""
+    """Return the tensors among the arguments of a call, in order."""
     return [leaf for leaf in tree.leaves(arguments) if isinstance(leaf, Tensor)]

@@ -1,7 +1,7 @@
-"""Running a module with other parameters and buffers, and leaving it as it was.
+"""Temporary replacement of a module's parameters and buffers, which leaves the module unchanged.
 
 Each slot (an entry of a module's parameters or buffers) is filled once, found by the tensor that it holds: a submodule
-under two names has one set of slots, and a tied tensor fills all of its own. What the run did to the module is undone.
+under two names has one set of slots, and a tied tensor fills all of its slots. Changes made by the run are undone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Swap:
-    """A module whose parameters and buffers have been replaced; `buffers()` reads what the run made of the latter."""
+    """A module with replaced parameters and buffers; `buffers()` reads the buffers after the run."""
 
     def __init__(self, net: nn.Module, values: Mapping[str, Tensor]) -> None:
         self._modules: dict[nn.Module, str] = {}
         self._slots: list[tuple[dict[str, Any], str, str]] = []
         self._filled: set[tuple[int, str]] = set()
         self._values = values
-        names: dict[int, str] = {}  # as `named_parameters` and `named_buffers` have them: the first of several
+        names: dict[int, str] = {}  # the first of several names, as in `named_parameters` and `named_buffers`
         for path, module in net.named_modules():
             self._modules[module] = path
             for table in (module._parameters, module._buffers):
@@ -41,7 +41,7 @@ class Swap:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Fill the slots, and undo all that happens to the modules' attributes meanwhile."""
+        """Fill the slots, and on exit undo all changes of the modules' attributes."""
         before = [(module, dict(vars(module)), [dict(vars(module)[t]) for t in _TABLES]) for module in self._modules]
         try:
             for table, key, name in self._slots:
@@ -60,10 +60,10 @@ class Swap:
                 own.update(attributes)
 
     def buffers(self, names: Mapping[str, Tensor]) -> Tree:
-        """The buffers as the run left them: changed in place, or assigned.
+        """Return the buffers after the run, which may have changed them in place or assigned them.
 
         Raises:
-            StructureError: a buffer that did not exist before the run.
+            StructureError: a buffer did not exist before the run.
         """
         assigned: dict[str, Tensor] = {}
         for table, key, name in self._slots:
@@ -79,13 +79,13 @@ class Swap:
                 if tensor is not None and (id(module._buffers), key) not in self._filled:
                     path = f"{self._modules[module]}.{key}".lstrip(".")
                     raise StructureError(
-                        f"the buffer {path!r} is made by the first forward, and a step can only move buffers that "
+                        f"the buffer {path!r} is made by the first forward, but a step can only change buffers that "
                         "exist: run the net once, net(x), before it is passed to fisherfn."
                     )
 
 
 def _see_through(module: nn.Module) -> None:
-    """Let the run reach the modules that `torch.compile` and `DataParallel` wrap: the library traces them itself."""
+    """Replace wrappers made by `torch.compile` and `DataParallel` by the modules inside, which the library traces."""
     for key, child in module._modules.items():
         if child is not None:
             module._modules[key] = unwrapped(child)
@@ -97,13 +97,13 @@ def _see_through(module: nn.Module) -> None:
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The module inside those that `torch.compile` and `DataParallel` make."""
+    """Return the module inside the wrappers of `torch.compile` and `DataParallel`."""
     while (inner := net._modules.get("module" if isinstance(net, nn.DataParallel) else "_orig_mod")) is not None:
         net = inner
     return net
 
 
 def versions(inputs: PyTree) -> list[int]:
-    """Return how often each tensor was changed in place; inference tensors, which do not count, are left out."""
+    """Return how often each tensor was changed in place; inference tensors, which have no counter, are left out."""
     tensors = [leaf for leaf in tree.leaves(inputs) if isinstance(leaf, Tensor)]
     return [leaf._version for leaf in tensors if not leaf.is_inference()]

@@ -1,4 +1,4 @@
-"""The build's check by numbers: the taps of every layer must give autograd's gradients, example by example."""
+"""Numerical verification at build: the taps of every layer must reproduce autograd's gradients, example by example."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fisherfn.taps import LazyTap
 
 
 def verify(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) -> tuple[list[Block], dict[str, str]]:
-    """Return the blocks whose taps give autograd's gradients, and why the parameters of the others are in none."""
+    """Return the blocks whose taps reproduce autograd's gradients, and why the other parameters are in none."""
     truth = probe.gradients(cotangent)
     given = probe.model, layout, probe.params, probe.x, probe.context
     _, pull, inputs, _ = tapped_run(*given)
     grads = pull(cotangent)
     several = _wrong_together(layout, pull, cotangent, grads)
-    if layout.couples:  # what batch norm mixes by design must not hide another mixture
+    if layout.couples:  # the mixing by batch norm must not hide another one
         pull = tapped_run(*given, uncoupled=True)[1]
     leaking = _leaking(layout, pull, cotangent)
     kept: list[Block] = []
