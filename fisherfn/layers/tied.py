@@ -48,7 +48,7 @@ def swapped_columns(h: Float[Tensor, "1 n t e"], draws: int, scale: Tensor | flo
 
 
 def balance(h: Float[Tensor, "..."], g: Float[Tensor, "s ..."]) -> Float[Tensor, ""]:
-    """Return the scale c that gives the output layer's inputs, h / c, the mean square of the embedding's gradients g."""
+    """Return the scale c: the output layer's inputs h / c get the mean square of the embedding's output-gradients g."""
     squares = h.square().mean(), g.square().sum(0).mean()
     usable = (squares[0] > 0) & (squares[1] > 0)
     ratio = torch.where(usable, squares[0] / torch.where(usable, squares[1], 1.0), 1.0)

@@ -140,7 +140,7 @@ class Layout:
     one_by_one: str = ""
     """The reason why the fallback runs the model on one example at a time; empty if it uses one vectorised run."""
     steps: tuple[Step, ...] = ()
-    """All calls of the trace that read tensors shared by all examples."""
+    """The calls of the trace that read tensors shared by all examples."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:

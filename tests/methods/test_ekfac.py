@@ -170,7 +170,7 @@ def test_a_step_without_invert_moves_the_scalings_in_the_old_basis():
 
 
 def test_matvec_is_the_dense_operator_in_params_order():
-    """Against gradients by definition, in a net whose kernels are stored transposed."""  # D12
+    """Against gradients by definition, in a net whose kernels are stored transposed."""
     problem = zoo.pick("conv-transpose")
     run = sampled(problem)
     ng, state, _ = fit(run, problem.params, FAMILY["ekfac"]())

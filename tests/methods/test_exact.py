@@ -108,7 +108,7 @@ def test_both_routes_agree(structure, id):
 
 
 def test_all_layers_see_the_same_examples_and_draws():
-    """Had each layer its own order of samples, the cross terms of the Fisher would be others."""  # D19
+    """All layers use one order of samples: different orders would change the cross terms of the Fisher."""
     problem = zoo.pick("mlp-categorical")
     run = sampled(problem, method=ff.exact())
     v, damping = zoo.random_tree(problem.params), 0.01
@@ -131,7 +131,7 @@ def woodbury(a, g, v, damping, order):
 
 
 def test_every_position_gets_its_examples_coefficient():
-    """Coefficients repeated example by example, not the whole list position by position."""  # D20
+    """Coefficients repeated example by example, not the whole list position by position."""
     a, g = taps_of((1, 1, 5, 3, 2, 4))
     problem = given(a, g, method=ff.exact())
     v = zoo.random_tree(problem.params)

@@ -108,7 +108,7 @@ def check_factors(F, fits):
 
 
 def check_orthogonal(F, fits):
-    """⟨A₁,A₂⟩ = ⟨G₁,G₂⟩ = 0: a second term that repeats the first would double it."""  # D1
+    """⟨A₁,A₂⟩ = ⟨G₁,G₂⟩ = 0: a second term that repeats the first would double it."""
     for name in ("deflation", "lanczos"):
         (A1, G1), (A2, G2) = pairs_of(fits[name])
         for k in range(len(A1)):
@@ -118,7 +118,7 @@ def check_orthogonal(F, fits):
 
 
 def check_projections(F, fits):
-    """⟨F − F̂, F̂⟩ = 0: no multiple is nearer, so that sums over positions are counted once, without a factor T."""  # D8
+    """⟨F − F̂, F̂⟩ = 0: no multiple of F̂ is closer, so sums over positions are counted once, without a factor T."""
     for name in ("kpsvd", "deflation", "lanczos"):
         assert abs(((F - dense(fits[name])) * dense(fits[name])).sum()) <= 1e-6 * F.square().sum(), name
 
@@ -155,7 +155,7 @@ def test_default_iterations_attain_the_optimum_within_a_hundredth(taps):
 
 @pytest.mark.parametrize("positions", [1, 2])
 def test_the_second_singular_value_of_a_larger_layer_is_found(positions):
-    """128 examples: too few steps, or steps without orthogonalisation, give a σ₂ too small or σ₁ again."""  # D5
+    """128 examples: too few steps, or steps without orthogonalisation, give a σ₂ too small or σ₁ again."""
     problem = given(*taps_of((1, 1, 128, positions, 10, 12)))
     F = blocks(problem.run.stats)["weight"]
     sigma = kron_oracles.spectrum(F[0], 10, 12, "symmetric")[0]
@@ -187,7 +187,7 @@ def test_lanczos_and_deflation_find_the_very_same_sum():
 
 @drawn(0.25, drawn_taps())
 def test_the_residual_of_kfac_corrected_is_orthogonal_to_its_second_term(taps):
-    """⟨F − F̂, G₂ ⊗ A₂⟩ = 0 with K-FAC's own pair first: the correction is of F − K-FAC, not of F."""  # D1
+    """⟨F − F̂, G₂ ⊗ A₂⟩ = 0 with K-FAC's own pair first: the correction is of F − K-FAC, not of F."""
     problem = given(*taps)
     factors = fit(problem.run, problem.params, ITERATIVE["kfac_cor"]())[1].factors["weight"]
     F_k, second = blocks(problem.run.stats)["weight"], dense(factors.second)

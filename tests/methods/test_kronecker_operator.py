@@ -33,7 +33,7 @@ EVERY = pytest.mark.parametrize("method", FAMILY)
 @EVERY
 @pytest.mark.parametrize("positions", [1, 2])
 def test_the_scale_of_the_gradient_is_only_a_scale(method, positions):
-    """F̂ scales by c² and the step at λc² by 1/c²: no absolute tolerance decides when to stop."""  # D6
+    """F̂ scales by c² and the step at λc² by 1/c²: no absolute tolerance decides when to stop."""
     a, g = taps_of((1, 2, 6, positions, 3, 4))
     v, results = zoo.random_tree(given(a, g).params), []
     for c in (1.0, 1e-6, 1e6):
@@ -53,7 +53,7 @@ def dense_matvec(ng, state, params):
 @EVERY
 @pytest.mark.parametrize("id", ["mlp-categorical", "conv"])
 def test_an_update_leaves_statistics_and_the_old_state_as_they_were(method, id):
-    """A normalisation in place would rescale the stored average."""  # D7
+    """A normalisation in place would rescale the stored average."""
     problem = zoo.pick(id)
     ng, state, _ = fit(sampled(problem), problem.params, FAMILY[method]())
     stats = ng.stats(problem.params, (0.5 * problem.x, problem.y), generator=zoo.generator(3))
@@ -82,7 +82,7 @@ def test_matvec_is_the_product_with_the_dense_factors(method, id):
 @pytest.mark.parametrize("name", ["kpsvd", "deflation", "kfac_cor", "ekfac"])
 def test_in_params_order_the_errors_add_up(id, name):
     """Against gradients by definition: a scrambled kernel, or a factor T too many, shows as a larger distance."""
-    problem = zoo.pick(id)  # D8, D12
+    problem = zoo.pick(id)
     run = sampled(problem)
     options = {"iterations": TIGHT} if name in ITERATIVE else {}
     ng, state, _ = fit(run, problem.params, FAMILY[name](**options))

@@ -93,7 +93,7 @@ def test_the_same_batch_again_changes_nothing(method, taps, ema):
 
 @EVERY
 def test_every_update_counts(method):
-    """ρ = min(1 − 1/k, ema) with k the updates: the second weighs half, and none is passed over."""  # D2, D16
+    """ρ = min(1 − 1/k, ema) with k the updates: the second weighs half, and none is passed over."""
     taps = taps_of((1, 2, 5, 2, 3, 3))
     problem = given(*taps, method=build(method))
     batches = [other_batch(*taps, seed) for seed in (0, 10, 20)]

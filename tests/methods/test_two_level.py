@@ -26,7 +26,7 @@ from tests.oracles import close, differs, unvec, vec
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 SPACES = pytest.mark.parametrize("coarse", COARSE)
 ALL = [(coarse, krylov) for coarse in COARSE for krylov in (False, True)]
-MIXED = ("conv", "conv-transpose", "tokens", "scale-vector")  # D25: different families in one net
+MIXED = ("conv", "conv-transpose", "tokens", "scale-vector")  # different families in one net
 
 
 # -------------------------------------------------------------------------------------------------- by definition
@@ -51,7 +51,7 @@ def rounding(case):
 
 @drawn(0.6, settings())
 def test_drawn_nets_take_the_step_of_the_definition(setting):
-    """Chains, convolutions, embeddings, and mixtures of them."""  # D23, D25
+    """Chains, convolutions, embeddings, and mixtures of them."""
     one = case(*setting)
     for coarse, krylov in ALL:
         check_definition(one, coarse, krylov)
@@ -82,7 +82,7 @@ def test_operators_of_fixed_spaces(setting):
 
 @SPACES
 def test_the_forms_are_different_steps(coarse):
-    """The correction is that of the residual, not of the gradient; multiplicative is not symmetric."""  # D23
+    """The correction is that of the residual, not of the gradient; multiplicative is not symmetric."""
     one = full_rank()
     steps = [one.step(one.v, coarse, False, form) for form in FORMS]
     assert all(differs(steps[p], steps[q], 1e-2) for p, q in ((0, 1), (0, 2), (1, 2)))
@@ -92,7 +92,7 @@ def test_the_forms_are_different_steps(coarse):
 
 
 def test_the_residual_spans_the_space_not_the_gradient():
-    """M r, layer by layer; neither r nor M∇ nor ∇ span it."""  # D23
+    """M r, layer by layer; neither r nor M∇ nor ∇ span it."""
     one = full_rank()
     r = one.v - one.damped @ (one.M @ one.v)
     step = one.step(one.v, "residual")

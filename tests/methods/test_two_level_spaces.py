@@ -58,7 +58,6 @@ def check_rows(one, coarse, vectors, rows, wrong):
 @pytest.mark.parametrize("vectors", [1, 2, 3])
 def test_rows_of_ones_include_the_bias_and_follow_the_matrix(vectors):
     """Parts of [weight | bias], row by row; not of the weights with the biases behind, nor of the weights alone."""
-    # D24
     one = full_rank()
     params = one.problem.params
 
@@ -77,7 +76,7 @@ def test_rows_of_ones_include_the_bias_and_follow_the_matrix(vectors):
 
 @pytest.mark.parametrize("vectors", [1, 2, 4])
 def test_spectral_rows_are_the_smallest_eigenvectors_of_the_dense_block(vectors):
-    """The eigenvectors are those of kron(G, A), not of kron(A, G), and not the largest."""  # D26
+    """The eigenvectors are those of kron(G, A), not of kron(A, G), and not the largest."""
     one = full_rank()
     factors = oracles.kfac_of(one.problem, "mc", one.run.draws)
 
@@ -117,7 +116,7 @@ def test_spectral_rows_of_drawn_nets(setting):
 
 @drawn(0.4, settings())
 def test_rows_are_orthonormal_and_the_coarse_matrix_is_the_fishers(setting):
-    """R₀ R₀ᵀ = I where a row is not zero, and F_c = R₀ F R₀ᵀ + λ R₀ R₀ᵀ."""  # D28
+    """R₀ R₀ᵀ = I where a row is not zero, and F_c = R₀ F R₀ᵀ + λ R₀ R₀ᵀ."""
     one = case(*setting)
     for coarse, krylov, vectors in (("nicolaides", True, 2), ("spectral", True, 1), ("nicolaides", False, 5)):
         ng, state = one.two_level(coarse, krylov, vectors=vectors)
@@ -158,7 +157,7 @@ def test_layers_of_one_entry(coarse, krylov):
 @SPACES
 @KRYLOV
 def test_the_fisher_is_the_newest_and_the_fine_method_averages(coarse, krylov):
-    """Batches of 5, 2 and 7 examples; F_c is never an average over other bases."""  # D28
+    """Batches of 5, 2 and 7 examples; F_c is never an average over other bases."""
     problem = zoo.pick("mlp-categorical")
     run = zoo.sampled(problem, "empirical")
     batches = []

@@ -83,7 +83,7 @@ def inverse(ng, state, params):
 @BOTH
 @drawn(0.3, taps=drawn_taps(), damping=DAMPINGS)
 def test_a_positive_definite_sum_is_solved_exactly(method, taps, damping):
-    """Compare with `torch.linalg.solve` of the dense sum: no absolute values, π distributes λ."""  # D4, D15
+    """Compare with `torch.linalg.solve` of the dense sum: no absolute values, π distributes λ."""
     problem = given(*taps)
     ng, state, _ = fit(problem.run, problem.params, TWO_TERMS[method](floor=FLOOR), damping=damping)
     factors = state.factors["weight"]
@@ -121,7 +121,7 @@ def test_an_indefinite_sum_gives_a_positive_definite_step(method, form, groups):
 @EVERY
 def test_only_offending_directions_change(method):
     """Directions of mixed sign whose sum is positive are solved as they are: absolute values would change them."""
-    problem, ng, state = indefinite(method)  # D4
+    problem, ng, state = indefinite(method)
     P, info = inverse(ng, state, problem.params)
     [(pair, C)] = terms(state.factors["weight"])
     B = damped(pair, 1e-4)
@@ -182,7 +182,7 @@ def test_eigen_damping_adds_to_the_leading_terms_eigenvalues(method, taps, dampi
 @FORMS
 @pytest.mark.parametrize("id", ["sequence-pooled", "conv", "conv-groups", "conv-transpose"])
 def test_every_layer_is_solved_at_the_same_damping(method, form, id):
-    """Shared positions change neither λ nor the step by a factor T; kernels come back in their own order."""  # D8, D12
+    """Shared positions change neither λ nor the step by a factor T; kernels come back in their own order."""
     problem, damping = zoo.pick(id), 1.0
     ng, state, _ = fit(sampled(problem), problem.params, TWO_TERMS[method](damping_form=form), damping=damping)
     V, nat, info = solved(ng, state, problem.params, zoo.random_tree(problem.params))
@@ -222,7 +222,7 @@ EXACT = {
 @FORMS
 @pytest.mark.parametrize("id", EXACT)
 def test_all_methods_agree_where_the_fisher_is_one_kronecker_product(form, id):
-    """Equal damping in equal form: comparisons of methods then compare the methods."""  # D4
+    """Equal damping in equal form: comparisons of methods then compare the methods."""
     problem = zoo.pick(id)
     fisher, samples = EXACT[id]
     run = sampled(problem, fisher, samples=samples)

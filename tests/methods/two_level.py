@@ -1,7 +1,7 @@
 """Two-level methods by dense matrices, from their definitions: vectors and matrices over all parameters, params order.
 
 F by brute force, M from the fine method on its own, column by column. A coarse space enters as any rows that span it:
-Q = R₀ᵀ (R₀ F_• R₀ᵀ)⁻¹ R₀ does not depend on their scale, so λ must enter F_c as λ R₀ R₀ᵀ.  # D28
+Q = R₀ᵀ (R₀ F_• R₀ᵀ)⁻¹ R₀ does not depend on their scale, so λ must enter F_c as λ R₀ R₀ᵀ.
 """
 
 from dataclasses import dataclass, replace
