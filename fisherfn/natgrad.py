@@ -16,7 +16,7 @@ from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import StructureError, expect, expect_number, unknown
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.gradients import tap_is_cheaper
-from fisherfn.methods import METHODS
+from fisherfn.methods import named
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.stats import (
     FISHERS,
@@ -495,11 +495,7 @@ def natural_gradient(
         UnknownNameError: no method or Fisher has this name.
         HyperparameterError: fewer than one sample.
     """
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-        method = METHODS[method]()
-    expect(method, Method, "method", f"pass ff.kfac() or another method, or one of the names {', '.join(METHODS)}")
+    method = named(method)
     if not callable(model):
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherfn.errors import MissingPackageError, StructureError, TooLargeError, expect_number
@@ -182,11 +184,11 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
         ) from error
     size, dtype, device = sum(leaf.numel() for leaf in like.values()), _dtype(like), _device(like)
 
-    def on_arrays(times: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
-        def matmat(array: Any) -> Any:
+    def on_arrays(times: Callable[[Tensor], Tensor]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        def matmat(array: NDArray[Any]) -> NDArray[Any]:
             X = torch.as_tensor(array).to(device=device, dtype=dtype)
             Y = times(X.reshape(size, -1)) + damping * X.reshape(size, -1)
-            return Y.reshape(X.shape).cpu().numpy()
+            return np.asarray(Y.reshape(X.shape).cpu())
 
         return matmat
 
@@ -194,7 +196,7 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
     back = forward if symmetric else on_arrays(_products(transposed(product, like), like))
     return LinearOperator(
         (size, size), matvec=forward, rmatvec=back, matmat=forward, rmatmat=back,
-        dtype=torch.zeros((), dtype=dtype).numpy().dtype,
+        dtype=np.asarray(torch.zeros((), dtype=dtype)).dtype,
     )  # fmt: skip
 
 

@@ -159,6 +159,12 @@ def test_library_imports_its_four_packages_only(path):
     assert tops <= {"fisherfn", *RUNTIME, *sys.stdlib_module_names} | {OPTIONAL.get(short(path), "fisherfn")}
 
 
+@pytest.mark.parametrize("package", sorted(RUNTIME))
+def test_every_runtime_dependency_is_imported_by_the_library(package):
+    tops = {name.split(".")[0] for path in LIBRARY for name in imports(path.read_text(), package_of(path))}
+    assert package in tops
+
+
 @pytest.mark.parametrize(("file", "package"), OPTIONAL.items())
 def test_an_optional_package_is_imported_only_by_the_call_that_needs_it(file, package):
     tree = ast.parse((ROOT / file).read_text())

@@ -138,8 +138,8 @@ class TwoLevel(Method):
         if not inverting:
             return fine._replace(factors=factors._replace(fine=fine.factors))
         cast = {key: tap.to(factors.taps[key].dtype) for key, tap in taps.items()}
-        published = self.coarse == "tselepidis"  # needs the rows themselves
-        new = {key: tap.whole().plain() if published else compact(tap) for key, tap in cast.items()}
+        by_rows = self.coarse == "tselepidis"  # its sums need the rows themselves
+        new = {key: tap.whole().plain() if by_rows else compact(tap) for key, tap in cast.items()}
         ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
         return Estimated(Factors(fine.factors, new, factors.shapes), ok, fine.diagnostics)
 
@@ -184,7 +184,8 @@ class TwoLevel(Method):
         dtypes = {key: tap.dtype for key, tap in inverse.taps.items()}
         given = {key: gradient.to(dtypes[key]) for key, gradient in gradients.items()}
         grad = {key: as_matrix(gradient) for key, gradient in given.items()}
-        nat = getattr(self, self.form)(inverse, given, grad)
+        forms = {"multiplicative": self.multiplicative, "balanced": self.balanced, "additive": self.additive}
+        nat = forms[self.form](inverse, given, grad)
         return Preconditioned(nat, tree.dot(grad, nat) if inner else ())
 
     def multiplicative(self, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from fisherfn import tree
 from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
 from fisherfn.base import Method
 from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
-from fisherfn.methods import METHODS
+from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
@@ -53,8 +53,7 @@ class Curvature(Copies):
         scaler: torch.amp.GradScaler | None,
         adaptive: dict[str, Any] | None = None,
     ) -> None:
-        if isinstance(method, str) and method not in METHODS:
-            raise unknown("method", method, METHODS)
+        named(method)  # raises
         if fisher not in FISHERS:
             raise unknown("fisher", fisher, FISHERS)
         if isinstance(damping, str) and damping != "auto":
