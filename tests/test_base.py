@@ -21,6 +21,7 @@ DEFAULTS = ("apply_tap", "overlap_block", "trace_block", "eigenvalues_block", "l
 OVERRIDING = {
     "kfac": ff.kfac(),
     "kfac, eigen": ff.kfac("eigen"),
+    "kfac, reduce": ff.kfac(sharing="reduce"),
     "kfac, narrow": ff.kfac(diagonal_above=3),
     "ekfac": ff.ekfac(),
     "ekfac, eigen": ff.ekfac("eigen"),
@@ -104,6 +105,9 @@ def test_numbers_are_those_of_the_dense_operators(method):
 
     forward = [m for each in dense(lambda key, W: method.matvec_block(factors[key], W)) for m in each]
     back = [m for each in dense(lambda key, W: method.apply(inverses[key], W)) for m in each]
+    W = {key: drawn.normal(*shape[:3]) for key, shape in shapes.items()}
+    products = torch.cat([each.flatten() for each in method.matvec(factors, W).values()])
+    close(products, torch.block_diag(*forward) @ torch.cat([each.flatten() for each in W.values()]))
     close(method.trace(factors, shapes), sum(m.trace() for m in forward))
     spectrum = torch.cat([torch.linalg.eigvalsh(m) for m in forward]).sort().values
     close(method.eigenvalues(factors, shapes).sort().values, spectrum)
