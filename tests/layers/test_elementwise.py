@@ -176,3 +176,12 @@ def test_a_scale_of_a_mean_over_the_batch_does_not_hide_the_coupling():
     params = {"w": normal(3), "v": normal(3, 4, seed=1)}
     with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="'v'.*couples the examples"):
         ff.natural_gradient(model, params, normal(3, 4), likelihood=ff.Categorical())
+
+
+@pytest.mark.parametrize(("size", "shape"), [(256, (1, 256, 1)), (257, (257, 1, 1))])
+def test_a_parameter_of_up_to_256_entries_is_one_dense_block(size, shape):
+    params = {"w": normal(2, size), "s": normal(size)}
+    ng = ff.natural_gradient(
+        lambda p, x: F.linear(x * p["s"], p["w"]), params, normal(3, size), likelihood=ff.Gaussian(), fisher="type2"
+    )
+    assert ng.layout.block("s").shape == shape
