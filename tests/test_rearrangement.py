@@ -170,3 +170,30 @@ def test_stacked_blocks_have_the_triplets_of_each():
     for r in range(2):
         close(together[r].square, torch.cat([each[r].square for each in alone]))
     assert rearrangement.stack_blocks(blocks[:1]) is blocks[0].Z
+
+
+# ----------------------------------------------------------------------------------- blocks that are iterated together
+
+SIZES = {  # k, s, n, t, o, i
+    "linear": (1, 1, 8, 1, 3, 4),
+    "shared": (1, 1, 8, 2, 3, 3),
+    "groups": (2, 2, 8, 1, 4, 3),
+    "half": (1, 1, 4, 1, 3, 4),
+    "narrow": (1, 1, 8, 1, 1, 4),
+    "wide": (1, 1, 8, 1, 6, 5),
+}
+TAPS = {key: drawn.tap("dense", sizes)[0] for key, sizes in SIZES.items()}
+
+
+def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():
+    assert rearrangement.group_by_batch_size(TAPS) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
+    chunks = {key: ChunkedTap(tap, 3) for key, tap in TAPS.items()}
+    assert rearrangement.group_by_batch_size(chunks) == [[key] for key in TAPS]
+
+
+@pytest.mark.parametrize(("groups", "lists"), [(4, 1), (3, 2), (2, 3), (0, 3)])
+def test_the_gram_matrices_of_a_list_fit_into_a_stated_memory(monkeypatch, groups, lists):
+    """`groups` has two of them; a block alone is iterated on whatever it needs."""
+    monkeypatch.setattr(rearrangement, "JOINED", 2 * 8**2 * groups)
+    taps = {key: TAPS[key] for key in ("linear", "groups", "wide")}
+    assert len(rearrangement.group_by_batch_size(taps)) == lists

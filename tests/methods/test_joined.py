@@ -39,21 +39,6 @@ def same(found, expected, tol=1e-9):
         close(a, b, tol)
 
 
-def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():
-    taps = drawn()
-    assert rearrangement.group_by_batch_size(taps) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
-    chunks = {key: ChunkedTap(tap, 3) for key, tap in taps.items()}
-    assert rearrangement.group_by_batch_size(chunks) == [[key] for key in taps]
-
-
-@pytest.mark.parametrize(("groups", "lists"), [(4, 1), (3, 2), (2, 3), (0, 3)])
-def test_the_gram_matrices_of_a_list_fit_into_a_stated_memory(monkeypatch, groups, lists):
-    """`groups` has two of them; one block is iterated on whatever it needs."""
-    monkeypatch.setattr(rearrangement, "JOINED", 2 * 8**2 * groups)
-    taps = {key: drawn()[key] for key in ("linear", "groups", "wide")}
-    assert len(rearrangement.group_by_batch_size(taps)) == lists
-
-
 @EVERY
 def test_each_block_gets_what_it_gets_alone(monkeypatch, method):
     taps, make = drawn(), ITERATIVE[method](iterations=2)
