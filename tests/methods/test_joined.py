@@ -1,4 +1,4 @@
-"""Blocks that are iterated on together: each gets what it gets alone, NaN in one stays there, memory is bounded."""
+"""Blocks that are iterated on together: each gets what it gets alone, and NaN in one block stays there."""
 
 import pytest
 import torch
