@@ -211,7 +211,7 @@ def test_a_failed_invert_keeps_the_old_inverses():
     assert not any(bool(ok) for ok in info.ok.values()) and equal(after, state)
 
 
-def test_half_precision_sums_do_not_cry_wolf():
+def test_overflowing_half_precision_sums_raise_no_false_alarm():
     """100,000 entries of size 1 are finite, though their sum is no float16."""
     problem = zoo.from_net(zoo.mlp(100, 2), (1024, 100), "categorical")
     problem = zoo.to(zoo.replace(problem, x=torch.ones_like(problem.x)), torch.float16)
@@ -236,3 +236,10 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     # torch may fold the products of recorded tensors in another way, so that the last bit differs
     close(ff.tree.flatten(recorded), ff.tree.flatten(plain), tol=1e-14)
     assert all(leaf.grad is None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("builder", ["kfac_corrected", "two_level", "exact"])
+def test_the_name_of_a_builder_is_a_name_of_its_method(builder):
+    problem = zoo.pick("mlp-categorical")
+    assert problem.build(method=builder).method == getattr(ff, builder)()
+    assert builder not in ff.METHODS, "a loop over METHODS runs nothing twice"

@@ -196,7 +196,7 @@ def test_apps_use_public_names_only(path):
     assert list(not_public(path.read_text())) == [], "write `import fisherfn as ff` and take public names from ff"
 
 
-def test_what_is_not_public_is_seen():
+def test_private_names_are_detected():
     assert list(not_public("from fisherfn.stats.collect import collect")) == ["fisherfn.stats.collect.collect"]
     assert list(not_public("from fisherfn import methods")) == ["fisherfn.methods"]
     assert list(not_public("from fisherfn.tree import _walk")) == ["fisherfn.tree._walk"]
@@ -244,6 +244,6 @@ def forbidden(path):
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if FORBIDDEN.search(line)]
 
 
-def test_what_is_forbidden_is_seen(tmp_path):
+def test_forbidden_code_is_detected(tmp_path):
     (tmp_path / "notes.md").write_text("fine\nsee /" + "home/someone/notes\npip install -i https://py" + "pi.example\n")
     assert [number for number, _ in forbidden(tmp_path / "notes.md")] == [2, 3]

@@ -1,6 +1,6 @@
-"""From a configuration to a finished result: what every trainer does around its models.
+"""The shared part of all trainers: from a configuration to a finished result.
 
-Reads top to bottom: task, optimizer, run, pictures.
+In this order: task, optimizer, run, pictures.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from common.results import Results
 from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
-"""Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
+"""Settings found by `apps/search.py`, by model, data and optimizer; used if the command line gives none."""
 
 
 FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "clipping": 0.01, "momentum": 0.9}
-"""A natural gradient whose numbers are all fixed, where something needs one: studies at matched damping, cg_steps."""
+"""Settings of a natural gradient without adaptation, for studies at matched damping and for `cg_steps`."""
 
 COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
-"""What a checkpoint's facts say of a snapshot beside its tensors."""
+"""The numbers of a snapshot that a checkpoint keeps in addition to its tensors."""
 
 METHOD_OPTIONS = {
     "damping_form": "damping_form",
@@ -49,19 +49,19 @@ METHOD_OPTIONS = {
     "krylov": "krylov",
     "coarse_form": "form",
 }
-"""Options that only some methods have, and what these call them."""
+"""Options that only some methods have, with the names of the methods' arguments."""
 
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
-    """Return the recorded settings of a first-order optimizer for this model and data, else the trainer's."""
-    if optim in ff.METHODS:  # these find their own
+    """Return the recorded settings of a first-order optimizer for this model and data, or the trainer's defaults."""
+    if optim in ff.METHODS:  # these choose their own settings
         return {}
     table = yaml.safe_load(TUNED.read_text())
     return {**table["default"][app][optim], **table["tuned"].get(model, {}).get(data, {}).get(optim, {})}
 
 
 def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
-    """Model and data, ready to train; inputs are flattened for nets of linear layers, else of the net's size."""
+    """Build model and data; inputs are flattened for nets of linear layers, and have the net's size otherwise."""
     name = config.model or config.model_for(data)
     spec = resolve(name, data, inputs=config.inputs)
     data = enlarged(data, spec.size) if spec.size else data
@@ -80,7 +80,7 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
 
 
 def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x: Tensor) -> bool:
-    """Whether the model asks for dropout's seeds."""
+    """Return whether the model needs seeds for dropout."""
     try:
         with torch.no_grad():
             model(params, x[:2], context)
@@ -90,7 +90,7 @@ def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x:
 
 
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
-    """Return the optimizer that `--optim` names, on this task."""
+    """Return the optimizer that `--optim` names, for this task."""
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
@@ -127,8 +127,8 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
 
 
 def cadence(config: TrainConfig) -> ff.Cadence:
-    """Return when statistics are taken and inverses refreshed: as given, else ever less often."""
-    if config.optim == "exactNG":  # averages nothing, and the Fisher of an old batch is none
+    """Return when to refresh statistics and inverses: as given, or at growing intervals."""
+    if config.optim == "exactNG":  # it keeps no average, and one batch's Fisher does not suit the next
         default = ff.Cadence.fixed(1, 1)
     else:
         default = ff.Cadence()
@@ -141,7 +141,7 @@ def cadence(config: TrainConfig) -> ff.Cadence:
 
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
-    """The library's natural gradient for this task, as configured."""
+    """Return the natural gradient for this task, as configured."""
     x = task.train[0][: config.batch_size]
     return ff.natural_gradient(
         task.model, task.params, x, likelihood=task.likelihood, method=method(config), fisher=config.fisher,
@@ -150,7 +150,7 @@ def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
 
 
 def method(config: TrainConfig) -> ff.Method:
-    """The method that `--optim` names, with those of its options that were given."""
+    """Return the method that `--optim` names, with the options that were given."""
     build = ff.METHODS[config.optim]
     known = inspect.signature(build).parameters
     options: dict[str, Any] = {}
@@ -169,9 +169,9 @@ def method(config: TrainConfig) -> ff.Method:
 
 
 def run(config: TrainConfig, app: str | None = None) -> Path:
-    """Train as configured; returns the result folder. Nothing is written before data and model are known to work.
+    """Train as configured and return the result folder; nothing is written before data and model are loaded.
 
-    The folder is the trainer's, or `app`'s for an app that runs trainers.
+    The folder belongs to the trainer, or to `app` if an app runs trainers.
     """
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     model = config.model or config.model_for(data)
@@ -208,25 +208,25 @@ def run(config: TrainConfig, app: str | None = None) -> Path:
 
 
 def opened(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """Return the configuration with recorded settings where it has nothing, or "auto"."""
+    """Return the configuration with the recorded settings in place of missing values and "auto"."""
     wanted = {name: value for name, value in settings.items() if _number(getattr(config, name)) is None}
     return dataclasses.replace(config, **wanted)
 
 
 def described(config: TrainConfig, task: Task) -> str:
-    """All settings as a file that `--config` reads, and the coverage report of a natural gradient."""
+    """Return all settings in the format of `--config`, and the coverage report of a natural gradient."""
     report = f"\n{natural_gradient(config, task).layout}\n" if config.optim in ff.METHODS else ""
     return as_yaml(config) + report
 
 
 def settings(config: TrainConfig, data: Data) -> Settings:
-    """How the run goes through the data."""
+    """Return the settings of the training loop."""
     label = f"{data.name} {config.optim}"
     return Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
 
 
 def line(metrics: dict[str, float]) -> str:
-    """One epoch as a line to read."""
+    """Return the line to print for one epoch."""
     accuracy = f"  test accuracy {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
     skipped = f"  {metrics['skipped']:.0f} steps skipped as not ok" if metrics["skipped"] else ""
     return (
@@ -236,17 +236,17 @@ def line(metrics: dict[str, float]) -> str:
 
 
 def save(results: Results, snapshot: Snapshot) -> None:
-    """The snapshot as a flat checkpoint."""
+    """Write the snapshot as a flat checkpoint."""
     trees = {"params": snapshot.params, "context": snapshot.context, "state": snapshot.state}
     meta = {name: getattr(snapshot, name) for name in COUNTS}
     results.save_checkpoint(ff.tree.flatten(trees) | {"state.draws": snapshot.draws}, meta)
 
 
 def restore(results: Results, like: Snapshot) -> Snapshot:
-    """The checkpoint as a snapshot, in the structure of a fresh one.
+    """Return the checkpoint as a snapshot with the structure of `like`.
 
     Raises:
-        CheckpointError: it lacks what this version keeps, or belongs to another model or method.
+        CheckpointError: the checkpoint is from an older version, or belongs to another model or method.
     """
     flat, meta = results.load_checkpoint()
     draws = flat.pop("state.draws")
@@ -263,7 +263,7 @@ def restore(results: Results, like: Snapshot) -> Snapshot:
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop and has saved where it stands; the exit code is the convention's, 128 + signal."""
+    """Raised when a signal stops a run, after its checkpoint is saved; the exit code is 128 + signal, as is usual."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
@@ -271,7 +271,7 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def stopped() -> Iterator[list[int]]:
-    """The signals SIGINT and SIGTERM as they come, for the loop to end at the next step; a second one ends at once."""
+    """Collect SIGINT and SIGTERM, so that the loop can end at the next step; a second signal ends it immediately."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -279,7 +279,7 @@ def stopped() -> Iterator[list[int]]:
             raise Stopped(number)
         received.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    if threading.current_thread() is not threading.main_thread():  # signals can be handled only there
         yield received
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -293,17 +293,17 @@ def stopped() -> Iterator[list[int]]:
 def watched(
     results: Results, save_every: int | None, signals: list[int], step: int, at: Callable[[], Snapshot]
 ) -> None:
-    """After a step: save where it is due, and leave where a signal asks for it."""
+    """Save a checkpoint if it is due after a step, and stop if a signal was received."""
     if signals or (save_every and step % save_every == 0):
         save(results, at())
     if signals:
         name = signal.Signals(signals[0]).name
-        print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
+        print(f"\n{name}: stopped after step {step}; --resume continues from there", file=sys.stderr)
         raise Stopped(signals[0])
 
 
 def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> None:
-    """Losses per epoch and per second, and for autoencoders what the net makes of test images."""
+    """Draw the losses per epoch and per second, and for autoencoders the reconstructions of test images."""
     loss_curves({results.path.name: results.metrics()}, results.path / "loss.png")
     if task.per_output == 1:
         return
@@ -321,7 +321,7 @@ def _examples(split: Split, spec: Model, device: str) -> tuple[Tensor, Tensor]:
 
 
 def check_device(name: str) -> None:
-    """Raise `ConfigError` where nothing can be computed on it."""
+    """Raise `ConfigError` if torch cannot compute on the device."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -336,13 +336,13 @@ def _tuned(value: float | str | None, name: str) -> float:
 
 
 def _number(value: float | str | None) -> float | None:
-    """A number, or None where it is open: "auto" is what nothing given means."""
+    """Return a number, or None for "auto", which equals no value."""
     return None if isinstance(value, str) else value
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Errors that the project raises on purpose are for the reader: one line, exit code 1, no traceback."""
+    """Print the project's own errors as one line without traceback, and exit with code 1."""
     try:
         yield
     except ff.FisherfnError as error:

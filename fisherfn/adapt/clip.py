@@ -1,4 +1,4 @@
-"""The KL bound: how far one step along the natural gradient may change the model."""
+"""The KL bound: a limit on how much one step may change the model's predictions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: 
 
     $$\nu = \min\Bigl(1, \sqrt{\frac{\kappa}{\eta^2 |\langle \nabla, \mathrm{nat} \rangle|}}\Bigr)$$
 
-    With nat = F̂⁻¹∇, η²⟨∇, nat⟩ is the squared length of the step ηnat in the metric F̂: about twice the KL divergence,
-    in nats an example, between the model before and after.
+    With nat = F̂⁻¹∇, η²⟨∇, nat⟩ is the squared length of the step ηnat in the metric F̂. It is about twice the KL
+    divergence between the predictions before and after the step, in nats per example.
 
     Args:
         nat: the preconditioned gradient.
         inner: ⟨∇, nat⟩ over all parameters: `info.inner` of `ng.step(..., inner=True)`, or `ff.tree.dot(grads, nat)`.
-        lr: the rate η that the step is going to be taken with.
-        bound: κ, in nats (of the mean negative log-likelihood an example).
+        lr: the learning rate η of the step.
+        bound: κ, in nats per example.
 
     Raises:
         StructureError: `inner` was not measured.
-        HyperparameterError: a bound or rate that is not positive.
+        HyperparameterError: a bound or learning rate that is not positive.
 
     Source: Grosse & Martens 2016, section 5 (as a trust region); Ba, Grosse & Martens 2017, section 5.
 
@@ -47,7 +47,7 @@ def kl_clip(nat: Tree, inner: Tensor | tuple[()], *, lr: float | Tensor, bound: 
 
 
 def clip_factor(inner: Tensor, *, lr: float | Tensor, bound: Any) -> Tensor:
-    """ν of `kl_clip`; 1 where the gradient vanishes."""
+    """Return ν of `kl_clip`; 1 if the gradient vanishes."""
     length = inner.abs() * lr**2
     ratio: Tensor = bound / length.clamp(min=torch.finfo(length.dtype).tiny)
     return ratio.sqrt().clamp(max=1.0)

@@ -4,20 +4,21 @@ $$\delta = -\alpha \hat F^{-1} \nabla h + \mu\, \delta_0, \qquad \theta \leftarr
 
 with δ₀ the previous update. One step, in order:
 
-1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as `ng.step`. Just before inverses are refreshed,
-   λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
+1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as in `ng.step`. Just before inverses are
+   refreshed, λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
-3. The step is tried on the examples of that model. One that raises their loss is rejected: the parameters stay, and λ
-   doubles, in the model at once and in the inverses at the next refresh.
-4. The next batch looks back: where its loss is higher than that of the batch before by more than sampling explains,
-   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see. So is a step
-   after which a good part of the parameters has no gradient at all: dead units do not come back by themselves.
+3. The step is tried on the examples of that model. If it increases their loss, it is rejected: the parameters do not
+   change, and λ doubles, immediately in the model and at the next refresh in the inverses.
+4. The next batch looks back. If its loss is higher than that of the batch before by more than sampling explains, δ₀ is
+   undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot see. A step after
+   which many parameters have no gradient at all is undone too, because dead units do not recover.
 
-Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
-(`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
-sizes by the loss itself, for the exact natural gradient, where the model would always say (α, μ) = (1, 0).
+Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
+(`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
+sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0).
 
-Everything is tensors and masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and resumes.
+All values are tensors and all decisions masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and
+resumes.
 
 Source: Martens & Grosse 2015, sections 6 and 7.
 """
@@ -45,18 +46,18 @@ Rule: TypeAlias = Literal["model", "clip", "line_search"]
 RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
 
 START, FLOOR = 20.0, 1.0
-"""First λ in units of the first curvature tr F̂ / n, and the least λ in units of the geometric mean of that and today's.
+"""Initial λ in units of the first curvature tr F̂ / n, and smallest λ in units of the mean defined in damping.py.
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
-"""The meaning of "auto" for the rule "clip"."""
+"""The values of "auto" for the rule "clip"."""
 
 PART, LEAST = 8, 32
-"""The quadratic model is that of the first N / PART examples, but of at least so many."""
+"""The quadratic model uses the first N / PART examples, but at least LEAST."""
 
 SIGMAS, TOLERANCE = 4.0, 0.02
-"""The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
+"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss."""
 
 DEAD = 0.1
 """The share of all parameters that may lose their gradient in one step."""
@@ -66,7 +67,7 @@ GRID = 16
 
 
 class _Seen(NamedTuple):
-    """The whole batch before the step, as the next batch will look back on it."""
+    """Values of the whole batch before the step, for the comparison with the next batch."""
 
     loss: Tensor
     spread: Tensor
@@ -74,7 +75,7 @@ class _Seen(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A step before it is accepted: where it leads, what was predicted and what came."""
+    """A step on trial: the new parameters, the predicted and the actual change of the loss."""
 
     params: Tree
     update: Tree
@@ -87,7 +88,7 @@ class _Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptive:
-    """An optimizer around a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
+    """An optimizer for a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
 
     ng: NaturalGradient
     lr: float | None
@@ -102,7 +103,7 @@ class Adaptive:
     look_back: bool
 
     def init(self, params: Tree) -> AdaptiveState:
-        """Return the empty state."""
+        """Return the initial state."""
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
@@ -127,24 +128,24 @@ class Adaptive:
         chunk_size: int | None = None,
         lr_scale: float | Tensor | dict[str, float] = 1.0,
     ) -> tuple[Tree, AdaptiveState, Info]:
-        """Take one step: (new params, new state, info); `info.adapted` says what was chosen.
+        """Take one step and return (new params, new state, info); `info.adapted` holds the choices.
 
-        A step that is not ok (`info.ok`) returns params and state as they were.
+        If any check fails (`info.ok`), params and state are returned unchanged.
 
         Args:
-            params: as at the build.
+            params: parameters with the structure given to `ff.natural_gradient`.
             state: from `init` or the last step.
             batch: inputs and targets.
             update: whether to take curvature statistics.
             invert: whether to refresh the inverses.
-            generator: draws the labels of "mc"; or pass the draw itself as `noise`.
-            noise: from `ng.noise`.
-            context: for models with one; the new one is `info.context`.
-            chunk_size: examples at a time for the statistics, to bound memory.
-            lr_scale: factor on α (or on the learning rate), for schedules; or one for each parameter, by name.
+            generator: generator of the labels of "mc"; or pass the random numbers themselves as `noise`.
+            noise: random numbers from `ng.noise`.
+            context: the context, for models with one; the new one is `info.context`.
+            chunk_size: examples per chunk of the statistics, to limit memory.
+            lr_scale: factor on α (or on the learning rate), for schedules; or one factor per parameter, by name.
 
         Raises:
-            StructureError: a state that is not this optimizer's; see `ng.stats` for the rest.
+            StructureError: a state of another optimizer; see `ng.stats` for the others.
         """
         expect(state, AdaptiveState, "state", "pass what opt.init(params) or opt.step returned")
         stats = self.ng.stats(
@@ -155,7 +156,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        alive = torch.stack(tree.dots(nat, nat)) != 0  # F̂ is definite: zero where the gradient is
+        alive = torch.stack(tree.dots(nat, nat)) != 0  # F̂ is definite, so nat vanishes exactly if the gradient does
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state
@@ -175,11 +176,11 @@ class Adaptive:
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
     def _unit(self, curvature: State) -> Float[Tensor, ""]:
-        """Tr F̂ / n, n the number of parameters."""
+        """Return tr F̂ / n, with n the number of parameters."""
         return self.ng.trace(curvature).to(curvature.damping) / sum(s.numel() for _, s in self.ng.layout.shapes)
 
     def _damping(self, state: AdaptiveState, updated: State) -> Float[Tensor, ""]:
-        """λ for the inverses that are about to be refreshed."""
+        """Return λ for the next refresh of inverses."""
         if self.damping is not None:
             return updated.damping
         unit = self._unit(updated)
@@ -208,7 +209,7 @@ class Adaptive:
         context: PyTree,
         lr_scale: float | Tensor,
     ) -> _Tried:
-        """Choose a step and take it on trial."""
+        """Choose a step and try it."""
         part, own = self._part(batch, context)
         rate, momentum = self._given(state, info, lr_scale)
         if rate is not None and momentum is not None:
@@ -233,7 +234,7 @@ class Adaptive:
         return _Tried(new, update, rate, momentum, model.value(weights), change, before)
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
-        """The learning rate and momentum that are not the model's to choose, as tensors, or None."""
+        """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
         like = state.actual
         lr, momentum = self.lr, self.momentum
         if self.rule == "clip":
@@ -245,13 +246,13 @@ class Adaptive:
 
     @staticmethod
     def _along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
-        """−α nat + μ δ₀."""
+        """Return −α nat + μ δ₀."""
         if previous is None:
             return tree.map(lambda d: d * -rate.to(d.dtype), nat)
         return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
 
     def _searched(self, params: Tree, nat: Tree, part: Batch, own: PyTree, model: QuadraticModel) -> Tensor:
-        """The step size of the grid with the lowest loss."""
+        """Return the step size of the grid with the lowest loss."""
         sizes = [0.5**k for k in range(GRID)]
         losses = [self._losses(tree.add(params, nat, scale=-size), part, own).double().mean() for size in sizes]
         means = torch.stack(losses)
@@ -272,9 +273,9 @@ class Adaptive:
         info: Info,
         stats: Stats,
     ) -> tuple[Tree, AdaptiveState, Info]:
-        """Accept the step, reject it, or take back the one before.
+        """Accept the step, reject it, or undo the one before.
 
-        `before` is the state as the step found it, `state` the same with the refreshes of this step.
+        `before` is the state before the step; `state` has the refreshes of this step.
         """
         ratio = reduction_ratio(tried.actual, tried.predicted)
         ok = {key: mask | back for key, mask in info.ok.items()}
@@ -283,21 +284,21 @@ class Adaptive:
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 
-        # one pass over the parameters for each line: they are the largest tensors of a step
+        # each line is one pass over the parameters, the largest tensors of a step
         undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
         result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
-        # a fixed momentum would propose a bad δ₀ again and again, so it is dropped; a free one is the model's to drop
+        # a fixed momentum would repeat a bad δ₀, so it is dropped; a free momentum is left to the model
         fixed = self.rule == "clip" or self.momentum is not None
         rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
         update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
-        if self.weight_decay:  # decoupled, so no part of the model: ρ was measured before it
+        if self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
         zero = torch.zeros_like(tried.actual)
         numbers = {
             "first_curvature": state.first_curvature,
-            # after a rejection λ is no longer that of the inverses, and ρ says nothing about it
+            # after a rejection the inverses have another λ, and ρ says nothing about the new one
             "predicted": torch.where(accepted, state.predicted + tried.predicted, zero),
             "actual": torch.where(accepted, state.actual + tried.actual, zero),
             "steps": torch.where(accepted, state.steps + 1, 0),
@@ -320,7 +321,7 @@ class Adaptive:
         return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
 
     def _looks_back(self, state: AdaptiveState, stats: Stats, seen: _Seen) -> Bool[Tensor, ""]:
-        """Whether the last update must have been a mistake: the loss is too high, or too many parameters are dead."""
+        """Return whether to undo the last update: the loss is too high, or too many parameters are dead."""
         sound = stats.checks["inputs"] & stats.checks["targets"]
         if not self.look_back:
             return torch.zeros_like(sound)
@@ -333,22 +334,22 @@ class Adaptive:
     # ----------------------------------------------------------------------------------------------------- the losses
 
     def _loss(self, stats: Stats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of the batch, and the squared standard error of that mean."""
+        """Return the mean loss of the batch and its squared standard error."""
         losses = self.ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
         n = losses.shape[0]
         return losses.mean(), losses.var(correction=0) / max(n - 1, 1)
 
     def _losses(self, params: Tree, part: Batch, context: PyTree) -> Float[Tensor, " n"]:
-        """The loss of each example of the part, with the same context (so the same dropout) as the model's."""
+        """Return the loss of each example of the part, with the context (and so the dropout) of the quadratic model."""
         x, y = part
         outputs, _ = run(self.ng.model, params, x, () if context is None else context)
         losses: Tensor = self.ng.likelihood.nll(outputs, y)
         return losses
 
     def _part(self, batch: Batch, context: PyTree) -> tuple[Batch, PyTree]:
-        """The examples that the model is of: all where the net mixes them (batch norm in training mode).
+        """Return the examples of the quadratic model: all if the net couples them (batch norm in training mode).
 
-        A line search takes all as well: along its direction the loss need not fall on a part.
+        A line search uses all as well, because the loss of a part need not decrease along its direction.
         """
         x, y = pair(batch)
         n = tree.leaves(x)[0].shape[0]
