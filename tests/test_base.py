@@ -1,4 +1,4 @@
-"""What every method inherits: defaults that equal the cheaper ways, and dataclasses that are copied and compared."""
+"""Methods inherit defaults that equal their own cheaper ways; they are dataclasses that are copied and compared."""
 
 import copy
 import pickle

@@ -64,7 +64,7 @@ def check_maps(Z, W, form, seed):
 @pytest.mark.parametrize("cls", [FactoredMap, ExampleMatrixMap])
 @given(drawn.sizes(), FORMS, drawn.SEEDS, st.sampled_from([0, 1, 2]))
 def test_maps_between_matrices_are_products_with_z(kind, cls, sizes, form, seed, chunk):
-    """Of a whole batch, or of chunks of one or two examples; the last chunk may be shorter."""
+    """Take a whole batch, or chunks of one or two examples; the last chunk may be shorter."""
     tap, W = drawn.tap(kind, sizes, seed)
     k, _, _, _, o, _ = sizes
     form = Forms(True, form.G) if kind == "one-hot" else form
