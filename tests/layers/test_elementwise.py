@@ -168,6 +168,20 @@ def test_another_path_than_at_the_build_is_an_error():
         ng.stats({"w": normal(4)}, (-x, y))
 
 
+def test_a_path_that_ends_before_that_of_the_build_is_an_error():
+    """The last use of a parameter is left out: its statistics would lack it."""
+
+    def model(p, x):
+        h = x * p["w"]
+        return Readout(2)(h + p["w"] if x.sum() > 0 else h)
+
+    x, y = normal(3, 4).abs(), torch.tensor([0, 1, 1])
+    ng = ff.natural_gradient(model, {"w": normal(4)}, x, likelihood=ff.Categorical(), fisher="empirical")
+    ng.stats({"w": normal(4)}, (x, y))
+    with zoo.as_installed(), pytest.raises(ff.errors.StructureError, match="1 calls instead of 2"):
+        ng.stats({"w": normal(4)}, (-x, y))
+
+
 def test_a_scale_of_a_mean_over_the_batch_does_not_hide_the_coupling():
     def model(p, x):
         h = F.linear(x, p["v"])
