@@ -60,6 +60,10 @@ def test_step_passes_on_what_stats_takes(options):
     close(ff.tree.flatten(state), ff.tree.flatten(expected), tol=1e-12)
 
 
+def test_the_former_name_of_step_from_is_an_alias():
+    assert ff.NaturalGradient.advance is ff.NaturalGradient.step_from
+
+
 def test_inner_is_left_out_unless_asked_for():
     problem = zoo.pick("mlp-categorical")
     ng = problem.build(fisher="type2")

@@ -80,7 +80,7 @@ def test_pieces_that_are_not_kept_are_computed_again(cls, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", drawn.ROWS)
-@pytest.mark.parametrize("samples", [1, 9])
+@pytest.mark.parametrize("samples", [1, 2, 9])
 @given(st.tuples(*[st.integers(1, 3)] * 2), st.tuples(*[st.integers(2, 4)] * 2), FORMS, drawn.SEEDS)
 def test_coefficients_of_examples_are_vectors_of_z(kind, samples, many, widths, form, seed):
     """A vector is a combination of `a aᵀ` or of Γ/N; the duals are its inner products with these."""

@@ -38,8 +38,9 @@ from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, w
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
 from fisherfn.adapt.state import Adapted, AdaptiveState
 from fisherfn.errors import expect
-from fisherfn.natgrad import Batch, NaturalGradient, State, pair
-from fisherfn.stats import Stats, run, window
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.state import State
+from fisherfn.stats import Batch, Stats, pair, run, window
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
@@ -152,7 +153,7 @@ class Adaptive:
             params, batch, generator=generator if update else None, noise=noise if update else None, context=context,
             curvature=update, chunk_size=chunk_size,
         )  # fmt: skip
-        nat, curvature, info = self.ng.advance(
+        nat, curvature, info = self.ng.step_from(
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip

@@ -36,8 +36,8 @@ from torch.func import grad, jvp, vjp, vmap
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect
 from fisherfn.likelihoods import output_fisher
-from fisherfn.natgrad import Batch, NaturalGradient, pair
-from fisherfn.stats import run
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, pair, run
 from fisherfn.types import PyTree, Tree
 
 PARALLEL = 1e-6

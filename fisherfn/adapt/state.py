@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fisherfn.natgrad import State
+from fisherfn.state import State
 from fisherfn.types import PyTree, Tree
 
 

@@ -16,11 +16,12 @@ from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
 from fisherfn.base import Method
 from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.methods import named
-from fisherfn.natgrad import NaturalGradient, State, natural_gradient, pair
+from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
-from fisherfn.stats import FISHERS, Layout, Stats
+from fisherfn.state import State
+from fisherfn.stats import FISHERS, Layout, Stats, pair
 from fisherfn.types import Info, Model, PyTree, Tree
 
 VERSION = 1
@@ -191,7 +192,7 @@ class Curvature(Copies):
         """Compute the natural gradient from an existing gradient, and from statistics if they are due."""
         ng, state = self.ready(), self.state
         with self.network.alone_in_autocast():
-            return ng.advance(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
+            return ng.step_from(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
         """Collect statistics of a batch, optionally with another Fisher or likelihood than the build's."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
-from fisherfn.natgrad import pair
 from fisherfn.optim.curvature import Curvature, Outcome, WithCurvature
+from fisherfn.stats import pair
 from fisherfn.types import Info, PyTree, Tree
 
 PATIENCE = 10

@@ -13,10 +13,9 @@ from fisherfn import tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
-from fisherfn.natgrad import pair
 from fisherfn.optim.curvature import Curvature, WithCurvature
 from fisherfn.optim.network import examples
-from fisherfn.stats import Stats
+from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
 

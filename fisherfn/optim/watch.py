@@ -28,14 +28,14 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A call of a layer: its input, the zero leaf added to its output, and the facts of its family.
+    """A call of a layer: its input, the zero leaf added to its output, and its static configuration.
 
     `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy.
     """
 
     input: Tensor
     leaf: Tensor
-    facts: Any
+    config: Any
     shared: bool
 
 
@@ -72,8 +72,8 @@ class Watch(Intercept):
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
         records = self.records.get(name, [])
         shared = use >= len(records) or records[use].copies is not None
-        facts = None if shared else records[use].call.facts
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts, shared)
+        config = None if shared else records[use].call.config
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, shared)
         return output + leaf.to(output.dtype)
 
 
@@ -104,7 +104,7 @@ def _as_seen(layout: Layout, each: Pass) -> Layout:
     for block in layout.blocks:
         seen = zip(block.uses, each.calls[block.weight], strict=True)
         uses = tuple(
-            use if call.shared else use._replace(facts=call.facts, output_shape=_of_example(use, call))
+            use if call.shared else use._replace(config=call.config, output_shape=_of_example(use, call))
             for use, call in seen
         )
         blocks.append(replace(block, uses=uses))

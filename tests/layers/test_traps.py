@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
-from fisherfn.layers import Elementary
+from fisherfn.decompositions import Elementary
 from tests import oracles, zoo
 from tests.oracles import close
 

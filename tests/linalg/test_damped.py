@@ -137,6 +137,19 @@ def test_a_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
     assert damped.diagonal_in(torch.ones(2, 3), M[..., 0]) is not None
 
 
+@pytest.mark.parametrize(("ratio", "clipped"), [(0.2, 0), (0.05, 1), (-3.0, 1)])
+@pytest.mark.parametrize("invert", [damped.factored_sum, damped.eigen_sum])
+def test_directions_below_the_floor_are_raised_to_it_and_counted(invert, ratio, clipped):
+    """One of two directions has this ratio to the damped first term; the other has no second term."""
+    first = Pair(torch.tensor([[3.0]]).double(), torch.tensor([[2.0, 2.0]]).double())
+    leading = {damped.factored_sum: (3 + 1.5**0.5 * 0.1) * (2 + 0.1 / 1.5**0.5), damped.eigen_sum: 6.01}[invert]
+    second = Pair(torch.ones(1, 1).double(), torch.tensor([[(ratio - 1) * leading, 0.0]]).double())
+    inverse, ok, measured = invert(first, second, number(0.01), FLOOR)
+    assert ok and measured["clipped"] == clipped
+    expected = torch.tensor([[[1 / (max(ratio, FLOOR) * leading)], [1 / leading]]]).double()
+    close(damped.apply(inverse, torch.ones(1, 2, 1).double()), expected)
+
+
 INVERSIONS = {
     "factored": damped.factored,
     "eigen": damped.eigen,

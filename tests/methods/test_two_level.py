@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
-from fisherfn.natgrad import _cheapest
+from fisherfn.views import cheapest_gradient
 from tests import oracles, strategies, zoo
 from tests.methods.kronecker import dense_taps, drawn
 from tests.methods.two_level import (
@@ -177,7 +177,7 @@ def test_no_correction_is_added_for_a_zero_residual(form):
 def test_wide_layers_whose_fine_step_is_taken_from_rows(krylov):
     """Two examples on layers of width 12: gradients and F_• R₀ᵀβ go to the fine method as taps, as if as matrices."""
     one = case(zoo.from_net(zoo.mlp(12, 12, 12), (2, 12), "gaussian"), "kfac-eigen")
-    assert all(isinstance(_cheapest(one.run.stats, block), ff.Tap) for block in one.run.ng.layout.blocks)
+    assert all(isinstance(cheapest_gradient(one.run.stats, block), ff.Tap) for block in one.run.ng.layout.blocks)
     Q = coarse_inverse(one.rows("nicolaides", krylov), one.damped)
     for form in FORMS:
         ng, state = one.two_level("nicolaides", krylov, form)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fisherfn as ff
-from fisherfn.layers import random_numbers
+from fisherfn.randomness import random_numbers
 from tests import oracles, zoo
 from tests.layers.checks import kinds, normal
 from tests.nets import Readout
