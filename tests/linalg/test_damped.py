@@ -141,12 +141,12 @@ def test_a_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
 @pytest.mark.parametrize("invert", [damped.factored_sum, damped.eigen_sum])
 def test_directions_below_the_floor_are_raised_to_it_and_counted(invert, ratio, clipped):
     """One of two directions has this ratio to the damped first term; the other has no second term."""
-    first = Pair(torch.tensor([[3.0]]).double(), torch.tensor([[2.0, 2.0]]).double())
+    first = Pair(number([[3.0]]), number([[2.0, 2.0]]))
     leading = {damped.factored_sum: (3 + 1.5**0.5 * 0.1) * (2 + 0.1 / 1.5**0.5), damped.eigen_sum: 6.01}[invert]
-    second = Pair(torch.ones(1, 1).double(), torch.tensor([[(ratio - 1) * leading, 0.0]]).double())
+    second = Pair(torch.ones(1, 1).double(), number([[(ratio - 1) * leading, 0.0]]))
     inverse, ok, measured = invert(first, second, number(0.01), FLOOR)
     assert ok and measured["clipped"] == clipped
-    expected = torch.tensor([[[1 / (max(ratio, FLOOR) * leading)], [1 / leading]]]).double()
+    expected = number([[[1 / (max(ratio, FLOOR) * leading)], [1 / leading]]])
     close(damped.apply(inverse, torch.ones(1, 2, 1).double()), expected)
 
 
