@@ -152,14 +152,15 @@ def test_a_block_too_large_to_be_dense_is_refused():
         plain.trace_block(factors["groups"], Shape(2, 100, 100))
 
 
-@EVERY
+@METHODS
 def test_a_batch_that_is_not_finite_is_a_mask_of_its_block(method):
-    given = taps()
+    given, made = taps(), ff.METHODS[method]()
     given["words"].g[0, 0, 1, 0, 0] = torch.nan
-    empty, _ = method.init(shapes_of(given), ONE.dtype, ONE.device, ONE)
-    ok = method.update(empty, given, 0 * ONE).ok
-    assert bool(ok["groups"]) and not bool(ok["words"])
-    assert list(ok) == list(given)
+    empty, _ = made.init(shapes_of(given), ONE.dtype, ONE.device, ONE)
+    for inverting in (False, True):
+        ok = made.update(empty, given, 0 * ONE, inverting).ok
+        assert bool(ok["groups"]) and not bool(ok["words"])
+        assert list(ok) == list(given)
 
 
 @EVERY
