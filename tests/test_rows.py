@@ -27,6 +27,7 @@ def test_structured_rows_are_dense_rows(kind, k, n, t, i, seed):
     close(rows.total(a), torch.einsum("knti->kni", dense))
     if isinstance(a, OneHot):
         close(rows.total_diagonal(a), torch.einsum("knti,knui->ki", dense, dense))
+        assert torch.equal(rows.alike(a), torch.einsum("knti,knui->kntu", dense, dense) == 1), "empty rows equal none"
     flat = dense.flatten(1, 2)
     close(rows.gram(a), torch.einsum("kai,kbi->kab", flat, flat))
     close(rows.dense(rows.window(a, slice(1, 3))), dense[:, 1:3])
