@@ -52,11 +52,14 @@ class Curvature(Copies):
         chunk_size: int | None,
         generator: torch.Generator | int,
         scaler: torch.amp.GradScaler | None,
+        uncovered: str = "fallback",
         adaptive: dict[str, Any] | None = None,
     ) -> None:
         named(method)  # raises
         if fisher not in FISHERS:
             raise unknown("fisher", fisher, FISHERS)
+        if uncovered not in ("fallback", "gradient"):
+            raise unknown("uncovered", uncovered, ("fallback", "gradient"))
         if isinstance(damping, str) and damping != "auto":
             raise HyperparameterError(f'damping is a number or "auto", got {damping!r}.')
         if not isinstance(damping, str):
@@ -67,7 +70,8 @@ class Curvature(Copies):
                 expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
         self.network = Network(net)
         self._make = partial(
-            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore"
+            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore",
+            uncovered=uncovered,
         )  # fmt: skip
         self._adaptive = adaptive
         self._measures_damping = damping == "auto"
@@ -227,7 +231,7 @@ class Curvature(Copies):
             names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
             raise StructureError(
                 f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
-                "the batch to step((x, y)) instead of watching, or freeze them."
+                'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
             )
         if not self.updates:
             yield

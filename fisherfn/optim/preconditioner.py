@@ -49,6 +49,7 @@ class Preconditioner(WithCurvature):
         generator: torch.Generator | int = 0,
         example_inputs: PyTree = None,
         scaler: torch.amp.GradScaler | None = None,
+        uncovered: Literal["fallback", "gradient"] | str = "fallback",
     ) -> None:
         """Create the preconditioner; nothing is computed before the first batch, except with `example_inputs`.
 
@@ -71,13 +72,14 @@ class Preconditioner(WithCurvature):
             example_inputs: inputs with which to find the layers immediately.
             scaler: the gradient scaler, if you use one. Gradients are unscaled first. If they overflowed, they are
                 left unchanged, because the scaler will skip the step.
+            uncovered: see `NaturalGradient`; with "gradient" the `.grad` of parameters in no layer stays as it is.
         """
         self._likelihood = likelihood
         self._curvature = Curvature(
             net, likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping,
             ema=ema, update_every=update_every, invert_every=invert_every,
             fisher="empirical" if likelihood is None else fisher, samples=samples, chunk_size=chunk_size,
-            generator=generator, scaler=scaler,
+            generator=generator, scaler=scaler, uncovered=uncovered,
         )  # fmt: skip
         self._curvature.network.train(net.parameters() if params is None else params)
         if kl_bound is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
+from fisherfn.randomness import draws_globally
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
@@ -65,7 +66,14 @@ class Watch(Intercept):
         return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Do nothing: the pass is the user's own, including dropout from the global generator."""
+        """Let the pass be the user's own, including dropout from the global generator, unless copies would differ."""
+        assert self._followed is not None
+        if draws_globally(func, args, kwargs) and self._followed.among(args, kwargs):
+            raise StructureError(
+                f"the model calls {func.__name__} on a tensor that all examples share (a table of positions, a "
+                "weight), whose copies for each example would be masked in different ways while watched: pass the "
+                "batch to step((x, y)) instead, or call net.eval()."
+            )
 
     def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
