@@ -14,6 +14,7 @@ from tests.zoo import from_net, sampled
 
 W = (4,)
 WAYS = {
+    "in place on itself": (W, lambda w, h: h * (2 * w).add_(1.0)),
     "w * h": (W, lambda w, h: w * h),
     "h * w": (W, lambda w, h: h * w),
     "h + b": (W, lambda w, h: h + w),
@@ -95,7 +96,6 @@ def test_as_many_examples_as_anything_else(way, traced):
 
 
 OTHERWISE = {
-    "in place on itself": (W, lambda w, h: h * (2 * w).add_(1.0), "add_"),
     "written into a tensor": (W, lambda w, h: written(h, w), "__setitem__"),
     "an own transform": (W, lambda w, h: torch.vmap(lambda row: row * w)(h.flatten(0, 1)).view_as(h), "mul"),
 }
