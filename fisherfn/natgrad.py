@@ -312,10 +312,10 @@ class NaturalGradient:
         inverses; default: the λ of the state.
         """
         self._own(state)
-        sources = [given for given in (grads, stats) if isinstance(given, Stats)]
-        for given in sources:
+        checks: dict[str, Any] = {}
+        for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
             self._of_this_net(given)
-        checks: dict[str, Any] = {name: mask for given in sources for name, mask in given.checks.items()}
+            checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
         if not isinstance(grads, Stats):
             checks["gradient"] = tree.finite(grads)
         new, diagnostics = state, {}
