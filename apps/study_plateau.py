@@ -42,7 +42,7 @@ def study(config: StudyConfig) -> None:
     folder = Path(config.result_dir) / "study_plateau"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = [{"damping": d, "clipping": c, "lr": 1.0} for d in DAMPINGS for c in CLIPS]
+    pairs: list[dict[str, Any]] = [{"damping": d, "kl_bound": c, "lr": 1.0} for d in DAMPINGS for c in CLIPS]
     runs = [("kfac", pair) for pair in pairs] + [
         (name, tuned("train_mlp", data.model, data.name, name)) for name in ("sgd", "adam")
     ]
@@ -72,7 +72,7 @@ def grid(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
     """Return means over seeds, by damping and KL bound."""
 
     def cell(damping: float, clip: float) -> float:
-        return float(np.mean([r[key] for r in rows if (r.get("damping"), r.get("clipping")) == (damping, clip)]))
+        return float(np.mean([r[key] for r in rows if (r.get("damping"), r.get("kl_bound")) == (damping, clip)]))
 
     return [[cell(damping, clip) for clip in CLIPS] for damping in DAMPINGS]
 

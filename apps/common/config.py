@@ -109,7 +109,7 @@ def parse(Config: type[T], argv: Sequence[str] | None = None, *, description: st
 
 def read(Config: type[T], argv: Sequence[str], *, description: str | None = None) -> T:
     """Combine defaults, the `--config` files in order, and the command line; raise `ConfigError` on an error."""
-    names = _names(Config)
+    names = option_names(Config)
     parser = _parser(Config, description)
     given = _convert(Config, parser.parse_args, [_flag(token, names) for token in argv])
     values: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def _choices(metadata: Mapping[str, Any]) -> list[str]:
     return list(choices() if callable(choices) else choices or ())
 
 
-def _names(Config: type) -> dict[str, str]:
+def option_names(Config: type) -> dict[str, str]:
     """Map every name of every option to its field."""
     fields = dataclasses.fields(Config)
     return {name: field.name for field in fields for name in (field.name, *field.metadata.get("aliases", ()))}
@@ -234,7 +234,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _from_yaml(Config: type, parser: ArgumentParser, found: Mapping[Any, Any]) -> dict[str, Any]:
-    names, hints = _names(Config), typing.get_type_hints(Config)
+    names, hints = option_names(Config), typing.get_type_hints(Config)
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = names.get(str(key).replace("-", "_"))

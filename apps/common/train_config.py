@@ -80,9 +80,9 @@ class TrainConfig:
         None, "damping of the Fisher; auto (default): from the reduction ratio; a number is the initial value",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    clipping: float | None = option(
-        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers", aliases=("kl_clip",),
-        check=NON_NEGATIVE,
+    kl_bound: float | None = option(
+        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers",
+        aliases=("clipping", "kl_clip"), check=NON_NEGATIVE,
     )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
     damping_form: Literal["factored", "eigen"] | None = option(

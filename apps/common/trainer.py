@@ -36,7 +36,7 @@ TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by model, data and optimizer; what the command line leaves open is from here."""
 
 
-FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "clipping": 0.01, "momentum": 0.9}
+FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "kl_bound": 0.01, "momentum": 0.9}
 """A natural gradient whose numbers are all fixed, where something needs one: studies at matched damping, cg_steps."""
 
 COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
@@ -113,16 +113,16 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         return optimizers.implicit(
             ng, **fixed, weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile
         )
-    if all(given[name] is not None for name in ("lr", "damping", "clipping")):
+    if all(given[name] is not None for name in ("lr", "damping", "kl_bound")):
         return optimizers.natural(
             ng, **fixed, ema=config.ema, weight_decay=config.weight_decay, cadence=cadence(config),
             fisher_batch_size=config.fisher_batch_size, compile=config.compile,
         )  # fmt: skip
     if config.fisher_batch_size is not None:
-        raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and clipping, too")
-    bound = given.pop("clipping")
+        raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and kl_bound, too")
+    kl_bound = given.pop("kl_bound")
     auto: dict[str, Any] = {name: "auto" if value is None else value for name, value in given.items()}
-    adaptive = ff.adaptive(ng, **auto, kl_bound=bound or None, ema=config.ema, weight_decay=config.weight_decay)
+    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound or None, ema=config.ema, weight_decay=config.weight_decay)
     return optimizers.adaptive(adaptive, cadence(config), compile=config.compile)
 
 

@@ -240,7 +240,7 @@ class Adaptive:
             lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
         rate = None if lr is None else like.new_tensor(lr) * lr_scale * state.shrink
         if rate is not None and self.kl_bound is not None:
-            rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), bound=self.kl_bound)
+            rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
         return rate, None if momentum is None else like.new_tensor(momentum)
 
     @staticmethod

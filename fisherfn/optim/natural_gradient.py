@@ -167,7 +167,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if not _sound(self.info):
             return self._refuse() if batch is not None else self._refuse(loss)
         if clips:
-            nat = kl_clip(nat, self.info.inner, lr=rate, bound=self._kl_bound or 0.0)
+            nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0)
         self._move(nat)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0

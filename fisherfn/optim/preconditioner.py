@@ -118,7 +118,7 @@ class Preconditioner(WithCurvature):
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = curvature.of_gradients(grads, stats, inner=clips)
         check(self.info)
-        self._write(kl_clip(nat, self.info.inner, lr=rate, bound=self._kl_bound or 0.0) if clips else nat)
+        self._write(kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0) if clips else nat)
         curvature.commit(state)
 
     def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:

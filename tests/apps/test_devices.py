@@ -40,7 +40,7 @@ def test_a_run_goes_on_on_the_other_device(own, optim, first, then):
     if optim == "adam":  # makes steps of the rounding of a gradient that is zero, as that of a bias before a batch norm
         settings |= {"model": "own:autoencoder", "lr": 0.005}
     else:
-        settings |= {"damping": 0.1, "clipping": 0.1}
+        settings |= {"damping": 0.1, "kl_bound": 0.1}
     config = TrainConfig(**settings, device=first, result_name="moved")
     straight = trainer.run(dataclasses.replace(config, device="cpu", result_name="straight"))
 

@@ -24,7 +24,7 @@ def configured(*more: str) -> AutoencoderConfig:
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
 def test_every_optimizer_trains_resumes_and_leaves_a_whole_result(own, optim):
-    common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--clipping", "0.1")
+    common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_autoencoder/straight")
     metrics = read_metrics(straight)

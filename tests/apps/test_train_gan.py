@@ -134,13 +134,13 @@ def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
     plain = trainer.optimizers.natural
 
     def noted(ng, **settings):
-        made.append((settings["damping"], settings["clipping"], settings["penalty"] is not None))
+        made.append((settings["damping"], settings["kl_bound"], settings["penalty"] is not None))
         return plain(ng, **settings)
 
     monkeypatch.setattr(trainer.optimizers, "natural", noted)
-    more = ("--damping", "0.1", "--clipping", "0.2")
+    more = ("--damping", "0.1", "--kl_bound", "0.2")
     make_table(configured(*more), load("own:digits"))
-    make_table(configured(*more, "--gen_damping", "3", "--gen_clipping", "0"), load("own:digits"))
+    make_table(configured(*more, "--gen_damping", "3", "--gen_kl_bound", "0"), load("own:digits"))
     assert made == [(0.1, 0.2, False), (0.1, 0.2, True), (3.0, 0.0, False), (0.1, 0.2, True)]
 
 
@@ -153,7 +153,7 @@ def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own
         return plain(opt, cadence)
 
     monkeypatch.setattr(trainer.optimizers, "adaptive", noted)
-    more = ("--damping", "0.1", "--gen_clipping", bound, "--gen_damping", "auto")
+    more = ("--damping", "0.1", "--gen_kl_bound", bound, "--gen_damping", "auto")
     table = make_table(configured(*more), load("own:digits"))
     assert isinstance(loop.start(table).state["generator"], ff.AdaptiveState)
     table = table._replace(rules=table.rules._replace(num_epochs=2))

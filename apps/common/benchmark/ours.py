@@ -75,7 +75,7 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
             noise=noise,
             context=context,
         )
-        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.length == "clip" else nat
+        nat = ff.kl_clip(nat, info.inner, lr=1.0, kl_bound=1e-2) if variant.length == "clip" else nat
         return ff.tree.add(params, nat, scale=-1.0), new, info
 
     moved = ff.compile(pure) if compiled else pure

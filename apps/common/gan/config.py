@@ -63,12 +63,16 @@ class GanConfig:
         1e-4, "natural gradients: damping of the Fisher; auto, for the generator alone: from the reduction ratio",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    clipping: float = option(0.01, "natural gradients: KL bound, 0 for no clip", check=NON_NEGATIVE)
+    kl_bound: float = option(
+        0.01, "natural gradients: KL bound, 0 for no bound", aliases=("clipping", "kl_clip"), check=NON_NEGATIVE
+    )
     gen_damping: float | Literal["auto"] | None = option(
         None, "damping of the generator, if different; auto: from the reduction ratio, bad steps are taken back",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    gen_clipping: float | None = option(None, "KL bound of the generator, if different", check=NON_NEGATIVE)
+    gen_kl_bound: float | None = option(
+        None, "KL bound of the generator, if different", aliases=("gen_clipping",), check=NON_NEGATIVE
+    )
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(
         None, "natural gradients: steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),

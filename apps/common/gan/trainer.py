@@ -47,7 +47,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     z = torch.randn(config.batch_size, config.z_dim, generator=generator).to(config.device)
     seen = seen_by_generator(game.generator.context, game.critic.params, game.critic.context)
     both = images[:1].expand(2 * config.batch_size, -1, -1, -1)
-    own = {"damping": config.gen_damping, "clipping": config.gen_clipping}
+    own = {"damping": config.gen_damping, "kl_bound": config.gen_kl_bound}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     gen_config = dataclasses.replace(config, **given)
     chosen = {
@@ -88,7 +88,7 @@ def make_optimizer(
                 "--gen_damping auto for the generator"
             )
         # no looking back: the other player moves this one's loss
-        bound = {"rule": "clip", "kl_bound": config.clipping} if config.clipping else {"rule": "model"}
+        bound = {"rule": "clip", "kl_bound": config.kl_bound} if config.kl_bound else {"rule": "model"}
         opt = ff.adaptive(
             ng, **bound, lr=lr, momentum=config.momentum, ema=config.ema, weight_decay=config.weight_decay,
             look_back=False,
@@ -98,7 +98,7 @@ def make_optimizer(
         ng,
         lr=lr,
         damping=config.damping,
-        clipping=config.clipping,
+        kl_bound=config.kl_bound,
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,

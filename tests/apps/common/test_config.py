@@ -259,9 +259,15 @@ def test_a_training_configuration_is_validated_however_it_is_made():
 def test_a_training_configuration_knows_the_other_spellings():
     argv = "--dataset MNIST --data_root d --optimizer adam --n_epochs 3 --T_cov 4 --T_inv 5 --kl_clip 0.1".split()
     expected = TrainConfig(
-        data="MNIST", data_path="d", optim="adam", num_epochs=3, update_every=4, invert_every=5, clipping=0.1
+        data="MNIST", data_path="d", optim="adam", num_epochs=3, update_every=4, invert_every=5, kl_bound=0.1
     )
     assert read(TrainConfig, argv) == expected
+
+
+@pytest.mark.parametrize("name", ["kl_bound", "clipping", "kl_clip"])
+def test_the_kl_bound_has_its_former_names(name):
+    assert read(TrainConfig, [f"--{name}", "0.5"]).kl_bound == read(GanConfig, [f"--{name}", "0.5"]).kl_bound == 0.5
+    assert read(GanConfig, ["--gen_clipping", "0.5"]).gen_kl_bound == 0.5
 
 
 def test_every_option_of_the_trainers_says_what_it_is():
