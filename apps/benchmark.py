@@ -30,7 +30,7 @@ from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
 from common.benchmark.problems import WORKLOADS, Problem, problem
 from common.config import POSITIVE, ConfigError, option, parse
-from common.trainer import reported
+from common.runs import reported
 
 EXACT_ON, EXACT_EXAMPLES = ("AE_CURVES", "cuda_convnet"), 128
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")

@@ -27,8 +27,8 @@ from common.checkpoints import CheckpointError, load_checkpoint
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
 from common.gan.config import PLAYERS
 from common.results import CHECKPOINT, read_metrics
+from common.runs import reported
 from common.train_config import OPTIMIZERS
-from common.trainer import reported
 
 APPS = Path(__file__).parent
 COMMON = "--data DIGITS --num_epochs 3 --damping 1 --kl_bound 0.01 --save_every 2 --quiet true"

@@ -20,8 +20,9 @@ from common.config import POSITIVE, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, start, train
 from common.plots import heatmap
+from common.runs import reported
 from common.train_config import TrainConfig
-from common.trainer import make_optimizer, make_task, reported, tuned
+from common.trainer import make_optimizer, make_task, tuned
 
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)
 CLIPS = (0.001, 0.01, 0.1, 1.0)

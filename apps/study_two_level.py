@@ -32,8 +32,9 @@ from common.config import POSITIVE, filled, option, parse
 from common.data import load
 from common.loop import Task
 from common.plots import curve_grid
+from common.runs import reported
 from common.train_config import APPS, TrainConfig
-from common.trainer import FIXED, make_task, reported
+from common.trainer import FIXED, make_task
 
 FOLDER = "study_two_level"
 FINE = ff.kfac(damping_form="eigen")

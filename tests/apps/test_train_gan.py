@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import fisherfn as ff
+from common import runs
 from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import DataError, load
@@ -67,7 +68,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(own, stop, monke
     class Killed(Exception):
         pass
 
-    whole = trainer.watched
+    whole = runs.watched
 
     def killed(results, save_every, signals, step, at):
         whole(results, save_every, signals, step, at)
@@ -75,7 +76,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(own, stop, monke
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "watched", killed)
+        patch.setattr(runs, "watched", killed)
         with pytest.raises(Killed):
             run(configured("--n_epochs", "2", "--result_name", "parts", "--save_every", "1"))
     resumed = run(configured("--n_epochs", "2", "--result_name", "parts", "--resume"))

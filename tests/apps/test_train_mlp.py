@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import fisherfn as ff
-from common import trainer
+from common import runs
 from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from common.config import ConfigError, read
 from common.data import load
 from common.results import read_metrics
+from common.runs import watched
 from common.train_config import TrainConfig
-from common.trainer import make_task, natural_gradient, run, watched
+from common.trainer import make_task, natural_gradient, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +76,7 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "watched", killed)
+        patch.setattr(runs, "watched", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet_run(*common, "--result_name", "parts")
     assert load_checkpoint(own / "results/train_mlp/parts/checkpoint.pt")[1]["step"] == 6
