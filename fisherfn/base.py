@@ -1,23 +1,27 @@
-r"""The Method protocol, and its construction from functions on one layer.
+r"""What a method is: `Method` on all blocks of a net, `LayerMethod` for methods that treat each block separately.
 
-A method that treats layers separately is a few pure functions on one block (`LayerMethod`). `layerwise` applies them to
-dicts of blocks. A method that couples layers builds a `Method` itself.
+A method is a frozen dataclass whose fields are its hyperparameters. It holds no state: factors and inverses are pytrees
+that its functions take and return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.operators import Kind, check_size
-from fisherfn.taps import AnyTap, Mean, Moment, Tap
-from fisherfn.types import Product, PyTree, Shape
+from fisherfn.gradients import Gradient, as_matrix
+from fisherfn.operators import Kind, check_size, log_determinant
+from fisherfn.per_example import example_matrices, matrix_windows
+from fisherfn.taps import AnyTap, Tap, added
+from fisherfn.types import Matrix, Product, PyTree, Shape
 
 Diagnostics = dict[str, Tensor]
 """Measurements by name. The names are fixed for a method, so that the structure of `info` is fixed."""
@@ -25,15 +29,9 @@ Diagnostics = dict[str, Tensor]
 Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 """Finished blocks in any order: key, new factors, diagnostics."""
 
-Update: TypeAlias = Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean, bool], Updated]
-"""Function (old, taps, rho, mean, inverting) -> blended factors, with weight ρ on the old ones, block by block."""
-
-BlockUpdate: TypeAlias = Callable[[PyTree, AnyTap, Tensor, Mean, bool], tuple[PyTree, Diagnostics]]
-"""Update of one block."""
-
 
 class Estimated(NamedTuple):
-    """New factors, masks that are true if they are valid, and diagnostics."""
+    """New factors (or inverses), masks that are true if they are valid, and diagnostics."""
 
     factors: PyTree
     ok: dict[str, Tensor]
@@ -47,193 +45,206 @@ class Preconditioned(NamedTuple):
     inner: Any
 
 
-class Method(NamedTuple):
-    """The functions of a method; every argument and result is a dict by block key.
+class Method(ABC):
+    """A method on all blocks of a net; every argument and result is a dict by block key."""
 
-    Attributes:
-        name: the name in `ff.METHODS`.
-        init: (shapes, dtype, device, damping) -> empty factors and inverses; preconditioning with these gives grad/λ.
-        update: (factors, taps, rho, mean, inverting) -> factors blended with weight ρ on the old ones. `inverting` is
-            True if `invert` follows; methods may skip work needed only for inversion.
-        invert: (factors, damping) -> inverses.
-        precondition: (inverses, gradients, inner) -> preconditioned gradients; a gradient is a matrix or a dense loss
-            tap.
-        matvec: (factors, matrices) -> the undamped approximate Fisher F̂ times the matrices.
-        overlap: (factors, taps) -> (⟨F, F̂⟩, ‖F̂‖²) of every block, with F the sampled Fisher of the taps.
-        trace: (factors, shapes) -> the trace of F̂; None: use its dense matrix.
-        eigenvalues: (factors, shapes) -> all eigenvalues of F̂ in any order; None: use its dense matrix.
-        logdet: inverses -> the log-determinant of the matrix that `precondition` multiplies by; None: use its dense
-            matrix.
-        inverse: "symmetric", "general" (linear only) or "nonlinear": how `precondition` depends on the gradient.
+    name: ClassVar[str]
+    """The name in `ff.METHODS`."""
+
+    @property
+    def inverse_kind(self) -> Kind:
+        """Return how `precondition` depends on the gradient: "symmetric", "general" (linear only) or "nonlinear"."""
+        return "symmetric"
+
+    @abstractmethod
+    def init(
+        self, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[PyTree, PyTree]:
+        """Return empty factors and inverses; preconditioning with these gives grad/λ."""
+
+    @abstractmethod
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+        """Return factors of these statistics, blended with weight ρ on the old ones.
+
+        `inverting` is True if `invert` follows; methods may skip work needed only for inversion.
+        """
+
+    @abstractmethod
+    def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
+        """Return the damped inverses."""
+
+    @abstractmethod
+    def precondition(self, inverses: PyTree, gradients: Mapping[str, Gradient], inner: bool) -> Preconditioned:
+        """Return the preconditioned gradients; a gradient is a matrix or a dense loss tap."""
+
+    @abstractmethod
+    def matvec(self, factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply matrices by the undamped approximate Fisher F̂."""
+
+    @abstractmethod
+    def overlap(self, factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return (⟨F, F̂⟩, ‖F̂‖²) of every block, with F the sampled Fisher of the taps."""
+
+    def trace(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, ""] | None:
+        """Return the trace of F̂; None: only its dense matrix gives it."""
+        del factors, shapes
+        return None
+
+    def eigenvalues(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"] | None:
+        """Return all eigenvalues of F̂ in any order; None: only its dense matrix gives them."""
+        del factors, shapes
+        return None
+
+    def logdet(self, inverses: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, ""] | None:
+        """Return the log-determinant of the matrix that `precondition` multiplies by; None: see `trace`."""
+        del inverses, shapes
+        return None
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A method that treats each block separately: a subclass writes five functions on one block.
+
+    To write: `init_block`, `estimate`, `invert_block`, `apply`, `matvec_block`. The others have defaults that are right
+    for every method; a method overrides them where it knows a cheaper way or another running average.
     """
 
-    name: str
-    init: Callable[[Mapping[str, Shape], torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    update: Callable[[PyTree, Mapping[str, AnyTap], Tensor, Mean, bool], Estimated]
-    invert: Callable[[PyTree, Tensor], Estimated]
-    precondition: Callable[[PyTree, Mapping[str, Tensor | Tap], bool], Preconditioned]
-    matvec: Callable[[PyTree, Mapping[str, Tensor]], dict[str, Tensor]]
-    overlap: Callable[[PyTree, Mapping[str, AnyTap]], dict[str, tuple[Tensor, Tensor]]]
-    trace: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None = None
-    eigenvalues: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None = None
-    logdet: Callable[[PyTree], Tensor] | None = None
-    inverse: Kind = "symmetric"
+    # to write --------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def init_block(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[PyTree, PyTree]:
+        """Return empty factors and the inverse I/λ."""
 
-class LayerMethod(NamedTuple):
-    """A method on one block.
+    @abstractmethod
+    def estimate(self, tap: AnyTap, previous: PyTree) -> PyTree:
+        """Return the factors of one batch, in the method's canonical scale; `previous` may start an iteration."""
 
-    Attributes:
-        init: (shape, dtype, device, damping) -> empty factors and the inverse I/λ.
-        update: (old, taps, rho, mean, inverting) of all blocks -> factors in the method's canonical scale, blended with
-            weight ρ on the old ones, and diagnostics. Every additive moment is computed with `mean`. Use `one_by_one`,
-            unless many blocks at once cost less.
-        invert: (factors, damping) -> (inverse, ok, diagnostics).
-        apply: (inverse, gradient matrix) -> the preconditioned matrix.
-        apply_tap: (inverse, loss tap, inner) -> the same, with ⟨∇, nat⟩ if requested.
-        matvec: (factors, matrix) -> the undamped approximation F̂ times the matrix.
-        overlap: (factors, tap) -> (⟨F, F̂⟩, ‖F̂‖²).
-        trace: factors -> the trace of F̂, all groups together; None: use its dense matrix.
-        eigenvalues: factors -> all eigenvalues of F̂ in any order; None: use its dense matrix.
-        logdet: inverse -> the log-determinant of the matrix that `apply` multiplies by; None: use the dense matrix of
-            all layers.
-    """
+    @abstractmethod
+    def invert_block(self, factors: PyTree, damping: Float[Tensor, ""]) -> tuple[PyTree, Tensor, Diagnostics]:
+        """Return the damped inverse, a mask that is true if it is valid, and diagnostics."""
 
-    init: Callable[[Shape, torch.dtype, torch.device, Tensor], tuple[PyTree, PyTree]]
-    update: Update
-    invert: Callable[[PyTree, Tensor], tuple[PyTree, Tensor, Diagnostics]]
-    apply: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
-    apply_tap: Callable[[PyTree, Tap, bool], Product]
-    matvec: Callable[[PyTree, Float[Tensor, "k o i"]], Float[Tensor, "k o i"]]
-    overlap: Callable[[PyTree, AnyTap], tuple[Tensor, Tensor]]
-    trace: Callable[[PyTree], Tensor] | None = None
-    eigenvalues: Callable[[PyTree], Tensor] | None = None
-    logdet: Callable[[PyTree], Tensor] | None = None
+    @abstractmethod
+    def apply(self, inverse: PyTree, W: Matrix) -> Matrix:
+        """Multiply a gradient by the inverse."""
 
+    @abstractmethod
+    def matvec_block(self, factors: PyTree, W: Matrix) -> Matrix:
+        """Multiply a matrix by the undamped F̂."""
 
-def one_by_one(update: BlockUpdate) -> Update:
-    """Apply the update of one block to all blocks."""
+    # with defaults ---------------------------------------------------------------------------------------------------
 
-    def each(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
-        for key, tap in taps.items():
-            yield key, *update(old[key], tap, rho, mean, inverting)
+    def blend(self, old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
+        """Return the running average `ρ old + (1 − ρ) new`: here factor by factor."""
+        return factorwise(old, new, rho)
 
-    return each
-
-
-def estimate_then_blend(
-    estimate: Callable[[AnyTap, PyTree, Mean], tuple[PyTree, Diagnostics]],
-    blend: Callable[[PyTree, PyTree, Tensor], PyTree],
-) -> BlockUpdate:
-    """Combine an estimate from one batch with a running average.
-
-    Args:
-        estimate: (tap, previous, mean) -> factors of one batch and diagnostics; `previous` warm-starts iterations.
-        blend: (old, new, rho) -> the method's running average.
-    """
-
-    def update(old: PyTree, tap: AnyTap, rho: Tensor, mean: Mean, inverting: bool) -> tuple[PyTree, Diagnostics]:
+    def update_block(self, old: PyTree, tap: AnyTap, rho: Tensor, inverting: bool) -> tuple[PyTree, Diagnostics]:
+        """Estimate the factors of one batch, and blend them into the running average."""
         del inverting
-        new, diagnostics = estimate(tap, old, mean)
-        return blend(old, new, rho), diagnostics
+        return self.blend(old, self.estimate(tap, old), rho), {}
 
-    return update
+    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool) -> Updated:
+        """Update all blocks; a method overrides this if many blocks at once cost less."""
+        for key, tap in taps.items():
+            yield key, *self.update_block(old[key], tap, rho, inverting)
 
+    def apply_tap(self, inverse: PyTree, tap: Tap, inner: bool) -> Product:
+        """Multiply the gradient of a loss tap by the inverse, with ⟨∇, nat⟩ if requested."""
+        return self._applied(inverse, as_matrix(tap), inner)
 
-def whole_mean(moment: Moment, tap: AnyTap) -> PyTree:
-    """Return the moment itself: the mean over one batch held as a whole."""
-    return moment(tap)
+    def overlap_block(self, factors: PyTree, tap: AnyTap) -> tuple[Tensor, Tensor]:
+        """Return `⟨F, F̂⟩ = 1/N Σ ⟨W, F̂ W⟩`, and `‖F̂‖²` from the dense block."""
+        k, _, n, _, o, i = tap.sizes
+        dense = self._dense(partial(self.matvec_block, factors), Shape(k, o, i), factors)
+        parts = (example_matrices(part).flatten(0, 1) for part in matrix_windows(tap))
+        cross = added((W * torch.vmap(partial(self.matvec_block, factors))(W)).sum() for W in parts)
+        return cross / n, dense.square().sum()
 
+    def trace_block(self, factors: PyTree, shape: Shape) -> Float[Tensor, ""]:
+        """Return the trace of F̂."""
+        return self._dense(partial(self.matvec_block, factors), shape, factors).diagonal(dim1=-2, dim2=-1).sum()
 
-def chunked_mean(size: int) -> Mean:
-    """Compute the same mean for a few examples at a time, which limits the memory of a moment."""
+    def eigenvalues_block(self, factors: PyTree, shape: Shape) -> Float[Tensor, "*p"]:
+        """Return all eigenvalues of F̂ in any order."""
+        dense = self._dense(partial(self.matvec_block, factors), shape, factors)
+        return torch.linalg.eigvalsh(dense)  # type: ignore[no-any-return]
 
-    def mean(moment: Moment, tap: AnyTap) -> PyTree:
-        examples = tap.sizes.n
-        total = None
-        for start in range(0, examples, size):
-            part = tap.window(slice(start, min(start + size, examples)))
-            share = tree.scale(moment(part), part.sizes.n / examples)
-            total = share if total is None else tree.add(total, share)
-        return total
+    def logdet_block(self, inverse: PyTree, shape: Shape) -> Float[Tensor, ""]:
+        """Return the log-determinant of the inverse."""
+        return log_determinant(self._dense(partial(self.apply, inverse), shape, inverse)).sum()
 
-    return mean
+    # on all blocks ---------------------------------------------------------------------------------------------------
+
+    def init(
+        self, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[PyTree, PyTree]:
+        """Return empty factors and inverses of all blocks."""
+        pairs = {key: self.init_block(shape, dtype, device, damping) for key, shape in shapes.items()}
+        return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
+
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+        """Update all blocks; a block is valid if its factors are finite."""
+        new, ok, diagnostics = {}, {}, {}
+        for key, blended, measured in self.update_blocks(factors, taps, rho, inverting):
+            new[key], ok[key], diagnostics[key] = blended, tree.finite(blended), measured
+        return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
+
+    def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
+        """Invert all blocks."""
+        inverses, ok, diagnostics = {}, {}, {}
+        for key in factors:
+            inverses[key], ok[key], diagnostics[key] = self.invert_block(factors[key], damping)
+        return Estimated(inverses, ok, _by_name(diagnostics))
+
+    def precondition(self, inverses: PyTree, gradients: Mapping[str, Gradient], inner: bool) -> Preconditioned:
+        """Precondition all blocks."""
+        products = {
+            key: self.apply_tap(inverses[key], gradient, inner)
+            if isinstance(gradient, Tap)
+            else self._applied(inverses[key], gradient, inner)
+            for key, gradient in gradients.items()
+        }
+        total = torch.stack([p.inner for p in products.values()]).sum() if inner else ()  # type: ignore[misc]
+        return Preconditioned({key: p.matrix for key, p in products.items()}, total)
+
+    def matvec(self, factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply all blocks."""
+        return {key: self.matvec_block(factors[key], matrix) for key, matrix in matrices.items()}
+
+    def overlap(self, factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the overlap of each block."""
+        return {key: self.overlap_block(factors[key], tap) for key, tap in taps.items()}
+
+    def trace(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, ""]:
+        """Return the sum of the blocks' traces."""
+        return torch.stack([self.trace_block(factors[key], shape) for key, shape in shapes.items()]).sum()
+
+    def eigenvalues(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"]:
+        """Return the eigenvalues of all blocks."""
+        return torch.cat([self.eigenvalues_block(factors[key], shape).flatten() for key, shape in shapes.items()])
+
+    def logdet(self, inverses: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, ""]:
+        """Return the sum of the blocks' log-determinants."""
+        return torch.stack([self.logdet_block(inverses[key], shape) for key, shape in shapes.items()]).sum()
+
+    def _applied(self, inverse: PyTree, gradient: Matrix, inner: bool) -> Product:
+        nat = self.apply(inverse, gradient)
+        return Product(nat, (gradient * nat).sum() if inner else ())
+
+    def _dense(self, product: Any, shape: Shape, like: PyTree) -> Float[Tensor, "k d d"]:
+        """Return the matrix of a linear map on a block, one per group, from products with unit matrices."""
+        k, o, i, _ = shape
+        check_size(o * i, f"a layer's block ({o}×{i}), whose factors do not give this quantity,")
+        leaf = next(leaf for leaf in tree.leaves(like) if leaf.is_floating_point())
+        units = torch.eye(o * i, dtype=leaf.dtype, device=leaf.device).reshape(o * i, 1, o, i).expand(-1, k, -1, -1)
+        dense: Tensor = torch.vmap(product)(units)
+        return dense.flatten(2).movedim(0, -1)
 
 
 def factorwise(old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
     """Return `ρ old + (1 − ρ) new`, factor by factor."""
     return tree.map(lambda o, n: torch.lerp(n, o, rho.to(n.dtype)), old, new)
-
-
-def layerwise(name: str, layer: LayerMethod) -> Method:
-    """Build a method on all blocks from one on a single block."""
-
-    def init(
-        shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
-    ) -> tuple[PyTree, PyTree]:
-        pairs = {key: layer.init(shape, dtype, device, damping) for key, shape in shapes.items()}
-        return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
-
-    def update(
-        factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
-    ) -> Estimated:
-        new, ok, diagnostics = {}, {}, {}
-        for key, blended, measured in layer.update(factors, taps, rho, mean, inverting):
-            new[key], ok[key], diagnostics[key] = blended, tree.finite(blended), measured
-        return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
-
-    def invert(factors: PyTree, damping: Tensor) -> Estimated:
-        inverses, ok, diagnostics = {}, {}, {}
-        for key in factors:
-            inverses[key], ok[key], diagnostics[key] = layer.invert(factors[key], damping)
-        return Estimated(inverses, ok, _by_name(diagnostics))
-
-    def precondition(inverses: PyTree, gradients: Mapping[str, Tensor | Tap], inner: bool) -> Preconditioned:
-        products = {key: _apply(layer, inverses[key], gradient, inner) for key, gradient in gradients.items()}
-        total = torch.stack([p.inner for p in products.values()]).sum() if inner else ()  # type: ignore[misc]
-        return Preconditioned({key: p.matrix for key, p in products.items()}, total)
-
-    def matvec(factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: layer.matvec(factors[key], matrix) for key, matrix in matrices.items()}
-
-    def overlap(factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
-        return {key: layer.overlap(factors[key], tap) for key, tap in taps.items()}
-
-    def trace(factors: PyTree, shapes: Mapping[str, Shape]) -> Tensor:
-        if layer.trace:
-            return torch.stack([layer.trace(factors[key]) for key in shapes]).sum()
-        blocks = [_dense(layer, factors[key], shape) for key, shape in shapes.items()]
-        return torch.stack([block.diagonal(dim1=-2, dim2=-1).sum() for block in blocks]).sum()
-
-    def eigenvalues(factors: PyTree, shapes: Mapping[str, Shape]) -> Tensor:
-        if layer.eigenvalues:
-            return torch.cat([layer.eigenvalues(factors[key]).flatten() for key in shapes])
-        blocks = (_dense(layer, factors[key], shape) for key, shape in shapes.items())
-        return torch.cat([torch.linalg.eigvalsh(block).flatten() for block in blocks])
-
-    def logdet(inverses: PyTree) -> Tensor:
-        assert layer.logdet
-        return torch.stack([layer.logdet(inverse) for inverse in inverses.values()]).sum()
-
-    return Method(
-        name, init, update, invert, precondition, matvec, overlap, trace, eigenvalues, logdet if layer.logdet else None
-    )
-
-
-def _dense(layer: LayerMethod, factors: PyTree, shape: Shape) -> Float[Tensor, "k d d"]:
-    """Return the approximation of a block as one matrix per group, from products with unit matrices."""
-    k, o, i, _ = shape
-    check_size(o * i, f"a layer's block ({o}×{i}), whose factors do not give this quantity,")
-    like = next(leaf for leaf in tree.leaves(factors) if leaf.is_floating_point())
-    units = torch.eye(o * i, dtype=like.dtype, device=like.device).reshape(o * i, 1, o, i).expand(-1, k, -1, -1)
-    return torch.vmap(partial(layer.matvec, factors))(units).flatten(2).movedim(0, -1)
-
-
-def _apply(layer: LayerMethod, inverse: PyTree, gradient: Tensor | Tap, inner: bool) -> Product:
-    if isinstance(gradient, Tap):
-        return layer.apply_tap(inverse, gradient, inner)
-    matrix = layer.apply(inverse, gradient)
-    return Product(matrix, (gradient * matrix).sum() if inner else ())
 
 
 def _by_name(diagnostics: Mapping[str, Diagnostics]) -> dict[str, Diagnostics]:

@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import operators, rows
+from fisherfn import operators
 from fisherfn.errors import expect_number, unknown
+from fisherfn.lowrank import System, combine, eigenvalues, factorise, gram, inner_products, smaller_matrix, solve
 from fisherfn.operators import ravel
-from fisherfn.taps import WINDOW, AnyTap, Tap, example_matrices, squares
+from fisherfn.per_example import example_matrices, flat_example_matrices, squares
+from fisherfn.taps import AnyTap
 from fisherfn.types import Codec, Tree
 
 Structure = Literal["full", "block"]
 STRUCTURES = ("full", "block")
-
-EIGENVALUES = 16384
-"""The largest matrix whose eigenvalues are computed: 2 GiB in float64."""
 
 
 class Fisher:
@@ -46,7 +44,7 @@ class Fisher:
             raise unknown("structure", structure, STRUCTURES)
         self._taps, self._codec, self._structure = dict(taps), codec, structure
         self._examples = next(iter(self._taps.values())).sizes.n
-        self._dtype = next(iter(self._taps.values())).window(slice(0, 1)).whole().g.dtype
+        self._dtype = next(iter(self._taps.values())).dtype
 
     def __matmul__(self, v: Tree) -> Tree:
         """Return `F v`, by two passes over the taps; no per-example gradient is formed."""
@@ -64,9 +62,12 @@ class Fisher:
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
         v64 = {name: leaf.double() for name, leaf in v.items()}
         matrices = self._codec.matrices(v64)
+        λ = torch.as_tensor(damping, dtype=torch.float64, device=next(iter(v64.values())).device)
         solved: dict[str, Tensor] = {}
         for taps in self._groups(torch.float64):
-            solved |= _solve(taps, {key: matrices[key] for key in taps}, damping)
+            factor, ok = factorise(smaller_matrix(taps), λ)
+            system = System(taps, torch.where(ok, factor, math.nan), λ)
+            solved |= solve(system, {key: matrices[key] for key in taps})
         x = self._codec.tree(solved)
         return {name: leaf.to(v[name].dtype) for name, leaf in x.items()}
 
@@ -82,7 +83,7 @@ class Fisher:
         """Return the diagonal block of one layer: row-major flattening of `W = [weight | bias]`, groups first."""
         if key not in self._taps:
             raise unknown("block", key, self._taps)
-        U = example_matrices(self._taps[key]).flatten(2).flatten(0, 1) / math.sqrt(self._examples)
+        U = flat_example_matrices([self._taps[key]]) / math.sqrt(self._examples)
         return U.mT @ U
 
     def trace(self) -> Float[Tensor, ""]:
@@ -148,73 +149,6 @@ class Fisher:
         return torch.vmap(lambda one: ravel(self._codec.tree(one)))(flat)
 
 
-def inner_products(tap: AnyTap, V: Float[Tensor, "k o i"]) -> Float[Tensor, "s n"]:
-    """Return `⟨W_sn, V⟩` without forming W."""
-    parts = [torch.einsum("ksnto,knto->sn", part.g, rows.times(part.a, V.mT)) for part in tap.windows()]
-    return torch.cat(parts, 1)
-
-
-def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
-    """Return `Σ_sn c_sn W_sn` without forming W."""
-    sums, start = [], 0
-    for part in tap.windows():
-        here = c[:, start : start + part.sizes.n]
-        sums.append(rows.outer(torch.einsum("sn,ksnto->knto", here, part.g), part.a))
-        start += part.sizes.n
-    return reduce(torch.add, sums)
-
-
-def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
-    """Return `⟨W_sn, W_rm⟩` of a tap with itself or with another of the same layer.
-
-    Rows run over samples, then examples. With few positions the result is `Σ_k Σ_tt' (g gᵀ) ∘ (a aᵀ)`, without forming
-    W; otherwise some rows of W are formed at a time. Neither needs memory of the order (N T)².
-    """
-    x = tap.whole()
-    y = x if other is None else other.whole()
-    k, s, n, t, o, i = x.sizes
-    u = y.sizes.t
-    if isinstance(x.a, rows.OneHot) or t * u * (o + i) < o * i:
-        step = max(1, WINDOW // max(1, k * s * t * y.sizes.s * y.sizes.n * u))
-        parts = [_pairs(x.window(slice(at, at + step)), y) for at in range(0, max(n, 1), step)]
-        return torch.cat(parts, 1).flatten(0, 1)
-    step = max(1, WINDOW // max(1, k * s * n * i))
-    pieces = [(_output_rows(x, at, step), _output_rows(y, at, step)) for at in range(0, o, step)]
-    return torch.stack([left @ right.mT for left, right in pieces]).sum(0)
-
-
-def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
-    """Return rows of the Gram matrix: `Σ_k Σ_tu (g_t · g_u)(a_t · a_u)`."""
-    k, s, n, t, o, _ = x.sizes
-    _, r, m, u, _, _ = y.sizes
-    products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
-    inputs = rows.gram(x.a, y.a).reshape(k, 1, n, t, 1, m, u)
-    return (products.reshape(k, s, n, t, r, m, u) * inputs).sum((0, 3, 6)).reshape(s, n, r * m)
-
-
-def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:
-    """Return some rows of every W, flat."""
-    return example_matrices(Tap(tap.a, tap.g[..., start : start + size])).flatten(2).flatten(0, 1)
-
-
-def eigenvalues(taps: Mapping[str, AnyTap]) -> Float[Tensor, " p"]:
-    """Return all eigenvalues of coupled blocks in float64: those of the smaller of UᵀU and UUᵀ, and zeros.
-
-    Raises:
-        TooLargeError: the smaller one has more than `EIGENVALUES` rows.
-    """
-    _, s, n, *_ = next(iter(taps.values())).sizes
-    parameters = sum(tap.sizes.k * tap.sizes.o * tap.sizes.i for tap in taps.values())
-    operators.check_size(min(s * n, parameters), "the smaller of Gram matrix and Fisher", EIGENVALUES)
-    wide = {key: tap.to(torch.float64) for key, tap in taps.items()}
-    if s * n < parameters:
-        K = torch.stack([gram(tap) for tap in wide.values()]).sum(0) / max(1, n)
-        found = torch.linalg.eigvalsh(K).clamp(min=0)
-        return torch.cat([found, found.new_zeros(parameters - s * n)])
-    U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in wide.values()], -1)
-    return torch.linalg.eigvalsh(U.mT @ U / n).clamp(min=0)  # type: ignore[no-any-return]
-
-
 def square_norm(tap: AnyTap) -> Float[Tensor, ""]:
     """Return `‖F‖²` of the layer's block, from the Gram matrix."""
     return (gram(tap).double() / tap.sizes.n).square().sum()
@@ -224,30 +158,3 @@ def relative_error(tap: AnyTap, cross: Float[Tensor, ""], square: Float[Tensor, 
     """Return `‖F − F̂‖ / ‖F‖` from `⟨F, F̂⟩` and `‖F̂‖²`."""
     own = square_norm(tap)
     return ((own - 2 * cross.double() + square.double()).clamp(min=0) / own).sqrt()
-
-
-def _solve(taps: dict[str, AnyTap], v: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
-    sizes = next(iter(taps.values())).sizes
-    if sizes.s * sizes.n < sum(V.numel() for V in v.values()):
-        return _solve_examples(taps, v, damping, sizes.n)
-    U = torch.cat([example_matrices(tap).flatten(2).flatten(0, 1) for tap in taps.values()], -1)
-    flat = torch.cat([V.reshape(-1) for V in v.values()])
-    x = _cholesky_solve(U.mT @ U / sizes.n, flat, damping)
-    parts = x.split([V.numel() for V in v.values()])
-    return {key: part.reshape(V.shape) for (key, V), part in zip(v.items(), parts, strict=True)}
-
-
-def _solve_examples(
-    taps: dict[str, AnyTap], v: dict[str, Tensor], damping: float | Tensor, examples: int
-) -> dict[str, Tensor]:
-    K = torch.stack([gram(tap) for tap in taps.values()]).sum(0) / examples
-    rhs = torch.stack([inner_products(taps[key], V) for key, V in v.items()]).sum(0) / math.sqrt(examples)
-    c = _cholesky_solve(K, rhs.reshape(-1), damping).reshape(rhs.shape) / math.sqrt(examples)
-    return {key: (V - combine(taps[key], c)) / damping for key, V in v.items()}
-
-
-def _cholesky_solve(matrix: Tensor, rhs: Tensor, damping: float | Tensor) -> Tensor:
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
-    x = torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
-    return torch.where(failed == 0, x, math.nan)

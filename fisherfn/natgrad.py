@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherfn import likelihoods, tree
-from fisherfn.base import Estimated, Method, Preconditioned, whole_mean
+from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import StructureError, expect, expect_number, unknown
 from fisherfn.fisher import Fisher, Structure, relative_error
-from fisherfn.linalg import kron
-from fisherfn.methods import METHODS
+from fisherfn.gradients import tap_is_cheaper
+from fisherfn.methods import named
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.stats import (
     FISHERS,
@@ -30,10 +30,9 @@ from fisherfn.stats import (
     check_noise,
     collect,
     in_chunks,
-    mean_gradient,
     need,
 )
-from fisherfn.taps import AnyTap, Mean, Tap
+from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Info, Model, PyTree, Shape, Tree
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
@@ -73,7 +72,6 @@ class NaturalGradient:
     method: Method
     fisher_kind: str
     samples: int
-    mean: Mean = whole_mean
 
     def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
         """Return the empty state: before the first `invert`, preconditioning gives grad/λ.
@@ -223,15 +221,15 @@ class NaturalGradient:
         return Approximation(
             self._like(state),
             lambda v: self.matvec(state, v),
-            of_trace=method.trace and partial(method.trace, factors, self._shapes),
-            of_spectrum=method.eigenvalues and partial(method.eigenvalues, factors, self._shapes),
+            of_trace=partial(method.trace, factors, self._shapes),
+            of_spectrum=partial(method.eigenvalues, factors, self._shapes),
         )
 
     def trace(self, state: State) -> Float[Tensor, ""]:
         """Return the trace of the undamped approximate Fisher, in the precision of the factors."""
         self._own(state)
-        trace = self.method.trace
-        return trace(state.factors, self._shapes) if trace else self.approximation(state).trace()
+        trace = self.method.trace(state.factors, self._shapes)
+        return self.approximation(state).trace() if trace is None else trace
 
     def inverse(self, state: State) -> DampedInverse:
         """Return the damped inverse of the last `invert` as an operator: `precondition` multiplies by it.
@@ -241,7 +239,7 @@ class NaturalGradient:
         """
         self._own(state)
         method = self.method
-        if method.inverse == "nonlinear":
+        if method.inverse_kind == "nonlinear":
             raise StructureError(
                 f"the step of this {method.name} is not a linear function of the gradient: its coarse space depends on "
                 'the residual. Use another coarse space, such as "nicolaides".'
@@ -249,8 +247,8 @@ class NaturalGradient:
         return DampedInverse(
             self._like(state),
             lambda v: self.precondition(state, v),
-            symmetric=method.inverse == "symmetric",
-            of_logdet=method.logdet and partial(method.logdet, tree.map(_double, state.inverses)),
+            symmetric=method.inverse_kind == "symmetric",
+            of_logdet=partial(method.logdet, tree.map(_double, state.inverses), self._shapes),
         )
 
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
@@ -403,7 +401,7 @@ class NaturalGradient:
         mean = before + (n - before) / k
         r = n / mean  # 1 for equal batches, and then ρ = min(1 - 1/k, ema)
         rho = torch.minimum(1 - r / k, state.ema / (1 + (1 - state.ema) * (r - 1)))
-        result = self.method.update(state.factors, self._taps(stats), rho, self.mean, inverting)
+        result = self.method.update(state.factors, self._taps(stats), rho, inverting)
         return state._replace(factors=result.factors, count=count, examples=mean), result
 
     def _inverted(self, state: State) -> tuple[State, Estimated]:
@@ -497,11 +495,7 @@ def natural_gradient(
         UnknownNameError: no method or Fisher has this name.
         HyperparameterError: fewer than one sample.
     """
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-        method = METHODS[method]()
-    expect(method, Method, "method", f"pass ff.kfac() or another method, or one of the names {', '.join(METHODS)}")
+    method = named(method)
     if not callable(model):
         raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
     if not hasattr(likelihood, "nll"):
@@ -534,9 +528,9 @@ def _cheapest(stats: Stats, block: Block) -> Tensor | Tap:
     if block.family.weight_gradient is not None or block.family.one_hot:
         return stats.gradient(block.key)
     tap = stats.lazy_loss_tap(block.key)
-    if kron.factored_is_cheaper(tap.sizes):
+    if tap_is_cheaper(tap.sizes):
         return tap.whole()
-    return mean_gradient(tap, torch.promote_types(stats.layers[block.key].loss_grads[0].dtype, torch.float32))
+    return tap.mean_gradient()
 
 
 def _sound(info: Info, new: State, old: State) -> State:

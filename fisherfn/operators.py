@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherfn.errors import MissingPackageError, StructureError, TooLargeError, expect_number
@@ -67,21 +69,26 @@ class Operator:
         return to_scipy(self.product, self.like, damping, self.symmetric)
 
 
+def none() -> None:
+    """Return None: the factors do not give the quantity."""
+
+
 @dataclass(frozen=True)
 class Approximation(Operator):
     r"""A method's undamped approximation $\hat F$ of the Fisher in a state. Returned by `ng.approximation`.
 
     Attributes:
-        of_trace: the trace, if the factors provide it.
-        of_spectrum: all eigenvalues in any order, if the factors provide them.
+        of_trace: the trace, or None if the factors do not give it.
+        of_spectrum: all eigenvalues in any order, or None.
     """
 
-    of_trace: Callable[[], Tensor] | None = None
-    of_spectrum: Callable[[], Tensor] | None = None
+    of_trace: Callable[[], Tensor | None] = none
+    of_spectrum: Callable[[], Tensor | None] = none
 
     def trace(self) -> Float[Tensor, ""]:
         """Return the sum of all eigenvalues, in float64."""
-        return self.of_trace() if self.of_trace else self.dense().double().trace()
+        trace = self.of_trace()
+        return self.dense().double().trace() if trace is None else trace
 
     def spectrum(self) -> Float[Tensor, " p"]:
         """Return all P eigenvalues, ascending, in float64.
@@ -89,9 +96,8 @@ class Approximation(Operator):
         Raises:
             TooLargeError: neither Kronecker factors nor a Gram matrix give them, and a block has more than 4096 rows.
         """
-        if self.of_spectrum:
-            return self.of_spectrum().sort().values
-        return torch.linalg.eigvalsh(self.dense().double())  # type: ignore[no-any-return]
+        found = self.of_spectrum()
+        return torch.linalg.eigvalsh(self.dense().double()) if found is None else found.sort().values
 
     def logdet(self, damping: float | Tensor = 0.0) -> Float[Tensor, ""]:
         r"""Return $\log\det(\hat F + \lambda I)$ in float64: `-inf` if it is singular, NaN if it is not PSD.
@@ -108,10 +114,10 @@ class DampedInverse(Operator):
     """The damped inverse that preconditions gradients, with the damping of the last `invert`. Returned by `ng.inverse`.
 
     Attributes:
-        of_logdet: the log-determinant, if the factors provide it.
+        of_logdet: the log-determinant, or None if the factors do not give it.
     """
 
-    of_logdet: Callable[[], Tensor] | None = None
+    of_logdet: Callable[[], Tensor | None] = none
 
     def logdet(self) -> Float[Tensor, ""]:
         """Return the logarithm of the determinant in float64; NaN if the determinant is negative.
@@ -119,7 +125,8 @@ class DampedInverse(Operator):
         Raises:
             TooLargeError: the factors do not provide it, and P is above 4096.
         """
-        return self.of_logdet() if self.of_logdet else log_determinant(self.dense().double())
+        found = self.of_logdet()
+        return log_determinant(self.dense().double()) if found is None else found
 
 
 # numbers ---------------------------------------------------------------------------------------------------------
@@ -177,11 +184,11 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
         ) from error
     size, dtype, device = sum(leaf.numel() for leaf in like.values()), _dtype(like), _device(like)
 
-    def on_arrays(times: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
-        def matmat(array: Any) -> Any:
+    def on_arrays(times: Callable[[Tensor], Tensor]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        def matmat(array: NDArray[Any]) -> NDArray[Any]:
             X = torch.as_tensor(array).to(device=device, dtype=dtype)
             Y = times(X.reshape(size, -1)) + damping * X.reshape(size, -1)
-            return Y.reshape(X.shape).cpu().numpy()
+            return np.asarray(Y.reshape(X.shape).cpu())
 
         return matmat
 
@@ -189,7 +196,7 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
     back = forward if symmetric else on_arrays(_products(transposed(product, like), like))
     return LinearOperator(
         (size, size), matvec=forward, rmatvec=back, matmat=forward, rmatmat=back,
-        dtype=torch.zeros((), dtype=dtype).numpy().dtype,
+        dtype=np.asarray(torch.zeros((), dtype=dtype)).dtype,
     )  # fmt: skip
 
 

@@ -17,15 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from fisherfn import tree
-
-ALIGNED = 16
-"""Length of which a row of a wide product is made a multiple, in numbers."""
-
-WIDE = 256
-"""Width from which a product of many rows with themselves is split into blocks."""
+from fisherfn import products, tree
 
 
 @dataclass(frozen=True)
@@ -182,14 +175,14 @@ def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o
 def second_moment(a: Rows) -> Float[Tensor, "k i i"]:
     """Return `Σ_nt a aᵀ`; for one-hot rows only its diagonal is nonzero (see `diagonal_moment`)."""
     if isinstance(a, Tensor):
-        return _square(a.flatten(1, 2))
+        return products.square(a.flatten(1, 2))
     if isinstance(a, OneHot):
         return torch.diag_embed(diagonal_moment(a))
     k, _, _, i = sizes(a)
     out = a.parts[0].a.new_zeros(k, i, i)
     for part in a.parts:
         flat = part.a.flatten(1, 2)
-        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, _square(flat))
+        rows = flat.new_zeros(k, part.columns.shape[0], i).index_add(2, part.columns, products.square(flat))
         out = out.index_add(1, part.columns, rows)
     return out
 
@@ -206,6 +199,11 @@ def diagonal_moment(a: Rows) -> Float[Tensor, "k i"]:
     for part in a.parts:
         out = out.index_add(1, part.columns, part.a.square().sum((1, 2)))
     return out
+
+
+def moment(a: Rows, diagonal: bool) -> Float[Tensor, "k i *i"]:
+    """Return `Σ_nt a aᵀ`, or its diagonal."""
+    return diagonal_moment(a) if diagonal else second_moment(a)
 
 
 def total(a: Rows) -> Float[Tensor, "k n i"]:
@@ -236,6 +234,11 @@ def alike(a: OneHot) -> Bool[Tensor, "k n t u"]:
     return (a.index.unsqueeze(-1) == a.index.unsqueeze(-2)) & (a.index < a.width).unsqueeze(-1)
 
 
+def total_moment(a: Rows, diagonal: bool) -> Float[Tensor, "k i *i"]:
+    """Return `Σ_n (Σ_t a)(Σ_t a)ᵀ`, or its diagonal; for one-hot rows only the diagonal."""
+    return total_diagonal(a) if isinstance(a, OneHot) else moment(total(a).unsqueeze(2), diagonal)
+
+
 def total_diagonal(a: OneHot) -> Float[Tensor, "k i"]:
     """Return the diagonal of `Σ_n (Σ_t a)(Σ_t a)ᵀ`: a row counts once per equal row of its example."""
     k, n, t, i = sizes(a)
@@ -259,36 +262,6 @@ def window(a: Rows, examples: slice) -> Rows:
     if isinstance(a, OneHot):
         return OneHot(a.index[:, examples], a.width, a.dtype)
     return Phases(tuple(part._replace(a=part.a[:, examples]) for part in a.parts), a.width)
-
-
-def product(x: Float[Tensor, "k m j"], y: Float[Tensor, "k j i"], factor: float = 1.0) -> Float[Tensor, "k m i"]:
-    """Return `factor · x y`, equally fast for odd and even widths."""
-    zero = x.new_zeros(())
-    return torch.baddbmm(zero, x, _aligned(y), beta=0, alpha=factor)[..., : y.shape[-1]]
-
-
-def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
-    """Pad with columns of zeros to an aligned width.
-
-    A wide product with rows at odd addresses (784 inputs and a bias are 785 columns) takes up to twice as long as one
-    of aligned width. The copy takes a tenth of the product's time.
-    """
-    return F.pad(y, (0, -y.shape[-1] % ALIGNED)) if y.shape[-1] >= WIDE else y
-
-
-def _square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
-    """Return `flatᵀ flat`; for many rows only the blocks on and above the diagonal are computed, 5/8 of the work."""
-    m, i = flat.shape[1:]
-    if i < WIDE or m < 4 * i:
-        wide = _aligned(flat)
-        return (wide.mT @ wide)[:, :i, :i]
-    width = -(-i // 4)
-    square = flat.new_empty(flat.shape[0], i, i)
-    for start in range(0, i, width):
-        panel = flat[..., start : start + width].mT @ flat[..., start:]
-        square[:, start : start + width, start:] = panel
-        square[:, start:, start : start + width] = panel.mT
-    return square
 
 
 def _spread(part: Float[Tensor, "k n p j"], positions: Tensor | tuple[()], t: int) -> Float[Tensor, "k n t j"]:

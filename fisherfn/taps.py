@@ -1,21 +1,26 @@
 """Taps: the statistics of a layer in the one form that every method reads.
 
 `Tap` holds (a, g); `LazyTap` computes them on demand for a slice of examples. An unfolded convolution is many times the
-size of its input, and few computations need all of it at once. Both have the same interface.
+size of its input, and few computations need all of it at once. Both answer the same questions (`AnyTap`), so a method
+never asks which kind it has, nor how the inputs are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
+from fisherfn import rows, tree
+from fisherfn.errors import EmptyBatchError
 from fisherfn.types import PyTree
+
+T = TypeVar("T", bound="AnyTap")
 
 WINDOW = 1 << 24
 """Size of the rows of one window, in numbers: 64 MiB in single precision, large enough for fast matrix products."""
@@ -32,7 +37,102 @@ class Sizes(NamedTuple):
     i: int
 
 
-class Tap(NamedTuple):
+class AnyTap:
+    """The questions that every tap answers.
+
+    Moments are sums over all examples. Every other average over examples goes through `mean`, so that a tap whose
+    examples are spread over chunks (or machines) reduces in one place.
+    """
+
+    __slots__ = ()
+
+    at_once = True
+    """True if all examples may be multiplied with each other: one batch, held as a whole."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Return the length of each axis; `sizes.n` counts all examples."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of `g`."""
+        raise NotImplementedError
+
+    @property
+    def one_hot(self) -> bool:
+        """Return True if the rows of `a` are columns of the identity, as below an embedding."""
+        raise NotImplementedError
+
+    def whole(self) -> Tap:
+        """Return the tap of all examples."""
+        raise NotImplementedError
+
+    def window(self: T, examples: slice) -> T:
+        """Return the tap of some of the examples."""
+        raise NotImplementedError
+
+    def windows(self) -> Iterator[Tap]:
+        """Yield parts that together are the whole, each small enough for fast memory."""
+        raise NotImplementedError
+
+    def to(self: T, dtype: torch.dtype) -> T:
+        """Return the tap in another precision."""
+        raise NotImplementedError
+
+    def outputs(self) -> Float[Tensor, "k s n t o"]:
+        """Return only `g`, without computing any row."""
+        raise NotImplementedError
+
+    def quick_input_moment(self) -> Float[Tensor, "k i i"] | None:
+        """Return `Σ_nt a aᵀ` if there is a faster way than from the rows: here None."""
+        return None
+
+    def precise(self: T) -> T:
+        """Return the tap at least in float32."""
+        return self.to(torch.promote_types(self.dtype, torch.float32))
+
+    def mean(self, moment: Callable[[AnyTap], PyTree]) -> PyTree:
+        """Compute a mean over all examples; `moment` returns the mean over the examples of the tap that it is given."""
+        return moment(self)
+
+    def input_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k i *i"]:
+        """Return `Σ_nt a aᵀ`, at least in float32.
+
+        Args:
+            limit: width above which only the diagonal is computed. For one-hot rows it always is.
+            summed: sum `a` over positions first, `Σ_n (Σ_t a)(Σ_t a)ᵀ`. For one-hot rows this has more than its
+                diagonal, which is then an approximation.
+        """
+        diagonal = self.one_hot or self.sizes.i > limit
+        quick = None if summed or diagonal else self.quick_input_moment()
+        if quick is not None:
+            return quick
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        parts = (rows.cast(part.a, dtype) for part in self.windows())
+        return added((rows.total_moment if summed else rows.moment)(a, diagonal) for a in parts)  # type: ignore[no-any-return]
+
+    def output_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k o *o"]:
+        """Return `Σ_snt g gᵀ`, at least in float32; `limit` and `summed` as for `input_moment`."""
+        g = self.outputs()
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        if summed:
+            g = g.sum(3, keepdim=True)
+        return rows.moment(g.flatten(1, 2), self.sizes.o > limit)  # samples are additional rows
+
+    def mean_gradient(self) -> Float[Tensor, "k o i"]:
+        """Return `1/N Σ_n Σ_t g aᵀ` of a loss tap (one sample): the gradient of the mean loss, at least in float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        sums = (rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype)) for part in self.windows())
+        return added(sums) / self.sizes.n  # type: ignore[no-any-return]
+
+
+class _Fields(NamedTuple):
+    a: Float[Tensor, "k n t i"] | rows.OneHot | rows.Phases
+    g: Float[Tensor, "k s n t o"]
+
+
+class Tap(_Fields, AnyTap):
     r"""The statistics of a layer: inputs a and output-gradients g.
 
     Example n's gradient for sample s is $W_{sn} = \sum_t g_{snt} a_{nt}^\top$, and the sampled Fisher block is
@@ -40,14 +140,23 @@ class Tap(NamedTuple):
     (docs/conventions.md). `a` may have a structure (`fisherfn.rows`); `rows.dense(a)` is always `[k n t i]`.
     """
 
-    a: Float[Tensor, "k n t i"] | rows.OneHot | rows.Phases
-    g: Float[Tensor, "k s n t o"]
+    __slots__ = ()
 
     @property
     def sizes(self) -> Sizes:
         """Return the length of each axis."""
         k, s, n, t, o = self.g.shape
         return Sizes(k, s, n, t, o, rows.sizes(self.a)[3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of `g`."""
+        return self.g.dtype
+
+    @property
+    def one_hot(self) -> bool:
+        """Return True if the rows are stored as indices."""
+        return isinstance(self.a, rows.OneHot)
 
     def whole(self) -> Tap:
         """Return the tap itself."""
@@ -65,115 +174,102 @@ class Tap(NamedTuple):
         """Return only `g`."""
         return self.g
 
-    def second_moment(self) -> None:
-        """Return `Σ_nt a aᵀ` if there is a faster way than from the rows: here None."""
-
     def to(self, dtype: torch.dtype) -> Tap:
         """Return the tap in another precision."""
         return Tap(rows.cast(self.a, dtype), self.g.to(dtype))
 
+    def plain(self) -> Tap:
+        """Return the tap with `a` as a tensor; one-hot rows stay indices."""
+        return self if self.one_hot else Tap(rows.dense(self.a), self.g)
 
-@dataclass(frozen=True)
-class LazyTap:
-    """A tap that is computed on demand, for some examples at a time.
 
-    Attributes:
-        sizes: the length of each axis.
-        stored: size of the rows of one example, in numbers.
-        make: slice of examples -> their tap.
-        columns: slice of examples -> only their `g`.
-        moment: slice of examples -> `Σ_nt a aᵀ` if there is a faster way than from the rows, else None.
-    """
+class LazyTap(AnyTap, ABC):
+    """A tap that is computed on demand; a subclass computes the `part` of some examples."""
 
-    sizes: Sizes
-    stored: int
-    make: Callable[[slice], Tap]
-    columns: Callable[[slice], Float[Tensor, "k s n t o"]]
-    moment: Callable[[slice], Float[Tensor, "k i i"] | None] = lambda examples: None
+    @property
+    @abstractmethod
+    def stored(self) -> int:
+        """Return the size of the rows of one example, in numbers."""
+
+    @abstractmethod
+    def part(self, examples: slice) -> Tap:
+        """Return the tap of some examples, computed now."""
 
     def whole(self) -> Tap:
         """Return the tap of all examples."""
-        return self.make(slice(None))
-
-    def window(self, examples: slice) -> LazyTap:
-        """Return the lazy tap of some of the examples."""
-        chosen = range(self.sizes.n)[examples]
-
-        def within(of: Callable[[slice], Any]) -> Callable[[slice], Any]:
-            def part(inner: slice) -> Any:
-                examples = chosen[inner]
-                return of(slice(examples.start, examples.stop))
-
-            return part
-
-        parts = within(self.make), within(self.columns), within(self.moment)
-        return LazyTap(self.sizes._replace(n=len(chosen)), self.stored, *parts)
+        return self.part(slice(0, self.sizes.n))
 
     def windows(self) -> Iterator[Tap]:
         """Yield parts that together are the whole, each small enough for fast memory."""
+        n = self.sizes.n
         size = max(1, WINDOW // max(1, self.stored))
-        if size >= self.sizes.n:
-            yield from [self.whole()] if self.sizes.n else []
-            return
-        for start in range(0, self.sizes.n, size):
-            yield self.make(slice(start, min(start + size, self.sizes.n)))
+        for start in range(0, n, size):
+            yield self.part(slice(start, min(start + size, n)))
 
-    def to(self, dtype: torch.dtype) -> LazyTap:
-        """Return the lazy tap in another precision."""
-        return LazyTap(
-            self.sizes,
-            self.stored,
-            lambda examples: self.make(examples).to(dtype),
-            lambda examples: self.columns(examples).to(dtype),
-        )
+
+@dataclass(frozen=True)
+class ChunkedTap(AnyTap):
+    """A tap whose means are computed for a few examples at a time, which limits the memory of a moment."""
+
+    tap: Any
+    size: int
+    at_once = False
+
+    @property
+    def sizes(self) -> Sizes:
+        """Return the length of each axis."""
+        return self.tap.sizes  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of `g`."""
+        return self.tap.dtype  # type: ignore[no-any-return]
+
+    @property
+    def one_hot(self) -> bool:
+        """Return True if the rows are stored as indices."""
+        return self.tap.one_hot  # type: ignore[no-any-return]
+
+    def whole(self) -> Tap:
+        """Return the tap of all examples."""
+        return self.tap.whole()  # type: ignore[no-any-return]
+
+    def window(self, examples: slice) -> ChunkedTap:
+        """Return the tap of some of the examples."""
+        return replace(self, tap=self.tap.window(examples))
+
+    def windows(self) -> Iterator[Tap]:
+        """Yield parts that together are the whole: the windows of each chunk."""
+        for part in self._chunks():
+            yield from part.windows()
+
+    def to(self, dtype: torch.dtype) -> ChunkedTap:
+        """Return the tap in another precision."""
+        return replace(self, tap=self.tap.to(dtype))
 
     def outputs(self) -> Float[Tensor, "k s n t o"]:
-        """Return only `g`, without computing any row."""
-        return self.columns(slice(None))
+        """Return only `g`."""
+        return self.tap.outputs()  # type: ignore[no-any-return]
 
-    def second_moment(self) -> Float[Tensor, "k i i"] | None:
-        """Return `Σ_nt a aᵀ`, at least in single precision, if there is a faster way than from the rows; else None."""
-        return self.moment(slice(None))
+    def mean(self, moment: Callable[[AnyTap], PyTree]) -> PyTree:
+        """Compute the mean chunk by chunk; each counts by its number of examples."""
+        return added(tree.scale(moment(part), part.sizes.n / self.sizes.n) for part in self._chunks())
 
-
-AnyTap: TypeAlias = Tap | LazyTap
-
-
-def example_matrices(tap: AnyTap) -> Float[Tensor, "s n k o i"]:
-    """Return `W_sn = Σ_t g aᵀ` of every sample and example: `S·N` times the size of the layer."""
-    parts = [rows.outer_each(part.g, part.a).permute(1, 2, 0, 3, 4) for part in tap.windows()]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    def _chunks(self) -> Iterator[AnyTap]:
+        n = self.sizes.n
+        for start in range(0, n, self.size):
+            yield self.tap.window(slice(start, min(start + self.size, n)))
 
 
-def matrix_windows(tap: AnyTap) -> Iterator[AnyTap]:
-    """Yield windows whose `example_matrices` are small enough for fast memory."""
-    k, s, n, _, o, i = tap.sizes
-    step = max(1, WINDOW // (s * k * o * i))
-    for start in range(0, n, step):
-        yield tap.window(slice(start, min(start + step, n)))
+def added(parts: Iterable[PyTree]) -> PyTree:
+    """Return the sum of the parts of a tap, one in memory at a time.
 
-
-def squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
-    """Return `Σ_sn W_sn²`, entry by entry."""
-    if tap.sizes.t == 1:  # a product of two entries: no W is formed
-        parts = [rows.outer(part.g.square().sum(1), rows.squared(part.a)) for part in tap.windows()]
-    elif isinstance(tap.window(slice(0, 1)).whole().a, rows.OneHot):
-        parts = [_one_hot_squares(part) for part in tap.windows()]
-    else:
-        parts = [example_matrices(part).square().sum((0, 1)) for part in matrix_windows(tap)]
-    return torch.stack(parts).sum(0)
-
-
-def _one_hot_squares(tap: Tap) -> Float[Tensor, "k o i"]:
-    """Return the squares for one-hot rows: a column's gradient is the sum of `g` over the positions with its index."""
-    assert isinstance(tap.a, rows.OneHot)
-    alike = rows.alike(tap.a).to(tap.g.dtype)
-    sums = torch.einsum("kntu,ksnuo->ksnto", alike, tap.g)
-    return rows.outer((tap.g * sums).sum(1), tap.a)
-
-
-Moment: TypeAlias = Callable[[AnyTap], PyTree]
-"""A mean over examples, computed from a tap, so that unequal parts average by their number of examples."""
-
-Mean: TypeAlias = Callable[[Moment, AnyTap], PyTree]
-"""Function that takes a moment: directly, over chunks of examples, or over the ranks of a cluster."""
+    Raises:
+        EmptyBatchError: there is no part.
+    """
+    total: PyTree = None
+    for part in parts:
+        total = part if total is None else tree.add(total, part)
+    if total is None:
+        raise EmptyBatchError("the tap has no examples: its mean does not exist.")
+    return total

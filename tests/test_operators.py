@@ -8,6 +8,8 @@ import scipy.sparse.linalg
 import torch
 
 import fisherfn as ff
+from fisherfn.base import LayerMethod, Method
+from fisherfn.methods.kfac import KFAC
 from tests import oracles, zoo
 from tests.methods.protocol import METHODS
 from tests.oracles import close, unvec, vec
@@ -136,8 +138,22 @@ def test_before_the_first_update_the_approximation_is_zero_and_the_inverse_ident
     close(ng.inverse(state).logdet(), torch.tensor(size * np.log(4.0)))
 
 
-def test_a_method_that_gives_products_alone_is_made_dense():
-    problem, ng, state = fitted("conv-groups", ff.kfac()._replace(trace=None, eigenvalues=None, logdet=None))
+class ByLayers(KFAC):
+    """K-FAC without its own quantities: each layer's dense block gives them."""
+
+    trace_block, eigenvalues_block = LayerMethod.trace_block, LayerMethod.eigenvalues_block
+    logdet_block = LayerMethod.logdet_block
+
+
+class ByProducts(KFAC):
+    """K-FAC as a method that couples layers and gives products alone."""
+
+    trace, eigenvalues, logdet = Method.trace, Method.eigenvalues, Method.logdet
+
+
+@pytest.mark.parametrize("method", [ByLayers(), ByProducts()], ids=["layers", "products"])
+def test_a_method_that_gives_products_alone_is_made_dense(method):
+    problem, ng, state = fitted("conv-groups", method)
     dense = by_columns(problem, lambda v: ng.matvec(state, v))
     close(ng.approximation(state).trace(), dense.trace())
     close(ng.approximation(state).spectrum(), torch.linalg.eigvalsh(dense))
@@ -151,7 +167,7 @@ def test_what_is_too_large_to_be_dense_says_what_to_do_instead(monkeypatch):
     for call in (ng.approximation(state).spectrum, ng.approximation(state).dense):
         with pytest.raises(ff.errors.TooLargeError, match="to_scipy"):
             call()
-    monkeypatch.setattr("fisherfn.fisher.EIGENVALUES", 3)
+    monkeypatch.setattr("fisherfn.lowrank.EIGENVALUES", 3)
     stats = ng.stats(problem.params, problem.batch, generator=zoo.generator())
     with pytest.raises(ff.errors.TooLargeError, match="Gram"):
         ng.fisher(stats).spectrum()

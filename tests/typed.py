@@ -46,7 +46,7 @@ TESTS = (
     "tests/stats/test_chunks.py",
     "tests/stats/test_functional.py",
     "tests/stats/test_implicit.py",
-    "tests/test_base.py",
+    "tests/test_taps.py",
     "tests/test_borders.py",
     "tests/test_categorical.py",
     "tests/test_diagnosis.py",

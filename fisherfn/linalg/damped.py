@@ -18,21 +18,16 @@ k group, i input, o output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
 from fisherfn.linalg.solve import add_diagonal, condition, damped_inverse, eigh, floored, psd_eigh, spread
 from fisherfn.operators import log_determinant
-from fisherfn.taps import Tap
-from fisherfn.types import Product
 
 DAMPING_FORMS = ("factored", "eigen")
 FLOOR = 0.1
@@ -54,36 +49,6 @@ Inverted: TypeAlias = tuple[Inverse, Tensor, dict[str, Tensor]]
 """An inverse, a mask that is true if it is valid, and diagnostics."""
 
 
-class Damping(NamedTuple):
-    """A form of damping.
-
-    Attributes:
-        empty: (identity of the block, damping) -> the inverse I/λ.
-        one: (pair, damping) -> the damped inverse.
-        two: (first, second, damping) -> the damped inverse of their sum.
-    """
-
-    empty: Callable[[Pair, Tensor], Inverse]
-    one: Callable[[Pair, Tensor], Inverted]
-    two: Callable[[Pair, Pair, Tensor], Inverted]
-
-
-def damping_form(name: str, terms: int = 1, floor: float = FLOOR) -> Damping:
-    """Return the form of damping with this name, for one or two terms.
-
-    Raises:
-        UnknownNameError: an unknown form.
-        HyperparameterError: a floor outside (0, 1].
-    """
-    if name not in DAMPING_FORMS:
-        raise unknown("damping form", name, DAMPING_FORMS)
-    if not 0 < floor <= 1:
-        raise HyperparameterError(f"floor must lie in (0, 1], got {floor}.")
-    if name == "factored":
-        return Damping(empty_pair if terms == 1 else empty_rotated, factored, partial(factored_sum, floor=floor))
-    return Damping(empty_rotated, eigen, partial(eigen_sum, floor=floor))
-
-
 # applying --------------------------------------------------------------------------------------------------------
 
 
@@ -92,19 +57,11 @@ def apply(inverse: Inverse, grad: Float[Tensor, "k o i"]) -> Float[Tensor, "k o 
     if isinstance(inverse, Pair):
         return kron.matvec(inverse.G, inverse.A, grad)
     rotated = kron.right(kron.left(kron.transpose(inverse.QG), grad), inverse.QA)
-    return _back(inverse, rotated * inverse.scale)
+    return rotated_back(inverse, rotated * inverse.scale)
 
 
-def apply_tap(inverse: Inverse, tap: Tap, inner: bool) -> Product:
-    """Multiply the gradient of a loss tap by the inverse, using its rows instead of the gradient."""
-    if isinstance(inverse, Pair):
-        return kron.precondition_tap(inverse.G, inverse.A, tap, inner)
-    rotated = kron.rotate_tap(inverse.QG, inverse.QA, tap)
-    scaled = rotated * inverse.scale
-    return Product(_back(inverse, scaled), (rotated * scaled).sum() if inner else ())
-
-
-def _back(inverse: Rotated, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+def rotated_back(inverse: Rotated, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+    """Return `Q_G W Q_Aᵀ`."""
     return kron.right(kron.left(inverse.QG, W), kron.transpose(inverse.QA))
 
 

@@ -1,9 +1,6 @@
 """Kronecker products and their sums, on matrices: `G ⊗ A` acts as `W ↦ G W A` (A and G symmetric).
 
 A factor is a batch of matrices `[k d d]` or, if it is too wide, their diagonals `[k d]`.
-
-A gradient is either a matrix `W` or, cheaper for wide layers, a loss tap with `∇ = 1/N Σ g aᵀ`. Then
-`L ∇ R = 1/N Σ (L g)(Rᵀ a)ᵀ` computes gradient and products at once.
 """
 
 from __future__ import annotations
@@ -15,9 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
-from fisherfn.taps import Sizes, Tap
-from fisherfn.types import Product, Shape
+from fisherfn.types import Shape
 
 Factor: TypeAlias = Tensor
 """`[k d d]`, or a diagonal `[k d]`."""
@@ -138,39 +133,3 @@ def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
     """
     a, g = diagonal(A).mean(-1), diagonal(G).mean(-1)
     return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0)
-
-
-def precondition_tap(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
-    r"""Return `G ∇ A` for the gradient of a loss tap, with ⟨∇, G ∇ A⟩ if requested; ∇ is never formed.
-
-    The inner product is `1/N² Σ (g Gᵀ gᵀ) ∘ (a A aᵀ)` for few rows, else `1/N Σ (g G∇A) ∘ a`.
-    """
-    g, a = _flat_rows(tap, A.dtype)
-    g_hat, a_hat = right(g, G), right(a, A)
-    n = max(tap.sizes.n, 1)  # without examples the sum is empty
-    W = rows.product(g_hat.mT, a_hat, 1 / n)
-    if not inner:
-        return Product(W, ())
-    m, o, i = a.shape[1], g.shape[2], a.shape[2]
-    if m * (o + i) < o * i:
-        return Product(W, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() / n**2)
-    return Product(W, ((g @ W) * a).sum() / n)
-
-
-def rotate_tap(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
-    """Return `Lᵀ ∇ R` for the gradient of a loss tap."""
-    g, a = _flat_rows(tap, R.dtype)
-    return rows.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
-
-
-def factored_is_cheaper(sizes: Sizes) -> bool:
-    """Return True if `G ∇ A` is cheaper from M rows, `M(o² + i² + oi)`, than as a matrix, `Moi + o²i + oi²`."""
-    m, o, i = sizes.n * sizes.t, sizes.o, sizes.i
-    return m * (o * o + i * i) < o * i * (o + i)
-
-
-def _flat_rows(tap: Tap, dtype: torch.dtype) -> tuple[Float[Tensor, "k rows o"], Float[Tensor, "k rows i"]]:
-    """Return output-gradients and inputs as rows: the gradient is `1/N gᵀ a`."""
-    k, s, n, t, o, i = tap.sizes
-    g = tap.g.sum(1) if s > 1 else tap.g.squeeze(1)
-    return g.reshape(k, n * t, o).to(dtype), rows.dense(tap.a).reshape(k, n * t, i).to(dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from fisherfn.base import Method
+from fisherfn.errors import expect, unknown
 from fisherfn.methods.deflation import deflation
 from fisherfn.methods.ekfac import ekfac
 from fisherfn.methods.exact import exact
@@ -23,4 +24,24 @@ METHODS: dict[str, Callable[..., Method]] = {
     "exactNG": exact,
 }
 
-__all__ = ["METHODS", "deflation", "ekfac", "exact", "kfac", "kfac_corrected", "kpsvd", "lanczos", "two_level"]
+ALIASES = {"kfac_corrected": "kfac_cor", "two_level": "twolevel_kfac", "exact": "exactNG"}
+"""Builders whose name is not the published one."""
+
+
+def named(method: Method | str) -> Method:
+    """Return the method of this name, a key of `METHODS` or the name of a builder; return a method as it is.
+
+    Raises:
+        UnknownNameError: no method has this name.
+        StructureError: neither a name nor a method.
+    """
+    if isinstance(method, str):
+        key = ALIASES.get(method, method)
+        if key not in METHODS:
+            raise unknown("method", method, METHODS)
+        return METHODS[key]()
+    expect(method, Method, "method", f"pass ff.kfac() or another method, or one of the names {', '.join(METHODS)}")
+    return method
+
+
+__all__ = ["METHODS", "deflation", "ekfac", "exact", "kfac", "kfac_corrected", "kpsvd", "lanczos", "named", "two_level"]

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.errors import HyperparameterError
-from fisherfn.fisher import inner_products
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Pair
 from fisherfn.linalg.solve import psd_eigh
-from fisherfn.methods.exact import Taps, examples
+from fisherfn.lowrank import examples, inner_products
+from fisherfn.methods.exact import Taps
 from fisherfn.taps import Tap
 from fisherfn.types import PyTree
 

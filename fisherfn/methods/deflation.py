@@ -12,17 +12,29 @@ Koroko et al. 2022, section 3.2.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
-from fisherfn.base import Method
 from fisherfn.linalg.damped import FLOOR
+from fisherfn.linalg.golub_kahan import LinearMap, Triplet, leading
 from fisherfn.linalg.kron import DIAGONAL_ABOVE
-from fisherfn.linalg.rearranged import Rearranged
-from fisherfn.linalg.vanloan import Triplet, leading
-from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
-from fisherfn.methods.lanczos import blend, start
+from fisherfn.methods.kronecker import DampingForm
+from fisherfn.methods.lanczos import Lanczos
 
 ITERATIONS = 5
+
+
+@dataclass(frozen=True)
+class Deflation(Lanczos):
+    """Deflation: Lanczos with its two triplets found one after the other. Built by `ff.deflation`."""
+
+    name = "deflation"
+    iterations: int = ITERATIONS
+
+    def find(self, Z: LinearMap) -> tuple[Triplet, ...]:
+        """Return two leading triplets, the second from the deflated block."""
+        first, runner_up = leading(Z, self.iterations, rank=2)
+        (second,) = leading(Z, (self.iterations + 1) // 2, after=(first, runner_up))
+        return first, second
 
 
 def deflation(
@@ -30,14 +42,6 @@ def deflation(
     iterations: int = ITERATIONS,
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
-) -> Method:
+) -> Deflation:
     """Build Deflation. See `lanczos` for the arguments; `iterations` are those of the first term."""
-    fit = Fit(partial(triplets, iterations=checked_steps(iterations, least=2)), start, blend)
-    return two_terms("deflation", iterated(fit), damping_form, floor, diagonal_above)
-
-
-def triplets(Z: Rearranged, iterations: int = ITERATIONS) -> tuple[Triplet, ...]:
-    """Compute two leading triplets, the second from the deflated block."""
-    first, runner_up = leading(Z, iterations, rank=2)
-    (second,) = leading(Z, (iterations + 1) // 2, after=(first, runner_up))
-    return first, second
+    return Deflation(damping_form, diagonal_above, floor=floor, iterations=iterations)

@@ -17,7 +17,7 @@ eigenbasis*, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -26,15 +26,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import rows
-from fisherfn.base import Diagnostics, LayerMethod, Method, factorwise, layerwise, one_by_one
-from fisherfn.errors import unknown
+from fisherfn.base import Diagnostics, factorwise
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
-from fisherfn.methods.kfac import expand
-from fisherfn.methods.kronecker import DampingForm, checked_width
-from fisherfn.taps import AnyTap, Mean, Moment, Tap, squares
-from fisherfn.types import Shape
+from fisherfn.methods.kfac import moments
+from fisherfn.methods.kronecker import DampingForm, KroneckerMethod
+from fisherfn.per_example import squares
+from fisherfn.taps import AnyTap, Tap
+from fisherfn.types import Matrix, Shape
 
 
 class Factors(NamedTuple):
@@ -47,7 +47,63 @@ class Factors(NamedTuple):
     scale: Float[Tensor, "k o i"]
 
 
-def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DIAGONAL_ABOVE) -> Method:
+@dataclass(frozen=True)
+class EKFAC(KroneckerMethod):
+    """E-KFAC: the eigenvectors of K-FAC with the best eigenvalues. Built by `ff.ekfac`, which has the arguments."""
+
+    name = "ekfac"
+
+    def init_block(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[Factors, damped.Rotated]:
+        """Return zero moments and eigenvalues in the standard basis, and I/λ."""
+        eye = self.identity(shape, dtype, device)
+        zero, scale = kron.zeros(eye), torch.zeros(shape[:3], dtype=dtype, device=device)
+        return Factors(zero.A, zero.G, eye.A, eye.G, scale), damped.empty_rotated(eye, damping)
+
+    def estimate(self, tap: AnyTap, previous: Factors) -> Factors:
+        """Return moments, basis and eigenvalues of one batch."""
+        del previous
+        A, G = moments(tap, self.diagonal_above)
+        QA, QG = psd_eigh(A).vectors, psd_eigh(G).vectors
+        return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
+
+    def update_block(self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool) -> tuple[Factors, Diagnostics]:
+        """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
+        A, G = factorwise(Pair(old.A, old.G), moments(tap, self.diagonal_above), rho)
+        QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
+        new = tap.mean(partial(diagonal, QA=QA, QG=QG))
+        scale = torch.lerp(new, moved(old, QA, QG), rho.to(new.dtype))
+        return Factors(A, G, QA, QG, scale), {}
+
+    def invert_block(self, factors: Factors, damping: Float[Tensor, ""]) -> tuple[damped.Rotated, Tensor, Diagnostics]:
+        """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
+        added = added_by_factors(factors, damping) if self.damping_form == "factored" else damping
+        denominator = factors.scale + added
+        ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
+        inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
+        return inverse, ok, {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
+
+    def matvec_block(self, factors: Factors, W: Matrix) -> Matrix:
+        """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
+        return damped.apply(damped.Rotated(factors.QA, factors.QG, factors.scale), W)
+
+    def overlap_block(self, factors: Factors, tap: AnyTap) -> tuple[Tensor, Tensor]:
+        """Return `⟨F, F̂⟩ = ⟨diag(QᵀFQ), s⟩` and `‖s‖²`."""
+        return (diagonal(tap, factors.QA, factors.QG) * factors.scale).sum(), factors.scale.square().sum()
+
+    def trace_block(self, factors: Factors, shape: Shape) -> Float[Tensor, ""]:
+        """Return `Σ s`."""
+        del shape
+        return factors.scale.sum()
+
+    def eigenvalues_block(self, factors: Factors, shape: Shape) -> Float[Tensor, "k o i"]:
+        """Return s."""
+        del shape
+        return factors.scale
+
+
+def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DIAGONAL_ABOVE) -> EKFAC:
     """Build E-KFAC: the eigenvectors of K-FAC with the best eigenvalues.
 
     Args:
@@ -59,49 +115,14 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
         UnknownNameError: an unknown damping form.
         HyperparameterError: a negative width.
     """
-    if damping_form not in ADDED:
-        raise unknown("damping form", damping_form, ADDED)
-    layer = LayerMethod(
-        init=partial(init, limit=diagonal_above),
-        update=one_by_one(partial(update, moments=partial(expand, limit=checked_width(diagonal_above)))),
-        invert=partial(invert, added=ADDED[damping_form]),
-        apply=damped.apply,
-        apply_tap=damped.apply_tap,
-        matvec=matvec,
-        overlap=overlap,
-        trace=lambda factors: factors.scale.sum(),
-        eigenvalues=lambda factors: factors.scale,
-        logdet=damped.logdet,
-    )
-    return layerwise("ekfac", layer)
-
-
-def init(
-    shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor, limit: int
-) -> tuple[Factors, damped.Rotated]:
-    """Return zero moments and eigenvalues in the standard basis, and I/λ."""
-    eye = kron.identity(shape, kron.forms(shape, limit), dtype, device)
-    inverse = damped.empty_rotated(eye, damping)
-    zero = kron.zeros(eye)
-    return Factors(zero.A, zero.G, eye.A, eye.G, torch.zeros(shape[:3], dtype=dtype, device=device)), inverse
-
-
-def update(
-    old: Factors, tap: AnyTap, rho: Tensor, mean: Mean, inverting: bool, moments: Moment = expand
-) -> tuple[Factors, Diagnostics]:
-    """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
-    A, G = factorwise(Pair(old.A, old.G), mean(moments, tap), rho)
-    QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
-    new = mean(partial(diagonal, QA=QA, QG=QG), tap)
-    scale = torch.lerp(new, moved(old, QA, QG), rho.to(new.dtype))
-    return Factors(A, G, QA, QG, scale), {}
+    return EKFAC(damping_form, diagonal_above)
 
 
 def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
     """Return `1/N Σ (Q_Gᵀ W Q_A)²`, the diagonal of the sampled block in a basis."""
     parts = []
     for part in tap.windows():
-        a, g = part.to(torch.promote_types(part.g.dtype, torch.float32))
+        a, g = part.precise()
         if not kron.is_diagonal(QA):  # a diagonal's eigenvectors are the standard basis
             a = rows.times(a, QA)
         if not kron.is_diagonal(QG):
@@ -120,31 +141,8 @@ def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
     return scale
 
 
-def invert(
-    factors: Factors, damping: Float[Tensor, ""], added: Callable[[Factors, Tensor], Tensor]
-) -> tuple[damped.Rotated, Tensor, Diagnostics]:
-    """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
-    denominator = factors.scale + added(factors, damping)
-    ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
-    inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
-    return inverse, ok, {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
-
-
 def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Float[Tensor, "k o i"]:
     """Return `(r + π√λ)(q + √λ/π) − r q`."""
     shift_A, shift_G = (shift.unsqueeze(-1) for shift in damped.shares(Pair(factors.A, factors.G), damping))
     r, q = damped.diagonal_in(factors.QA, factors.A), damped.diagonal_in(factors.QG, factors.G)
     return (shift_G * (r + shift_A)).unsqueeze(-2) + q.unsqueeze(-1) * shift_A.unsqueeze(-2)
-
-
-ADDED = {"factored": added_by_factors, "eigen": lambda factors, damping: damping}
-
-
-def matvec(factors: Factors, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
-    """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
-    return damped.apply(damped.Rotated(factors.QA, factors.QG, factors.scale), W)
-
-
-def overlap(factors: Factors, tap: AnyTap) -> tuple[Tensor, Tensor]:
-    """Return `⟨F, F̂⟩ = ⟨diag(QᵀFQ), s⟩` and `‖s‖²`."""
-    return (diagonal(tap, factors.QA, factors.QG) * factors.scale).sum(), factors.scale.square().sum()

@@ -14,32 +14,43 @@ k group, s sample, n example, t position, i input, o output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
-
-from fisherfn import rows, tree
-from fisherfn.base import Diagnostics, Method, estimate_then_blend, factorwise, one_by_one, whole_mean
-from fisherfn.errors import EmptyBatchError, unknown
-from fisherfn.linalg import kron
+from fisherfn.errors import unknown
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair
-from fisherfn.methods.kronecker import DampingForm, one_term
-from fisherfn.taps import AnyTap, Mean, Moment, Tap
-
-T = TypeVar("T")
+from fisherfn.methods.kronecker import DampingForm, OneTerm
+from fisherfn.taps import AnyTap
 
 Sharing = Literal["expand", "reduce"]
 SHARINGS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class KFAC(OneTerm):
+    """K-FAC: one Kronecker product of second moments per block. Built by `ff.kfac`, which has the arguments."""
+
+    name = "kfac"
+    sharing: Sharing | str = "expand"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharing not in SHARINGS:
+            raise unknown("sharing", self.sharing, SHARINGS)
+
+    def estimate(self, tap: AnyTap, previous: Pair) -> Pair:
+        """Return A and G of one batch."""
+        del previous
+        if self.sharing == "reduce":
+            return reduced(tap, self.diagonal_above)
+        return moments(tap, self.diagonal_above)
 
 
 def kfac(
     damping_form: DampingForm | str = "factored",
     sharing: Sharing | str = "expand",
     diagonal_above: int = DIAGONAL_ABOVE,
-) -> Method:
+) -> KFAC:
     """Build K-FAC: one Kronecker product of second moments per block.
 
     Args:
@@ -56,65 +67,20 @@ def kfac(
         UnknownNameError: an unknown damping form or sharing.
         HyperparameterError: a negative width.
     """
-    if sharing not in SHARINGS:
-        raise unknown("sharing", sharing, SHARINGS)
-    moments = partial(estimate, moments=partial(MOMENTS[sharing], limit=diagonal_above))
-    return one_term("kfac", one_by_one(estimate_then_blend(moments, factorwise)), damping_form, diagonal_above)
+    return KFAC(damping_form, diagonal_above, sharing)
 
 
-# factors ---------------------------------------------------------------------------------------------------------
-
-
-def estimate(
-    tap: AnyTap, previous: Pair | None = None, mean: Mean = whole_mean, moments: Moment | None = None
-) -> tuple[Pair, Diagnostics]:
-    """Estimate A and G from one batch, at least in float32."""
-    return mean(moments or expand, tap), {}
-
-
-def expand(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
-    """Compute the second moments over examples and positions: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
+def moments(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
+    """Return A and G with every position independent: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
     n, t = tap.sizes.n, tap.sizes.t
-    g = _precise(tap.outputs().flatten(1, 2))  # samples are additional rows
-    A = tap.second_moment() if tap.sizes.i <= limit else None
-    if A is None:
-        A = _summed(lambda part: _moment(rows.cast(part.a, g.dtype), limit), tap)
-    return Pair(A / n, _moment(g, limit) / (n * t))
+    A = tap.input_moment(limit) / n
+    G = tap.output_moment(limit) / (n * t)
+    return Pair(A, G)
 
 
-def reduce(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
-    """Compute the second moments over examples, of the mean input and of the summed output-gradient."""
+def reduced(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
+    """Return the second moments of the mean input and of the sum of output-gradients over positions."""
     n, t = tap.sizes.n, tap.sizes.t
-
-    def of(part: Tap) -> Pair:
-        part = part.to(torch.promote_types(part.g.dtype, torch.float32))
-        g = part.g.sum(3, keepdim=True).flatten(1, 2)
-        if isinstance(part.a, rows.OneHot):  # summed rows are not one-hot: here the diagonal is an approximation
-            return Pair(rows.total_diagonal(part.a) / t**2, _moment(g, limit))
-        return Pair(_moment((rows.total(part.a) / t).unsqueeze(2), limit), _moment(g, limit))
-
-    pair = _summed(of, tap)
-    return Pair(pair.A / n, pair.G / n)
-
-
-MOMENTS = {"expand": expand, "reduce": reduce}
-
-
-def _moment(a: rows.Rows, limit: int) -> kron.Factor:
-    diagonal = isinstance(a, rows.OneHot) or rows.sizes(a)[3] > limit
-    return rows.diagonal_moment(a) if diagonal else rows.second_moment(a)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _summed(of: Callable[[Tap], T], tap: AnyTap) -> T:
-    """Sum window by window, so that unfolded convolutions are never in memory as a whole."""
-    total = None
-    for part in tap.windows():
-        moments = of(part)
-        total = moments if total is None else tree.add(total, moments)
-    if total is None:
-        raise EmptyBatchError("the tap has no examples: its mean does not exist.")
-    return total
+    A = tap.input_moment(limit, summed=True) / (n * t**2)
+    G = tap.output_moment(limit, summed=True) / n
+    return Pair(A, G)

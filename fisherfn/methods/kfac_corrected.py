@@ -16,18 +16,51 @@ Koroko et al. 2022, section 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fisherfn.base import Method, factorwise
+from fisherfn.base import factorwise
 from fisherfn.linalg.damped import FLOOR
+from fisherfn.linalg.golub_kahan import LinearMap, Triplet, leading
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
-from fisherfn.linalg.vanloan import leading, recompressed
-from fisherfn.methods.kfac import expand
-from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
+from fisherfn.linalg.recompression import recompressed
+from fisherfn.methods.kfac import moments
+from fisherfn.methods.kronecker import DampingForm, Iterated, TwoTerms
+from fisherfn.taps import AnyTap
 
 ITERATIONS = 6
+
+
+@dataclass(frozen=True)
+class KFACCorrected(Iterated, TwoTerms):
+    """K-FAC corrected: K-FAC plus one product for its residual. Built by `ff.kfac_corrected`."""
+
+    name = "kfac_cor"
+    iterations: int = ITERATIONS
+
+    def known(self, tap: AnyTap) -> Pair:
+        """Return the pair of K-FAC."""
+        return moments(tap, self.diagonal_above)
+
+    def find(self, Z: LinearMap) -> tuple[Triplet, ...]:
+        """Return the leading triplet of the residual."""
+        return leading(Z, self.iterations)
+
+    def start(self, previous: Sum) -> tuple[Pair]:
+        """Start from the previous correction."""
+        return (previous.second,)
+
+    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+        """Average the pair of K-FAC; return it with the best product for the rest of the averaged operator."""
+        pairs = list(zip(old, new, strict=True))
+        shifts = [Pair(before.first.A - now.first.A, before.first.G - now.first.G) for before, now in pairs]
+        sums = [(before.second, now.second, shift) for (before, now), shift in zip(pairs, shifts, strict=True)]
+        seconds = recompressed(sums, [rho, 1 - rho, rho * (1 - rho)], rank=1)
+        return [
+            Sum(factorwise(before.first, now.first, rho), second)
+            for (before, now), (second,) in zip(pairs, seconds, strict=True)
+        ]
 
 
 def kfac_corrected(
@@ -35,25 +68,6 @@ def kfac_corrected(
     iterations: int = ITERATIONS,
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
-) -> Method:
+) -> KFACCorrected:
     """Build K-FAC corrected: K-FAC plus one product for its residual. See `lanczos` for the arguments."""
-    find = partial(leading, steps=checked_steps(iterations, least=1))
-    fit = Fit(find, start, blend, moments=partial(expand, limit=diagonal_above))
-    return two_terms("kfac_cor", iterated(fit), damping_form, floor, diagonal_above)
-
-
-def start(previous: Sum) -> tuple[Pair]:
-    """Start from the previous correction."""
-    return (previous.second,)
-
-
-def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
-    """Average the pair of K-FAC, and find the best product for the rest of the averaged operator, for each block."""
-    pairs = list(zip(old, new, strict=True))
-    shifts = [Pair(before.first.A - now.first.A, before.first.G - now.first.G) for before, now in pairs]
-    sums = [(before.second, now.second, shift) for (before, now), shift in zip(pairs, shifts, strict=True)]
-    seconds = recompressed(sums, [rho, 1 - rho, rho * (1 - rho)], rank=1)
-    return [
-        Sum(factorwise(before.first, now.first, rho), second)
-        for (before, now), (second,) in zip(pairs, seconds, strict=True)
-    ]
+    return KFACCorrected(damping_form, diagonal_above, floor=floor, iterations=iterations)

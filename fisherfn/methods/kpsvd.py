@@ -15,21 +15,41 @@ Golub–Kahan steps used here span the same space).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fisherfn.base import Method
+from fisherfn.linalg.golub_kahan import LinearMap, Triplet, leading
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair
-from fisherfn.linalg.vanloan import leading, recompressed
-from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, one_term
+from fisherfn.linalg.recompression import recompressed
+from fisherfn.methods.kronecker import DampingForm, Iterated, OneTerm
 
 ITERATIONS = 4
 
 
+@dataclass(frozen=True)
+class KPSVD(Iterated, OneTerm):
+    """KPSVD: the best Kronecker approximation of each block. Built by `ff.kpsvd`, which has the arguments."""
+
+    name = "kpsvd"
+    iterations: int = ITERATIONS
+
+    def find(self, Z: LinearMap) -> tuple[Triplet, ...]:
+        """Return the leading triplet."""
+        return leading(Z, self.iterations)
+
+    def start(self, previous: Pair) -> tuple[Pair]:
+        """Start from the previous product."""
+        return (previous,)
+
+    def blend_together(self, old: Sequence[Pair], new: Sequence[Pair], rho: Tensor) -> list[Pair]:
+        """Return the best product for `ρ old + (1 − ρ) new` of each block."""
+        return [pair for (pair,) in recompressed(list(zip(old, new, strict=True)), [rho, 1 - rho], rank=1)]
+
+
 def kpsvd(
     damping_form: DampingForm | str = "factored", iterations: int = ITERATIONS, diagonal_above: int = DIAGONAL_ABOVE
-) -> Method:
+) -> KPSVD:
     """Build KPSVD: the best Kronecker approximation of each block.
 
     Args:
@@ -41,15 +61,4 @@ def kpsvd(
         UnknownNameError: an unknown damping form.
         HyperparameterError: no iteration, or a negative width.
     """
-    fit = Fit(partial(leading, steps=checked_steps(iterations, least=1)), start, blend)
-    return one_term("kpsvd", iterated(fit), damping_form, diagonal_above)
-
-
-def start(previous: Pair) -> tuple[Pair]:
-    """Start from the previous product."""
-    return (previous,)
-
-
-def blend(old: Sequence[Pair], new: Sequence[Pair], rho: Tensor) -> list[Pair]:
-    """Return the best product for `ρ old + (1 − ρ) new` of each block."""
-    return [pair for (pair,) in recompressed(list(zip(old, new, strict=True)), [rho, 1 - rho], rank=1)]
+    return KPSVD(damping_form, diagonal_above, iterations=iterations)

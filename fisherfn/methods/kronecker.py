@@ -1,21 +1,29 @@
-"""Common parts of the methods with one or two Kronecker products, which differ in estimation and averaging."""
+"""Common parts of the methods with one or two Kronecker products, which differ in estimation and averaging.
+
+`KroneckerMethod` says how such a method is damped and applied; `OneTerm` and `TwoTerms` have a `Pair` or a `Sum` of two
+as factors; `Iterated` finds the terms by iterating on the rearranged block Z.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.base import LayerMethod, Method, Update, Updated, layerwise, whole_mean
-from fisherfn.errors import HyperparameterError, expect_number
-from fisherfn.linalg import damped, kron, rearranged
-from fisherfn.linalg.kron import Pair, Sum
-from fisherfn.linalg.rearranged import Rearranged
-from fisherfn.linalg.vanloan import Triplet, by_block
-from fisherfn.taps import AnyTap, Mean, Moment
-from fisherfn.types import PyTree, Shape
+from fisherfn import gradients, rearrangement
+from fisherfn.base import Diagnostics, LayerMethod, Updated
+from fisherfn.errors import HyperparameterError, expect_number, unknown
+from fisherfn.linalg import damped, kron
+from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
+from fisherfn.linalg.golub_kahan import Deflated, LinearMap, Triplet, by_block
+from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
+from fisherfn.taps import AnyTap, Tap
+from fisherfn.types import Matrix, Product, PyTree, Shape
 
 DampingForm = Literal["factored", "eigen"]
 
@@ -23,109 +31,192 @@ RESIDUALS = ("residual", "second_residual")
 """Diagnostics: ‖Zᵀu − σv‖/σ of the computed triplets."""
 
 
-class Fit(NamedTuple):
-    """Functions of a method that finds its terms by iterating on the rearranged block Z.
+@dataclass(frozen=True)
+class KroneckerMethod(LayerMethod):
+    """A method whose inverse is a Kronecker product, or diagonal in a Kronecker-factored basis.
 
     Attributes:
-        find: Z -> its leading triplets.
-        start: previous factors -> pairs whose sum is the start of the iteration.
-        blend: (old, new, rho) -> the method's running average of each block; old and new are lists of blocks.
-        moments: the pair of K-FAC, if it is the first term; the triplets are then those of the residual.
-    """
-
-    find: Callable[[Rearranged], tuple[Triplet, ...]]
-    start: Callable[[PyTree], Sequence[Pair]]
-    blend: Callable[[Sequence[PyTree], Sequence[PyTree], Tensor], Sequence[PyTree]]
-    moments: Moment | None = None
-
-
-def iterated(fit: Fit) -> Update:
-    """Build an update by iterations; linear layers with the same number of examples are iterated on together."""
-
-    def update(old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool) -> Updated:
-        del inverting
-        whole = mean is whole_mean
-        for keys in rearranged.alike(taps, whole):
-            blocks = [rearranged.rearranged(taps[key], fit.start(old[key]), mean, whole) for key in keys]
-            known = [mean(fit.moments, taps[key]) for key in keys] if fit.moments else []
-            Z = rearranged.joined(blocks)
-            if known:
-                moments = (block.moments(pair) for block, pair in zip(blocks, known, strict=True))
-                Z = rearranged.deflated(Z, *(torch.cat(side) for side in zip(*moments, strict=True)))
-            found = by_block(fit.find(Z), [taps[key].sizes.k for key in keys])
-            new = []
-            for at, (block, triplets) in enumerate(zip(blocks, found, strict=True)):
-                terms = [*known[at : at + 1], *(block.pair(triplet.u, triplet.v) for triplet in triplets)]
-                new.append(terms[0] if len(terms) == 1 else Sum(*terms))
-            blended = fit.blend([old[key] for key in keys], new, rho)
-            for key, factors, triplets in zip(keys, blended, found, strict=True):
-                residuals = (triplet.residual.amax() for triplet in triplets)
-                yield key, factors, dict(zip(RESIDUALS, residuals, strict=False))
-
-    return update
-
-
-def one_term(name: str, update: Update, damping_form: str, diagonal_above: int) -> Method:
-    """Build a method whose factors are a `Pair`."""
-    form, width = damped.damping_form(damping_form), checked_width(diagonal_above)
-
-    def init(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Pair, damped.Inverse]:
-        eye = kron.identity(shape, kron.forms(shape, width), dtype, device)
-        return kron.zeros(eye), form.empty(eye, damping)
-
-    layer = LayerMethod(
-        init=init,
-        update=update,
-        invert=form.one,
-        apply=damped.apply,
-        apply_tap=damped.apply_tap,
-        matvec=lambda factors, W: kron.apply([factors], W),
-        overlap=lambda factors, tap: rearranged.overlap([factors], tap),
-        trace=lambda factors: kron.trace([factors]),
-        eigenvalues=damped.eigenvalues,
-        logdet=damped.logdet,
-    )
-    return layerwise(name, layer)
-
-
-def two_terms(name: str, update: Update, damping_form: str, floor: float, diagonal_above: int) -> Method:
-    """Build a method whose factors are a `Sum` with a PSD first term."""
-    form, width = damped.damping_form(damping_form, terms=2, floor=floor), checked_width(diagonal_above)
-
-    def init(shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor) -> tuple[Sum, damped.Inverse]:
-        eye = kron.identity(shape, kron.forms(shape, width), dtype, device)
-        return Sum(kron.zeros(eye), kron.zeros(eye)), form.empty(eye, damping)
-
-    layer = LayerMethod(
-        init=init,
-        update=update,
-        invert=lambda factors, damping: form.two(factors.first, factors.second, damping),
-        apply=damped.apply,
-        apply_tap=damped.apply_tap,
-        matvec=kron.apply,
-        overlap=rearranged.overlap,
-        trace=kron.trace,
-        logdet=damped.logdet,
-    )
-    return layerwise(name, layer)
-
-
-def checked_steps(iterations: int, least: int) -> int:
-    """Return the number of iterations.
+        damping_form: "factored" or "eigen", see `fisherfn.linalg.damped`.
+        diagonal_above: a factor wider than this is kept as its diagonal.
 
     Raises:
-        HyperparameterError: too few iterations for the number of terms.
-    """
-    expect_number("iterations", iterations, lambda v: v >= least, f"must be a whole number >= {least}", whole=True)
-    return iterations
-
-
-def checked_width(diagonal_above: int) -> int:
-    """Return the width above which factors are diagonal.
-
-    Raises:
+        UnknownNameError: an unknown damping form.
         HyperparameterError: a negative width.
     """
-    if diagonal_above < 0:
-        raise HyperparameterError(f"diagonal_above must be >= 0, got {diagonal_above}.")
-    return diagonal_above
+
+    damping_form: DampingForm | str = "factored"
+    diagonal_above: int = DIAGONAL_ABOVE
+
+    def __post_init__(self) -> None:
+        if self.damping_form not in DAMPING_FORMS:
+            raise unknown("damping form", self.damping_form, DAMPING_FORMS)
+        if self.diagonal_above < 0:
+            raise HyperparameterError(f"diagonal_above must be >= 0, got {self.diagonal_above}.")
+
+    def identity(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
+        """Return `I ⊗ I` of a block, in the forms in which its factors are kept."""
+        return kron.identity(shape, kron.forms(shape, self.diagonal_above), dtype, device)
+
+    def apply(self, inverse: damped.Inverse, W: Matrix) -> Matrix:
+        """Multiply a gradient by the inverse."""
+        return damped.apply(inverse, W)
+
+    def apply_tap(self, inverse: damped.Inverse, tap: Tap, inner: bool) -> Product:
+        """Multiply the gradient of a loss tap by the inverse, from its rows."""
+        return gradients.precondition(inverse, tap, inner)
+
+    def logdet_block(self, inverse: damped.Inverse, shape: Shape) -> Float[Tensor, ""]:
+        """Return the log-determinant of the inverse, from its factors."""
+        del shape
+        return damped.logdet(inverse)
+
+
+class KroneckerSum(KroneckerMethod):
+    """A method whose factors are a few Kronecker products."""
+
+    @abstractmethod
+    def terms(self, factors: PyTree) -> Sequence[Pair]:
+        """Return the products whose sum approximates the block."""
+
+    def matvec_block(self, factors: PyTree, W: Matrix) -> Matrix:
+        """Return `Σ_r G_r W A_r`."""
+        return kron.apply(self.terms(factors), W)
+
+    def overlap_block(self, factors: PyTree, tap: AnyTap) -> tuple[Tensor, Tensor]:
+        """Return `⟨F, F̂⟩` and `‖F̂‖²`, without forming either."""
+        return rearrangement.overlap(self.terms(factors), tap)
+
+    def trace_block(self, factors: PyTree, shape: Shape) -> Float[Tensor, ""]:
+        """Return `Σ_r tr A_r tr G_r`."""
+        del shape
+        return kron.trace(self.terms(factors))
+
+
+class OneTerm(KroneckerSum):
+    """A method whose factors are a `Pair`."""
+
+    def terms(self, factors: Pair) -> tuple[Pair]:
+        """Return the only product."""
+        return (factors,)
+
+    def init_block(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[Pair, damped.Inverse]:
+        """Return zeros, and I/λ."""
+        eye = self.identity(shape, dtype, device)
+        empty = damped.empty_pair if self.damping_form == "factored" else damped.empty_rotated
+        return kron.zeros(eye), empty(eye, damping)
+
+    def invert_block(self, factors: Pair, damping: Float[Tensor, ""]) -> damped.Inverted:
+        """Return the damped inverse of the product."""
+        return (damped.factored if self.damping_form == "factored" else damped.eigen)(factors, damping)
+
+    def eigenvalues_block(self, factors: Pair, shape: Shape) -> Float[Tensor, "k o i"]:
+        """Return the products of the factors' eigenvalues."""
+        del shape
+        return damped.eigenvalues(factors)
+
+
+@dataclass(frozen=True)
+class TwoTerms(KroneckerSum):
+    """A method whose factors are a `Sum` with a PSD first term.
+
+    Attributes:
+        floor: smallest denominator, see `fisherfn.linalg.damped`.
+
+    Raises:
+        HyperparameterError: a floor outside (0, 1].
+    """
+
+    floor: float = FLOOR
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.floor <= 1:
+            raise HyperparameterError(f"floor must lie in (0, 1], got {self.floor}.")
+
+    def terms(self, factors: Sum) -> Sum:
+        """Return both products."""
+        return factors
+
+    def init_block(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[Sum, damped.Inverse]:
+        """Return zeros, and I/λ."""
+        eye = self.identity(shape, dtype, device)
+        return Sum(kron.zeros(eye), kron.zeros(eye)), damped.empty_rotated(eye, damping)
+
+    def invert_block(self, factors: Sum, damping: Float[Tensor, ""]) -> damped.Inverted:
+        """Return the damped inverse of the sum."""
+        invert = damped.factored_sum if self.damping_form == "factored" else damped.eigen_sum
+        return invert(factors.first, factors.second, damping, self.floor)
+
+
+@dataclass(frozen=True)
+class Iterated(KroneckerSum):
+    """A method that finds its terms by iterating on Z; blocks with the same batch size are iterated on together.
+
+    Attributes:
+        iterations: Golub–Kahan steps, each one application of Z and one of its transpose.
+
+    Raises:
+        HyperparameterError: fewer iterations than the terms need.
+    """
+
+    iterations: int = 4
+    least: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_number(
+            "iterations", self.iterations, lambda v: v >= self.least, f"must be a whole number >= {self.least}",
+            whole=True,
+        )  # fmt: skip
+
+    @abstractmethod
+    def find(self, Z: LinearMap) -> tuple[Triplet, ...]:
+        """Return the leading triplets of Z."""
+
+    @abstractmethod
+    def start(self, previous: PyTree) -> Sequence[Pair]:
+        """Return the products whose sum is the start of the iteration."""
+
+    @abstractmethod
+    def blend_together(self, old: Sequence[PyTree], new: Sequence[PyTree], rho: Tensor) -> Sequence[PyTree]:
+        """Return the running average of each block."""
+
+    def known(self, tap: AnyTap) -> Pair | None:
+        """Return a first term that needs no iteration; the triplets are then those of the residual."""
+        del tap
+        return None
+
+    def estimate(self, tap: AnyTap, previous: PyTree) -> PyTree:
+        """Return the factors of one batch."""
+        return self._estimate([tap], [previous])[0][0]
+
+    def blend(self, old: PyTree, new: PyTree, rho: Tensor) -> PyTree:
+        """Return the running average of one block."""
+        return self.blend_together([old], [new], rho)[0]
+
+    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool) -> Updated:
+        """Update group by group."""
+        del inverting
+        for keys in rearrangement.group_by_batch_size(taps):
+            before = [old[key] for key in keys]
+            new, measured = self._estimate([taps[key] for key in keys], before)
+            yield from zip(keys, self.blend_together(before, new, rho), measured, strict=True)
+
+    def _estimate(self, taps: Sequence[AnyTap], previous: Sequence[PyTree]) -> tuple[list[PyTree], list[Diagnostics]]:
+        blocks = [rearrangement.rearranged(tap, self.start(old)) for tap, old in zip(taps, previous, strict=True)]
+        firsts = [self.known(tap) for tap in taps]
+        Z = rearrangement.stack_blocks(blocks)
+        known = [block.vectors(first) for block, first in zip(blocks, firsts, strict=True) if first]
+        if known:
+            Z = Deflated(Z, *(torch.cat(side) for side in zip(*known, strict=True)))
+        found = by_block(self.find(Z), [tap.sizes.k for tap in taps])
+        new = []
+        for block, first, triplets in zip(blocks, firsts, found, strict=True):
+            terms = [*([first] if first else []), *(block.pair(triplet.u, triplet.v) for triplet in triplets)]
+            new.append(terms[0] if len(terms) == 1 else Sum(*terms))
+        residuals = [(triplet.residual.amax() for triplet in triplets) for triplets in found]
+        return new, [dict(zip(RESIDUALS, each, strict=False)) for each in residuals]

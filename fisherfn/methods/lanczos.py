@@ -13,17 +13,39 @@ Koroko et al. 2022, section 3.2, which runs two steps and restarts. Two steps fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fisherfn.base import Method
 from fisherfn.linalg.damped import FLOOR
+from fisherfn.linalg.golub_kahan import LinearMap, Triplet, leading
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Sum
-from fisherfn.linalg.vanloan import leading, recompressed
-from fisherfn.methods.kronecker import DampingForm, Fit, checked_steps, iterated, two_terms
+from fisherfn.linalg.recompression import recompressed
+from fisherfn.methods.kronecker import DampingForm, Iterated, TwoTerms
 
 ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Lanczos(Iterated, TwoTerms):
+    """Lanczos: the best sum of two Kronecker products. Built by `ff.lanczos`, which has the arguments."""
+
+    name = "lanczos"
+    least = 2
+    iterations: int = ITERATIONS
+
+    def find(self, Z: LinearMap) -> tuple[Triplet, ...]:
+        """Return the two leading triplets."""
+        return leading(Z, self.iterations, rank=2)
+
+    def start(self, previous: Sum) -> Sum:
+        """Start from both previous terms; the first alone would not lead to the second."""
+        return previous
+
+    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+        """Return the best two terms for `ρ old + (1 − ρ) new` of each block."""
+        sums = [(*before, *now) for before, now in zip(old, new, strict=True)]
+        return [Sum(*terms) for terms in recompressed(sums, [rho, rho, 1 - rho, 1 - rho], rank=2)]
 
 
 def lanczos(
@@ -31,7 +53,7 @@ def lanczos(
     iterations: int = ITERATIONS,
     floor: float = FLOOR,
     diagonal_above: int = DIAGONAL_ABOVE,
-) -> Method:
+) -> Lanczos:
     """Build Lanczos: the best sum of two Kronecker products for each block.
 
     Args:
@@ -45,16 +67,4 @@ def lanczos(
         UnknownNameError: an unknown damping form.
         HyperparameterError: fewer than two iterations, a floor outside (0, 1], a negative width.
     """
-    fit = Fit(partial(leading, steps=checked_steps(iterations, least=2), rank=2), start, blend)
-    return two_terms("lanczos", iterated(fit), damping_form, floor, diagonal_above)
-
-
-def start(previous: Sum) -> Sum:
-    """Start from both previous terms; the first alone would not lead to the second."""
-    return previous
-
-
-def blend(old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
-    """Return the best two terms for `ρ old + (1 − ρ) new` of each block."""
-    sums = [(*before, *now) for before, now in zip(old, new, strict=True)]
-    return [Sum(*terms) for terms in recompressed(sums, [rho, rho, 1 - rho, 1 - rho], rank=2)]
+    return Lanczos(damping_form, diagonal_above, floor=floor, iterations=iterations)

@@ -24,9 +24,9 @@ k group, s sample, n example, t position, i input, o output, q coarse row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,8 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, expect, unknown
-from fisherfn.fisher import combine
-from fisherfn.linalg.kron import factored_is_cheaper
+from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
+from fisherfn.lowrank import combine, examples, total
 from fisherfn.methods.coarse_spaces import (
     COARSE,
     Rows,
@@ -49,10 +49,10 @@ from fisherfn.methods.coarse_spaces import (
     space,
     spectral,
 )
-from fisherfn.methods.exact import Taps, as_matrix, compact, empty_tap, examples, plain, total
-from fisherfn.methods.kfac import kfac
+from fisherfn.methods.exact import Taps, compact, empty_tap
+from fisherfn.methods.kfac import KFAC
 from fisherfn.operators import Kind
-from fisherfn.taps import AnyTap, Mean, Tap
+from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import PyTree, Shape
 
 FORMS = ("multiplicative", "balanced", "additive")
@@ -62,7 +62,7 @@ ALIASES = {"tpselepedis": "tselepidis"}
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 Form = Literal["multiplicative", "balanced", "additive"]
 Matrices = Mapping[str, Tensor]
-Gradients = Mapping[str, Tensor] | Mapping[str, Tensor | Tap]
+Gradients = Mapping[str, Gradient]
 
 
 class Factors(NamedTuple):
@@ -82,14 +82,179 @@ class Inverse(NamedTuple):
     space: Space | tuple[()]
 
 
-class Settings(NamedTuple):
-    """The arguments of `two_level`."""
+@dataclass(frozen=True)
+class TwoLevel(Method):
+    """A fine method, corrected on a coarse space. Built by `ff.two_level`, which has the arguments."""
 
-    fine: Method
-    coarse: str
-    krylov: bool
-    form: str
-    vectors: int
+    name = "twolevel_kfac"
+    fine: Method = field(default_factory=KFAC)
+    coarse: Coarse | str = "nicolaides"
+    krylov: bool = False
+    form: Form | str = "multiplicative"
+    vectors: int = 1
+
+    def __post_init__(self) -> None:
+        expect(self.fine, Method, "fine", "pass a method such as ff.kfac()")
+        for what, name, known in (("coarse space", self.coarse, COARSE), ("form", self.form, FORMS)):
+            if name not in known:
+                raise unknown(what, name, known)
+        if self.vectors < 1 or (self.vectors > 1 and self.coarse in ("residual", "tselepidis")):
+            raise HyperparameterError(
+                f"{self.coarse} has {'one row' if self.vectors > 1 else 'rows'} per layer, got vectors={self.vectors}."
+            )
+        if self.coarse == "tselepidis" and self.krylov:
+            raise HyperparameterError("tselepidis is the published space of ones only: leave out krylov.")
+        if self.coarse == "tselepidis" and self.form != "additive":
+            raise HyperparameterError(f'tselepidis is additive, as published: leave out form, got "{self.form}".')
+
+    @property
+    def inverse_kind(self) -> Kind:
+        """Return how the step depends on the gradient; a space that depends on the residual makes it nonlinear."""
+        if self.coarse == "residual":
+            return "nonlinear"
+        return "general" if self.form == "multiplicative" else self.fine.inverse_kind
+
+    # state --------------------------------------------------------------------------------------------------------
+
+    def init(
+        self, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
+    ) -> tuple[Factors, Inverse]:
+        """Return the empty state of the fine method, statistics without examples, and a space of zeros."""
+        factors, inverses = self.fine.init(shapes, dtype, device, damping)
+        taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
+        nothing: Space | tuple[()] = ()
+        if self.coarse != "residual":
+            count = self.vectors * (2 if self.krylov else 1)
+            zeros = {key: torch.zeros(count, shape.k * shape.o * shape.i, dtype=dtype, device=device)
+                     for key, shape in shapes.items()}  # fmt: skip
+            eye = torch.eye(count * len(shapes), dtype=torch.float64, device=device)
+            nothing = Space(zeros, eye[:0], eye, dict(zeros) if self.form == "balanced" else ())
+        like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
+        return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
+
+    def update(self, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+        """Update the fine method; replace the statistics if an inversion follows."""
+        fine = self.fine.update(factors.fine, taps, rho, inverting)
+        if not inverting:
+            return fine._replace(factors=factors._replace(fine=fine.factors))
+        cast = {key: tap.to(factors.taps[key].dtype) for key, tap in taps.items()}
+        by_rows = self.coarse == "tselepidis"  # its sums need the rows themselves
+        new = {key: tap.whole().plain() if by_rows else compact(tap) for key, tap in cast.items()}
+        ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
+        return Estimated(Factors(fine.factors, new, factors.shapes), ok, fine.diagnostics)
+
+    def invert(self, factors: Factors, damping: Float[Tensor, ""]) -> Estimated:
+        """Invert the fine method, and compute the coarse space if it does not depend on the gradient."""
+        fine = self.fine.invert(factors.fine, damping)
+        inverse = Inverse(fine.factors, factors.taps, damping, ())
+        if self.coarse == "residual":
+            return fine._replace(factors=inverse)
+        found = self._fixed_space(factors, inverse)
+        sound = torch.isfinite(found.factor.sum())
+        ok = {key: mask & sound for key, mask in fine.ok.items()}
+        return Estimated(inverse._replace(space=found), ok, fine.diagnostics)
+
+    def _fixed_space(self, factors: Factors, inverse: Inverse) -> Space:
+        if self.coarse == "tselepidis":
+            return published(factors.taps, inverse.damping)
+        if self.coarse == "spectral":
+            return self._space(inverse, spectral(factors.fine, self.vectors), factors.shapes)
+        return self._space(inverse, ones(factors.taps, self.vectors), factors.shapes)
+
+    def _space(self, inverse: Inverse, first: Rows, like: Matrices) -> Space:
+        """Build the space of these rows, with their images under M for Krylov; `like` has the shapes of the layers."""
+        vectors = first
+        if self.krylov:
+            images = self._images(inverse, first, like)
+            vectors = {key: torch.cat([R, images[key]]) for key, R in first.items()}
+        made = space(vectors, inverse.taps, inverse.damping)
+        return made._replace(images=self._images(inverse, made.rows, like)) if self.form == "balanced" else made
+
+    def _images(self, inverse: Inverse, R: Rows, like: Matrices) -> Rows:
+        """Multiply every row by M."""
+        count = next(iter(R.values())).shape[0]
+        matrices = ({key: rows[p].reshape(like[key].shape[-3:]) for key, rows in R.items()} for p in range(count))
+        images = [self._fine(inverse, row) for row in matrices]
+        return {key: torch.stack([image[key].flatten() for image in images]) for key in R}
+
+    # the step -----------------------------------------------------------------------------------------------------
+
+    def precondition(self, inverse: Inverse, gradients: Gradients, inner: bool) -> Preconditioned:
+        """Return the preconditioned gradient in the chosen form."""
+        dtypes = {key: tap.dtype for key, tap in inverse.taps.items()}
+        given = {key: gradient.to(dtypes[key]) for key, gradient in gradients.items()}
+        grad = {key: as_matrix(gradient) for key, gradient in given.items()}
+        forms = {"multiplicative": self.multiplicative, "balanced": self.balanced, "additive": self.additive}
+        nat = forms[self.form](inverse, given, grad)
+        return Preconditioned(nat, tree.dot(grad, nat) if inner else ())
+
+    def multiplicative(self, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
+        """Return `z + Q (∇ − F_• z)` with `z = M ∇`."""
+        space, z = self._current(inverse, grad), self._fine(inverse, given)
+        rest = restricted(space, grad) - _restricted_damped(inverse, space, z)
+        return tree.add(z, lifted(space.rows, solved(space, rest), z))
+
+    def balanced(self, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
+        """Return `Q ∇ + P M Pᵀ ∇`."""
+        space = self._current(inverse, grad)
+        beta = solved(space, restricted(space, grad))
+        y = tree.add(self._fine(inverse, given), self._fine_damped(inverse, space, beta, grad), scale=-1.0)
+        back = solved(space, _restricted_damped(inverse, space, y))
+        return tree.add(y, lifted(space.rows, beta - back, y))
+
+    def additive(self, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
+        """Return `M ∇ + Q ∇`."""
+        space, z = self._current(inverse, grad), self._fine(inverse, given)
+        return tree.add(z, lifted(space.rows, solved(space, restricted(space, grad)), z))
+
+    def _current(self, inverse: Inverse, grad: Matrices) -> Space:
+        """Return the space of the state, or that of this step's residual; numerical noise counts as zero."""
+        if isinstance(inverse.space, Space):
+            return inverse.space
+        z = self._fine(inverse, grad)
+        rest = tree.add(dict(grad), _damped(inverse, total(inverse.taps, z).flatten(), z), scale=-1.0)
+        length = tree.norm(dict(grad))
+        left = {
+            key: torch.where(r.norm() > torch.finfo(r.dtype).eps ** 0.75 * length, r, 0.0) for key, r in rest.items()
+        }
+        first = {key: R.reshape(1, -1) for key, R in self._fine(inverse, left).items()}
+        return self._space(inverse, first, z)
+
+    def _fine(self, inverse: Inverse, grad: Gradients) -> dict[str, Tensor]:
+        return self.fine.precondition(inverse.fine, grad, False).matrices
+
+    def _fine_damped(
+        self, inverse: Inverse, space: Space, beta: Float[Tensor, " q"], like: Matrices
+    ) -> dict[str, Tensor]:
+        """Return `M F_• R₀ᵀ β`, the part of F as a tap if that is cheaper, the part of λ by the images of the rows."""
+        n, c = examples(inverse.taps), space.C @ beta
+
+        def of(key: str, tap: Tap) -> Tensor | Tap:
+            weights = c.to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
+            k, _, _, _, o, i = tap.sizes
+            if isinstance(tap.a, Tensor) and (k, o, i) == like[key].shape and tap_is_cheaper(tap.sizes):
+                return Tap(tap.a, torch.einsum("sn,ksnto->knto", weights, tap.g).unsqueeze(1))
+            return combine(tap, weights / n).reshape(like[key].shape)
+
+        of_F = self._fine(inverse, {key: of(key, tap) for key, tap in inverse.taps.items()})
+        of_damping = lifted(dict(space.images), beta * inverse.damping.double(), like)
+        return tree.add(of_F, of_damping)
+
+    def matvec(self, factors: Factors, matrices: Matrices) -> dict[str, Tensor]:
+        """Multiply by the fine method's approximation."""
+        return self.fine.matvec(factors.fine, matrices)
+
+    def overlap(self, factors: Factors, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return that of the fine method."""
+        return self.fine.overlap(factors.fine, taps)
+
+    def trace(self, factors: Factors, shapes: Mapping[str, Shape]) -> Float[Tensor, ""] | None:
+        """Return that of the fine method."""
+        return self.fine.trace(factors.fine, shapes)
+
+    def eigenvalues(self, factors: Factors, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"] | None:
+        """Return those of the fine method."""
+        return self.fine.eigenvalues(factors.fine, shapes)
 
 
 def two_level(
@@ -98,7 +263,7 @@ def two_level(
     krylov: bool | int = False,
     form: Form | str | None = None,
     vectors: int = 1,
-) -> Method:
+) -> TwoLevel:
     """Build a two-level method: a fine method with a correction on a coarse space.
 
     Args:
@@ -111,172 +276,11 @@ def two_level(
     Raises:
         UnknownNameError: an unknown coarse space or form.
         HyperparameterError: fewer than one vector, several for a space that has one, or a form that the space lacks.
+        StructureError: `fine` is not a method.
     """
     coarse = ALIASES.get(coarse, coarse)
-    if fine is not None:
-        expect(fine, Method, "fine", "pass a method such as ff.kfac()")
     form = form or ("additive" if coarse == "tselepidis" else "multiplicative")
-    for what, name, known in (("coarse space", coarse, COARSE), ("form", form, FORMS)):
-        if name not in known:
-            raise unknown(what, name, known)
-    if vectors < 1 or (vectors > 1 and coarse in ("residual", "tselepidis")):
-        raise HyperparameterError(
-            f"{coarse} has {'one row' if vectors > 1 else 'rows'} per layer, got vectors={vectors}."
-        )
-    if coarse == "tselepidis" and krylov:
-        raise HyperparameterError("tselepidis is the published space of ones only: leave out krylov.")
-    if coarse == "tselepidis" and form != "additive":
-        raise HyperparameterError(f'tselepidis is additive, as published: leave out form, got "{form}".')
-    chosen = Settings(fine or kfac(), coarse, bool(krylov), form, vectors)
-    return Method(
-        name="twolevel_kfac",
-        init=partial(init, chosen),
-        update=partial(update, chosen),
-        invert=partial(invert, chosen),
-        precondition=partial(precondition, chosen),
-        matvec=lambda factors, v: chosen.fine.matvec(factors.fine, v),
-        overlap=lambda factors, taps: chosen.fine.overlap(factors.fine, taps),
-        trace=_of_fine(chosen.fine.trace),
-        eigenvalues=_of_fine(chosen.fine.eigenvalues),
-        inverse=_kind(chosen),
-    )
-
-
-def _of_fine(known: Callable[[PyTree, Mapping[str, Shape]], Tensor] | None) -> Any:
-    return known and (lambda factors, shapes: known(factors.fine, shapes))
-
-
-def _kind(chosen: Settings) -> Kind:
-    """Return how the step depends on the gradient; a space that depends on the residual makes it nonlinear."""
-    if chosen.coarse == "residual":
-        return "nonlinear"
-    return "general" if chosen.form == "multiplicative" else chosen.fine.inverse
-
-
-# state -----------------------------------------------------------------------------------------------------------
-
-
-def init(
-    chosen: Settings, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, damping: Tensor
-) -> tuple[Factors, Inverse]:
-    """Return the empty state of the fine method, statistics without examples, and a space of zeros."""
-    factors, inverses = chosen.fine.init(shapes, dtype, device, damping)
-    taps = {key: empty_tap(shape, dtype, device) for key, shape in shapes.items()}
-    nothing: Space | tuple[()] = ()
-    if chosen.coarse != "residual":
-        count = chosen.vectors * (2 if chosen.krylov else 1)
-        zeros = {key: torch.zeros(count, shape.k * shape.o * shape.i, dtype=dtype, device=device)
-                 for key, shape in shapes.items()}  # fmt: skip
-        eye = torch.eye(count * len(shapes), dtype=torch.float64, device=device)
-        nothing = Space(zeros, eye[:0], eye, dict(zeros) if chosen.form == "balanced" else ())
-    like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
-    return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
-
-
-def update(
-    chosen: Settings, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, mean: Mean, inverting: bool = True
-) -> Estimated:
-    """Update the fine method; replace the statistics if an inversion follows."""
-    fine = chosen.fine.update(factors.fine, taps, rho, mean, inverting)
-    if not inverting:
-        return fine._replace(factors=factors._replace(fine=fine.factors))
-    kept = (lambda tap: plain(tap.whole())) if chosen.coarse == "tselepidis" else compact
-    new = {key: kept(tap.to(factors.taps[key].g.dtype)) for key, tap in taps.items()}
-    ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
-    return Estimated(Factors(fine.factors, new, factors.shapes), ok, fine.diagnostics)
-
-
-def invert(chosen: Settings, factors: Factors, damping: Float[Tensor, ""]) -> Estimated:
-    """Invert the fine method, and compute the coarse space if it does not depend on the gradient."""
-    fine = chosen.fine.invert(factors.fine, damping)
-    inverse = Inverse(fine.factors, factors.taps, damping, ())
-    if chosen.coarse == "residual":
-        return fine._replace(factors=inverse)
-    found = _fixed_space(chosen, factors, inverse)
-    sound = torch.isfinite(found.factor.sum())
-    ok = {key: mask & sound for key, mask in fine.ok.items()}
-    return Estimated(inverse._replace(space=found), ok, fine.diagnostics)
-
-
-def _fixed_space(chosen: Settings, factors: Factors, inverse: Inverse) -> Space:
-    if chosen.coarse == "tselepidis":
-        return published(factors.taps, inverse.damping)
-    if chosen.coarse == "spectral":
-        return _space(chosen, inverse, spectral(factors.fine, chosen.vectors), factors.shapes)
-    return _space(chosen, inverse, ones(factors.taps, chosen.vectors), factors.shapes)
-
-
-def _space(chosen: Settings, inverse: Inverse, first: Rows, like: Matrices) -> Space:
-    """Build the space of these rows, with their images under M for Krylov; `like` has the shapes of the layers."""
-    vectors = first
-    if chosen.krylov:
-        images = _images(chosen, inverse, first, like)
-        vectors = {key: torch.cat([R, images[key]]) for key, R in first.items()}
-    made = space(vectors, inverse.taps, inverse.damping)
-    return made._replace(images=_images(chosen, inverse, made.rows, like)) if chosen.form == "balanced" else made
-
-
-def _images(chosen: Settings, inverse: Inverse, R: Rows, like: Matrices) -> Rows:
-    """Multiply every row by M."""
-    count = next(iter(R.values())).shape[0]
-    matrices = ({key: rows[p].reshape(like[key].shape[-3:]) for key, rows in R.items()} for p in range(count))
-    images = [_fine(chosen, inverse, row) for row in matrices]
-    return {key: torch.stack([image[key].flatten() for image in images]) for key in R}
-
-
-# the step --------------------------------------------------------------------------------------------------------
-
-
-def precondition(
-    chosen: Settings, inverse: Inverse, gradients: Mapping[str, Tensor | Tap], inner: bool
-) -> Preconditioned:
-    """Return the preconditioned gradient in the chosen form."""
-    dtypes = {key: tap.g.dtype for key, tap in inverse.taps.items()}
-    given = {key: gradient.to(dtypes[key]) for key, gradient in gradients.items()}
-    grad = {key: as_matrix(gradient) for key, gradient in given.items()}
-    nat = FORM[chosen.form](chosen, inverse, given, grad)
-    return Preconditioned(nat, tree.dot(grad, nat) if inner else ())
-
-
-def multiplicative(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """Return `z + Q (∇ − F_• z)` with `z = M ∇`."""
-    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
-    rest = restricted(space, grad) - _restricted_damped(inverse, space, z)
-    return tree.add(z, lifted(space.rows, solved(space, rest), z))
-
-
-def balanced(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """Return `Q ∇ + P M Pᵀ ∇`."""
-    space = _current(chosen, inverse, grad)
-    beta = solved(space, restricted(space, grad))
-    y = tree.add(_fine(chosen, inverse, given), _fine_damped(chosen, inverse, space, beta, grad), scale=-1.0)
-    back = solved(space, _restricted_damped(inverse, space, y))
-    return tree.add(y, lifted(space.rows, beta - back, y))
-
-
-def additive(chosen: Settings, inverse: Inverse, given: Gradients, grad: Matrices) -> dict[str, Tensor]:
-    """Return `M ∇ + Q ∇`."""
-    space, z = _current(chosen, inverse, grad), _fine(chosen, inverse, given)
-    return tree.add(z, lifted(space.rows, solved(space, restricted(space, grad)), z))
-
-
-FORM = {"multiplicative": multiplicative, "balanced": balanced, "additive": additive}
-
-
-def _current(chosen: Settings, inverse: Inverse, grad: Matrices) -> Space:
-    """Return the space of the state, or that of this step's residual; numerical noise counts as zero."""
-    if isinstance(inverse.space, Space):
-        return inverse.space
-    z = _fine(chosen, inverse, grad)
-    rest = tree.add(dict(grad), _damped(inverse, total(inverse.taps, z).flatten(), z), scale=-1.0)
-    length = tree.norm(dict(grad))
-    left = {key: torch.where(r.norm() > torch.finfo(r.dtype).eps ** 0.75 * length, r, 0.0) for key, r in rest.items()}
-    first = {key: R.reshape(1, -1) for key, R in _fine(chosen, inverse, left).items()}
-    return _space(chosen, inverse, first, z)
-
-
-def _fine(chosen: Settings, inverse: Inverse, grad: Gradients) -> dict[str, Tensor]:
-    return chosen.fine.precondition(inverse.fine, grad, False).matrices
+    return TwoLevel(KFAC() if fine is None else fine, coarse, bool(krylov), form, vectors)
 
 
 def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, Tensor]:
@@ -288,24 +292,6 @@ def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, 
         return combine(tap, weights).reshape(v.shape) + inverse.damping.to(v.dtype) * v
 
     return {key: of(tap, z[key]) for key, tap in inverse.taps.items()}
-
-
-def _fine_damped(
-    chosen: Settings, inverse: Inverse, space: Space, beta: Float[Tensor, " q"], like: Matrices
-) -> dict[str, Tensor]:
-    """Return `M F_• R₀ᵀ β`, the part of F as a tap if that is cheaper, the part of λ by the images of the rows."""
-    n, c = examples(inverse.taps), space.C @ beta
-
-    def of(key: str, tap: Tap) -> Tensor | Tap:
-        weights = c.to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
-        k, _, _, _, o, i = tap.sizes
-        if isinstance(tap.a, Tensor) and (k, o, i) == like[key].shape and factored_is_cheaper(tap.sizes):
-            return Tap(tap.a, torch.einsum("sn,ksnto->knto", weights, tap.g).unsqueeze(1))
-        return combine(tap, weights / n).reshape(like[key].shape)
-
-    of_F = _fine(chosen, inverse, {key: of(key, tap) for key, tap in inverse.taps.items()})
-    of_damping = lifted(dict(space.images), beta * inverse.damping.double(), like)
-    return tree.add(of_F, of_damping)
 
 
 def _restricted_damped(inverse: Inverse, space: Space, z: Matrices) -> Float[Tensor, " q"]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fisherfn.base import Method
 from fisherfn.errors import StructureError
-from fisherfn.methods import METHODS
+from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
@@ -66,7 +66,7 @@ class _Unbound(NamedTuple):
         return cls({field.name: getattr(ng, field.name) for field in fields(ng) if field.name not in _BOUND})
 
     def bound(self, model: Model, method: Method | str) -> NaturalGradient:
-        method = METHODS[method]() if isinstance(method, str) else method
+        method = named(method)
         return NaturalGradient(model=model, method=method, **self.fields)
 
 

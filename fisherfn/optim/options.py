@@ -10,7 +10,7 @@ import torch
 from fisherfn.adapt import Cadence
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, expect_number, unknown
-from fisherfn.methods import METHODS
+from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.stats import FISHERS
 from fisherfn.types import Model, PyTree, Tree
@@ -41,8 +41,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the options, as far as possible without the net."""
-        if isinstance(self.method, str) and self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
+        named(self.method)  # raises
         if self.fisher not in FISHERS:
             raise unknown("fisher", self.fisher, FISHERS)
         if isinstance(self.damping, str) and self.damping != "auto":

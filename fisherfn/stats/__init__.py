@@ -7,7 +7,7 @@ from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.labels import FISHERS, check_noise, need
 from fisherfn.stats.layout import Block, Layout
-from fisherfn.stats.statistics import LayerStats, Stats, mean_gradient
+from fisherfn.stats.statistics import LayerStats, Stats
 
 __all__ = [
     "FISHERS",
@@ -23,7 +23,6 @@ __all__ = [
     "collect",
     "functional",
     "in_chunks",
-    "mean_gradient",
     "need",
     "run",
     "window",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -68,11 +68,11 @@ class Stats:
         Raises:
             StructureError: these statistics were made with `curvature=False`.
         """
-        return _readable(self.lazy_tap(key).whole())
+        return self.lazy_tap(key).whole().plain()
 
     def loss_tap(self, key: str) -> Tap:
         """The block's tap of the data's own targets: one draw, whose mean over examples is the gradient."""
-        return _readable(self.lazy_loss_tap(key).whole())
+        return self.lazy_loss_tap(key).whole().plain()
 
     def lazy_tap(self, key: str) -> LazyTap:
         """`tap(key)`, made for some examples at a time, with `a` in the structure that it has."""
@@ -113,7 +113,7 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
     grads = [g.to(dtype) for g in grads]
     backward = block.family.weight_gradient
     if backward is None:
-        return mean_gradient(lazy(block, inputs, [g.unsqueeze(0) for g in grads]), dtype)
+        return lazy(block, inputs, [g.unsqueeze(0) for g in grads]).mean_gradient()
     total: Matrix | None = None
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
         x = x.to(dtype) if x.is_floating_point() else x  # indices stay indices
@@ -124,12 +124,6 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
         total = weight if total is None else total + weight
     assert total is not None
     return total / (inputs[0].shape[0] // block.uses[0].repeats)
-
-
-def mean_gradient(tap: LazyTap, dtype: torch.dtype) -> Matrix:
-    """`1/N Σ_n Σ_t g aᵀ` from the loss tap."""
-    sums = [rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype)) for part in tap.windows()]
-    return (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) / tap.sizes.n
 
 
 def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | float = 1.0) -> Tap:
@@ -175,12 +169,15 @@ def _scale(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> T
     return balance(inputs[head], grads[words])
 
 
-def _second_moment(block: Block, inputs: Sequence[Tensor], positions: int) -> Float[Tensor, "k i i"] | None:
-    """`Σ_nt a aᵀ` from the raw inputs of a layer that is used once and has a quicker way than by its rows."""
+def _second_moment(
+    block: Block, inputs: Sequence[Tensor], positions: int, dtype: torch.dtype
+) -> Float[Tensor, "k i i"] | None:
+    """Return `Σ_nt a aᵀ` from the raw inputs of a layer that is used once and has a faster way than from its rows."""
     (use, *more), x = block.uses, inputs[0]
     if more or use.repeats > 1:
         return None
-    moments = block.family.moments(x.to(torch.promote_types(x.dtype, torch.float32)), use.facts)
+    precise = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    moments = block.family.moments(x.to(precise), use.facts)
     if moments is None or block.bias is None:
         return None if moments is None else moments.second
     first = moments.first.unsqueeze(-1) * float(use.biased)  # the bias sees ones, or nothing
@@ -188,54 +185,100 @@ def _second_moment(block: Block, inputs: Sequence[Tensor], positions: int) -> Fl
     return torch.cat([torch.cat([moments.second, first], -1), torch.cat([first.mT, corner], -1)], -2)
 
 
-def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> LazyTap:
-    """`make_tap`, for some examples at a time."""
+class Known(NamedTuple):
+    """The facts of a tap that its shapes tell: sizes, size of the rows of one example, one-hot rows or not, type."""
 
-    def windows(examples: slice) -> list[slice]:
-        return [slice(_times(examples.start, use), _times(examples.stop, use)) for use in block.uses]
+    sizes: Sizes
+    stored: int
+    one_hot: bool
+    dtype: torch.dtype
 
-    def some_inputs(examples: slice) -> Sequence[Tensor]:
-        if examples == slice(None):
-            return inputs
-        return [x[window] for x, window in zip(inputs, windows(examples), strict=True)]
 
-    def some_grads(examples: slice) -> Sequence[Tensor]:
-        if examples == slice(None):
-            return grads
-        return [g[:, window] for g, window in zip(grads, windows(examples), strict=True)]
+@dataclass(frozen=True)
+class BlockTap(LazyTap):
+    """The tap of a block, computed from raw statistics for some examples at a time.
 
-    sizes, stored = _of_one_example(
+    Attributes:
+        inputs, grads: the raw statistics of each use.
+        scale: that of a tied embedding's output layer, of all examples.
+        precision: type to which parts are cast; None: that of the raw statistics.
+    """
+
+    block: Block
+    inputs: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    known: Known
+    scale: Tensor | float
+    precision: torch.dtype | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """Return the length of each axis."""
+        return self.known.sizes
+
+    @property
+    def stored(self) -> int:
+        """Return the size of the rows of one example, in numbers."""
+        return self.known.stored
+
+    @property
+    def one_hot(self) -> bool:
+        """Return True if the rows are stored as indices."""
+        return self.known.one_hot
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of `g`."""
+        return self.precision or self.known.dtype
+
+    def part(self, examples: slice) -> Tap:
+        """Return the tap of some examples, computed now."""
+        some = self.window(examples)
+        tap = make_tap(some.block, some.inputs, some.grads, some.scale)
+        return tap if self.precision is None else tap.to(self.precision)
+
+    def window(self, examples: slice) -> BlockTap:
+        """Return the lazy tap of some of the examples."""
+        start, stop, _ = examples.indices(self.sizes.n)
+        if (start, stop) == (0, self.sizes.n):
+            return self
+        ranges = [slice(start * use.repeats, stop * use.repeats) for use in self.block.uses]
+        inputs = [x[chosen] for x, chosen in zip(self.inputs, ranges, strict=True)]
+        grads = [g[:, chosen] for g, chosen in zip(self.grads, ranges, strict=True)]
+        sizes = self.sizes._replace(n=max(0, stop - start))
+        return replace(self, inputs=inputs, grads=grads, known=self.known._replace(sizes=sizes))
+
+    def to(self, dtype: torch.dtype) -> BlockTap:
+        """Return the lazy tap in another precision."""
+        return replace(self, precision=dtype)
+
+    def outputs(self) -> Float[Tensor, "k s n t o"]:
+        """Return only `g`, without computing any row."""
+        return _columns(self.block, self.inputs, self.grads, self.scale).to(self.dtype)
+
+    def quick_input_moment(self) -> Float[Tensor, "k i i"] | None:
+        """Return `Σ_nt a aᵀ`, at least in float32, if the layer has a faster way than from its rows; else None."""
+        return _second_moment(self.block, self.inputs, self.sizes.t, self.dtype)
+
+
+def lazy(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> BlockTap:
+    """Return the tap of raw statistics; nothing is computed but the scale of a tied embedding."""
+    known = _of_one_example(
         block,
         tuple(((use.repeats, *x.shape[1:]), x.dtype) for x, use in zip(inputs, block.uses, strict=True)),
         tuple(((g.shape[0], use.repeats, *g.shape[2:]), g.dtype) for g, use in zip(grads, block.uses, strict=True)),
     )
-    examples = inputs[0].shape[0] // block.uses[0].repeats
-    scale = _scale(block, inputs, grads)
-    return LazyTap(
-        sizes._replace(n=examples),
-        stored,
-        make=lambda examples: make_tap(block, some_inputs(examples), some_grads(examples), scale),
-        columns=lambda examples: _columns(block, some_inputs(examples), some_grads(examples), scale),
-        moment=lambda examples: _second_moment(block, some_inputs(examples), sizes.t),
-    )
+    sizes = known.sizes._replace(n=inputs[0].shape[0] // block.uses[0].repeats)
+    return BlockTap(block, inputs, grads, known._replace(sizes=sizes), _scale(block, inputs, grads))
 
 
 _Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a tensor."""
 
 
-def _times(position: int | None, use: Use) -> int | None:
-    return None if position is None else position * use.repeats
-
-
-# kept, because on the meta device torch works in Python: asking anew was half of the time of a small net's step
+# kept, because on the meta device torch works in Python: this was half of the time of a small net's step
 @lru_cache(maxsize=4096)
-def _of_one_example(block: Block, inputs: tuple[_Kind, ...], grads: tuple[_Kind, ...]) -> tuple[Sizes, int]:
-    """The sizes of one example's tap, and how many numbers its rows hold."""
+def _of_one_example(block: Block, inputs: tuple[_Kind, ...], grads: tuple[_Kind, ...]) -> Known:
     x, g = ([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds] for kinds in (inputs, grads))
     tap = make_tap(block, x, g)
-    return tap.sizes, rows.stored(tap.a)
-
-
-def _readable(tap: Tap) -> Tap:
-    return tap if isinstance(tap.a, rows.OneHot) else Tap(rows.dense(tap.a), tap.g)
+    return Known(tap.sizes, rows.stored(tap.a), tap.one_hot, tap.dtype)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fisherfn.base import chunked_mean, whole_mean
-from fisherfn.linalg import rearranged
-from fisherfn.taps import Tap
+from fisherfn import rearrangement
+from fisherfn.taps import ChunkedTap, Tap
 from fisherfn.types import Shape
 from tests.methods.kronecker import ITERATIVE, TIGHT, as_installed, taps_of  # noqa: F401
 from tests.oracles import close
@@ -27,12 +26,12 @@ def drawn():
     return {key: Tap(*taps_of(sizes, seed)) for seed, (key, sizes) in enumerate(SIZES.items())}
 
 
-def updated(method, taps, before=None, rho=0.0, mean=whole_mean):
+def updated(method, taps, before=None, rho=0.0):
     """The result of one update."""
     shapes = {key: Shape(tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in taps.items()}
     one = torch.ones((), dtype=torch.float64)
     empty, _ = method.init(shapes, one.dtype, one.device, one)
-    return method.update(before or empty, taps, rho * one, mean, True)
+    return method.update(before or empty, taps, rho * one)
 
 
 def same(found, expected, tol=1e-9):
@@ -42,16 +41,17 @@ def same(found, expected, tol=1e-9):
 
 def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():
     taps = drawn()
-    assert rearranged.alike(taps, True) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
-    assert rearranged.alike(taps, False) == [[key] for key in taps]
+    assert rearrangement.group_by_batch_size(taps) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
+    chunks = {key: ChunkedTap(tap, 3) for key, tap in taps.items()}
+    assert rearrangement.group_by_batch_size(chunks) == [[key] for key in taps]
 
 
 @pytest.mark.parametrize(("groups", "lists"), [(4, 1), (3, 2), (2, 3), (0, 3)])
 def test_the_gram_matrices_of_a_list_fit_into_a_stated_memory(monkeypatch, groups, lists):
     """`groups` has two of them; one block is iterated on whatever it needs."""
-    monkeypatch.setattr(rearranged, "JOINED", 2 * 8**2 * groups)
+    monkeypatch.setattr(rearrangement, "JOINED", 2 * 8**2 * groups)
     taps = {key: drawn()[key] for key in ("linear", "groups", "wide")}
-    assert len(rearranged.alike(taps, True)) == lists
+    assert len(rearrangement.group_by_batch_size(taps)) == lists
 
 
 @EVERY
@@ -60,7 +60,7 @@ def test_each_block_gets_what_it_gets_alone(monkeypatch, method):
     other = {key: Tap(tap.a.flip(1), tap.g) for key, tap in taps.items()}
     old = updated(make, taps).factors
     together = updated(make, other, old, 0.5)
-    monkeypatch.setattr(rearranged, "JOINED", 0)
+    monkeypatch.setattr(rearrangement, "JOINED", 0)
     alone = updated(make, other, old, 0.5)
     assert list(together.factors) == list(taps), "the order of blocks is part of the state's structure"
     same(together.factors, alone.factors)
@@ -84,4 +84,5 @@ def test_a_block_that_is_not_finite_spoils_no_other(method):
 def test_chunks_are_iterated_on_block_by_block_and_give_the_same(method):
     """Where examples cannot meet there are no Gram matrices: another route to the same triplets."""
     taps, make = {key: drawn()[key] for key in ("linear", "wide")}, ITERATIVE[method](iterations=TIGHT)
-    same(updated(make, taps).factors, updated(make, taps, mean=chunked_mean(3)).factors, tol=1e-6)
+    chunks = {key: ChunkedTap(tap, 3) for key, tap in taps.items()}
+    same(updated(make, taps).factors, updated(make, chunks).factors, tol=1e-6)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fisherfn as ff
+from fisherfn.methods.kfac import KFAC
 from tests.optim.problems import problem
 from tests.zoo import as_installed
 
@@ -108,10 +109,25 @@ def test_a_copied_optimizer_has_its_schedule():
     assert opt.param_groups[0]["lr"] == 0.15 and other.param_groups[0]["lr"] == 0.075
 
 
+class Local(KFAC):
+    """A method that looks local: pickle does not find it under its name."""
+
+    __qualname__ = "test.<locals>.Local"
+
+
+def test_an_optimizer_with_a_method_is_pickled():
+    case = problem()
+    opt = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical(), method=ff.lanczos(iterations=3), lr=0.3)
+    opt.step(case.batches[0])
+    with as_installed():
+        net, other = pickled((case.net, opt))
+    assert torch.equal(opt.step(case.batches[1]), other.step(case.batches[1])) and all_equal(case.net, net)
+
+
 @pytest.mark.parametrize("what", ["method", "likelihood"])
 def test_what_cannot_be_pickled_says_so_and_can_be_copied(what):
     case = problem()
-    options = {"method": ff.kfac(), "likelihood": ff.Categorical(), "fisher": "type2"}
+    options = {"method": Local(), "likelihood": ff.Categorical(), "fisher": "type2"}
     if what == "likelihood":
         options = {"likelihood": lambda f, y: F.cross_entropy(f, y, reduction="none"), "fisher": "empirical"}
     opt = ff.optim.NaturalGradient(case.net, lr=0.3, **options)

@@ -1,0 +1,47 @@
+"""Matrix products at full speed: rows at aligned addresses, and half of a symmetric result.
+
+k group, m row.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNED = 16
+"""Length of which a row of a wide product is made a multiple, in numbers."""
+
+WIDE = 256
+"""Width from which a product of many rows with themselves is split into blocks."""
+
+
+def product(x: Float[Tensor, "k m j"], y: Float[Tensor, "k j i"], factor: float = 1.0) -> Float[Tensor, "k m i"]:
+    """Return `factor · x y`, equally fast for odd and even widths."""
+    zero = x.new_zeros(())
+    return torch.baddbmm(zero, x, _aligned(y), beta=0, alpha=factor)[..., : y.shape[-1]]
+
+
+def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
+    """Pad with columns of zeros to an aligned width.
+
+    A wide product with rows at odd addresses (784 inputs and a bias are 785 columns) takes up to twice as long as one
+    of aligned width. The copy takes a tenth of the product's time.
+    """
+    return F.pad(y, (0, -y.shape[-1] % ALIGNED)) if y.shape[-1] >= WIDE else y
+
+
+def square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
+    """Return `flatᵀ flat`; for many rows only the blocks on and above the diagonal are computed, 5/8 of the work."""
+    m, i = flat.shape[1:]
+    if i < WIDE or m < 4 * i:
+        wide = _aligned(flat)
+        return (wide.mT @ wide)[:, :i, :i]
+    width = -(-i // 4)
+    square = flat.new_empty(flat.shape[0], i, i)
+    for start in range(0, i, width):
+        panel = flat[..., start : start + width].mT @ flat[..., start:]
+        square[:, start : start + width, start:] = panel
+        square[:, start:, start : start + width] = panel.mT
+    return square
