@@ -7,11 +7,12 @@ with δ₀ the previous update. One step, in order:
 1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as `ng.step`. Just before inverses are refreshed,
    λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
-3. The step is tried on the examples of that model. One that raises their loss is rejected: the parameters stay, and λ
-   doubles, in the model at once and in the inverses at the next refresh.
-4. The next batch looks back: where its loss is higher than that of the batch before by more than sampling explains,
-   δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot see. So is a step
-   after which a good part of the parameters has no gradient at all: dead units do not come back by themselves.
+3. The step is tried on the examples of that model (trial.py). One that raises their loss is rejected: the parameters
+   stay, and λ doubles, in the model at once and in the inverses at the next refresh.
+4. The next batch looks back (look_back.py): where its loss is higher than that of the batch before by more than
+   sampling explains, δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot
+   see. So is a step after which a good part of the parameters has no gradient at all: dead units do not come back by
+   themselves.
 
 Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
@@ -25,20 +26,21 @@ Source: Martens & Grosse 2015, sections 6 and 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
-from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.adapt.look_back import Seen, alive
 from fisherfn.adapt.state import Adapted, AdaptiveState
+from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
 from fisherfn.natgrad import Batch, NaturalGradient, State, pair
-from fisherfn.stats import Stats, run, window
+from fisherfn.stats import Stats
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
@@ -51,38 +53,6 @@ One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
 """The meaning of "auto" for the rule "clip"."""
-
-PART, LEAST = 8, 32
-"""The quadratic model is that of the first N / PART examples, but of at least so many."""
-
-SIGMAS, TOLERANCE = 4.0, 0.02
-"""The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
-
-DEAD = 0.1
-"""The share of all parameters that may lose their gradient in one step."""
-
-GRID = 16
-"""Step sizes 1, 1/2, …, 2^-15 of a line search."""
-
-
-class _Seen(NamedTuple):
-    """The whole batch before the step, as the next batch will look back on it."""
-
-    loss: Tensor
-    spread: Tensor
-    alive: Tensor
-
-
-class _Tried(NamedTuple):
-    """A step before it is accepted: where it leads, what was predicted and what came."""
-
-    params: Tree
-    update: Tree
-    learning_rate: Tensor
-    momentum: Tensor
-    predicted: Tensor
-    actual: Tensor
-    before: Tensor
 
 
 @dataclass(frozen=True)
@@ -155,7 +125,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        alive = torch.stack(tree.dots(nat, nat)) != 0  # F̂ is definite: zero where the gradient is
+        seen = Seen.of(self.ng, stats, batch, alive(nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state
@@ -167,8 +137,7 @@ class Adaptive:
             state = state._replace(
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
-        seen = _Seen(*self._loss(stats, batch), alive)
-        back = self._looks_back(state, stats, seen)
+        back = seen.undoes(state, stats) if self.look_back else torch.zeros_like(state.rejected)
         tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
         return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
@@ -207,30 +176,30 @@ class Adaptive:
         batch: Batch,
         context: PyTree,
         lr_scale: float | Tensor,
-    ) -> _Tried:
+    ) -> Tried:
         """Choose a step and take it on trial."""
-        part, own = self._part(batch, context)
+        # along the direction of a line search the loss need not fall on a part of the batch
+        wanted = tree.leaves(pair(batch)[0])[0].shape[0] if self.rule == "line_search" else self.model_examples
+        examples = Examples.of(self.ng, batch, context, wanted)
         rate, momentum = self._given(state, info, lr_scale)
         if rate is not None and momentum is not None:
-            update = self._along(nat, state.update, rate, momentum)
-            model = quadratic_model(self.ng, params, part, [update], context=own)
+            update = along(nat, state.update, rate, momentum)
+            model = examples.model(params, [update])
             weights = torch.ones_like(model.slope)
+        elif self.rule == "line_search":
+            model = examples.model(params, [nat])
+            weights = examples.searched(params, nat)
+            rate, momentum = -weights[0], torch.zeros_like(weights[0])
+            update = along(nat, None, rate, momentum)
         else:
-            directions = [nat] if self.rule == "line_search" else [nat, state.update]
-            model = quadratic_model(self.ng, params, part, directions, context=own)
-            if self.rule == "line_search":
-                weights = self._searched(params, nat, part, own, model)
-            else:
-                held = (None if rate is None else -rate, momentum)
-                weights = model.minimiser(curvature.damping.double(), held)
-                weights = torch.stack([weights[0] * lr_scale, weights[1]])
-            rate, momentum = -weights[0], weights[1] if len(weights) > 1 else torch.zeros_like(weights[0])
-            update = self._along(nat, state.update if len(weights) > 1 else None, rate, momentum)
+            model = examples.model(params, [nat, state.update])
+            weights = model.minimiser(curvature.damping.double(), (None if rate is None else -rate, momentum))
+            weights = torch.stack([weights[0] * lr_scale, weights[1]])
+            rate, momentum = -weights[0], weights[1]
+            update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
-        after = self._losses(new, part, own)
-        change = (after.double() - model.losses.double()).mean()
-        before = model.losses.double().mean()
-        return _Tried(new, update, rate, momentum, model.value(weights), change, before)
+        change = (examples.losses(new).double() - model.losses.double()).mean()
+        return Tried(new, update, rate, momentum, model.value(weights), change, model.losses.double().mean())
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """The learning rate and momentum that are not the model's to choose, as tensors, or None."""
@@ -243,21 +212,6 @@ class Adaptive:
             rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
         return rate, None if momentum is None else like.new_tensor(momentum)
 
-    @staticmethod
-    def _along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
-        """−α nat + μ δ₀."""
-        if previous is None:
-            return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-        return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
-
-    def _searched(self, params: Tree, nat: Tree, part: Batch, own: PyTree, model: QuadraticModel) -> Tensor:
-        """The step size of the grid with the lowest loss."""
-        sizes = [0.5**k for k in range(GRID)]
-        losses = [self._losses(tree.add(params, nat, scale=-size), part, own).double().mean() for size in sizes]
-        means = torch.stack(losses)
-        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
-        return -means.new_tensor(sizes)[best].reshape(1)
-
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
     def _decide(
@@ -266,9 +220,9 @@ class Adaptive:
         before: AdaptiveState,
         state: AdaptiveState,
         curvature: State,
-        tried: _Tried,
+        tried: Tried,
         back: Tensor,
-        seen: _Seen,
+        seen: Seen,
         info: Info,
         stats: Stats,
     ) -> tuple[Tree, AdaptiveState, Info]:
@@ -318,42 +272,3 @@ class Adaptive:
             )
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
         return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
-
-    def _looks_back(self, state: AdaptiveState, stats: Stats, seen: _Seen) -> Bool[Tensor, ""]:
-        """Whether the last update must have been a mistake: the loss is too high, or too many parameters are dead."""
-        sound = stats.checks["inputs"] & stats.checks["targets"]
-        if not self.look_back:
-            return torch.zeros_like(sound)
-        limit = state.loss + SIGMAS * (state.spread + seen.spread).sqrt() + TOLERANCE * state.loss.abs()
-        fine = (seen.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
-        sizes = [shape.numel() for _, shape in self.ng.layout.shapes]
-        dead = (seen.loss.new_tensor(sizes) * (state.alive & ~seen.alive)).sum() > DEAD * sum(sizes)
-        return sound & (~fine | dead)
-
-    # ----------------------------------------------------------------------------------------------------- the losses
-
-    def _loss(self, stats: Stats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of the batch, and the squared standard error of that mean."""
-        losses = self.ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
-        n = losses.shape[0]
-        return losses.mean(), losses.var(correction=0) / max(n - 1, 1)
-
-    def _losses(self, params: Tree, part: Batch, context: PyTree) -> Float[Tensor, " n"]:
-        """The loss of each example of the part, with the same context (so the same dropout) as the model's."""
-        x, y = part
-        outputs, _ = run(self.ng.model, params, x, () if context is None else context)
-        losses: Tensor = self.ng.likelihood.nll(outputs, y)
-        return losses
-
-    def _part(self, batch: Batch, context: PyTree) -> tuple[Batch, PyTree]:
-        """The examples that the model is of: all where the net mixes them (batch norm in training mode).
-
-        A line search takes all as well: along its direction the loss need not fall on a part.
-        """
-        x, y = pair(batch)
-        n = tree.leaves(x)[0].shape[0]
-        wanted = max(n // PART, LEAST) if self.model_examples is None else self.model_examples
-        if self.rule == "line_search" or self.ng.layout.couples or wanted >= n:
-            return (x, y), context
-        part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
-        return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))
