@@ -261,3 +261,10 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     # torch may fold the products of recorded tensors in another way, so that the last bit differs
     close(ff.tree.flatten(recorded), ff.tree.flatten(plain), tol=1e-14)
     assert all(leaf.grad is None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("builder", ["kfac_corrected", "two_level", "exact"])
+def test_the_name_of_a_builder_is_a_name_of_its_method(builder):
+    problem = zoo.pick("mlp-categorical")
+    assert problem.build(method=builder).method == getattr(ff, builder)()
+    assert builder not in ff.METHODS, "a loop over METHODS runs nothing twice"

@@ -4,7 +4,6 @@ The cases: a plain net, one with shared positions, one with a parameter that no 
 convolutional autoencoder, an embedding with a layer norm.
 """
 
-import pytest
 import torch
 from torch.utils import _pytree as pytree
 
@@ -65,13 +64,6 @@ def test_saved_and_resumed_is_the_straight_run(method, id, tmp_path):
     again = ff.tree.unflatten(state, torch.load(tmp_path / "state.pt", weights_only=True))
     results = [ng.step(problem.params, s, problem.batch, generator=zoo.generator(9))[:2] for s in (state, again)]
     assert all(torch.equal(a, b) for a, b in zip(*map(pytree.tree_leaves, results), strict=True))
-
-
-@pytest.mark.parametrize("builder", ["kfac_corrected", "two_level", "exact"])
-def test_the_name_of_a_builder_is_a_name_of_its_method(builder):
-    problem = zoo.pick("mlp-categorical")
-    assert problem.build(method=builder).method == getattr(ff, builder)()
-    assert builder not in ff.METHODS, "a loop over METHODS runs nothing twice"
 
 
 # ------------------------------------------------------------------------------------------------- its limits
