@@ -217,10 +217,22 @@ def test_help_is_in_sections(capsys):
 
 
 @pytest.mark.parametrize("Trainer", [*APPS.values(), GanConfig])
-def test_sections_of_trainers_begin_with_fields(Trainer):
+def test_sections_of_trainers_begin_with_fields_and_end_with_the_run(Trainer):
     names = [field.name for field in dataclasses.fields(Trainer)]
-    assert list(Trainer.sections) == sorted(Trainer.sections, key=names.index)
-    assert next(iter(Trainer.sections)) == names[0]
+    assert set(Trainer.sections) <= set(names) and next(iter(Trainer.sections)) == names[0]
+    assert list(dict.fromkeys(Trainer.sections.values()))[-1] == "the run"
+
+
+@pytest.mark.parametrize("Trainer", [TrainConfig, GanConfig])
+def test_help_and_file_have_what_every_run_has_in_the_last_section(Trainer, capsys):
+    with pytest.raises(SystemExit):
+        parse(Trainer, ["--help"], description=None)
+    before, run = capsys.readouterr().out.split("the run:")
+    own = "--init_params" if Trainer is TrainConfig else "--critic_norm"
+    assert own in before and "--data_path" in before and "--seed" in run and own not in run
+    keys = list(yaml.safe_load(c.as_yaml(Trainer())))
+    assert keys[0] == "data" and keys.index(own[2:]) < keys.index("batch_size") < keys.index("seed")
+    assert set(keys) == {field.name for field in dataclasses.fields(Trainer)}
 
 
 # ------------------------------------------------------------------------------------------- filling and validating
