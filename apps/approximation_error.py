@@ -4,7 +4,7 @@
 measures, for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that
 step's batch; and at every `--spectra_every`-th step, because these cost more, the relative error of F̂'s leading
 eigenvalues and the angle in degrees between the method's step and the exact block natural gradient at the same λ. Each
-method starts anew from the same statistics, of one batch without averages. `result.json` has all numbers; tables of
+method starts from the same statistics, of one batch without averages. `result.json` has all numbers; tables of
 the means over the last half of the run and two pictures summarise them.
 """
 

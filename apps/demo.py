@@ -1,7 +1,7 @@
-"""The demonstration: SGD, Adam and K-FAC train the CURVES autoencoder side by side; a table and a picture.
+"""Train the CURVES autoencoder with SGD, Adam and K-FAC; print a table and draw a picture.
 
-`make demo` or `python apps/demo.py`. One seed, one batch size, each optimizer with the best settings of an equal-budget
-search (apps/configs/tuned.yml, found by apps/search.py).
+`make demo` or `python apps/demo.py`. One seed and one batch size. SGD and Adam have the best settings of an
+equal-budget search (apps/configs/tuned.yml, written by apps/search.py); K-FAC chooses its own.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from common.trainer import run
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demonstration trains."""
+    """The settings of the demonstration."""
 
     data: str = option("CURVES", "data set")
-    model: str | None = option("AE_CURVES_TANH", "net; null: the one that suits the data")
-    data_path: str | None = option(None, "folder of data files")
-    num_epochs: int = option(15, "epochs for each optimizer")
-    seed: int = option(0, "of initialisation, order and labels")
-    result_dir: str = option("results", "folder of results")
+    model: str | None = option("AE_CURVES_TANH", "net; null: the default net for the data")
+    data_path: str | None = option(None, "folder with the data files")
+    num_epochs: int = option(15, "epochs per optimizer")
+    seed: int = option(0, "seed of initialisation, data order and labels")
+    result_dir: str = option("results", "folder for the results")
 
 
 def demo(config: DemoConfig) -> None:
-    """Train the three, print the table, draw the picture."""
+    """Train with all three, print the table and draw the picture."""
     runs = {}
-    plain = config.data.replace(":", "-")  # one's own pkg.module:load in a file's name
+    plain = config.data.replace(":", "-")  # a file name for data given as pkg.module:load
     for optim, name in (("sgd", "SGD"), ("adam", "Adam"), ("kfac", "K-FAC")):
         full = dataclasses.replace(
             TrainConfig(),
@@ -51,7 +51,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
-    """Every epoch of every run, side by side; losses in nats an output."""
+    """Return a table with one row per epoch and the runs in columns; losses in nats per output."""
     head = f"{'':7}" + "".join(f"{name:^36}" for name in runs)
     units = f"{'epoch':>5}  " + f"{'train loss':>12}{'test loss':>12}{'seconds':>10}  " * len(runs)
     lines = [head, units]

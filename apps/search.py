@@ -1,10 +1,10 @@
-"""Equal-budget search of first-order optimizers: as many learning rates each on the same problem, seed and budget.
+"""Search learning rates of first-order optimizers with equal budgets: same problem, seed and number of trials for each.
 
-A natural gradient is not searched: it finds its own numbers (docs/adaptive.md).
+Natural gradients need no search, as they choose their own settings (docs/adaptive.md).
 
 `python apps/search.py --app train_cnn --data CIFAR10 --data_path DIR` records every trial in
 apps/configs/search/cuda_convnet-CIFAR10.json and the best of each optimizer (lowest final training loss) in
-apps/configs/tuned.yml, where the trainers look for what the command line leaves open.
+apps/configs/tuned.yml, from which the trainers take settings that the command line does not give.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from common.train_config import APPS, TrainConfig
 from common.trainer import TUNED, make_optimizer, make_task
 
 Grid = dict[str, list[dict[str, float]]]
-"""By optimizer, the settings that are tried."""
+"""The settings to try, by optimizer."""
 
 
 def thirds(first: int, count: int, digits: int = 6) -> list[dict[str, float]]:
-    """So many rates, downwards in thirds of a decade from 10^(first/3)."""
+    """Return `count` learning rates, downwards in thirds of a decade from 10^(first/3)."""
     return [{"lr": round(10 ** ((first - third) / 3), digits)} for third in range(count)]
 
 
@@ -44,30 +44,30 @@ GRIDS: dict[str, Grid] = {
         "adam": thirds(-4, 8),  # 4.6e-2 … 2.2e-4
     },
     "train_autoencoder": {
-        # the loss is a sum over 784 or 3,072 outputs, so rates of sgd are that much smaller
+        # the loss is a sum over 784 or 3,072 outputs, so learning rates of sgd are smaller
         "sgd": thirds(-9, 8, digits=8),  # 1e-3 … 4.6e-6
         "adam": thirds(-3, 8),  # 1e-1 … 4.6e-4
     },
 }
-"""By trainer; within one, every optimizer has the same number of settings."""
+"""The grids, by trainer; in each, every optimizer has the same number of settings."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What is searched, on which budget."""
+    """The problem and the budget of a search."""
 
     app: str = option("train_mlp", "trainer", choices=APPS)
-    model: str | None = option(None, "net; null: the one that suits the data")
+    model: str | None = option(None, "net; null: the default net for the data")
     data: str | None = option(None, "data set; null: the trainer's default")
-    data_path: str | None = option(None, "folder of data files")
-    num_epochs: int = option(20, "epochs a trial", check=POSITIVE)
-    batch_size: int | None = option(None, "examples a step; null: the trainer's default", check=POSITIVE)
-    seed: int = option(0, "of initialisation, order and labels", check=NON_NEGATIVE)
-    device: str = option("cpu", "where to compute: cpu, cuda, cuda:1, …")
+    data_path: str | None = option(None, "folder with the data files")
+    num_epochs: int = option(20, "epochs per trial", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    seed: int = option(0, "seed of initialisation, data order and labels", check=NON_NEGATIVE)
+    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
 
 
 def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
-    """What all trials share, with its model named, and the data."""
+    """Return the shared configuration of all trials, with its model named, and the data."""
     given = {key: value for key, value in dataclasses.asdict(config).items() if key != "app" and value is not None}
     full = APPS[config.app](**given)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
@@ -75,7 +75,7 @@ def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
 
 
 def search(full: TrainConfig, data: Data) -> list[dict[str, Any]]:
-    """All trials, in the order of the grids."""
+    """Run all trials, in the order of the grids."""
     trials = []
     for optim, grid in GRIDS[full.app].items():
         for settings in grid:
@@ -86,7 +86,7 @@ def search(full: TrainConfig, data: Data) -> list[dict[str, Any]]:
 
 
 def trial(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """The last epoch's metrics, or why there is none; a diverged trial has no loss."""
+    """Return the metrics of the last epoch, or why training stopped; a diverged trial has no loss."""
     task, _ = make_task(config, data)
     optimizer = make_optimizer(config, task)
     last: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def trial(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def best(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The settings with the lowest final training loss, for each optimizer that finished any."""
+    """Return the settings with the lowest final training loss, for each optimizer with a finished trial."""
     chosen: dict[str, dict[str, float]] = {}
     for optim in dict.fromkeys(trial["optim"] for trial in trials):
         finished = [t for t in trials if t["optim"] == optim and t["train_loss"] is not None]
@@ -113,7 +113,7 @@ def best(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def record(full: TrainConfig, name: str, trials: list[dict[str, Any]]) -> None:
-    """Every trial beside the configurations, the best in the table of tuned settings, by model and the data's name."""
+    """Write every trial to a file, and the best settings to the table of tuned settings, by model and data."""
     model = str(full.model)
     folder = TUNED.parent / "search"
     folder.mkdir(exist_ok=True)

@@ -2,7 +2,7 @@
 
 `python apps/zoo.py` tries every net in evaluation and in training mode, one process per net. Results are lines of a
 file; a rerun does what is missing in it. `--page docs/coverage.md` writes the tables between the page's markers.
-The packages beside torch are those of the extra `optional`; nets of a package that is not installed are left out.
+The extra `zoo` installs the packages; nets of a package that is not installed are left out.
 """
 
 from __future__ import annotations

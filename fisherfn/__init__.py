@@ -6,11 +6,12 @@ from fisherfn.base import Method
 from fisherfn.compiled import compile
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
-from fisherfn.layers import dropout_seeds
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
-from fisherfn.natgrad import NaturalGradient, State, natural_gradient
+from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
+from fisherfn.randomness import dropout_seeds
+from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
 from fisherfn.taps import Tap
 from fisherfn.types import Info

@@ -1,4 +1,4 @@
-r"""What a method is: `Method` on all blocks of a net, `LayerMethod` for methods that treat each block separately.
+r"""Base classes of methods: `Method` on all blocks of a net, `LayerMethod` for methods that treat blocks separately.
 
 A method is a frozen dataclass whose fields are its hyperparameters. It holds no state: factors and inverses are pytrees
 that its functions take and return.

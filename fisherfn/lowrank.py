@@ -169,7 +169,7 @@ def solve(system: System, gradients: Mapping[str, Gradient]) -> dict[str, Tensor
     return {key: _remainder(V, taps[key], c) / damping.to(dtype) for key, V in v.items()}
 
 
-def _rows_serve(tap: Tap, V: Gradient) -> bool:
+def _rows_serve(tap: Any, V: Gradient) -> bool:
     """Return True if the inner products can be computed from rows of both taps, without forming W or ∇."""
     if isinstance(V, Tensor):
         return False
@@ -177,7 +177,7 @@ def _rows_serve(tap: Tap, V: Gradient) -> bool:
     return (mine.k, mine.o, mine.i) == (other.k, other.o, other.i) and mine.t == other.t == other.s == 1
 
 
-def _remainder(V: Gradient, tap: Tap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
+def _remainder(V: Gradient, tap: Any, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
     """Return `V − Σ_sn c_sn W_sn`, in one product for a gradient given as a loss tap."""
     if isinstance(V, Tensor):
         return V - combine(tap, c).reshape(V.shape)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-def test_what_must_not_cross_the_border_ends_in_a_typed_error():
+def test_invalid_arguments_raise_typed_errors():
     program = Path(__file__).with_name("borders.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -53,7 +53,7 @@ def test_a_trace_with_one_tensor_twice_is_not_used_for_two():
     assert compiled(two, one).tolist() == [1, 1]
 
 
-def test_what_is_handed_through_stays_what_it_is():
+def test_arguments_that_are_returned_stay_the_same_objects():
     x = torch.ones(2)
     compiled = ff.compile(lambda x, note: (x, note, None, -x), backend="eager")
     same, note, nothing, negative = compiled(x, "as it is")

@@ -36,7 +36,7 @@ def test_layers_are_found_without_fallback(id):
 
 
 @pytest.mark.parametrize(("id", "name"), [("scale-matrix", "scale"), ("weight-elsewhere", "first.weight")])
-def test_what_no_layer_claims_is_reported_with_a_reason(id, name):
+def test_parameters_of_no_layer_are_reported_with_a_reason(id, name):
     lines = [line for line in str(zoo.pick(id).build().layout).splitlines() if name in line and "fallback" in line]
     assert lines, "the fallback is not in the report"
     assert len(lines[0].split(name)[-1].strip()) > 10, f"no reason given: {lines[0]!r}"

@@ -302,7 +302,7 @@ def test_dropout_is_the_same_there_and_takes_seeds_from_anywhere():
         same(dict(stats_there.grads), dict(stats_here.grads))
 
 
-def test_whatever_draws_from_the_global_generator_there_is_refused_and_leaves_it_alone():
+def test_models_that_sample_from_the_global_generator_of_the_device_raise_and_do_not_advance_it():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.FractionalMaxPool2d(2, output_size=2), nn.Flatten()).double()
     model, params, context = ff.functional(net.cuda())
     x = torch.randn(3, 1, 8, 8, generator=zoo.generator()).double().cuda()

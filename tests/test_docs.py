@@ -187,7 +187,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     assert sheets and not any(FETCHED.search(sheet) for sheet in sheets)
 
 
-def test_what_a_page_would_fetch_is_seen():
+def test_network_requests_of_a_page_are_detected():
     assert FETCHED.search('<script async src="https://cdn.example/x.js">') and FETCHED.search(
         "url(//cdn.example/f.woff)"
     )

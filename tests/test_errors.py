@@ -52,12 +52,12 @@ def test_every_error_is_of_the_family():
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("kfaq", "kfac"), ("KFAC", "kfac")])
-def test_an_unknown_method_names_the_nearest(problem, wrong, near):
+def test_an_unknown_method_names_the_most_similar_one(problem, wrong, near):
     with pytest.raises(errors.UnknownNameError, match=near):
         problem.build(method=wrong)
 
 
-def test_an_unknown_fisher_names_the_nearest(problem, ng):
+def test_an_unknown_fisher_names_the_most_similar_one(problem, ng):
     with pytest.raises(errors.UnknownNameError, match="type2"):
         problem.build(fisher="type-2")
     with pytest.raises(errors.UnknownNameError, match="empirical"):
@@ -234,6 +234,6 @@ def test_unused_parameters_are_named(problem):
 
 
 @pytest.mark.parametrize("params", [{}, {"w": torch.zeros(2, dtype=torch.long)}], ids=["none", "integers"])
-def test_nothing_to_differentiate(problem, params):
+def test_no_parameter_to_differentiate(problem, params):
     with pytest.raises(errors.FisherfnError):
         ff.natural_gradient(lambda p, x: x, params, problem.x, likelihood=ff.Gaussian())

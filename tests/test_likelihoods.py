@@ -113,7 +113,7 @@ def test_noise_is_indexed_by_example_then_draw(name):
     assert noise.shape == (shape[0], 3, *one_number_a_variable[1:])
 
 
-def test_noise_has_the_distribution_that_sample_wants():
+def test_noise_has_the_distribution_that_sample_expects():
     for likelihood, is_normal in ((ff.Categorical(), False), (ff.Bernoulli(), False), (ff.Gaussian(), True)):
         x = torch.zeros(2000, 2)
         params = {"0.weight": torch.zeros(2, 2)}

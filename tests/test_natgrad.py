@@ -60,6 +60,10 @@ def test_step_passes_on_what_stats_takes(options):
     close(ff.tree.flatten(state), ff.tree.flatten(expected), tol=1e-12)
 
 
+def test_the_former_name_of_step_from_is_an_alias():
+    assert ff.NaturalGradient.advance is ff.NaturalGradient.step_from
+
+
 def test_inner_is_left_out_unless_asked_for():
     problem = zoo.pick("mlp-categorical")
     ng = problem.build(fisher="type2")
@@ -236,7 +240,7 @@ def test_a_failed_invert_keeps_the_old_inverses():
     assert not any(bool(ok) for ok in info.ok.values()) and equal(after, state)
 
 
-def test_half_precision_sums_do_not_cry_wolf():
+def test_overflowing_half_precision_sums_raise_no_false_alarm():
     """100,000 entries of size 1 are finite, though their sum is no float16."""
     problem = zoo.from_net(zoo.mlp(100, 2), (1024, 100), "categorical")
     problem = zoo.to(zoo.replace(problem, x=torch.ones_like(problem.x)), torch.float16)

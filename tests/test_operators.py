@@ -161,7 +161,7 @@ def test_a_method_that_gives_products_alone_is_made_dense(method):
     close(ng.inverse(state).logdet(), torch.slogdet(inverse)[1])
 
 
-def test_what_is_too_large_to_be_dense_says_what_to_do_instead(monkeypatch):
+def test_operators_too_large_to_be_dense_raise_with_a_remedy(monkeypatch):
     problem, ng, state = fitted("mlp-categorical", "lanczos")
     monkeypatch.setattr("fisherfn.operators.LARGEST", 3)
     for call in (ng.approximation(state).spectrum, ng.approximation(state).dense):
@@ -278,7 +278,7 @@ def test_scipy_that_is_missing_is_a_typed_error(monkeypatch):
 
 
 @pytest.mark.parametrize("damping", [-1.0, "much"])
-def test_a_damping_that_is_none_is_refused(damping):
+def test_an_invalid_damping_raises(damping):
     problem, ng, state = fitted("mlp-categorical", "kfac")
     for call in (ng.approximation(state).logdet, ng.approximation(state).to_scipy):
         with zoo.as_installed(), pytest.raises(ff.errors.HyperparameterError):

@@ -3,15 +3,17 @@
 From the top (a file may import from lower floors of its own tower, and from the ground):
 
     __init__             public names only
-    F6   optim                                             the shell for other people's loops, on the roof
-    F5   adapt                                             how far a step goes, on the roof
-    F4   natgrad, distributed, compiled                    the roof, which alone knows both towers
-    F2m  methods                      F2s  stats
-    F1m  base, fisher                 F1s  layers, likelihoods
+    F7   optim                                             the shell for other people's loops, on the roof
+    F6   adapt                                             how far a step goes, on the roof
+    F5   natgrad, compiled                                 the roof, which alone knows both towers
+    F4   views                                             what a state says
+                                      F3s  stats
+    F2m  methods                      F2s  randomness
+    F1m  base, fisher                 F1s  layers, likelihoods, decompositions
          lowrank, rearrangement
          gradients
          linalg
-    F0   types, tree, errors, operators                    the ground, which both towers stand on
+    F0   types, tree, errors, calls, operators, state      the ground, which both towers stand on
 """
 
 import ast
@@ -33,19 +35,22 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "operators", "products", "rows", "taps", "per_example"], Floor("ground", 0)
+        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "per_example"],
+        Floor("ground", 0),
     ),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
     **dict.fromkeys(["gradients"], Floor("method", 1.2)),
     **dict.fromkeys(["lowrank", "rearrangement"], Floor("method", 1.4)),
     **dict.fromkeys(["base", "fisher"], Floor("method", 1.6)),
     **dict.fromkeys(["methods"], Floor("method", 2)),
-    **dict.fromkeys(["layers", "likelihoods"], Floor("stats", 1)),
-    **dict.fromkeys(["stats"], Floor("stats", 2)),
-    **dict.fromkeys(["natgrad", "distributed", "compiled"], Floor("roof", 4)),
-    "adapt": Floor("roof", 5),
-    "optim": Floor("roof", 6),
-    "__init__": Floor("roof", 7),
+    **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
+    "randomness": Floor("stats", 2),
+    "stats": Floor("stats", 3),
+    "views": Floor("roof", 4),
+    **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
+    "adapt": Floor("roof", 6),
+    "optim": Floor("roof", 7),
+    "__init__": Floor("roof", 8),
 }
 PUBLIC_MODULES = {"errors", "tree", "likelihoods", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
@@ -115,8 +120,8 @@ def test_library_imports_only_go_down_their_own_tower(path):
     part = top.removesuffix(".py")
     assert part in FLOORS, (
         f"{short(path)} has no floor. Give {part!r} one in FLOORS above: 'ground' 0 if it knows no other part; "
-        "'method' 1 for mathematics of factors, 2 for a method; 'stats' 1 for what a layer or a likelihood is, 2 for "
-        "collecting statistics; 'roof' 4 if it needs both towers."
+        "'method' 1 for mathematics of factors, 2 for a method; 'stats' 1 for what a layer, a likelihood or a "
+        "decomposition is, 2 for random numbers, 3 for collecting statistics; 'roof' 4 or more if it needs both towers."
     )
     for other in parts(path.read_text(), package_of(path)):
         assert may_import(part, other), (
@@ -196,7 +201,7 @@ def test_apps_use_public_names_only(path):
     assert list(not_public(path.read_text())) == [], "write `import fisherfn as ff` and take public names from ff"
 
 
-def test_what_is_not_public_is_seen():
+def test_private_names_are_detected():
     assert list(not_public("from fisherfn.stats.collect import collect")) == ["fisherfn.stats.collect.collect"]
     assert list(not_public("from fisherfn import methods")) == ["fisherfn.methods"]
     assert list(not_public("from fisherfn.tree import _walk")) == ["fisherfn.tree._walk"]
@@ -244,6 +249,6 @@ def forbidden(path):
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if FORBIDDEN.search(line)]
 
 
-def test_what_is_forbidden_is_seen(tmp_path):
+def test_forbidden_code_is_detected(tmp_path):
     (tmp_path / "notes.md").write_text("fine\nsee /" + "home/someone/notes\npip install -i https://py" + "pi.example\n")
     assert [number for number, _ in forbidden(tmp_path / "notes.md")] == [2, 3]

@@ -48,7 +48,7 @@ def gradient(net, x, y):
 
 @pytest.mark.parametrize("method", list(ff.METHODS))
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_it_takes_its_gradient_and_the_others_the_step_without_it(method, chunk_size):
+def test_uncovered_parameters_take_the_gradient_and_others_the_step_without_them(method, chunk_size):
     net, (x, y) = Beside(), batch()
     ng, params, context = build(net, x, method=method, uncovered="gradient")
     nat, state, info = ng.step(
@@ -68,7 +68,7 @@ def test_it_takes_its_gradient_and_the_others_the_step_without_it(method, chunk_
     close({name: nat[name] for name in others}, others)
 
 
-def test_it_has_no_curvature():
+def test_uncovered_parameters_have_no_curvature():
     net, (x, y) = Beside(), batch()
     ng, params, context = build(net, x, uncovered="gradient")
     stats = ng.stats(params, (x, y), context=context)
@@ -77,7 +77,7 @@ def test_it_has_no_curvature():
     assert "scale" not in {block.key for block in ng.layout.blocks} and not ng.layout.fallbacks
 
 
-def test_beside_batch_norm_in_training_mode_where_the_fallback_is_refused():
+def test_plain_gradients_work_with_batch_norm_in_training_mode():
     net, (x, y) = Beside(norm=True).train(), batch()
     with as_installed(), pytest.raises(E.CoverageError, match='uncovered="gradient"'):
         build(net, x)

@@ -79,7 +79,7 @@ def test_the_report_says_so():
     assert report.count("unused") == 4 and "all 51 entries covered: 51 by 2 layers; 47 unused" in report
 
 
-def test_a_name_that_is_none():
+def test_an_unknown_name_raises():
     with as_installed(), pytest.raises(E.UnknownNameError, match="ignore"):
         build(Pooled(), torch.randn(8, 4), unused="ignored")
 

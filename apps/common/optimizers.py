@@ -170,7 +170,7 @@ def natural(
         if update and not whole:
             part = _head(batch, fisher_batch_size)
             stats = ng.stats(params, part, noise=labels, context=_head_context(context, len(part[0])))
-        nat, curvature, info = ng.advance(
+        nat, curvature, info = ng.step_from(
             state.curvature, grads, stats if update else None, invert=invert, inner=bool(kl_bound)
         )
         if penalty is not None:  # an infinite penalty may have a finite gradient

@@ -1,4 +1,4 @@
-"""The tables and the picture of the comparison, from its records alone."""
+"""Tables and picture of the comparison, made from its records alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
     """Print the tables, draw the picture, and write both into a page between its markers.
 
     Args:
-        folder: of the records.
-        nets: those to report, in this order; a net without records is named as not run.
+        folder: folder with the records.
+        nets: nets to report, in this order; a net without records is named as not run.
         page: Markdown with `<!-- table: compare -->` and `<!-- end of table -->`; the picture goes beside it, to
-            images/compare.png. None prints alone.
+            images/compare.png. None: print only.
     """
     runs = {net: read(folder / f"{net}.jsonl") for net in nets}
     text = tables(runs)
@@ -46,11 +46,11 @@ def tables(runs: dict[str, list[Run]]) -> str:
     """Return one table per net that was run, and the names of the others."""
     parts = [f"**{NETS[net].title}**\n\n{of_net(found)}" for net, found in runs.items() if found]
     missing = [NETS[net].title for net, found in runs.items() if not found]
-    return "\n\n".join(parts + ([f"Not run: {', '.join(missing)}."] if missing else []))
+    return "\n\n".join(parts + ([f"Not run yet: {', '.join(missing)}."] if missing else []))
 
 
 def of_net(runs: list[Run]) -> str:
-    """Return the table of one net: settings, final losses, steps and seconds to the end of the tuned Adam."""
+    """Return the table of one net: settings, final losses, steps and time until the final loss of tuned Adam."""
     rows = []
     for optim in [name for name in TITLES if any(run.optim == name for run in runs)]:
         trials = [run for run in runs if run.optim == optim and run.seed == 0 and not run.race]
@@ -66,22 +66,23 @@ def of_net(runs: list[Run]) -> str:
             [TITLES[optim], settings(chosen), tried, losses, str(len(seeds or raced)), in_steps(runs, seeds or raced)]
             + [in_time(runs, optim, kind) for kind in ("plain", "compiled")]
         )
-    head = ["", "learning rate", "trials", "final training loss", "seeds", "steps", "time, plain", "time, compiled"]
+    head = ["optimizer", "learning rate", "trials", "final training loss", "seeds"]
+    head += ["steps, relative to Adam", "time, relative to Adam", "the same, compiled"]
     return table(head, rows)
 
 
 def repeats(runs: Sequence[Run], chosen: Run) -> list[Run]:
-    """Return the runs of these settings with all seeds, the race left out."""
+    """Return the runs with these settings for all seeds, without the race."""
     return [run for run in runs if run.key[:4] == chosen.key[:4] and not run.race]
 
 
 def settings(run: Run) -> str:
-    """Return what was chosen for a run, in words."""
+    """Return the settings of a run in words."""
     return "none" if run.lr is None else f"{run.lr:.2g}, {run.schedule}"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation; a run that did not end makes it infinite, and is counted."""
+    """Return mean ± standard deviation of the finished runs, and the number of diverged ones."""
     ended = [value for value in values if math.isfinite(value)]
     text = f"{statistics.mean(ended):.4f}" if ended else "–"
     text += f" ± {statistics.stdev(ended):.4f}" if len(ended) > 1 else ""
@@ -89,7 +90,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
-    """Return the steps until the loss at which the tuned Adam of the same seed ends, divided by Adam's."""
+    """Return the steps until the final loss of tuned Adam on the same seed, relative to Adam's steps."""
     adam = best([run for run in runs if run.optim == TARGET and run.seed == 0 and not run.race])
     ends = {run.seed: run for run in runs if run.optim == TARGET and run.race == "plain"}
     ends |= {run.seed: run for run in repeats(runs, adam)} if adam else {}
@@ -102,7 +103,7 @@ def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
 
 
 def in_time(runs: Sequence[Run], optim: str, kind: str) -> str:
-    """Return the same in seconds of the race, the seconds of compiling beside it."""
+    """Return the same ratio for the seconds of the race, with the seconds of compilation."""
     adam = {run.seed: run for run in runs if run.optim == TARGET and run.race == kind}
     raced = [run for run in runs if run.optim == optim and run.race == kind and run.seed in adam]
     ratios = [
@@ -114,7 +115,7 @@ def in_time(runs: Sequence[Run], optim: str, kind: str) -> str:
 
 
 def ratio(values: Sequence[float]) -> str:
-    """Return the median, and the range where there are several."""
+    """Return the median, and the range if there are several values."""
     if not values:
         return ""
     text = "not reached" if math.isinf(statistics.median(values)) else f"{statistics.median(values):.2f}"
@@ -123,7 +124,7 @@ def ratio(values: Sequence[float]) -> str:
 
 
 def picture(runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw a row per net: training loss by step, all seeds, and by second of the race."""
+    """Draw one row per net: training loss by step (all seeds) and by second of the race."""
     rows = {net: found for net, found in runs.items() if found}
     names = [name for name in TITLES if any(run.optim == name for found in rows.values() for run in found)]
     looks = {name: look(index) | {"linewidth": 1.2, "markersize": 0} for index, name in enumerate(names)}
@@ -137,7 +138,7 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
             for run in raced:
                 draw(axes[1], run.points, 1, looks[name])
         dress(axes[0], NETS[net].title, "step")
-        dress(axes[1], "plain steps, to the loss at which Adam ends", "seconds of training")
+        dress(axes[1], "until the final loss of tuned Adam", "seconds of training")
         axes[0].set_ylabel("training loss", color=INK)
         for panel in axes:
             panel.set_yscale("log")
@@ -148,6 +149,6 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
 
 
 def draw(axes: Axes, points: Points, x: int, style: dict[str, Any]) -> None:
-    """Draw one run, its start left out."""
+    """Draw one run without its initial loss."""
     shown = [(point[x], point[2]) for point in points if point[0]]
     axes.plot([a for a, _ in shown], [b for _, b in shown], **style)

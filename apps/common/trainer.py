@@ -25,7 +25,7 @@ from common.runs import Training
 from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
-"""Settings found by `apps/search.py`, by model, data and optimizer, for options that the command line leaves open."""
+"""Settings found by `apps/search.py`, by model, data and optimizer; used if the command line gives none."""
 
 FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "kl_bound": 0.01, "momentum": 0.9}
 """Settings of a natural gradient with fixed numbers, for studies at matched damping and for cg_steps."""
@@ -41,8 +41,8 @@ METHOD_OPTIONS = {
 
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
-    """Return the recorded settings of a first-order optimizer for this model and data, else the trainer's."""
-    if optim in ff.METHODS:  # these find their own
+    """Return the recorded settings of a first-order optimizer for this model and data, or the trainer's defaults."""
+    if optim in ff.METHODS:  # these choose their own settings
         return {}
     table = yaml.safe_load(TUNED.read_text())
     return {**table["default"][app][optim], **table["tuned"].get(model, {}).get(data, {}).get(optim, {})}
@@ -78,7 +78,7 @@ def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x:
 
 
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
-    """Return the optimizer that `--optim` names, on this task."""
+    """Return the optimizer that `--optim` names, for this task."""
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
@@ -116,7 +116,7 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
 
 def cadence(config: TrainConfig) -> ff.Cadence:
     """Return the cadence of statistics and inverses: as given, else growing intervals."""
-    if config.optim == "exactNG":  # averages nothing, and the Fisher of an old batch is none
+    if config.optim == "exactNG":  # it keeps no average, and one batch's Fisher does not suit the next
         default = ff.Cadence.fixed(1, 1)
     else:
         default = ff.Cadence()

@@ -73,7 +73,7 @@ def train(ng, params, batch, prior: float, steps: int):
     for step in range(steps):
         stats = ng.stats(params, batch)
         grads = ff.tree.add(dict(stats.grads), params, scale=decay)
-        nat, state, info = ng.advance(state, grads, stats, invert=step % 5 == 0, inner=True)
+        nat, state, info = ng.step_from(state, grads, stats, invert=step % 5 == 0, inner=True)
         ff.check(info)
         params = ff.tree.add(params, ff.kl_clip(nat, info.inner, lr=0.5, kl_bound=1e-2), scale=-0.5)
     return params

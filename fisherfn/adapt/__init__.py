@@ -1,4 +1,4 @@
-"""The length of a step: the KL bound, the quadratic model, damping, cadence, and the optimizer that needs no number."""
+"""Step size, momentum and damping: the KL bound, the quadratic model, cadences, and the optimizer without tuning."""
 
 from fisherfn.adapt.build import adaptive
 from fisherfn.adapt.cadence import Cadence, Due

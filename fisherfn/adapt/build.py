@@ -1,4 +1,4 @@
-"""From settings to an adaptive optimizer: checks, and the meaning of "auto"."""
+"""Construction of an adaptive optimizer: checks of the settings, and the meaning of "auto"."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def adaptive(
     average: float | None = None,
     look_back: bool = True,
 ) -> Adaptive:
-    r"""Return an optimizer that finds step size, momentum and damping itself.
+    r"""Return an optimizer that chooses step size, momentum and damping itself.
 
     $$\theta \leftarrow \theta - \alpha \hat F^{-1}\nabla h + \mu\, \delta_0$$
 
     Args:
-        ng: model, likelihood and method; every method of `ff.METHODS` will do.
+        ng: model, likelihood and method, with any method of `ff.METHODS`.
         lr: α; "auto" is the model's minimiser, or 1 under the rule "clip".
         momentum: μ in [0, 1); "auto" is the model's minimiser, or 0.9 under the rule "clip".
-        damping: λ; "auto" follows the reduction ratio. A number is where λ starts, and only rejected steps raise it.
+        damping: λ; "auto" follows the reduction ratio. A number is the initial λ, which only rejected steps increase.
         rule: "model", "clip" or "line_search"; "auto" is "clip" for class labels, "line_search" for the exact natural
             gradient and "model" for the rest.
         kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
         ema: weight of the old factors, in [0, 1).
-        weight_decay: w, decoupled: α w θ is subtracted beside the step.
-        model_examples: examples of each batch that the quadratic model is of; None for an eighth, at least 32. A
-            model that mixes examples (batch norm in training mode) is always run on all.
-        average: weight ξ of the old average of the parameters, `state.average`; None for none. Martens & Grosse have
-            0.99.
-        look_back: whether the loss of the next batch may take a step back. Switch it off where the loss changes for
-            other reasons than the step (a second player, another data set), or where batches use different parts of
+        weight_decay: w, decoupled: α w θ is subtracted in addition to the step.
+        model_examples: number of examples of each batch for the quadratic model; None for an eighth, at least 32. A
+            net that couples examples (batch norm in training mode) always uses all of them.
+        average: weight ξ of the old average of the parameters, `state.average`; None: no average. Martens & Grosse
+            use 0.99.
+        look_back: whether a step is undone if the loss of the next batch is too high. Switch it off if the loss also
+            changes for other reasons (a second player, another data set), or if batches use different parts of
             the net in turn.
 
     Raises:
@@ -87,7 +87,7 @@ def adaptive(
 
 
 def _number(name: str, value: float | str | None) -> Any:
-    """A number, or None for "auto"."""
+    """Return a number, or None for "auto"."""
     if isinstance(value, str):
         if value != "auto":
             raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')

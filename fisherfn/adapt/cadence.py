@@ -1,8 +1,8 @@
-"""When to take statistics and when to refresh inverses, from the step number alone.
+"""Cadences: the steps that refresh statistics and inverses, from the step number alone.
 
-Inverses that are 50 steps old ruin the first epochs and do no harm later: factors change fast at first. So intervals
-grow in proportion to the steps made, from a short one up to a ceiling. Nothing is measured, so vmapped members, ranks
-and resumed runs agree on it.
+Factors change fast at first, so inverses that are 50 steps old ruin the first epochs and do no harm later. Intervals
+therefore grow in proportion to the number of steps, from a short one to a longest one. They depend on no measurement,
+so they are the same for vmapped members, ranks and resumed runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fisherfn.errors import HyperparameterError, expect_number
 
 
 class Due(NamedTuple):
-    """The refreshes that a step makes; `ng.step(..., **due._asdict())`."""
+    """The refreshes of one step, passed as `ng.step(..., **due._asdict())`."""
 
     update: bool
     invert: bool
@@ -23,11 +23,11 @@ class Due(NamedTuple):
 
 @dataclass(frozen=True)
 class Cadence:
-    """Intervals that grow with the number of steps, `growth` times as long as the run so far.
+    """Intervals that grow with the number of steps: `growth` times the steps made so far.
 
     Attributes:
         update: shortest and longest interval between statistics, in steps.
-        invert: the same of inverses.
+        invert: shortest and longest interval between inverses, in steps.
         growth: interval divided by the steps made.
 
     >>> Cadence((2, 10), (4, 20))(0)
@@ -54,11 +54,11 @@ class Cadence:
 
     @classmethod
     def fixed(cls, update: int, invert: int) -> Cadence:
-        """Return the cadence of constant intervals."""
+        """Return a cadence with constant intervals."""
         return cls((update, update), (invert, invert))
 
     def __call__(self, step: int) -> Due:
-        """Return what step number `step`, counted from 0, does."""
+        """Return the refreshes of step number `step`, counted from 0."""
         return Due(self._hits(self.update, step), self._hits(self.invert, step))
 
     def _hits(self, bounds: tuple[int, int], step: int) -> bool:
@@ -68,7 +68,7 @@ class Cadence:
 
     @cached_property
     def _marks(self) -> dict[tuple[int, int], tuple[frozenset[int], int]]:
-        """For each pair of bounds the steps before intervals have their full length, and where they have it."""
+        """Return for each pair of bounds the refreshes at growing intervals, and the step at which growth ends."""
         found = {}
         for first, last in (self.update, self.invert):
             at, marks = 0, set()

@@ -1,4 +1,4 @@
-"""The KL bound: how far one step along the natural gradient may change the model."""
+"""The KL bound: a limit on how much one step may change the model's predictions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def kl_clip(
 
     $$\nu = \min\Bigl(1, \sqrt{\frac{\kappa}{\eta^2 |\langle \nabla, \mathrm{nat} \rangle|}}\Bigr)$$
 
-    With nat = F̂⁻¹∇, η²⟨∇, nat⟩ is the squared length of the step ηnat in the metric F̂: about twice the KL divergence,
-    in nats per example, between the model before and after.
+    With nat = F̂⁻¹∇, η²⟨∇, nat⟩ is the squared length of the step ηnat in the metric F̂. It is about twice the KL
+    divergence between the predictions before and after the step, in nats per example.
 
     Args:
         nat: the preconditioned gradient.

@@ -1,16 +1,17 @@
-r"""Damping from the reduction ratio: how well the quadratic model predicts what a step does to the loss.
+r"""Damping adapted by the reduction ratio: the change of the loss divided by the change that the model predicts.
 
 $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta)}$$
 
-M leaves λ out here, so that ρ = 1 for a linear model with squared loss. Over k steps with ω = 19/20 per step, the
+Here M excludes λ, so that ρ = 1 for a linear model with squared loss. Over k steps with ω = 19/20 per step, the
 Levenberg–Marquardt rule is
 
 $$\lambda \leftarrow \omega^k \lambda \ \text{ where } \rho > \tfrac34, \qquad
   \lambda \leftarrow \omega^{-k} \lambda \ \text{ where } \rho < \tfrac14 .$$
 
-On the batch that made the step, ρ is close to 1 for almost any λ: the step fits this batch, and the rule by itself
-drives λ to zero, where steps fit nothing else. So λ has a floor in units of the curvature $u = \mathrm{tr} \hat F / n$,
-with n the number of parameters: $c \sqrt{u_0 u}$, the geometric mean of the first curvature and today's.
+On the batch that made the step, ρ is close to 1 for almost any λ, because the step fits this batch. The rule alone
+would drive λ to zero, and steps would fit nothing but their own batch. So λ has a floor in units of the curvature
+$u = \mathrm{tr} \hat F / n$, with n the number of parameters: $c \sqrt{u_0 u}$, the geometric mean of the first and the
+present curvature.
 
 Source: Martens & Grosse 2015, section 6.5; the floor is this project's (docs/adaptive.md has the measurements).
 """
@@ -25,17 +26,17 @@ DECAY = 19 / 20
 """ω, per step."""
 
 GOOD, POOR = 0.75, 0.25
-"""Reduction ratios above and below which λ moves."""
+"""Reduction ratios above and below which λ changes."""
 
 REJECTED = 2.0
 """Factor on λ after a rejected step."""
 
 
 def reduction_ratio(actual: Tensor, predicted: Tensor) -> Float[Tensor, ""]:
-    """Return ρ = actual / predicted change of the loss, guarded against its sign trap.
+    """Return ρ = actual / predicted change of the loss, with care for the sign of the prediction.
 
-    A predicted rise that comes true would give ρ > 0 and pass for a good step. Where the model predicts no fall, ρ is
-    −∞ for a step that did not lower the loss (or made it NaN) and 1 for one that did.
+    If the model predicts an increase and the loss increases, the quotient is positive and would look like a good step.
+    Without a predicted decrease, ρ is therefore −∞ for a step that did not lower the loss (or made it NaN), else 1.
     """
     falls = predicted < 0
     plain = actual / torch.where(falls, predicted, -1.0)
@@ -58,9 +59,9 @@ def adapted_damping(
     Args:
         damping: λ so far.
         ratio: ρ, from `reduction_ratio`.
-        steps: k, the steps that ρ was measured over.
-        floor: the least λ.
-        frozen: where true λ stays: ρ says nothing, as the change of the loss is numerical noise.
+        steps: k, the number of steps that ρ was measured over.
+        floor: the smallest λ.
+        frozen: true keeps λ, because the change of the loss is numerical noise and ρ is meaningless.
         decay: ω, per step.
     """
     factor = decay ** torch.as_tensor(steps, dtype=damping.dtype, device=damping.device)
@@ -69,5 +70,5 @@ def adapted_damping(
 
 
 def within_noise(before: Float[Tensor, ""], change: Float[Tensor, ""], dtype: torch.dtype) -> Bool[Tensor, ""]:
-    """Return whether a change of the loss is a few units in its last place, where ρ means nothing."""
+    """Return whether a change of the loss is a few units in its last place, so that ρ is meaningless."""
     return change.abs() <= 8 * torch.finfo(dtype).eps * before.abs()

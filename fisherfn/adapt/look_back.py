@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.state import AdaptiveState
-from fisherfn.natgrad import Batch, NaturalGradient, pair
-from fisherfn.stats import Stats
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, Stats, pair
 from fisherfn.types import Tree
 
 SIGMAS, TOLERANCE = 4.0, 0.02
-"""The distance that the next batch's loss may lie above the last one's: standard errors, and a share of the loss."""
+"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss."""
 
 DEAD = 0.1
 """The share of all parameters that may lose their gradient in one step."""

@@ -4,21 +4,21 @@ $$\delta = -\alpha \hat F^{-1} \nabla h + \mu\, \delta_0, \qquad \theta \leftarr
 
 with δ₀ the previous update. One step, in order:
 
-1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as `ng.step`. Just before inverses are refreshed,
-   λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
+1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as in `ng.step`. Just before inverses are
+   refreshed, λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
-3. The step is tried on the examples of that model (trial.py). One that raises their loss is rejected: the parameters
-   stay, and λ doubles, in the model at once and in the inverses at the next refresh.
-4. The next batch looks back (look_back.py): where its loss is higher than that of the batch before by more than
-   sampling explains, δ₀ is taken back. Those are other examples, and all of them, so this catches what step 3 cannot
-   see. So is a step after which a good part of the parameters has no gradient at all: dead units do not come back by
-   themselves.
+3. The step is tried on the examples of that model (trial.py). If it increases their loss, it is rejected: the
+   parameters do not change, and λ doubles, immediately in the model and at the next refresh in the inverses.
+4. The next batch looks back (look_back.py). If its loss is higher than that of the batch before by more than sampling
+   explains, δ₀ is undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot
+   see. A step after which many parameters have no gradient at all is undone too, because dead units do not recover.
 
-Three rules choose the step: "model" is the above; "clip" takes a fixed learning rate and momentum within the KL bound
-(`kl_clip`), for noisy classifiers, whose batches say little about α; "line_search" takes the best of a grid of step
-sizes by the loss itself, for the exact natural gradient, where the model would always say (α, μ) = (1, 0).
+Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
+(`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
+sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0).
 
-Everything is tensors and masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and resumes.
+All values are tensors and all decisions masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and
+resumes.
 
 Source: Martens & Grosse 2015, sections 6 and 7.
 """
@@ -39,25 +39,26 @@ from fisherfn.adapt.look_back import Seen, alive
 from fisherfn.adapt.state import Adapted, AdaptiveState
 from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
-from fisherfn.natgrad import Batch, NaturalGradient, State, pair
-from fisherfn.stats import Stats
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.state import State
+from fisherfn.stats import Batch, Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
 RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
 
 START, FLOOR = 20.0, 1.0
-"""First λ in units of the first curvature tr F̂ / n, and the least λ in units of the geometric mean of that and today's.
+"""Initial λ in units of the first curvature tr F̂ / n, and smallest λ in units of the mean defined in damping.py.
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
-"""The meaning of "auto" for the rule "clip"."""
+"""The values of "auto" for the rule "clip"."""
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """An optimizer around a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
+    """An optimizer for a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
 
     ng: NaturalGradient
     lr: float | None
@@ -72,7 +73,7 @@ class Adaptive:
     look_back: bool
 
     def init(self, params: Tree) -> AdaptiveState:
-        """Return the empty state."""
+        """Return the initial state."""
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
@@ -97,31 +98,31 @@ class Adaptive:
         chunk_size: int | None = None,
         lr_scale: float | Tensor | dict[str, float] = 1.0,
     ) -> tuple[Tree, AdaptiveState, Info]:
-        """Take one step: (new params, new state, info); `info.adapted` says what was chosen.
+        """Take one step and return (new params, new state, info); `info.adapted` holds the choices.
 
-        A step that is not ok (`info.ok`) returns params and state as they were.
+        If any check fails (`info.ok`), params and state are returned unchanged.
 
         Args:
-            params: as at the build.
+            params: parameters with the structure given to `ff.natural_gradient`.
             state: from `init` or the last step.
             batch: inputs and targets.
             update: whether to take curvature statistics.
             invert: whether to refresh the inverses.
-            generator: draws the labels of "mc"; or pass the draw itself as `noise`.
-            noise: from `ng.noise`.
-            context: for models with one; the new one is `info.context`.
-            chunk_size: examples at a time for the statistics, to bound memory.
-            lr_scale: factor on α (or on the learning rate), for schedules; or one for each parameter, by name.
+            generator: generator of the labels of "mc"; or pass the random numbers themselves as `noise`.
+            noise: random numbers from `ng.noise`.
+            context: the context, for models with one; the new one is `info.context`.
+            chunk_size: examples per chunk of the statistics, to limit memory.
+            lr_scale: factor on α (or on the learning rate), for schedules; or one factor per parameter, by name.
 
         Raises:
-            StructureError: a state that is not this optimizer's; see `ng.stats` for the rest.
+            StructureError: a state of another optimizer; see `ng.stats` for the others.
         """
         expect(state, AdaptiveState, "state", "pass what opt.init(params) or opt.step returned")
         stats = self.ng.stats(
             params, batch, generator=generator if update else None, noise=noise if update else None, context=context,
             curvature=update, chunk_size=chunk_size,
         )  # fmt: skip
-        nat, curvature, info = self.ng.advance(
+        nat, curvature, info = self.ng.step_from(
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
@@ -144,11 +145,11 @@ class Adaptive:
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
     def _unit(self, curvature: State) -> Float[Tensor, ""]:
-        """Tr F̂ / n, n the number of parameters."""
+        """Return tr F̂ / n, with n the number of parameters."""
         return self.ng.trace(curvature).to(curvature.damping) / sum(s.numel() for _, s in self.ng.layout.shapes)
 
     def _damping(self, state: AdaptiveState, updated: State) -> Float[Tensor, ""]:
-        """λ for the inverses that are about to be refreshed."""
+        """Return λ for the next refresh of inverses."""
         if self.damping is not None:
             return updated.damping
         unit = self._unit(updated)
@@ -202,7 +203,7 @@ class Adaptive:
         return Tried(new, update, rate, momentum, model.value(weights), change, model.losses.double().mean())
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
-        """The learning rate and momentum that are not the model's to choose, as tensors, or None."""
+        """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
         like = state.actual
         lr, momentum = self.lr, self.momentum
         if self.rule == "clip":
@@ -226,9 +227,9 @@ class Adaptive:
         info: Info,
         stats: Stats,
     ) -> tuple[Tree, AdaptiveState, Info]:
-        """Accept the step, reject it, or take back the one before.
+        """Accept the step, reject it, or undo the one before.
 
-        `before` is the state as the step found it, `state` the same with the refreshes of this step.
+        `before` is the state before the step; `state` has the refreshes of this step.
         """
         ratio = reduction_ratio(tried.actual, tried.predicted)
         ok = {key: mask | back for key, mask in info.ok.items()}
@@ -237,21 +238,21 @@ class Adaptive:
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 
-        # one pass over the parameters for each line: they are the largest tensors of a step
+        # each line is one pass over the parameters, the largest tensors of a step
         undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
         result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
-        # a fixed momentum would propose a bad δ₀ again and again, so it is dropped; a free one is the model's to drop
+        # a fixed momentum would repeat a bad δ₀, so it is dropped; a free momentum is left to the model
         fixed = self.rule == "clip" or self.momentum is not None
         rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
         update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
-        if self.weight_decay:  # decoupled, so no part of the model: ρ was measured before it
+        if self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
         zero = torch.zeros_like(tried.actual)
         numbers = {
             "first_curvature": state.first_curvature,
-            # after a rejection λ is no longer that of the inverses, and ρ says nothing about it
+            # after a rejection the inverses have another λ, and ρ says nothing about the new one
             "predicted": torch.where(accepted, state.predicted + tried.predicted, zero),
             "actual": torch.where(accepted, state.actual + tried.actual, zero),
             "steps": torch.where(accepted, state.steps + 1, 0),

@@ -13,14 +13,14 @@ Neither F nor a gradient is formed. With J the Jacobian of the outputs f and B t
 $$d_i^\top F d_j = \frac1N \sum_n (J_n d_i)^\top B_n (J_n d_j), \qquad
   \nabla h^\top d_i = \frac1N \sum_n \Bigl(\frac{\partial h_n}{\partial f_n}\Bigr)^{\!\top} J_n d_i ,$$
 
-so that the products J d_i, in forward mode and beside one run of the model, are all that is needed.
+so only the products J d_i are needed, computed in forward mode together with one run of the model.
 
-On a quadratic loss with λ = 0, steps along (preconditioned gradient, previous update) that minimise M are those of
-preconditioned conjugate gradients.
+On a quadratic loss with λ = 0, the steps along (preconditioned gradient, previous update) that minimise M are the steps
+of preconditioned conjugate gradients.
 
 Source: Martens & Grosse 2015, sections 6.4, 7 and appendix C.
 
-n example, i and j direction.
+Indices: n example; i and j direction.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from torch.func import grad, jvp, vjp, vmap
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect
 from fisherfn.likelihoods import output_fisher
-from fisherfn.natgrad import Batch, NaturalGradient, pair
-from fisherfn.stats import run
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, pair, run
 from fisherfn.types import PyTree, Tree
 
 PARALLEL = 1e-6
@@ -45,7 +45,7 @@ PARALLEL = 1e-6
 
 
 class QuadraticModel(NamedTuple):
-    """The quadratic model of a batch, restricted to directions; λ enters where it is used.
+    """The quadratic model of a batch, restricted to directions; λ is an argument of its functions.
 
     Attributes:
         slope: b, ∇hᵀd_i, in nats.
@@ -72,7 +72,7 @@ class QuadraticModel(NamedTuple):
 
         Args:
             damping: λ of M.
-            fixed: for each direction its coefficient, or None where it is free.
+            fixed: for each direction its coefficient, or None if it is free.
         """
         matrix = self._damped(damping)
         given = [None] * len(self.slope) if fixed is None else list(fixed)
@@ -91,18 +91,18 @@ def quadratic_model(
 ) -> QuadraticModel:
     """Return the quadratic model of a batch along directions, with the exact Fisher of its examples.
 
-    The curvature of the outputs is the likelihood's own Fisher, or the second derivative of its `nll` where it has
+    The curvature of the outputs is the likelihood's own Fisher, or the second derivative of its `nll` if it has
     neither `fisher_product` nor `fisher_sqrt` (a plain callable).
 
     Args:
         ng: model and likelihood.
-        params: where the model is taken.
+        params: the parameters at which the model is computed.
         batch: inputs and targets.
         directions: trees like params.
-        context: for models with one.
+        context: the context, for models with one.
 
     Raises:
-        StructureError: no direction, or one that is no tree like params.
+        StructureError: no direction, or one that does not have the structure of params.
         LikelihoodError: a plain callable that cannot be differentiated twice.
     """
     x, y = pair(batch)
@@ -133,8 +133,9 @@ def tangents(
 ) -> tuple[Float[Tensor, "n *o"], Float[Tensor, "d n *o"]]:
     """Return the outputs f(params), and J d for each direction d.
 
-    In forward mode, all directions beside one run of the model; by two reverse passes where the model uses a function
-    without a forward rule (the pullback is linear in its cotangent, and J d is what pulls d back through it).
+    Forward mode computes all directions together with one run of the model. If the model uses a function without a
+    forward rule, two reverse passes replace it: the pullback is linear in its cotangent, and J d is the pullback of d
+    through it.
     """
     stacked: Tree = {name: torch.stack([d[name].to(p.dtype) for d in directions]) for name, p in params.items()}
     try:
@@ -143,7 +144,7 @@ def tangents(
             return jvp(outputs_of, (params,), (direction,))
 
         outputs, moves = vmap(along)(stacked)
-        outputs = outputs[0]  # every direction's are the same, computed once
+        outputs = outputs[0]  # the same for every direction, computed once
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error):
             raise
@@ -156,8 +157,8 @@ def tangents(
 def _eliminated(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """Solve a positive semidefinite system, with 0 for rows that vanish or depend on those before them.
 
-    Gauss–Jordan elimination on the system scaled to a unit diagonal. Pivots below `PARALLEL` are skipped by mask, so
-    that each member of a vmapped call has a decision of its own.
+    Gauss–Jordan elimination on the system scaled to a unit diagonal. A mask skips pivots below `PARALLEL`, separately
+    for each member of a vmapped call.
     """
     diagonal = matrix.diagonal()
     scale = torch.where(diagonal > 0, torch.where(diagonal > 0, diagonal, 1.0).rsqrt(), 0.0)
@@ -172,7 +173,7 @@ def _eliminated(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"]) -> Flo
 
 
 def _gram(directions: Sequence[Tree]) -> Float[Tensor, "d d"]:
-    """The inner products of all pairs, each computed once."""
+    """Return the inner products of all pairs, each computed once."""
     pairs = {(i, j): tree.dot(d, directions[j]) for i, d in enumerate(directions) for j in range(i + 1)}
     rows = [[pairs[max(i, j), min(i, j)] for j in range(len(directions))] for i in range(len(directions))]
     return torch.stack([torch.stack(row) for row in rows]).double()

@@ -1,4 +1,4 @@
-"""The values of an adaptive step: what the optimizer remembers, and what it says of a step."""
+"""The values of an adaptive step: the state of the optimizer, and its report on a step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fisherfn.natgrad import State
+from fisherfn.state import State
 from fisherfn.types import PyTree, Tree
 
 
 class Adapted(NamedTuple):
-    """The choices of an adaptive step, and how well they did.
+    """The choices of an adaptive step and their reduction ratio.
 
     Attributes:
         learning_rate: α.
         momentum: μ.
         damping: λ after the step.
         reduction_ratio: ρ, the change of the loss divided by the change that the quadratic model predicted.
-        rejected: whether the step, or the one before it, was taken back.
+        rejected: whether the step was rejected or the one before it undone.
     """
 
     learning_rate: Float[Tensor, ""]
@@ -30,22 +30,22 @@ class Adapted(NamedTuple):
 
 
 class AdaptiveState(NamedTuple):
-    """The memory of the optimizer: a pytree of tensors.
+    """The state of the optimizer: a pytree of tensors.
 
     Attributes:
-        curvature: the method's state; λ is its `damping`.
-        update: δ₀, the last update that was accepted.
-        predicted: M, summed over the accepted steps since inverses were refreshed, in nats.
-        actual: the changes of the loss, likewise.
-        steps: how many steps these are.
-        shrink: factor on a given learning rate, halved by each rejection until inverses are refreshed.
+        curvature: the method's state; its `damping` is λ.
+        update: δ₀, the last accepted update.
+        predicted: the sum of M over the accepted steps since the last refresh of inverses, in nats.
+        actual: the sum of the changes of the loss over the same steps, in nats.
+        steps: the number of these steps.
+        shrink: factor on a given learning rate, halved by each rejection until the next refresh of inverses.
         first_curvature: tr F̂ / n at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
-        alive: for each parameter, whether its preconditioned gradient was other than zero at the last accepted step.
+        alive: for each parameter, whether its preconditioned gradient was nonzero at the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
-        count: steps that were averaged.
+        count: number of steps in the average.
     """
 
     curvature: State

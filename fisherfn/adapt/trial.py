@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
-from fisherfn.natgrad import Batch, NaturalGradient, pair
-from fisherfn.stats import run, window
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, pair, run, window
 from fisherfn.types import PyTree, Tree
 
 PART, LEAST = 8, 32

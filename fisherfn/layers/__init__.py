@@ -1,30 +1,20 @@
-"""The registry of layer families: one file a family, one line here."""
+"""The registry of layer families: one file per family, one line here."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherfn.layers.base import Call, Family
-from fisherfn.layers.composite import Elementary, is_packed_recurrence, without_affine
 from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
-from fisherfn.layers.dropout import (
-    SeededDropout,
-    Sizes,
-    axes_of_examples,
-    draws_globally,
-    dropout_seeds,
-    drops,
-    need_seeds,
-)
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
 from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
-from fisherfn.layers.embedding import EMBEDDING, changes_weight
+from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.fallback import FALLBACK
-from fisherfn.layers.fallback import Facts as FallbackFacts
+from fisherfn.layers.fallback import Config as FallbackConfig
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
-from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, apart, couples_examples
+from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
@@ -37,7 +27,7 @@ _BY_FUNCTION = {function: [f for f in _ALL if function in f.functions] for each 
 
 
 def families(function: Callable[..., Any]) -> Sequence[Family]:
-    """The families whose layers may reach torch as this function."""
+    """Return the families whose layers may reach torch as this function."""
     return _BY_FUNCTION.get(function, ())
 
 
@@ -51,31 +41,18 @@ __all__ = [
     "TIED",
     "TIED_KINDS",
     "Call",
-    "Elementary",
-    "FallbackFacts",
+    "FallbackConfig",
     "Family",
-    "SeededDropout",
-    "Sizes",
-    "apart",
     "as_grouped_product",
-    "axes_of_examples",
     "balance",
     "broadcasts",
     "changes_input",
-    "changes_weight",
-    "couples_examples",
-    "draws_globally",
-    "dropout_seeds",
-    "drops",
     "families",
-    "is_packed_recurrence",
     "is_transpose",
     "meeting",
-    "need_seeds",
     "per_example",
     "spreads",
     "swapped_columns",
     "swapped_rows",
     "untransposed",
-    "without_affine",
 ]

@@ -15,12 +15,12 @@ from fisherfn.rows import Rows
 
 
 class Call(NamedTuple):
-    """One use of a layer, as intercepted: its tensors, and static facts that the family needs to read them."""
+    """One use of a layer, as intercepted: its tensors, and the static configuration that the family reads them by."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    facts: Any = None
+    config: Any = None
 
 
 class Moments(NamedTuple):
@@ -42,15 +42,17 @@ class Family(NamedTuple):
         name: what the coverage report calls it.
         functions: the torch functions that its layers may reach torch as.
         match: reads a call of one of them: a `Call` if it is one of this family's, else None.
-        rows: the call's input `[N, …]` (a normalisation's is already normalised) and facts to `a: [K, N, T, d_in]`,
+        rows: the call's input `[N, …]` (a normalisation's is already normalised) and config to `a: [K, N, T, d_in]`,
             without bias column, dense or with a structure.
-        columns: raw output-gradients `[S, N, …]` and facts to `g: [K, S, N, T, d_out]`.
+        columns: raw output-gradients `[S, N, …]` and config to `g: [K, S, N, T, d_out]`.
         to_matrix: weight to `[K, d_out, d_in]`.
         from_matrix: back, given the weight's shape.
         weight_gradient: raw input and one draw's raw output-gradients `[N, …]` to the weight's gradients, summed over
             examples, where there is a quicker way than by the rows.
-        moments: raw input and facts to the moments of the rows, where for these facts there is a quicker way than by
+        moments: raw input and config to the moments of the rows, where for this config there is a quicker way than by
             the rows; else None.
+        refuse: raises the typed error for a call of one of the functions that no run of the library can contain.
+        uncoupled: for a call that mixes examples by design (batch norm), the same call without this mixing; else None.
         any_axis: whether the example may be another axis than the first, all axes but the last being alike.
         one_hot: whether the rows are one-hot.
     """
@@ -63,6 +65,10 @@ class Family(NamedTuple):
     to_matrix: Callable[[Tensor, Any], Float[Tensor, "k o i"]]
     from_matrix: Callable[[Tensor, Any], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Any, Size], Tensor] | None = None
-    moments: Callable[[Tensor, Any], Moments | None] = lambda x, facts: None
+    moments: Callable[[Tensor, Any], Moments | None] = lambda x, config: None
+    refuse: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], None] = lambda function, args, kwargs: None
+    uncoupled: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[], Tensor] | None] = (
+        lambda function, args, kwargs: None
+    )
     any_axis: bool = False
     one_hot: bool = False

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family, Moments
 from fisherfn.rows import Phase, Phases
 
@@ -24,7 +26,7 @@ _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     """Everything about a convolution but its tensors; padding is (before, after) for each dimension."""
 
     kernel: tuple[int, ...]
@@ -32,6 +34,10 @@ class Facts(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 class Axis(NamedTuple):
@@ -46,12 +52,12 @@ class Axis(NamedTuple):
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     dimensions = _DIMENSIONS[function]
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     kernel = tuple(given["weight"].shape[2:])
     stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
     padding = _padding(given.get("padding", 0), kernel, dilation)
-    facts = Facts(kernel, stride, padding, dilation, int(given.get("groups", 1)))
-    return Call(given["input"], given["weight"], given.get("bias"), facts)
+    config = Config(kernel, stride, padding, dilation, int(given.get("groups", 1)))
+    return Call(given["input"], given["weight"], given.get("bias"), config)
 
 
 def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
@@ -71,31 +77,31 @@ def _padding(value: str | int | Sequence[int], kernel: tuple[int, ...], dilation
     return tuple((p, p) for p in each(value, len(kernel)))  # type: ignore[arg-type]
 
 
-def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
-    columns = _columns(x, facts)
-    return Phases((Phase(patches(x, _axes(x, facts), facts.groups), (), columns),), len(columns))
+def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
+    order = _unfold_order(x, config)
+    return Phases((Phase(patches(x, _axes(x, config), config.groups), (), order),), len(order))
 
 
-def moments(x: Float[Tensor, "n c *space"], facts: Facts) -> Moments | None:
-    axes = _axes(x, facts)
-    return patch_moments(x, axes, facts.groups).spread(_columns(x, facts)) if overlaps(axes) else None
+def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
+    axes = _axes(x, config)
+    return patch_moments(x, axes, config.groups).spread(_unfold_order(x, config)) if overlaps(axes) else None
 
 
-def _axes(x: Float[Tensor, "n c *space"], facts: Facts) -> list[Axis]:
+def _axes(x: Float[Tensor, "n c *space"], config: Config) -> list[Axis]:
     axes = []
-    spans = zip(x.shape[2:], facts.kernel, facts.stride, facts.padding, facts.dilation, strict=True)
+    spans = zip(x.shape[2:], config.kernel, config.stride, config.padding, config.dilation, strict=True)
     for size, k, stride, (before, after), dilation in spans:
         positions = (size + before + after - dilation * (k - 1) - 1) // stride + 1
         axes.append(Axis(-before, positions, stride, k, dilation))
     return axes
 
 
-def _columns(x: Float[Tensor, "n c *space"], facts: Facts) -> Tensor:
-    return columns_of(torch.arange(math.prod(facts.kernel), device=x.device), x.shape[1] // facts.groups)
+def _unfold_order(x: Float[Tensor, "n c *space"], config: Config) -> Tensor:
+    return unfold_order(torch.arange(math.prod(config.kernel), device=x.device), x.shape[1] // config.groups)
 
 
-def columns_of(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
-    """Where patches with channels last have their place in unfold order, for some entries of the kernel."""
+def unfold_order(entries: Tensor, channels: int, kernel_size: int | None = None) -> Tensor:
+    """Return the places in unfold order of patches with channels last, for some entries of the kernel."""
     size = len(entries) if kernel_size is None else kernel_size
     return (entries[:, None] + size * torch.arange(channels, device=entries.device)).reshape(-1)
 
@@ -106,7 +112,7 @@ def patches(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -
     Channels last, so that memory is read in runs: in unfold order the copy would cost half of the product after it.
     """
     x = _unfolded(_cover(x, axes).movedim(1, -1).contiguous(), axes, groups)
-    return x.permute(3, 0, 1, 2, 4).flatten(3)
+    return rearrange(x, "n t entries g c -> g n t (entries c)")
 
 
 def _unfolded(
@@ -153,14 +159,14 @@ def _correlations(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: 
     padded, steps = F.pad(x, (0, 0) * (d - 1) + (0, reach[0])), [axis.step for axis in axes]
     ahead = backward(padded, x, shape, (1,) * d, [0, *reach[1:]], steps, groups).unflatten(0, (groups, channels))
     behind = ahead.transpose(1, 2).flip(tuple(range(3, d + 3)))[:, :, :, :-1]
-    apart = torch.zeros((1, 1), dtype=torch.int64, device=x.device)
+    index = torch.zeros((1, 1), dtype=torch.int64, device=x.device)  # of the distance f − e, for each pair of entries
     for axis, count in zip(axes, distances, strict=True):
         e = torch.arange(axis.entries, device=x.device)
         between = e - e[:, None] + axis.entries - 1
-        apart = (apart[:, None, :, None] * count + between[:, None, :]).flatten(2).flatten(0, 1)
-    blocks = torch.cat([behind, ahead], 3).flatten(3)[..., apart]  # g, c, c, e, f
-    first = x.reshape(n, groups, 1, channels, -1).sum((0, 4)).expand(-1, len(apart), -1)
-    return Moments(first.flatten(1), blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2))
+        index = (index[:, None, :, None] * count + between[:, None, :]).flatten(2).flatten(0, 1)
+    blocks = torch.cat([behind, ahead], 3).flatten(3)[..., index]  # g, c, c, e, f
+    first = x.reshape(n, groups, 1, channels, -1).sum((0, 4)).expand(-1, len(index), -1)
+    return Moments(first.flatten(1), rearrange(blocks, "g c d e f -> g (e c) (f d)"))
 
 
 def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int) -> Moments:
@@ -173,13 +179,13 @@ def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int)
     first, others = axes[0], axes[1:]
     lines = _cover(x, axes).movedim(2, 0).movedim(2, -1).contiguous()  # y, n, *space, c
     y, n = lines.shape[:2]
-    u = _unfolded(lines.flatten(0, 1), others, groups).unflatten(0, (y, n))  # y, n, t, entries, g, c
-    u = u.permute(0, 4, 1, 2, 3, 5).flatten(2, 3).flatten(3)  # y, g, rows, columns
+    u = _unfolded(lines.flatten(0, 1), others, groups).unflatten(0, (y, n))
+    u = rearrange(u, "y n t entries g c -> y g (n t) (entries c)")
     starts = [first.step * e for e in range(first.entries)]
     blocks: dict[tuple[int, int], Tensor] = {}
     for distance in range(first.entries):
-        apart = first.step * distance
-        products = u[: y - apart].mT @ u[apart:]
+        shift = first.step * distance
+        products = u[: y - shift].mT @ u[shift:]
         for e in range(first.entries - distance):
             block = products[starts[e] : starts[e] + first.positions].sum(0)
             blocks[e, e + distance], blocks[e + distance, e] = block, block.mT
@@ -202,26 +208,25 @@ def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x
 
 
-def columns(g: Float[Tensor, "s n c *space"], facts: Any) -> Float[Tensor, "k s n t o"]:
-    flat = g.reshape(*g.shape[:2], facts.groups, g.shape[2] // facts.groups, -1)
-    return flat.permute(2, 0, 1, 4, 3)
+def columns(g: Float[Tensor, "s n c *space"], config: Any) -> Float[Tensor, "k s n t o"]:
+    return rearrange(g, "s n (k o) ... -> k s n (...) o", k=config.groups)
 
 
-def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], facts: Facts) -> Float[Tensor, "k o i"]:
-    return weight.reshape(facts.groups, weight.shape[0] // facts.groups, -1)
+def to_matrix(weight: Float[Tensor, "c_out c_in *kernel"], config: Config) -> Float[Tensor, "k o i"]:
+    return rearrange(weight, "(k o) c ... -> k o (c ...)", k=config.groups)
 
 
-def from_matrix(matrix: Float[Tensor, "k o i"], facts: Facts) -> Float[Tensor, "c_out c_in *kernel"]:
-    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *facts.kernel)
+def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor, "c_out c_in *kernel"]:
+    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *config.kernel)
 
 
 def weight_gradient(
-    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], facts: Facts, shape: Size
+    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], config: Config, shape: Size
 ) -> Float[Tensor, "*weight"]:
     """The backward pass of torch itself: no patch is ever stored."""
-    pads = [p for pair in reversed(facts.padding) for p in pair]
+    pads = [p for pair in reversed(config.padding) for p in pair]
     x = F.pad(x, pads) if any(pads) else x
-    return backward(x, g, shape, facts.stride, (0,) * len(facts.kernel), facts.dilation, facts.groups)
+    return backward(x, g, shape, config.stride, (0,) * len(config.kernel), config.dilation, config.groups)
 
 
 def backward(

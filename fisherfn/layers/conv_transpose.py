@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family, Moments
-from fisherfn.layers.conv import Axis, backward, columns_of, each, overlaps, patch_moments, patches
+from fisherfn.layers.conv import Axis, backward, each, overlaps, patch_moments, patches, unfold_order
 from fisherfn.layers.conv import columns as columns
 from fisherfn.rows import Phase, Phases
 
@@ -29,7 +31,7 @@ _DIMENSIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d:
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     """Everything about a transposed convolution but its tensors."""
 
     kernel: tuple[int, ...]
@@ -38,6 +40,10 @@ class Facts(NamedTuple):
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 class _Phase(NamedTuple):
@@ -50,53 +56,53 @@ class _Phase(NamedTuple):
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     dimensions = _DIMENSIONS[function]
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     numbers = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
-    facts = Facts(
+    config = Config(
         kernel=tuple(given["weight"].shape[2:]),
         groups=int(given.get("groups", 1)),
         **{name: each(given.get(name, default), dimensions) for name, default in numbers.items()},
     )
-    return Call(given["input"], given["weight"], given.get("bias"), facts)
+    return Call(given["input"], given["weight"], given.get("bias"), config)
 
 
-def moments(x: Float[Tensor, "n c *space"], facts: Facts) -> Moments | None:
-    if any(stride > 1 for stride in facts.stride):  # a phase has few entries, and they share little
+def moments(x: Float[Tensor, "n c *space"], config: Config) -> Moments | None:
+    if any(stride > 1 for stride in config.stride):  # a phase has few entries, and they share little
         return None
-    axes = [phase.axis for d, size in enumerate(x.shape[2:]) for phase in _phases(size, facts, d)]
-    entries = torch.arange(math.prod(facts.kernel), device=x.device)
-    columns = columns_of(entries, x.shape[1] // facts.groups)
-    return patch_moments(x, axes, facts.groups).spread(columns) if overlaps(axes) else None
+    axes = [phase.axis for d, size in enumerate(x.shape[2:]) for phase in _phases(size, config, d)]
+    entries = torch.arange(math.prod(config.kernel), device=x.device)
+    order = unfold_order(entries, x.shape[1] // config.groups)
+    return patch_moments(x, axes, config.groups).spread(order) if overlaps(axes) else None
 
 
-def rows(x: Float[Tensor, "n c *space"], facts: Facts) -> Phases:
-    dimensions = [_phases(size, facts, d) for d, size in enumerate(x.shape[2:])]
-    lengths = [_length(size, facts, d) for d, size in enumerate(x.shape[2:])]
-    channels, kernel = x.shape[1] // facts.groups, math.prod(facts.kernel)
+def rows(x: Float[Tensor, "n c *space"], config: Config) -> Phases:
+    dimensions = [_phases(size, config, d) for d, size in enumerate(x.shape[2:])]
+    lengths = [_length(size, config, d) for d, size in enumerate(x.shape[2:])]
+    channels, kernel = x.shape[1] // config.groups, math.prod(config.kernel)
     parts = []
     for phases in itertools.product(*dimensions):
         positions = _flat([phase.positions for phase in phases], lengths, x.device)
-        entries = _flat([phase.entries for phase in phases], facts.kernel, x.device)
+        entries = _flat([phase.entries for phase in phases], config.kernel, x.device)
         if len(entries):
-            a = patches(x, [phase.axis for phase in phases], facts.groups)
+            a = patches(x, [phase.axis for phase in phases], config.groups)
         else:  # where stride and dilation share a divisor, some positions meet no input
-            a = x.new_zeros(facts.groups, x.shape[0], len(positions), 0)
-        parts.append(Phase(a, positions, columns_of(entries, channels, kernel)))
+            a = x.new_zeros(config.groups, x.shape[0], len(positions), 0)
+        parts.append(Phase(a, positions, unfold_order(entries, channels, kernel)))
     return Phases(tuple(parts), channels * kernel)
 
 
-def _length(size: int, facts: Facts, d: int) -> int:
+def _length(size: int, config: Config, d: int) -> int:
     """How many output positions there are along dimension d."""
-    reach = facts.dilation[d] * (facts.kernel[d] - 1) + facts.output_padding[d] + 1
-    return (size - 1) * facts.stride[d] - 2 * facts.padding[d] + reach
+    reach = config.dilation[d] * (config.kernel[d] - 1) + config.output_padding[d] + 1
+    return (size - 1) * config.stride[d] - 2 * config.padding[d] + reach
 
 
-def _phases(size: int, facts: Facts, d: int) -> list[_Phase]:
+def _phases(size: int, config: Config, d: int) -> list[_Phase]:
     """All phases along dimension d that have an output position."""
-    stride, padding, dilation, kernel = facts.stride[d], facts.padding[d], facts.dilation[d], facts.kernel[d]
+    stride, padding, dilation, kernel = config.stride[d], config.padding[d], config.dilation[d], config.kernel[d]
     phases = []
-    for first in range(min(stride, _length(size, facts, d))):
-        positions = range(first, _length(size, facts, d), stride)
+    for first in range(min(stride, _length(size, config, d))):
+        positions = range(first, _length(size, config, d), stride)
         # entry e of the flipped kernel is δ = kernel - 1 - e
         met = [e for e in range(kernel) if (first + padding - dilation * (kernel - 1 - e)) % stride == 0]
         between = stride // math.gcd(stride, dilation)
@@ -115,23 +121,21 @@ def _flat(ranges: list[range], sizes: Any, device: torch.device) -> Tensor:
     return index.reshape(-1)
 
 
-def to_matrix(weight: Float[Tensor, "c_in c_out *kernel"], facts: Facts) -> Float[Tensor, "k o i"]:
+def to_matrix(weight: Float[Tensor, "c_in c_out *kernel"], config: Config) -> Float[Tensor, "k o i"]:
     flipped = weight.flip(tuple(range(2, weight.ndim)))
-    grouped = flipped.reshape(facts.groups, -1, *flipped.shape[1:])  # k, i, o, kernel
-    return grouped.transpose(1, 2).flatten(2)
+    return rearrange(flipped, "(k i) o ... -> k o (i ...)", k=config.groups)
 
 
-def from_matrix(matrix: Float[Tensor, "k o i"], facts: Facts) -> Float[Tensor, "c_in c_out *kernel"]:
-    grouped = matrix.reshape(*matrix.shape[:2], -1, *facts.kernel).transpose(1, 2)
-    flipped = grouped.flatten(0, 1)
+def from_matrix(matrix: Float[Tensor, "k o i"], config: Config) -> Float[Tensor, "c_in c_out *kernel"]:
+    flipped = rearrange(matrix.reshape(*matrix.shape[:2], -1, *config.kernel), "k o i ... -> (k i) o ...")
     return flipped.flip(tuple(range(2, flipped.ndim)))
 
 
 def weight_gradient(
-    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], facts: Facts, shape: Size
+    x: Float[Tensor, "n c *space"], g: Float[Tensor, "n c_out *positions"], config: Config, shape: Size
 ) -> Float[Tensor, "*weight"]:
     """The backward pass of torch itself: no zero is inserted."""
-    return backward(x, g, shape, facts.stride, facts.padding, facts.dilation, facts.groups, facts.output_padding)
+    return backward(x, g, shape, config.stride, config.padding, config.dilation, config.groups, config.output_padding)
 
 
 CONV_TRANSPOSE = Family(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Size, Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -146,11 +147,11 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def rows(x: Float[Tensor, "n *t k i"], axes: Axes) -> Float[Tensor, "k n positions i"]:
-    return x.reshape(x.shape[0], -1, *x.shape[-2:]).permute(2, 0, 1, 3)
+    return rearrange(x, "n ... k i -> k n (...) i")
 
 
 def columns(g: Float[Tensor, "s n *t k o"], axes: Any) -> Float[Tensor, "k s n positions o"]:
-    return g.reshape(*g.shape[:2], -1, *g.shape[-2:]).permute(3, 0, 1, 2, 4)
+    return rearrange(g, "s n ... k o -> k s n (...) o")
 
 
 def to_matrix(weight: Float[Tensor, "*shape"], axes: Axes) -> Float[Tensor, "k o i"]:

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
+from fisherfn.errors import CoverageError
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns
 from fisherfn.rows import OneHot
@@ -21,41 +23,49 @@ from fisherfn.rows import OneHot
 _ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     width: int
     padding: int | None
     dtype: torch.dtype
 
 
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
+
+
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = bind(_ARGUMENTS, args, kwargs)
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         return None
     weight, padding = given["weight"], given.get("padding_idx")
     width = weight.shape[0]
-    return Call(given["input"], weight, None, Facts(width, None if padding is None else padding % width, weight.dtype))
+    return Call(given["input"], weight, None, Config(width, None if padding is None else padding % width, weight.dtype))
 
 
-def changes_weight(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call renormalises its weight in place."""
-    return function is F.embedding and (dict(zip(_ARGUMENTS, args, strict=False)) | kwargs).get("max_norm") is not None
+def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if bind(_ARGUMENTS, args, kwargs).get("max_norm") is not None:
+        raise CoverageError(
+            "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
+            "drop max_norm and renormalise between steps."
+        )
 
 
-def rows(index: Int[Tensor, "n *t"], facts: Facts) -> OneHot:
+def rows(index: Int[Tensor, "n *t"], config: Config) -> OneHot:
     flat = index.long().reshape(1, index.shape[0], -1)
-    if facts.padding is not None:
-        flat = torch.where(flat == facts.padding, facts.width, flat)
-    return OneHot(flat, facts.width, facts.dtype)
+    if config.padding is not None:
+        flat = torch.where(flat == config.padding, config.width, flat)
+    return OneHot(flat, config.width, config.dtype)
 
 
-def to_matrix(weight: Float[Tensor, "v e"], facts: Facts) -> Float[Tensor, "1 e v"]:
+def to_matrix(weight: Float[Tensor, "v e"], config: Config) -> Float[Tensor, "1 e v"]:
     return weight.mT.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Facts) -> Float[Tensor, "v e"]:
+def from_matrix(matrix: Float[Tensor, "1 e v"], config: Config) -> Float[Tensor, "v e"]:
     return matrix.squeeze(0).mT
 
 
 EMBEDDING = Family(
-    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix, any_axis=True, one_hot=True
-)
+    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix,
+    refuse=refuse, any_axis=True, one_hot=True,
+)  # fmt: skip

@@ -17,7 +17,7 @@ DENSE_UP_TO = 256
 """Largest parameter whose curvature is one dense block: its factor costs as much as a layer of this width."""
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     shape: Size
 
     @property
@@ -30,22 +30,26 @@ class Facts(NamedTuple):
         return "one dense block" if self.dense else "a block for each entry"
 
 
-def rows(ones: Float[Tensor, " n"], facts: Facts) -> Float[Tensor, "k n 1 1"]:
-    groups = 1 if facts.dense else facts.shape.numel()
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
+
+
+def rows(ones: Float[Tensor, " n"], config: Config) -> Float[Tensor, "k n 1 1"]:
+    groups = 1 if config.dense else config.shape.numel()
     return ones.reshape(1, -1, 1, 1).expand(groups, -1, 1, 1)
 
 
-def columns(g: Float[Tensor, "s n *shape"], facts: Facts) -> Float[Tensor, "k s n 1 o"]:
+def columns(g: Float[Tensor, "s n *shape"], config: Config) -> Float[Tensor, "k s n 1 o"]:
     flat = g.reshape(1, g.shape[0], g.shape[1], 1, -1)
-    return flat if facts.dense else flat.transpose(0, 4)
+    return flat if config.dense else flat.transpose(0, 4)
 
 
-def to_matrix(parameter: Float[Tensor, "*shape"], facts: Facts) -> Float[Tensor, "k o 1"]:
-    return parameter.reshape(1, -1, 1) if facts.dense else parameter.reshape(-1, 1, 1)
+def to_matrix(parameter: Float[Tensor, "*shape"], config: Config) -> Float[Tensor, "k o 1"]:
+    return parameter.reshape(1, -1, 1) if config.dense else parameter.reshape(-1, 1, 1)
 
 
-def from_matrix(matrix: Float[Tensor, "k o 1"], facts: Facts) -> Float[Tensor, "*shape"]:
-    return matrix.reshape(facts.shape)
+def from_matrix(matrix: Float[Tensor, "k o 1"], config: Config) -> Float[Tensor, "*shape"]:
+    return matrix.reshape(config.shape)
 
 
 FALLBACK = Family("fallback", (), lambda function, args, kwargs: None, rows, columns, to_matrix, from_matrix)

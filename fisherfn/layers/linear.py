@@ -13,28 +13,29 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family
 
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    given = bind(("input", "weight", "bias"), args, kwargs)
     weight, bias = given["weight"], given.get("bias")
     return Call(given["input"], weight, bias if bias is not None and bias.shape == weight.shape[:1] else None)
 
 
-def rows(x: Float[Tensor, "n *t i"], facts: None) -> Float[Tensor, "1 n positions i"]:
+def rows(x: Float[Tensor, "n *t i"], config: None) -> Float[Tensor, "1 n positions i"]:
     return x.reshape(1, x.shape[0], -1, x.shape[-1])
 
 
-def columns(g: Float[Tensor, "s n *t o"], facts: Any) -> Float[Tensor, "1 s n positions o"]:
+def columns(g: Float[Tensor, "s n *t o"], config: Any) -> Float[Tensor, "1 s n positions o"]:
     return g.reshape(1, g.shape[0], g.shape[1], -1, g.shape[-1])
 
 
-def to_matrix(weight: Float[Tensor, "o i"], facts: None) -> Float[Tensor, "1 o i"]:
+def to_matrix(weight: Float[Tensor, "o i"], config: None) -> Float[Tensor, "1 o i"]:
     return weight.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "o i"]:
+def from_matrix(matrix: Float[Tensor, "1 o i"], config: None) -> Float[Tensor, "o i"]:
     return matrix.squeeze(0)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family
 from fisherfn.layers.linear import columns, rows
 
@@ -28,7 +29,7 @@ _SUMS = (torch.addmm, Tensor.addmm)
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     names = ("input", "mat1", "mat2") if function in _SUMS else ("input", _PRODUCTS[function])
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = bind(names, args, kwargs)
     if set(given) != set(names):  # scaled sums and outputs given as arguments are another thing
         return None
     *bias, x, weight = (given[name] for name in names)
@@ -64,7 +65,7 @@ def untransposed(
         return None
     if len(args) + len(kwargs) > len(names) or (kwargs and function is not F.linear):
         return None
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = bind(names, args, kwargs)
     weight, x, bias = original(given.get("weight")), given.get("input"), given.get("bias")
     if weight is None or not isinstance(x, Tensor):
         return None
@@ -75,11 +76,11 @@ def untransposed(
     return lambda: x @ weight if bias is None else x @ weight + bias
 
 
-def to_matrix(weight: Float[Tensor, "i o"], facts: None) -> Float[Tensor, "1 o i"]:
+def to_matrix(weight: Float[Tensor, "i o"], config: None) -> Float[Tensor, "1 o i"]:
     return weight.mT.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 o i"], facts: None) -> Float[Tensor, "i o"]:
+def from_matrix(matrix: Float[Tensor, "1 o i"], config: None) -> Float[Tensor, "i o"]:
     return matrix.squeeze(0).mT
 
 

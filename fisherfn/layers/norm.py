@@ -17,14 +17,19 @@ from jaxtyping import Float
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
 from fisherfn.layers.base import Call, Family
 
 
-class Facts(NamedTuple):
+class Config(NamedTuple):
     """The shape of the weight, and whether it lies along the last axes (else along axis 1)."""
 
     shape: Size
     last: bool
+
+
+Facts = Config
+"""The name in layouts that version 0.1 saved."""
 
 
 _BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -34,23 +39,26 @@ _LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
 _RMS = ("input", "normalized_shape", "weight", "eps")
 
 
-def couples_examples(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call mixes the examples of a batch, as batch norm in training mode does."""
-    return function is F.batch_norm and bool(_given(_BATCH, args, kwargs).get("training", False))
+def frozen_batch_norm(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Tensor] | None:
+    """Return batch norm in training mode with the batch's statistics held fixed; None in evaluation mode."""
+    given = bind(_BATCH, args, kwargs)
+    if not given.get("training", False):
+        return None
 
+    def frozen() -> Tensor:
+        x, weight = given["input"], given.get("weight")
+        # statistics in the weight's type: under autocast the input's is coarser, and torch requires equal types
+        exact = x.detach() if weight is None else x.detach().to(weight.dtype)
+        var, mean = torch.var_mean(exact, [0, *range(2, x.ndim)], correction=0)
+        return F.batch_norm(x, mean, var, weight, given.get("bias"), eps=given.get("eps", 1e-5))
 
-def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Batch norm in training mode with its batch's statistics held fixed: no example reaches another through it."""
-    given = _given(_BATCH, args, kwargs)
-    x, weight = given["input"], given.get("weight")
-    # statistics in the weight's type: under autocast the input's is coarser, and torch wants both alike
-    exact = x.detach() if weight is None else x.detach().to(weight.dtype)
-    var, mean = torch.var_mean(exact, [0, *range(2, x.ndim)], correction=0)
-    return F.batch_norm(x, mean, var, weight, given.get("bias"), eps=given.get("eps", 1e-5))
+    return frozen
 
 
 def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = _given(_BATCH, args, kwargs)
+    given = bind(_BATCH, args, kwargs)
     if given.get("weight") is None:
         return None
     # batch statistics are recomputed without the buffers, which the model's own call has already moved
@@ -60,7 +68,7 @@ def match_batch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def match_instance(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = _given(_INSTANCE, args, kwargs)
+    given = bind(_INSTANCE, args, kwargs)
     if given.get("weight") is None:
         return None
     own = given.get("use_input_stats", True)
@@ -70,7 +78,7 @@ def match_instance(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def match_group(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = _given(_GROUP, args, kwargs)
+    given = bind(_GROUP, args, kwargs)
     if given.get("weight") is None:
         return None
     x = F.group_norm(given["input"], given["num_groups"], eps=given.get("eps", 1e-5))
@@ -78,7 +86,7 @@ def match_group(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def match_layer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = _given(_LAYER, args, kwargs)
+    given = bind(_LAYER, args, kwargs)
     if given.get("weight") is None:
         return None
     x = F.layer_norm(given["input"], given["normalized_shape"], eps=given.get("eps", 1e-5))
@@ -86,59 +94,53 @@ def match_layer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def match_rms(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    given = _given(_RMS, args, kwargs)
+    given = bind(_RMS, args, kwargs)
     if given.get("weight") is None:
         return None
     x = F.rms_norm(given["input"], given["normalized_shape"], eps=given.get("eps"))
     return _call(x, given, last=True)
 
 
-def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
 def _call(normalised: Tensor, given: dict[str, Any], last: bool) -> Call:
-    return Call(normalised, given["weight"], given.get("bias"), Facts(given["weight"].shape, last))
+    return Call(normalised, given["weight"], given.get("bias"), Config(given["weight"].shape, last))
 
 
-def rows(x: Float[Tensor, "n *axes"], facts: Facts) -> Float[Tensor, "k n t 1"]:
-    return _channels_first(x.unsqueeze(0), facts).squeeze(1)
+def rows(x: Float[Tensor, "n *axes"], config: Config) -> Float[Tensor, "k n t 1"]:
+    return _channels_first(x.unsqueeze(0), config).squeeze(1)
 
 
-def columns(g: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
-    return _channels_first(g, facts)
+def columns(g: Float[Tensor, "s n *axes"], config: Config) -> Float[Tensor, "k s n t 1"]:
+    return _channels_first(g, config)
 
 
-def _channels_first(x: Float[Tensor, "s n *axes"], facts: Facts) -> Float[Tensor, "k s n t 1"]:
-    s, n, k = x.shape[0], x.shape[1], facts.shape.numel()
-    if facts.last:
+def _channels_first(x: Float[Tensor, "s n *axes"], config: Config) -> Float[Tensor, "k s n t 1"]:
+    s, n, k = x.shape[0], x.shape[1], config.shape.numel()
+    if config.last:
         return x.reshape(s, n, -1, k).movedim(-1, 0).unsqueeze(-1)
     return x.reshape(s, n, k, -1).movedim(2, 0).unsqueeze(-1)
 
 
-def to_matrix(weight: Float[Tensor, "*shape"], facts: Facts) -> Float[Tensor, "k 1 1"]:
+def to_matrix(weight: Float[Tensor, "*shape"], config: Config) -> Float[Tensor, "k 1 1"]:
     return weight.reshape(-1, 1, 1)
 
 
-def from_matrix(matrix: Float[Tensor, "k 1 1"], facts: Facts) -> Float[Tensor, "*shape"]:
-    return matrix.reshape(facts.shape)
+def from_matrix(matrix: Float[Tensor, "k 1 1"], config: Config) -> Float[Tensor, "*shape"]:
+    return matrix.reshape(config.shape)
 
 
-def weight_gradient(x: Tensor, g: Tensor, facts: Facts, shape: Size) -> Float[Tensor, "*shape"]:
+def weight_gradient(x: Tensor, g: Tensor, config: Config, shape: Size) -> Float[Tensor, "*shape"]:
     """`Σ g x̂` entry by entry: no copy with channels first."""
     product = g * x
-    if facts.last:
+    if config.last:
         return product.reshape(-1, *shape).sum(0)
     return product.transpose(0, 1).flatten(1).sum(1)
 
 
-def _family(
-    name: str, function: Callable[..., Any], match: Callable[..., Call | None], any_axis: bool = False
-) -> Family:
-    return Family(name, (function,), match, rows, columns, to_matrix, from_matrix, weight_gradient, any_axis=any_axis)
+def _family(name: str, function: Callable[..., Any], match: Callable[..., Call | None], **more: Any) -> Family:
+    return Family(name, (function,), match, rows, columns, to_matrix, from_matrix, weight_gradient, **more)
 
 
-BATCH_NORM = _family("batch norm", F.batch_norm, match_batch)
+BATCH_NORM = _family("batch norm", F.batch_norm, match_batch, uncoupled=frozen_batch_norm)
 INSTANCE_NORM = _family("instance norm", F.instance_norm, match_instance)
 GROUP_NORM = _family("group norm", F.group_norm, match_group)
 LAYER_NORM = _family("layer norm", F.layer_norm, match_layer, any_axis=True)

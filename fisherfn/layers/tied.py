@@ -29,9 +29,9 @@ KINDS = {EMBEDDING.name, LINEAR.name}
 """The families of the two uses."""
 
 
-def rows(x: Tensor, facts: Any) -> structures.Rows:
+def rows(x: Tensor, config: Any) -> structures.Rows:
     """The rows of the embedding; those of the output layer before the change of places."""
-    return embedding.rows(x, facts) if isinstance(facts, embedding.Facts) else LINEAR.rows(x, facts)
+    return embedding.rows(x, config) if isinstance(config, embedding.Config) else LINEAR.rows(x, config)
 
 
 def swapped_rows(delta: Float[Tensor, "1 s n t v"], scale: Tensor | float) -> Float[Tensor, "1 n st v"]:
@@ -55,19 +55,19 @@ def balance(h: Float[Tensor, "..."], g: Float[Tensor, "s ..."]) -> Float[Tensor,
     return ratio.sqrt()
 
 
-def to_matrix(weight: Float[Tensor, "v e"], facts: Any) -> Float[Tensor, "1 e v"]:
+def to_matrix(weight: Float[Tensor, "v e"], config: Any) -> Float[Tensor, "1 e v"]:
     return weight.mT.unsqueeze(0)
 
 
-def from_matrix(matrix: Float[Tensor, "1 e v"], facts: Any) -> Float[Tensor, "v e"]:
+def from_matrix(matrix: Float[Tensor, "1 e v"], config: Any) -> Float[Tensor, "v e"]:
     return matrix.squeeze(0).mT
 
 
-def weight_gradient(x: Tensor, g: Tensor, facts: Any, shape: Size) -> Float[Tensor, "v e"]:
+def weight_gradient(x: Tensor, g: Tensor, config: Any, shape: Size) -> Float[Tensor, "v e"]:
     """Each use's in its own way: the one by index, the other as a product."""
-    if isinstance(facts, embedding.Facts):
-        columns_of = columns(g.unsqueeze(0), facts).squeeze(1)
-        return from_matrix(structures.outer(columns_of, structures.cast(rows(x, facts), g.dtype)), facts)
+    if isinstance(config, embedding.Config):
+        columns_of = columns(g.unsqueeze(0), config).squeeze(1)
+        return from_matrix(structures.outer(columns_of, structures.cast(rows(x, config), g.dtype)), config)
     return g.reshape(-1, shape[0]).mT @ x.reshape(-1, shape[1])
 
 

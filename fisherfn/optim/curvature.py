@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fisherfn import tree
 from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
 from fisherfn.errors import BATCH_CHECKS, StructureError, expect, expect_number, unknown
-from fisherfn.natgrad import NaturalGradient, State, pair
+from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
-from fisherfn.stats import Stats
+from fisherfn.state import State
+from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, Model, PyTree, Tree
 
 VERSION = 1
@@ -152,7 +153,7 @@ class Curvature(Copies):
         """Compute the natural gradient from an existing gradient, and from statistics if they are due."""
         ng, state = self.ready(), self.state
         with self.network.alone_in_autocast():
-            return ng.advance(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
+            return ng.step_from(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
         """Collect statistics of a batch, optionally with another Fisher or likelihood than the build's."""

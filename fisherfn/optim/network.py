@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherfn import tree
 from fisherfn.errors import NoiseError, StructureError, expect
-from fisherfn.layers import dropout_seeds
+from fisherfn.randomness import dropout_seeds
 from fisherfn.stats.functional import check_net, functional
 from fisherfn.types import Model, PyTree, Tree
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
-from fisherfn.natgrad import pair
 from fisherfn.optim.curvature import Curvature, Outcome
 from fisherfn.optim.options import Options
 from fisherfn.optim.with_curvature import WithCurvature
+from fisherfn.stats import pair
 from fisherfn.types import Info, PyTree, Tree
 
 PATIENCE = 10

@@ -12,12 +12,11 @@ from fisherfn import tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
-from fisherfn.natgrad import pair
 from fisherfn.optim.curvature import Curvature
 from fisherfn.optim.network import examples
 from fisherfn.optim.options import Options
 from fisherfn.optim.with_curvature import WithCurvature
-from fisherfn.stats import Stats
+from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
 

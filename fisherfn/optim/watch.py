@@ -29,14 +29,14 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A call of a layer: its input, the zero leaf added to its output, and the facts of its family.
+    """A call of a layer: its input, the zero leaf added to its output, and its static configuration.
 
     `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy.
     """
 
     input: Tensor
     leaf: Tensor
-    facts: Any
+    config: Any
     shared: bool
 
 
@@ -73,8 +73,8 @@ class Watched:
         """Add a leaf to the output of a layer, and note the call."""
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        facts = None if call is None else call.facts
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, facts, shared=call is None)
+        config = None if call is None else call.config
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, shared=call is None)
         return output + leaf.to(output.dtype)
 
 
@@ -105,7 +105,7 @@ def _as_seen(layout: Layout, each: Pass) -> Layout:
     for block in layout.blocks:
         seen = zip(block.uses, each.calls[block.weight], strict=True)
         uses = tuple(
-            use if call.shared else use._replace(facts=call.facts, output_shape=_of_example(use, call))
+            use if call.shared else use._replace(config=call.config, output_shape=_of_example(use, call))
             for use, call in seen
         )
         blocks.append(replace(block, uses=uses))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from fisherfn.natgrad import State
 from fisherfn.optim.curvature import Curvature
+from fisherfn.state import State
 from fisherfn.stats import Layout
 from fisherfn.types import PyTree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackFacts
+from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackConfig
 from fisherfn.stats.intercept import Intercept, Record
 from fisherfn.stats.layout import Block, Use
 from fisherfn.stats.scout import Scout
@@ -62,19 +62,19 @@ def candidates(
 
 def _shared(name: str, parameter: Tensor, call: str | None) -> Block:
     """A parameter that all examples share up to a broadcast, or up to a call that is run once per example."""
-    facts = FallbackFacts(parameter.shape)
-    use = Use(facts, parameter.shape, False, parameter.dtype, shared=True)
-    seen = f"seen in the trace{'' if call is None else f', copies for {call}'}; {facts.form}"
+    config = FallbackConfig(parameter.shape)
+    use = Use(config, parameter.shape, False, parameter.dtype, shared=True)
+    seen = f"seen in the trace{'' if call is None else f', copies for {call}'}; {config.form}"
     kind = ELEMENTWISE if call is None else COPIED
     return Block(name, kind.name, name, parameter.shape, None, Size(), (use,), seen)
 
 
 def _use(record: Record, shared: bool, bias: str | None, place: Place, dtype: torch.dtype, kind: str) -> Use:
     whole = shared and FAMILIES[record.kind].any_axis
-    shape = record.output.shape if whole else _without(record.output.shape, place.axis)
+    shape = record.output.shape if whole else Size(n for a, n in enumerate(record.output.shape) if a != place.axis)
     dtype = torch.promote_types(record.output.dtype, dtype)
     transposed = kind == TIED.name and record.kind == LINEAR.name
-    return Use(record.call.facts, shape, bias is not None and record.bias == bias, dtype, *place, shared, transposed)
+    return Use(record.call.config, shape, bias is not None and record.bias == bias, dtype, *place, shared, transposed)
 
 
 def _places(records: list[Record], more: list[Record], examples: int) -> list[Place] | None:
@@ -111,18 +111,14 @@ def _grown(shape: Size, other: Size) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _without(shape: Size, axis: int) -> Size:
-    return Size((*shape[:axis], *shape[axis + 1 :]))
-
-
 def _matrix_shape(record: Record, weight: Tensor) -> Size:
-    return FAMILIES[record.kind].to_matrix(torch.empty(weight.shape, device="meta"), record.call.facts).shape
+    return FAMILIES[record.kind].to_matrix(torch.empty(weight.shape, device="meta"), record.call.config).shape
 
 
 def _seen(records: list[Record], uses: tuple[Use, ...]) -> str:
     """What the trace found, for the report."""
     times = f", used {len(uses)} times" if len(uses) > 1 else ""
     g = torch.empty((1, uses[0].repeats, *uses[0].output_shape), device="meta")
-    shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.facts).shape[3]
+    shared = uses[0].repeats * FAMILIES[records[0].kind].columns(g, records[0].call.config).shape[3]
     late = ", no example enters" if any(use.shared for use in uses) else ""
     return f"seen in the trace{times}{late}" + (f", {shared} shared positions" if shared > 1 else "")

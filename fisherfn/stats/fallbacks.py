@@ -9,20 +9,21 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import CoverageError
-from fisherfn.layers import FallbackFacts
+from fisherfn.layers import FallbackConfig
 from fisherfn.stats.border import brief, listed, with_line
 from fisherfn.stats.chunks import window
-from fisherfn.stats.collect import example_gradients
 from fisherfn.stats.layout import Block, Layout, Use
-from fisherfn.stats.numbers import close, gradients, noise
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.stats.numbers import close, noise
+from fisherfn.stats.probe import Probe
+from fisherfn.stats.runs import example_gradients
+from fisherfn.types import Tree
 
 FALLBACK_EXAMPLES = 4
 """Examples on which the fallback's per-example gradients are checked at build: enough to see a coupling."""
 
 
 def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tuple[Block, ...]:
-    """Every parameter in one block, in params order; one that is in no layer falls back."""
+    """Return every parameter in one block, in params order; one that is in no layer gets a fallback."""
     by_weight = {block.weight: block for block in layers}
     covered = {name for block in layers for name in block.names}
     blocks: list[Block] = []
@@ -30,10 +31,10 @@ def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tu
         if name in by_weight:
             blocks.append(by_weight[name])
         elif name not in covered:
-            facts = FallbackFacts(p.shape)
-            reason = f"{why.get(name, 'no layer family claims it')}; {facts.form}"
+            config = FallbackConfig(p.shape)
+            reason = f"{why.get(name, 'no layer family claims it')}; {config.form}"
             blocks.append(
-                Block(name, "fallback", name, p.shape, None, Size(), (Use(facts, p.shape, False, p.dtype),), reason)
+                Block(name, "fallback", name, p.shape, None, Size(), (Use(config, p.shape, False, p.dtype),), reason)
             )
     return _unique_keys(blocks)
 
@@ -41,7 +42,7 @@ def with_fallbacks(layers: list[Block], params: Tree, why: dict[str, str]) -> tu
 def without_fallbacks(
     layers: list[Block], params: Tree, why: dict[str, str]
 ) -> tuple[tuple[Block, ...], tuple[tuple[str, str], ...]]:
-    """The layers in params order, and the parameters that none of them covers, each with the reason."""
+    """Return the layers in params order, and the parameters that none of them covers, each with the reason."""
     by_weight = {block.weight: block for block in layers}
     covered = {name for block in layers for name in block.names}
     plain = tuple((name, why.get(name, "no layer family claims it")) for name in params if name not in covered)
@@ -59,10 +60,8 @@ def _unique_keys(blocks: list[Block]) -> tuple[Block, ...]:
     return tuple(replace(block, key=block.weight) if block.key in clash else block for block in blocks)
 
 
-def verify_fallbacks(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor, tolerance: float
-) -> Layout:
-    """The layout with the way in which its fallbacks' gradients can be had.
+def verify_fallbacks(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) -> Layout:
+    """Return the layout, which says how its fallbacks' per-example gradients are computed.
 
     Per-example gradients must add up to the gradient, or the examples are coupled.
     """
@@ -71,16 +70,16 @@ def verify_fallbacks(
         return layout
     few = torch.zeros_like(cotangent)
     few[:FALLBACK_EXAMPLES] = cotangent[:FALLBACK_EXAMPLES]
-    truth = gradients(model, params, x, context, few)
-    part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], x)
-    own = window(layout, context, slice(FALLBACK_EXAMPLES))
+    truth = probe.gradients(few)
+    part = tree.map(lambda leaf: leaf[:FALLBACK_EXAMPLES], probe.x)
+    own = window(layout, probe.context, slice(FALLBACK_EXAMPLES))
     some = cotangent[None, :FALLBACK_EXAMPLES]
     try:
-        singles = example_gradients(model, layout, params, names, part, own, some)
+        singles = example_gradients(probe.model, layout, probe.params, names, part, own, some)
     except Exception as error:  # vmap is a matter of speed: what it has no rule for may run all the same
         layout = replace(layout, one_by_one=_cause(error))
         try:
-            singles = example_gradients(model, layout, params, names, part, own, some)
+            singles = example_gradients(probe.model, layout, probe.params, names, part, own, some)
         except (RuntimeError, ValueError) as alone:
             raise CoverageError(
                 with_line(
@@ -102,10 +101,8 @@ def verify_fallbacks(
     return layout
 
 
-def in_double(
-    model: Model, layout: Layout, params: Tree, x: PyTree, context: PyTree, cotangent: Tensor
-) -> Layout | None:
-    """The checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
+def in_double(probe: Probe, layout: Layout, cotangent: Tensor) -> Layout | None:
+    """Return the checked layout, if the fallback's check passes in double precision: then numerical noise failed it.
 
     Per-example gradients that cancel, or are zero, are noise in single precision: a shift before a softmax is one.
     """
@@ -115,17 +112,16 @@ def in_double(
 
     if all(dtype == torch.float64 for dtype in layout.dtypes):
         return None
-    params, x, context = (tree.map(double, each) for each in (params, x, context))
+    params, x, context = (tree.map(double, each) for each in (probe.params, probe.x, probe.context))
+    tolerance = 5 * torch.finfo(torch.float64).eps ** 0.5
     try:
-        return verify_fallbacks(
-            model, layout, params, x, context, cotangent.double(), 5 * torch.finfo(torch.float64).eps ** 0.5
-        )
+        return verify_fallbacks(Probe(probe.model, params, x, context), layout, cotangent.double(), tolerance)
     except (RuntimeError, ValueError):  # it fails, or the model runs in single precision only
         return None
 
 
 def _cause(error: Exception) -> str:
-    """Why the model does not run under `torch.vmap`, in a few words."""
+    """Return in a few words why the model does not run under `torch.vmap`."""
     said = str(error)
     for sign, cause in (
         ("data-dependent control flow", "the model branches on values"),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
-from fisherfn.layers import Elementary, SeededDropout, Sizes, axes_of_examples, drops, need_seeds
+from fisherfn.randomness import SeededDropout, Sizes, axes_of_examples, drops, require_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
 from fisherfn.types import Model, PyTree, Tree
 
@@ -46,7 +47,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
         swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
         seeded: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if drops(net) or "dropout" in context:
-            seeds, key = need_seeds(context), _path(net, x)
+            seeds, key = require_seeds(context), _path(net, x)
             if key not in axes:
                 axes[key] = _dropout_axes(net, {**params, **fresh}, x, seeds)
             seeded = SeededDropout(seeds, axes[key])

@@ -27,7 +27,7 @@ from fisherfn.likelihoods import output_fisher
 from fisherfn.operators import to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
-from fisherfn.stats.labels import need
+from fisherfn.stats.labels import require
 from fisherfn.types import Model, PyTree, Tree
 
 
@@ -51,7 +51,7 @@ class ImplicitFisher:
 
     def __init__(self, model: Model, likelihood: Any, params: Tree, x: PyTree, context: PyTree) -> None:
         if not hasattr(likelihood, "fisher_product"):
-            need(likelihood, "fisher_sqrt", "type2")
+            require(likelihood, "fisher_sqrt", "type2")
         self._outputs: Callable[[Tree], Tensor] = lambda p: run(model, p, x, context)[0]
         self._likelihood, self._params = likelihood, params
         self._examples = tree.leaves(x)[0].shape[0]

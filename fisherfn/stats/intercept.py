@@ -13,28 +13,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fisherfn import tree
-from fisherfn.errors import CoverageError, NoiseError
+from fisherfn import decompositions, randomness, tree
+from fisherfn.decompositions import Elementary, without_affine
 from fisherfn.layers import (
     ELEMENTWISE,
     EMBEDDING,
     Call,
-    Elementary,
     Family,
-    apart,
     as_grouped_product,
-    changes_weight,
-    couples_examples,
-    draws_globally,
     families,
-    is_packed_recurrence,
     is_transpose,
     untransposed,
-    without_affine,
 )
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
-from fisherfn.stats.steps import Growth, Place, Seen, seen
+from fisherfn.stats.steps import Growth, Place, Traced, traced
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
@@ -46,7 +39,7 @@ class Record(NamedTuple):
 
     Attributes:
         kind: its family.
-        call: its tensors and facts.
+        call: its tensors and static configuration.
         bias: the name of its bias, if that is a parameter.
         output: what it returned, before any tap.
         copies: the input of each of so many examples, where no example enters the call.
@@ -109,7 +102,7 @@ class Intercept(Elementary):
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
-        self.trace: list[Seen] = []
+        self.trace: list[Traced] = []
         """Return the calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         for name in self._followed.plan.parameters if self._followed else ():
@@ -129,10 +122,11 @@ class Intercept(Elementary):
             shared = self._followed.among(args, kwargs)
             if shared and not self._enters_layer(func, args, kwargs):
                 return self._followed.take(func, args, kwargs, shared)
-        couples = couples_examples(func, args, kwargs)
-        output = apart(args, kwargs) if couples and self._uncoupled else func(*args, **kwargs)
+        uncoupled = self._without_coupling(func, args, kwargs)
+        output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
         growth = self._compare(func, (args, kwargs), output)
-        self.couples |= couples and growth != [None]  # a kernel standardised by a batch norm is no example's
+        # a kernel that a batch norm standardises has no examples
+        self.couples |= uncoupled is not None and growth != [None]
         matched = self._match(func, args, kwargs) if here else None
         if matched is not None:
             self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
@@ -152,7 +146,7 @@ class Intercept(Elementary):
             return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
 
         plain = untransposed(func, args, kwargs, original) if self._transposes else None
-        plain = plain or as_grouped_product(func, args, kwargs, lambda tensor: id(tensor) in self._names)
+        plain = plain or as_grouped_product(func, args, kwargs, self._is_parameter)
         return plain or without_affine(func, args, kwargs, self._apart)
 
     def _match(
@@ -166,23 +160,21 @@ class Intercept(Elementary):
         return None
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if draws_globally(func, args, kwargs):
-            raise NoiseError(
-                f"the model calls {func.__name__}, which draws from the global generator: a gradient would not be a "
-                "function of its arguments. Call net.eval(), or make the model with ff.functional(net) and put "
-                'context["dropout"] = ff.dropout_seeds(N, generator); other noise is an input like x, or a context.'
-            )
-        if changes_weight(func, args, kwargs):
-            raise CoverageError(
-                "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
-                "drop max_norm and renormalise between steps."
-            )
+        """Raise the typed error for a call that no run of the library can contain."""
+        randomness.refuse(func, args, kwargs)
+        for family in families(func):
+            family.refuse(func, args, kwargs)
+        decompositions.refuse(func, args, kwargs, self._is_parameter)
 
-        if is_packed_recurrence(func, args, kwargs) and any(id(leaf) in self._names for leaf in tree.leaves(args)):
-            raise CoverageError(
-                f"the model calls the fused {func.__name__} on a packed sequence, whose examples have no axis: run it "
-                "on the padded batch instead (without pack_padded_sequence), and read or mask the outputs by length."
-            )
+    def _without_coupling(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], Tensor] | None:
+        """Return a call that mixes examples by design as one that does not; None for any other call."""
+        found = (family.uncoupled(func, args, kwargs) for family in families(func))
+        return next((call for call in found if call is not None), None)
+
+    def _is_parameter(self, leaf: Any) -> bool:
+        return id(leaf) in self._names
 
     def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
         """Parameters that a call turns into tensors in another way than a layer's (asking for a shape is none)."""
@@ -284,7 +276,7 @@ class Intercept(Elementary):
         if self._scout is not None:
             return self._scout.growth(func, arguments, output)
         if self._taps is None:
-            self.trace.append(seen(func, arguments, output))
+            self.trace.append(traced(func, arguments, output))
         return None
 
 

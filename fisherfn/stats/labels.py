@@ -1,6 +1,6 @@
-"""Where the Fisher's labels come from: cotangents of the outputs for each kind of Fisher.
+"""Labels of the Fisher: cotangents of the outputs for each kind of Fisher.
 
-The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer products (DESIGN: conventions).
+The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer products (docs/conventions.md).
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, expect
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
 from fisherfn.types import PyTree
-
-FISHERS = ("mc", "type2", "empirical")
 
 
 def loss_cotangent(
     likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree
 ) -> tuple[Float[Tensor, "n *d"], Float[Tensor, " n"]]:
-    """`∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
+    """Return `∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
 
     def total(f: Tensor) -> tuple[Tensor, Tensor]:
         nll = likelihood.nll(f, targets)  # type: ignore[attr-defined]
@@ -37,7 +35,7 @@ def loss_cotangent(
 def fisher_cotangents(
     likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree, fisher: str, noise: Tensor | None
 ) -> Float[Tensor, "s n *d"]:
-    """The output-gradients of every draw ("mc") or the columns of the output Fisher's square root ("type2").
+    """Return the output-gradients of every sample ("mc") or the columns of the output Fisher's square root ("type2").
 
     The targets only say how much each observation counts, where the likelihood distinguishes that.
     """
@@ -56,8 +54,8 @@ def _equal_cotangents(
     likelihood: object, outputs: Float[Tensor, "n *d"], fisher: str, noise: Tensor | None
 ) -> Float[Tensor, "s n *d"]:
     if fisher == "type2":
-        return need(likelihood, "fisher_sqrt", fisher)(outputs)  # type: ignore[no-any-return, operator]
-    sample = need(likelihood, "sample", fisher)
+        return require(likelihood, "fisher_sqrt", fisher)(outputs)  # type: ignore[no-any-return, operator]
+    sample = require(likelihood, "sample", fisher)
     if noise is None:
         raise NoiseError(
             'fisher="mc" draws labels and never touches the global generator: '
@@ -68,8 +66,8 @@ def _equal_cotangents(
     return torch.stack(columns) / math.sqrt(draws)
 
 
-def need(likelihood: object, method: str, fisher: str) -> object:
-    """The likelihood's method, or the error that names it."""
+def require(likelihood: object, method: str, fisher: str) -> object:
+    """Return a method of the likelihood, or raise the error that names it."""
     found = getattr(likelihood, method, None)
     if found is None:
         raise LikelihoodError(
@@ -77,15 +75,3 @@ def need(likelihood: object, method: str, fisher: str) -> object:
             'define it (see the likelihood protocol), or use fisher="empirical", which needs nll alone.'
         )
     return found
-
-
-def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:
-    """Raise unless the noise is indexed by example, then by draw: as many as `samples`, or any number for None."""
-    expect(noise, Tensor, "noise", "make it with ng.noise(batch, generator)")
-    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1
-    if not fits or (samples is not None and noise.shape[1] != samples):
-        expected = f"[{examples}, {'S' if samples is None else samples}, …]"
-        raise ShapeError(
-            f"noise has shape {list(noise.shape)}, expected {expected}: one entry for each example, then each draw. "
-            "Make it with ng.noise(batch, generator) for this very batch, or take the matching slice."
-        )

@@ -16,14 +16,14 @@ from fisherfn.errors import ShapeError, StructureError, unknown
 from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
 from fisherfn.stats import report
 from fisherfn.stats.steps import Plan, Step
-from fisherfn.types import PyTree, Tree
+from fisherfn.types import PyTree, Shape, Tree
 
 
 class Use(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        facts: static facts of the family.
+        config: static configuration, as the family reads it.
         output_shape: the output's axes but the examples'.
         biased: whether the block's bias was added.
         axis: where the examples are.
@@ -35,7 +35,7 @@ class Use(NamedTuple):
         transposed: whether inputs and output-gradients have changed places: the output layer of a tied embedding.
     """
 
-    facts: Any
+    config: Any
     output_shape: Size
     biased: bool
     dtype: torch.dtype
@@ -83,9 +83,9 @@ class Block:
         return report.cause(self.why) if self.kind == "fallback" else ""
 
     @property
-    def facts(self) -> Any:
-        """The static facts that its weight is read by."""
-        return self.uses[0].facts
+    def config(self) -> Any:
+        """The static configuration that its weight is read by."""
+        return self.uses[0].config
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,12 +96,12 @@ class Block:
     def shape(self) -> tuple[int, int, int]:
         """(groups K, d_out, d_in with the bias column)."""
         probe = torch.empty(self.weight_shape, device="meta")
-        k, o, i = self.family.to_matrix(probe, self.facts).shape
+        k, o, i = self.family.to_matrix(probe, self.config).shape
         return k, o, i + (self.bias is not None)
 
     def matrix(self, values: Tree) -> Float[Tensor, "k o i"]:
         """The block's matrix W, bias as last column, of a tree like params."""
-        weight = self.family.to_matrix(values[self.weight], self.facts)
+        weight = self.family.to_matrix(values[self.weight], self.config)
         if self.bias is None:
             return weight
         bias = values[self.bias].reshape(weight.shape[0], weight.shape[1], 1)
@@ -110,8 +110,8 @@ class Block:
     def tensors(self, matrix: Float[Tensor, "k o i"]) -> Tree:
         """The inverse of `matrix`."""
         if self.bias is None:
-            return {self.weight: self.family.from_matrix(matrix, self.facts)}
-        weight = self.family.from_matrix(matrix[..., :-1], self.facts)
+            return {self.weight: self.family.from_matrix(matrix, self.config)}
+        weight = self.family.from_matrix(matrix[..., :-1], self.config)
         return {self.weight: weight, self.bias: matrix[..., -1].reshape(self.bias_shape)}
 
 
@@ -205,6 +205,20 @@ class Layout:
             like, shapes = next(iter(tensors.values())), dict(self.shapes)
             tensors |= {name: like.new_zeros(shapes[name]) for name in (*self.unused, *dict(self.uncovered))}
         return {name: tensors[name] for name in self.names}
+
+    def cast(self, values: Tree) -> Tree:
+        """Return a tree like params in the types of the parameters."""
+        return {name: values[name].to(dtype) for name, dtype in zip(self.names, self.dtypes, strict=True)}
+
+    def zeros(self, device: torch.device) -> Tree:
+        """Return a tree of zeros like params, each with one number in memory."""
+        kinds = zip(self.shapes, self.dtypes, strict=True)
+        return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for (name, shape), dtype in kinds}
+
+    @cached_property
+    def block_shapes(self) -> dict[str, Shape]:
+        """The shape of each block's matrices."""
+        return {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.blocks}
 
     def validate(self, values: Tree) -> None:
         """Raise unless `values` has the names and shapes of params."""

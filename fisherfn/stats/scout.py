@@ -17,14 +17,14 @@ from torch import Size, Tensor
 from fisherfn import tree
 from fisherfn.layers import broadcasts, changes_input, spreads
 from fisherfn.stats.shared import Copies, Ledger, Shared, origins_of, spread
-from fisherfn.stats.steps import Growth, Place, Seen, Step, name_of, tensors_among, tensors_of
+from fisherfn.stats.steps import Growth, Place, Step, Traced, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
 
 
 class Scout(Ledger):
     """Finds the steps: a run with one example more than the one before, whose calls it is compared with."""
 
-    def __init__(self, before: Sequence[Seen], examples: int) -> None:
+    def __init__(self, before: Sequence[Traced], examples: int) -> None:
         super().__init__()
         self._before, self._examples = before, examples
         self._place = -1

@@ -59,8 +59,7 @@ class Stats:
     def grads(self) -> Tree:
         """The gradient of the mean loss, formed at each call: keep it if you need it twice."""
         matrices = {block.key: self.gradient(block.key) for block in self.layout.blocks}
-        dtypes = dict(zip(self.layout.names, self.layout.dtypes, strict=True))
-        return {name: leaf.to(dtypes[name]) for name, leaf in (self.layout.tree(matrices) | self.plain).items()}
+        return self.layout.cast(self.layout.tree(matrices) | self.plain)
 
     def tap(self, key: str) -> Tap:
         """The block's tap of the Fisher's draws, with `a` as a tensor (an embedding's stays an index).
@@ -83,6 +82,11 @@ class Stats:
                 "Call ng.stats without it to update the curvature."
             )
         return lazy(self.layout.block(key), stats.inputs, stats.grads)
+
+    @property
+    def lazy_taps(self) -> dict[str, LazyTap]:
+        """Every block's tap of the Fisher's samples, made for some examples at a time."""
+        return {block.key: self.lazy_tap(block.key) for block in self.layout.blocks}
 
     def lazy_loss_tap(self, key: str) -> LazyTap:
         """`loss_tap(key)` in the same way."""
@@ -117,9 +121,9 @@ def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) ->
     total: Matrix | None = None
     for use, x, g in zip(block.uses, inputs, grads, strict=True):
         x = x.to(dtype) if x.is_floating_point() else x  # indices stay indices
-        weight = block.family.to_matrix(backward(x, g, use.facts, block.weight_shape), use.facts)
+        weight = block.family.to_matrix(backward(x, g, use.config, block.weight_shape), use.config)
         if block.bias is not None:
-            bias = block.family.columns(g.unsqueeze(0), use.facts).sum((1, 2, 3)) * float(use.biased)
+            bias = block.family.columns(g.unsqueeze(0), use.config).sum((1, 2, 3)) * float(use.biased)
             weight = torch.cat([weight, bias.unsqueeze(-1)], -1)
         total = weight if total is None else total + weight
     assert total is not None
@@ -139,11 +143,11 @@ def make_tap(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor], sc
 
 
 def _rows(block: Block, use: Use, x: Tensor) -> rows.Rows:
-    return rows.split_examples(block.family.rows(x, use.facts), use.repeats)
+    return rows.split_examples(block.family.rows(x, use.config), use.repeats)
 
 
 def _columns_of(block: Block, use: Use, g: Tensor) -> Float[Tensor, "k s n t o"]:
-    columns = block.family.columns(g, use.facts)
+    columns = block.family.columns(g, use.config)
     return columns if use.repeats == 1 else columns.unflatten(2, (-1, use.repeats)).flatten(3, 4)
 
 
@@ -177,7 +181,7 @@ def _second_moment(
     if more or use.repeats > 1:
         return None
     precise = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-    moments = block.family.moments(x.to(precise), use.facts)
+    moments = block.family.moments(x.to(precise), use.config)
     if moments is None or block.bias is None:
         return None if moments is None else moments.second
     first = moments.first.unsqueeze(-1) * float(use.biased)  # the bias sees ones, or nothing

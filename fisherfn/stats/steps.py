@@ -31,7 +31,7 @@ Growth: TypeAlias = list[Place | None] | None
 where that is not to be found."""
 
 
-class Seen(NamedTuple):
+class Traced(NamedTuple):
     """A call of a run: its name, and the shapes of the tensors that it returned and took."""
 
     name: str
@@ -69,10 +69,10 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...] = ()
 
 
-def seen(func: Callable[..., Any], arguments: PyTree, output: Any) -> Seen:
+def traced(func: Callable[..., Any], arguments: PyTree, output: Any) -> Traced:
     """A call as a later run is compared with it."""
     inputs = tuple(leaf.shape for leaf in tensors_among(arguments))
-    return Seen(name_of(func), tuple(part.shape for part in tensors_of(output)), inputs)
+    return Traced(name_of(func), tuple(part.shape for part in tensors_of(output)), inputs)
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -61,6 +61,6 @@ def test_a_fixed_cadence_counts_steps():
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (5, 2), (1.5, 3)])
-def test_intervals_that_are_none_are_refused(bounds):
+def test_invalid_intervals_raise(bounds):
     with pytest.raises(HyperparameterError, match="update"), as_installed():
         Cadence(update=bounds)

@@ -356,7 +356,7 @@ def test_the_average_is_that_of_the_parameters():
     torch.testing.assert_close(flat(state.average), expected)
 
 
-def test_weight_decay_is_taken_beside_the_step():
+def test_weight_decay_is_added_to_the_step():
     problem = mlp(examples=80)
     plain, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
     decayed, _, _ = steps(problem, ff.adaptive(built(problem), weight_decay=0.1), 1)

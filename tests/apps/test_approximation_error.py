@@ -65,7 +65,7 @@ def test_losses_are_reported_as_the_trainers_do_and_fall(own, undrawn):
     assert 0.5 < last < first - 0.03
 
 
-def test_what_is_measured_at_a_step_does_not_depend_on_what_was_measured_before(own, undrawn):
+def test_measurements_do_not_depend_on_earlier_measurements(own, undrawn):
     often, seldom, other = (
         result(app.run(config(steps=4, every=every, spectra_every=4, seed=seed, result_name=f"every {every} {seed}")))
         for every, seed in ((1, 0), (4, 0), (4, 1))
@@ -159,7 +159,7 @@ def test_a_bad_option_is_one_line(argument, message, capsys):
         ({"model": "own:nothing"}, "own"),
     ],
 )
-def test_what_cannot_be_compared_is_an_error_before_anything_is_written(own, options, message):
+def test_invalid_comparisons_raise_before_anything_is_written(own, options, message):
     with pytest.raises(ff.FisherfnError, match=message):
         app.run(config(**options))
     assert not (own / "results").exists()

@@ -46,7 +46,7 @@ def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- what is timed
 
 
-def test_who_fails_in_a_later_round_is_named_and_the_others_are_timed():
+def test_a_contender_that_fails_later_is_named_and_the_others_are_timed():
     rounds = iter([None, None, ValueError("roots")])
 
     def fails_at_last():
@@ -73,7 +73,7 @@ def test_everyone_trains_the_same_net_on_the_same_batch(name):
     assert all(p.grad is None for p in one.net.parameters())
 
 
-def test_what_a_run_finds_is_written_down_and_shown(tmp_path, capsys):
+def test_results_of_a_run_are_written_and_shown(tmp_path, capsys):
     page = tmp_path / "page.md"
     names = ["about", "mean step", "parts", "refresh", "exact"]
     page.write_text("Before.\n" + "".join(f"<!-- table: {name} -->\nold\n<!-- end of table -->\n" for name in names))
@@ -94,7 +94,7 @@ def test_what_a_run_finds_is_written_down_and_shown(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("Before.\n") and "old" not in text and "lanczos" in text
     assert (tmp_path / "images" / "performance.png").exists()
-    assert "mean step, in SGD steps" in capsys.readouterr().out
+    assert "average time per step, relative to SGD" in capsys.readouterr().out
 
 
 def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
@@ -133,7 +133,7 @@ def numbers():
 def test_tables_are_in_sgd_steps_and_hide_no_failure():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.mean_steps(numbers()).splitlines()]
     # 2 + 3/10 + 10/100 SGD steps, and with the trainers' cycle 2 + 3/5 + 10/10
-    assert rows[0] == ["mean step, in SGD steps", "MNIST autoencoder"]
+    assert rows[0] == ["average time per step, relative to SGD", "MNIST autoencoder"]
     assert rows[2:] == [
         ["SGD", "1.00"], ["fisherfn", "**2.40**"], ["Other", "–"], ["fisherfn (5, 10)", "**3.60**"],
     ]  # fmt: skip
@@ -268,7 +268,7 @@ def test_a_contender_moves_every_weight_and_stays_finite(name, monkeypatch):
             assert all(not torch.equal(p, old) for p, old in zip(after, before, strict=True))
 
 
-def test_what_a_peer_says_when_it_fails_is_kept():
+def test_the_error_of_a_failed_peer_is_recorded():
     def fails(_):
         raise ValueError("no such layer\nand more")
 

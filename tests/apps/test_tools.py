@@ -114,7 +114,7 @@ def test_every_trainer_has_settings_for_every_optimizer(app, optim):
     )
 
 
-def test_the_study_of_seeds_trains_each_and_tells_means_and_deviations(own, capsys):
+def test_the_study_of_seeds_reports_means_and_deviations(own, capsys):
     config = study_seeds.StudyConfig(data="own:load", optims="sgd,kfac", seeds=2, num_epochs=2, quiet=True)
     study_seeds.study(config)
     folder = own / "results/study_seeds"

@@ -81,7 +81,7 @@ def test_a_process_that_ends_or_hangs_is_a_result(child, error, monkeypatch):
     ]
 
 
-def test_what_a_net_raises_is_a_result(monkeypatch):
+def test_an_error_of_a_net_is_a_result(monkeypatch):
     class Broken(torch.nn.Linear):
         def forward(self, x):
             raise ZeroDivisionError("broken")

@@ -182,7 +182,7 @@ def test_the_report_names_the_call():
     assert block.why == "seen in the trace, copies for linear; one dense block"
 
 
-def test_a_call_that_mixes_examples_is_no_such_call():
+def test_a_call_that_mixes_examples_raises():
     """A mean over the batch, behind the call or in it: refused, as no per-example gradient exists."""
 
     def model(p, x):
@@ -200,7 +200,7 @@ def test_a_call_that_mixes_examples_is_no_such_call():
 
 
 @pytest.mark.parametrize("function", [torch.cdist, F.prelu], ids=lambda f: f.__name__)
-def test_what_torch_gets_wrong_for_several_draws_falls_back(function):
+def test_calls_that_torch_batches_wrongly_use_the_fallback(function):
     """The derivative of `torch.cdist` is wrong under two nested vmaps."""
     shape = (3, 4) if function is torch.cdist else (3,)
     problem = readout_of(lambda w, h: function(h, w), shape)
@@ -223,7 +223,7 @@ class Beside(nn.Module):
         return self.head(torch.tanh(h) if x.abs().sum() > 0 else h)
 
 
-def test_beside_batch_norm_in_training_mode_and_branches():
+def test_copied_weights_work_with_batch_norm_in_training_mode_and_branches():
     """The fallback could not: examples are coupled, and values are branched on. The gradient is autograd's."""
     net = Beside().double().train()
     model, params, context = ff.functional(net)

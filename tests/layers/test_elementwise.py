@@ -108,7 +108,7 @@ def written(h, w):
 
 
 @pytest.mark.parametrize("way", OTHERWISE)
-def test_what_is_no_broadcast_falls_back_and_the_report_names_the_call(way):
+def test_calls_that_do_not_broadcast_use_the_fallback_and_the_report_names_them(way):
     shape, how, cause = OTHERWISE[way]
     problem = readout_of(how, shape)
     run = sampled(problem, "type2")

@@ -102,7 +102,7 @@ def test_an_embedding_tied_to_the_head_is_exact():
 
 
 @pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq"])
-def test_what_is_no_plain_look_up_falls_back_or_is_refused(option):
+def test_special_embeddings_use_the_fallback_or_raise(option):
     """max_norm renormalises the table in place; scale_grad_by_freq has gradients that no loss has."""
     calls = {"max_norm": {"max_norm": 0.5}, "scale_grad_by_freq": {"scale_grad_by_freq": True}}
 

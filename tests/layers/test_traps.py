@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
-from fisherfn.layers import Elementary
+from fisherfn.decompositions import Elementary
 from tests import oracles, zoo
 from tests.oracles import close
 
@@ -151,7 +151,7 @@ def test_an_embedding_that_changes_its_weight_is_refused_before_it_does():
     assert torch.equal(weight, before)
 
 
-def test_whatever_draws_from_the_global_generator_is_refused_and_leaves_it_alone():
+def test_models_that_sample_from_the_global_generator_raise_and_do_not_advance_it():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.FractionalMaxPool2d(2, output_size=2), nn.Flatten()).double()
     model, params, context = ff.functional(net)
     before = torch.get_rng_state()

@@ -41,7 +41,7 @@ def test_with_cholesky_factors_it_is_a_lower_bound(seed, o, i):
     assert 1 <= measured["condition"] <= dense(G, A, 0.0) * (1 + 1e-9)
 
 
-def test_of_a_diagonal_it_is_exact():
+def test_the_estimate_is_exact_for_diagonal_matrices():
     values = torch.tensor([[1.0, 4.0, 0.5], [1.0, 1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(condition(torch.diag_embed(values.sqrt())), torch.tensor([8.0, 1.0]).double())
     pair = Pair(values, torch.ones(2, 1, dtype=torch.float64))
@@ -51,7 +51,7 @@ def test_of_a_diagonal_it_is_exact():
 
 @pytest.mark.parametrize("id", ["mlp-categorical", "conv"])
 @METHODS
-def test_every_method_reports_it_for_every_block_beside_the_jitter(method, id):
+def test_every_method_reports_condition_and_jitter_of_every_block(method, id):
     problem = zoo.pick(id)
     ng = problem.build(fisher="mc", method=ff.METHODS[method]())
     generator = torch.Generator().manual_seed(0)

@@ -92,7 +92,7 @@ def test_the_error_is_below_kfacs_where_inputs_and_gradients_depend():
 
 
 @drawn(0.4, drawn_taps())
-def test_no_other_diagonal_is_nearer(taps):
+def test_the_diagonal_is_the_best_one_in_the_basis(taps):
     """⟨F − F̂, F̂'⟩ = 0 for every F̂' that is diagonal in the basis."""
     problem = given(*taps)
     _, state, _ = fit(problem.run, problem.params, FAMILY["ekfac"]())
@@ -102,7 +102,7 @@ def test_no_other_diagonal_is_nearer(taps):
 
 
 @pytest.mark.parametrize("id", ["one-datum", "deep-linear"])
-def test_it_is_the_exact_block_where_kfac_is(id):
+def test_ekfac_is_the_exact_block_if_kfac_is(id):
     problem = zoo.pick(id)
     run = sampled(problem, "type2")
     _, state, _ = fit(run, problem.params, FAMILY["ekfac"]())

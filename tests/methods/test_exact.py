@@ -218,7 +218,7 @@ def test_a_gradient_in_rows_is_stepped_like_its_matrix(structure, fisher):
     given = {"context": context, "samples": 2, "generator": generator}
     mine, other = ng.stats(params, (x[:3], y[:3]), **given), ng.stats(params, (x[3:], y[3:]), **given)
     state = ng.invert(ng.update(ng.init(params, damping=0.1), mine)[0])[0]
-    nat, _, info = ng.advance(state, other, invert=False, inner=True)
+    nat, _, info = ng.step_from(state, other, invert=False, inner=True)
     expected = ng.fisher(mine, structure).dense() + 0.1 * torch.eye(len(vec(params)), dtype=torch.float64)
     close(nat, unvec(params, torch.linalg.solve(expected, vec(other.grads))), tol=1e-7)
     close(info.inner, vec(other.grads) @ vec(nat))

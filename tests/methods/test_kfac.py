@@ -129,7 +129,7 @@ def test_deep_linear_gaussian_type2_is_the_exact_block_diagonal():
     close(dense_matvec(run.ng, updated(run, problem), problem.params), exact)
 
 
-def test_elsewhere_kfac_is_an_approximation():
+def test_kfac_is_not_exact_on_other_nets():
     problem = zoo.pick("mlp-categorical")
     run = sampled(problem, "type2")
     exact = oracles.block_diagonal(problem.params, problem.blocks, oracles.fisher_matrix(problem, "type2"))

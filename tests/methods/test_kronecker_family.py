@@ -186,7 +186,7 @@ def test_lanczos_and_deflation_find_the_very_same_sum():
 
 
 @drawn(0.25, drawn_taps())
-def test_what_kfac_corrected_leaves_has_nothing_along_its_second_term(taps):
+def test_the_residual_of_kfac_corrected_is_orthogonal_to_its_second_term(taps):
     """⟨F − F̂, G₂ ⊗ A₂⟩ = 0 with K-FAC's own pair first: the correction is of F − K-FAC, not of F."""  # D1
     problem = given(*taps)
     factors = fit(problem.run, problem.params, ITERATIVE["kfac_cor"]())[1].factors["weight"]

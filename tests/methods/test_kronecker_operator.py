@@ -68,7 +68,7 @@ def test_an_update_leaves_statistics_and_the_old_state_as_they_were(method, id):
 
 @EVERY
 @pytest.mark.parametrize("id", ["sequence-pooled", "scale-vector", "conv-groups", "tokens"])
-def test_matvec_is_what_the_factors_say(method, id):
+def test_matvec_is_the_product_with_the_dense_factors(method, id):
     problem = zoo.pick(id)
     ng, state, _ = fit(sampled(problem), problem.params, FAMILY[method]())
     v = zoo.random_tree(problem.params)

@@ -189,7 +189,7 @@ def test_kfac_correcteds_second_term_makes_up_for_averaging_factors(taps, ema):
 
 
 @drawn(0.2, taps=drawn_taps(), ema=EMAS)
-def test_ekfac_turns_its_scalings_into_the_new_basis(taps, ema):
+def test_ekfac_rotates_its_scalings_into_the_new_basis(taps, ema):
     """ρ diag(Qᵀ F̂_old Q) + (1 − ρ) diag(Qᵀ F_new Q), Q the eigenbasis of the running A and G; never negative."""
     problem = given(*taps, method=FAMILY["ekfac"]())
     batches = [taps, other_batch(*taps)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
-from fisherfn.natgrad import _cheapest
+from fisherfn.views import cheapest_gradient
 from tests import oracles, strategies, zoo
 from tests.methods.kronecker import dense_taps, drawn
 from tests.methods.two_level import (
@@ -39,7 +39,7 @@ def check_definition(case, coarse, krylov):
     Q = coarse_inverse(rows, case.damped)
     for form in FORMS:
         if form == "additive" and coarse == "residual" and rounding(case):
-            continue  # test_nothing_is_added_where_nothing_is_left
+            continue  # test_no_correction_is_added_for_a_zero_residual
         close(case.step(case.v, coarse, krylov, form), combined(form, case.M, case.damped, Q) @ case.v, tol=1e-7)
 
 
@@ -129,7 +129,7 @@ def check_nearest(case, v, coarse, krylov):
 
 
 @drawn(0.6, settings())
-def test_no_correction_in_the_space_is_nearer(setting):
+def test_the_correction_is_the_best_one_in_the_space(setting):
     one = case(*setting)
     for coarse, krylov in ALL:
         if not doubtful(one.rows(coarse, krylov)):
@@ -138,7 +138,7 @@ def test_no_correction_in_the_space_is_nearer(setting):
 
 @pytest.mark.parametrize("make", zoo.cases("blocks"))
 @zoo.as_installed()
-def test_no_correction_is_nearer_for_the_gradient(make):
+def test_the_correction_is_the_best_one_for_the_gradient(make):
     """And more rows are never farther: Krylov's space contains the one that it is made of."""
     one = case(make(), "kfac-eigen", "type2")
     v = vec(oracles.mean_gradient(one.problem))
@@ -165,7 +165,7 @@ def test_a_space_that_spans_everything_gives_the_exact_natural_gradient(id, coar
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_added_where_nothing_is_left(form):
+def test_no_correction_is_added_for_a_zero_residual(form):
     """An exact M leaves a residual of rounding, whose direction must not matter."""
     one = full_rank()
     v = unvec(one.problem.params, one.v)
@@ -177,7 +177,7 @@ def test_nothing_is_added_where_nothing_is_left(form):
 def test_wide_layers_whose_fine_step_is_taken_from_rows(krylov):
     """Two examples on layers of width 12: gradients and F_• R₀ᵀβ go to the fine method as taps, as if as matrices."""
     one = case(zoo.from_net(zoo.mlp(12, 12, 12), (2, 12), "gaussian"), "kfac-eigen")
-    assert all(isinstance(_cheapest(one.run.stats, block), ff.Tap) for block in one.run.ng.layout.blocks)
+    assert all(isinstance(cheapest_gradient(one.run.stats, block), ff.Tap) for block in one.run.ng.layout.blocks)
     Q = coarse_inverse(one.rows("nicolaides", krylov), one.damped)
     for form in FORMS:
         ng, state = one.two_level("nicolaides", krylov, form)

@@ -282,7 +282,7 @@ def test_a_coarse_matrix_that_is_not_definite_leaves_the_state_as_it_was():
         ({"coarse": "tselepidis", "form": "balanced"}, "HyperparameterError", "additive"),
     ],
 )
-def test_what_does_not_exist_is_refused_when_it_is_asked_for(arguments, error, says):
+def test_unknown_spaces_and_forms_raise_at_construction(arguments, error, says):
     with zoo.as_installed(), pytest.raises(getattr(ff.errors, error), match=says):
         ff.two_level(**arguments)
 

@@ -238,7 +238,7 @@ def test_all_methods_agree_where_the_fisher_is_one_kronecker_product(form, id):
 
 
 @FORMS
-def test_elsewhere_all_methods_differ(form):
+def test_methods_differ_on_other_nets(form):
     """The guard of the comparison above."""
     problem = zoo.pick("mlp-categorical")
     run, v = sampled(problem, "type2"), zoo.random_tree(problem.params)

@@ -70,7 +70,7 @@ def test_groups_may_have_factors_of_their_own():
     assert all(torch.equal(p, still[name]) for name, p in first.named_parameters())
 
 
-def test_a_given_damping_that_had_to_rise_is_said_once():
+def test_an_increased_damping_is_reported_once():
     case = problem(steps=6, examples=16)
     opt = ff.optim.NaturalGradient(case.net, likelihood=LABELS, lr="auto", damping=1e-30, momentum=0.0)
     opt._curvature._adaptive |= {"rule": "model", "lr": 1e6}

@@ -125,7 +125,7 @@ def test_an_optimizer_with_a_method_is_pickled():
 
 
 @pytest.mark.parametrize("what", ["method", "likelihood"])
-def test_what_cannot_be_pickled_says_so_and_can_be_copied(what):
+def test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied(what):
     case = problem()
     options = {"method": Local(), "likelihood": ff.Categorical(), "fisher": "type2"}
     if what == "likelihood":

@@ -158,7 +158,7 @@ def test_schedulers(name):
     same(case.net, expected)
 
 
-def test_a_rate_of_zero_moves_nothing():
+def test_a_learning_rate_of_zero_changes_nothing():
     case = problem()
     before = snapshot(case.net)
     opt = converted(case.net, Loop(lr=0.0))
@@ -178,7 +178,7 @@ def test_a_rate_may_be_a_tensor():
 # --------------------------------------------------------------------------------------------- an optimizer of torch
 
 
-def test_it_is_one_and_leaves_gradients_alone():
+def test_the_optimizer_is_a_torch_optimizer_and_does_not_change_grad():
     case = problem()
     opt = converted(case.net, Loop())
     assert isinstance(opt, torch.optim.Optimizer) and opt.defaults["lr"] == 0.5
@@ -212,7 +212,7 @@ def test_damping_can_be_changed():
         opt.damping = -1.0
 
 
-def test_what_is_frozen_or_in_no_group_stays():
+def test_frozen_parameters_and_those_in_no_group_do_not_change():
     case = problem()
     case.net[0].weight.requires_grad_(False)
     before = snapshot(case.net)
@@ -333,18 +333,18 @@ CONSTRUCTORS = {
 
 
 @pytest.mark.parametrize("name", CONSTRUCTORS)
-def test_what_cannot_be_built_says_so_at_once(name):
+def test_an_unsupported_net_raises_at_construction(name):
     make, error, said = CONSTRUCTORS[name]
     with as_installed(), pytest.raises(error, match=said):
         make()
 
 
-def test_a_step_without_anything_teaches_what_to_write():
+def test_a_step_without_arguments_raises_with_a_remedy():
     with pytest.raises(E.StructureError, match=r"loss = opt\.step\(\(x, y\)\)"):
         untrained().step()
 
 
-def test_later_changes_of_what_is_trained_are_refused():
+def test_later_changes_of_the_trained_parameters_raise():
     case = problem()
     opt = converted(case.net, Loop())
     opt.step(case.batches[0])

@@ -115,7 +115,7 @@ def test_schedulers_and_dropout_go_on_too():
     assert equal(resumed, straight)
 
 
-def test_what_was_loaded_can_be_saved_before_the_first_batch():
+def test_a_loaded_state_can_be_saved_before_the_first_batch():
     case = problem()
     opt = optimizer(case.net)
     opt.step(case.batches[0])
@@ -129,7 +129,7 @@ def test_what_was_loaded_can_be_saved_before_the_first_batch():
     empty.step(case.batches[0])
 
 
-def test_loading_does_not_take_hold_of_what_was_loaded():
+def test_loading_copies_the_tensors():
     case = problem()
     opt = optimizer(case.net)
     opt.step(case.batches[0])
@@ -194,7 +194,7 @@ SAVED = {
 
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("name", SAVED)
-def test_what_is_of_another_is_refused(name, built):
+def test_states_of_another_optimizer_raise(name, built):
     saved, case = SAVED[name](), problem()
     opt = optimizer(case.net, example_inputs=case.batches[0][0] if built else None)
     with as_installed(), pytest.raises(E.StructureError):

@@ -104,7 +104,7 @@ def test_a_sum_keeps_the_curvature_and_scales_the_gradient():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_a_pass_may_drop_units_and_draws_what_it_would():
+def test_a_watched_pass_with_dropout_uses_the_same_masks():
     case = problem("dropout")
     (x, y), other = case.batches[0], case.again()
     torch.manual_seed(5)
@@ -149,7 +149,7 @@ def test_under_autocast_it_is_the_step_with_the_batch(low):
 # -------------------------------------------------------------------------------------------------------- closures
 
 
-def test_a_closure_as_torch_knows_it():
+def test_a_closure_works_as_in_torch():
     case, loop = problem(), Loop(fisher="empirical")
     expected = loop.run(case.net, case.batches)
     opt = ff.optim.NaturalGradient(
@@ -240,7 +240,7 @@ def test_what_goes_wrong_is_typed(name):
         call()
 
 
-def test_between_statistics_nothing_is_kept():
+def test_watch_keeps_nothing_between_statistics():
     case = problem()
     x, y = case.batches[0]
     pre = ff.optim.Preconditioner(case.net, example_inputs=x, update_every=2, invert_every=2)
@@ -256,7 +256,7 @@ def test_between_statistics_nothing_is_kept():
 
 
 @pytest.mark.parametrize("make", [Tied, Transformer])
-def test_the_pass_computes_what_it_would_without(make):
+def test_a_watched_pass_computes_the_same_outputs(make):
     net = make().double()
     x = torch.randint(5, (6, 3)) if make is Transformer else torch.randn(6, 3).double()
     pre = ff.optim.Preconditioner(net, example_inputs=x)

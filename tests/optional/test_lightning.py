@@ -141,7 +141,7 @@ def preconditioned(net, batches, watches):
 
 
 @pytest.mark.parametrize("watches", [True, False])
-def test_a_preconditioner_stands_before_the_step(watches):
+def test_a_preconditioner_runs_before_the_step(watches):
     case = problem()
     plain = case.again()
     preconditioned(plain, EPOCHS * case.batches, watches)

@@ -203,7 +203,7 @@ def step(net, **more):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_typed_short_and_names_a_remedy(name):
+def test_errors_are_typed_short_and_name_a_remedy(name):
     make, error, remedy = CASES[name]
     with as_installed(), pytest.raises(error, match=remedy) as caught:
         step(make())

@@ -38,7 +38,7 @@ def test_the_runs_of_a_build_do_not_grow_with_the_batch():
     assert layout == build(Seen(), x[:4]).layout
 
 
-def test_only_what_looks_unused_is_looked_at_with_all():
+def test_only_seemingly_unused_parameters_are_checked_on_all_examples():
     net, x = Seen(unused=True), torch.randn(N, 4)
     layout = build(net, x, unused="ignore").layout
     assert sorted(net.sizes)[-2:] == [5, N] and layout.unused == ("other.weight", "other.bias")
@@ -71,7 +71,7 @@ def test_a_layer_that_the_first_examples_do_not_use_is_found_with_all(by_values)
 
 
 @pytest.mark.parametrize("where", ["dropout", "own"])
-def test_what_the_context_has_for_each_example_goes_along(where):
+def test_per_example_entries_of_the_context_follow_the_examples(where):
     x = torch.randn(N, 4)
     if where == "dropout":
         net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, CLASSES))

@@ -57,7 +57,7 @@ def about(numbers: Numbers) -> str:
 
 
 def mean_steps(numbers: Numbers) -> str:
-    """Table of the average step relative to SGD, for all contenders and workloads, in both cadences."""
+    """Return the table of the average step relative to SGD, for all contenders and workloads, in both cadences."""
     workloads = numbers["workloads"]
     rows = []
     for cycle in CYCLES:
@@ -67,14 +67,14 @@ def mean_steps(numbers: Numbers) -> str:
                 often = "" if cycle == CYCLES[0] else f" ({cycle.update_every}, {cycle.invert_every})"
                 means = [number(mean_step(one, name, cycle)) for one in workloads.values()]
                 rows.append([name + often, *(f"**{mean}**" if ours else mean for mean in means)])
-    return table(["mean step, in SGD steps", *titles(workloads)], rows)
+    return table(["average time per step, relative to SGD", *titles(workloads)], rows)
 
 
 def parts(numbers: Numbers) -> str:
-    """Tables of the parts of an average step, one per workload."""
+    """Return the tables of the parts of an average step, one per workload."""
     head = ["step, ms", "quartiles", "step", "statistics", "inverses", "covers"]
     return "\n\n".join(
-        table([f"{title(name)}; in SGD steps", *head], [made_of(workload, one) for one in workload["contenders"]])
+        table([f"{title(name)}, relative to SGD", *head], [made_of(workload, one) for one in workload["contenders"]])
         for name, workload in numbers["workloads"].items()
     )
 
@@ -91,7 +91,7 @@ def made_of(workload: Numbers, name: str) -> list[str]:
 
 
 def refreshes(numbers: Numbers) -> str:
-    """Table of statistics and factors of every method, relative to SGD steps and to K-FAC."""
+    """Return the table of statistics and factors of every method, relative to SGD steps and to K-FAC."""
     workloads = {name: one for name, one in numbers["workloads"].items() if one["refresh"]}
     methods = list(dict.fromkeys(method for one in workloads.values() for method in one["refresh"]))
 
@@ -99,24 +99,24 @@ def refreshes(numbers: Numbers) -> str:
         ms = one["refresh"][method]["ms"]
         return [number(ms / costs(one, UNIT).step), number(ms / one["refresh"]["kfac"]["ms"])]
 
-    head = [cell for name in titles(workloads) for cell in (name, "in K-FAC's")]
+    head = [cell for name in titles(workloads) for cell in (name, "relative to K-FAC")]
     rows = [[method, *(cell for one in workloads.values() for cell in cells(method, one))] for method in methods]
-    return table(["refresh, in SGD steps", *head], rows)
+    return table(["refresh, relative to an SGD step", *head], rows)
 
 
 def exact(numbers: Numbers) -> str:
-    """Table of the exact natural gradient, relative to a forward and backward pass of the same batch."""
+    """Return the table of the exact natural gradient, relative to a forward and backward pass of the same batch."""
     workloads = {name: one for name, one in numbers["workloads"].items() if one["exact"]}
     kinds = list(dict.fromkeys(kind for one in workloads.values() for kind in one["exact"]))
     rows = [
         [kind, *(number(one["exact"][kind]["ms"] / one["exact"][FORWARD_BACKWARD]["ms"]) for one in workloads.values())]
         for kind in kinds
     ]
-    return table([f"in {FORWARD_BACKWARD}", *titles(workloads)], rows)
+    return table([f"relative to {FORWARD_BACKWARD}", *titles(workloads)], rows)
 
 
 def memory(numbers: Numbers) -> str:
-    """Table of the peak memory of a call in addition to that before it, if it was measured."""
+    """Return the table of the peak memory of a call in addition to that before it, if it was measured."""
     rows = [
         [title(name), f"{contender}: {part.replace('_', ' ')}", f"{timing['peak_mib']:.1f}"]
         for name, workload in numbers["workloads"].items()

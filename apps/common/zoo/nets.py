@@ -48,7 +48,7 @@ def make(name: str) -> Problem:
 
 
 def torchvision() -> Any:
-    """Import torchvision, also beside a torch of another build than its compiled operators.
+    """Import torchvision, even if its compiled operators were built for another torch.
 
     The operators (non-maximum suppression and the like) then are missing, and the nets of the zoo use none.
     """

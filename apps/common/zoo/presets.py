@@ -266,4 +266,4 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "HubertForSequenceClassification": ("audio", WAVES),
     "WavLMForSequenceClassification": ("audio", WAVES),
 }  # fmt: skip
-"""Kind of the inputs, and options beside `SMALL`, by class."""
+"""Kind of the inputs, and options in addition to `SMALL`, by class."""

@@ -103,7 +103,7 @@ def test_dashes_in_values_stay():
     assert from_args("--name", "a-b").name == "a-b"
 
 
-def test_one_own_function_beside_the_choices():
+def test_a_custom_function_in_place_of_the_choices():
     assert from_args("--tree", "garden.trees:plum").tree == "garden.trees:plum"
 
 
@@ -125,7 +125,7 @@ def test_choices_are_asked_for_when_they_are_needed(monkeypatch):
         quiet=st.booleans(),
     )
 )
-def test_what_is_dumped_is_read_back_equal(tmp_path_factory, config):
+def test_a_dumped_configuration_is_read_back_equal(tmp_path_factory, config):
     file = tmp_path_factory.mktemp("dump") / "config.yaml"
     dump(config, file)
     assert read(Config, ["--config", str(file)]) == config
@@ -199,7 +199,7 @@ def test_parse_prints_one_line_and_exits_with_2(capsys):
     assert not out and err.endswith("error: unknown option --siez; did you mean --size?\n") and err.count("\n") == 1
 
 
-def test_help_tells_what_each_option_is(capsys):
+def test_help_describes_each_option(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(Config, ["--help"], description="Do it.")
     out = " ".join(capsys.readouterr().out.split())

@@ -68,14 +68,14 @@ def is_the_small_ten(data: Data, parts: int = 5) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "cifar-10-batches-bin", "cifar10", "CIFAR10"])
-def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
+def test_written_files_are_read_back(tmp_path: Path, folder: str) -> None:
     write_ten(tmp_path / folder)
     data = load("CIFAR10", data_path=str(tmp_path))
     is_the_small_ten(data)
     assert (data.name, data.model) == ("CIFAR10", "cuda_convnet")
 
 
-def test_the_parts_that_are_there_are_taken_and_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_existing_parts_are_loaded_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_ten(tmp_path, parts=2)
     with caplog.at_level(logging.WARNING):
         is_the_small_ten(load("CIFAR10", data_path=str(tmp_path)), parts=2)
@@ -109,7 +109,7 @@ def test_a_link_in_the_archive_is_not_followed(tmp_path: Path) -> None:
         load("CIFAR10", data_path=str(tmp_path))
 
 
-def test_of_hundred_the_fine_labels_are_learned(tmp_path: Path) -> None:
+def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
     write_hundred(tmp_path / "cifar-100-binary")
     data = load("CIFAR100", data_path=str(tmp_path))
     assert data.train.labels.tolist() == [99, 7] and data.test.labels.tolist() == [7, 99]

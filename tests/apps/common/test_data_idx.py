@@ -24,7 +24,7 @@ T10K_FILES = "mnist/t10k-images-idx3-ubyte.gz", "mnist/t10k-labels-idx1-ubyte.gz
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("folder", ["", "mnist", "MNIST", "MNIST/raw"])
-def test_what_is_written_is_read(tmp_path: Path, folder: str, suffix: str) -> None:
+def test_written_files_are_read_back(tmp_path: Path, folder: str, suffix: str) -> None:
     images, labels = write_part(tmp_path / folder, "train", 20, suffix)
     write_part(tmp_path / folder, "t10k", 10, suffix)
     data = load("MNIST", data_path=str(tmp_path))

@@ -53,7 +53,7 @@ def test_the_registry() -> None:
 @pytest.mark.parametrize(
     ("name", "near"), [("MNITS", "MNIST"), ("curves", "CURVES"), ("FMNIST", "F_MNIST"), ("FACE", "FACES")]
 )
-def test_an_unknown_name_gets_the_nearest_and_all(name: str, near: str) -> None:
+def test_an_unknown_name_lists_the_most_similar_one_and_all(name: str, near: str) -> None:
     with pytest.raises(DataError) as caught:
         load(name)
     assert f"did you mean {near}?" in str(caught.value)
@@ -84,7 +84,7 @@ def test_one_s_own_loader_from_the_current_folder(here: Path) -> None:
         (":load", "write it as"),
     ],
 )
-def test_what_is_wrong_with_one_s_own(here: Path, name: str, message: str) -> None:
+def test_errors_of_a_custom_loader_are_named(here: Path, name: str, message: str) -> None:
     write(here / "mine_two.py", OWN.encode())
     with pytest.raises(DataError, match=message):
         load(name)
@@ -115,7 +115,7 @@ GOOD = Split(IMAGES, LABELS)
         (GOOD, Split(IMAGES, None), "only one of the train and test parts has labels"),
     ],
 )
-def test_what_a_loader_promises_is_checked(
+def test_promises_of_a_loader_are_checked(
     monkeypatch: pytest.MonkeyPatch, train: Split, test: Split, message: str
 ) -> None:
     data = Data("X", train, test, "MLP", ff.Bernoulli(), ff.Categorical())
@@ -124,7 +124,7 @@ def test_what_a_loader_promises_is_checked(
         load("X")
 
 
-def test_what_every_source_without_files_gives() -> None:
+def test_sources_without_files_load_from_any_path() -> None:
     state = torch.get_rng_state()
     for name in ("CURVES", "DIGITS"):
         data = load(name, data_path="nowhere")
@@ -216,7 +216,7 @@ def test_no_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         load("MNIST", data_path=str(tmp_path / "data"), download=True)
 
 
-def test_what_has_nothing_to_download(here: Path) -> None:
+def test_sources_without_a_download(here: Path) -> None:
     assert load("DIGITS", download=True).name == "DIGITS"
     write(here / "mine_four.py", OWN.encode())
     with pytest.raises(DataError, match="mine_four:load: knows no files to download"):

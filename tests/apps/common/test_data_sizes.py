@@ -38,7 +38,7 @@ def test_the_right_size_stays_as_it_is() -> None:
     assert enlarged(right, 32) is right
 
 
-def test_what_was_resampled_is_resampled() -> None:
+def test_resized_data_are_interpolated() -> None:
     # linear interpolation keeps what is linear, in units of the image's width, away from the border's half pixel
     def ramp(size: int) -> torch.Tensor:
         return ((torch.arange(size) + 0.5) / size).expand(1, 1, size, size)

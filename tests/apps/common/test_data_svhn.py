@@ -26,7 +26,7 @@ def save(folder: Path, train: dict[str, np.ndarray], test: dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("folder", ["", "svhn", "SVHN"])
-def test_what_is_written_is_read(tmp_path: Path, folder: str) -> None:
+def test_written_files_are_read_back(tmp_path: Path, folder: str) -> None:
     train, test = part(12, 0), part(5, 1)
     save(tmp_path / folder, train, test)
     data = load("SVHN", data_path=str(tmp_path))

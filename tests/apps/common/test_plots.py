@@ -33,7 +33,7 @@ def test_every_run_is_drawn_over_epochs_and_over_seconds(tmp_path):
         assert to_hex(train.get_color()) == to_hex(test.get_color()) == to_hex(PALETTE[1])
 
 
-def test_accuracies_stand_beside_the_losses_of_classifiers(tmp_path):
+def test_classifiers_have_a_panel_of_accuracies(tmp_path):
     runs = {"SGD": run([1.0, 0.5]), "K-FAC": [m | {"train_accuracy": 0.1, "test_accuracy": 0.2} for m in run([1, 1])]}
     losses, _, accuracies = loss_curves(runs, tmp_path / "loss.png").axes
     assert losses.get_ylabel() == "loss" and accuracies.get_ylabel() == "accuracy"

@@ -74,7 +74,7 @@ def test_errors_eigenvalues_and_angles_are_those_of_the_dense_matrices(id, count
             assert cosine_of(values, key, name) == pytest.approx(cosine(vec(step[key]), exact[key]), abs=1e-8)
 
 
-def test_two_terms_come_nearer_than_one_and_the_nearest_nearer_than_kfac():
+def test_two_terms_are_more_accurate_than_one_and_the_best_product_than_kfac():
     problem = zoo.pick("mlp-categorical")
     _, values = compared(problem, nets_of(problem), count=0)
     assert values.keys() == {"error"}

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Size, Tensor
 
+from fisherfn.calls import bind
+
 Uniform: TypeAlias = Callable[[Size, torch.device, str], Tensor]
 """Makes numbers in [0, 1) of a shape on a device; the last argument says who asks."""
 
@@ -31,7 +33,7 @@ def drawn(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     name = function.__name__
     if name in _NEW:
         return _new(name, args, kwargs, uniform)
-    given = dict(zip(("input",), args, strict=False)) | kwargs
+    given = bind(("input",), args, kwargs)
     x: Tensor = given["self"] if "self" in given else given["input"]
     numbers = uniform(x.shape, x.device, name)
     if name in _IN_PLACE:
@@ -51,11 +53,11 @@ def _new(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], uniform: Unif
 
 
 def _filled(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: Tensor) -> Tensor:
-    """What a tensor is filled with; its two numbers are a probability, a range, or mean and standard deviation."""
+    """Return the numbers that fill a tensor; the arguments are a probability, a range, or mean and deviation."""
     if name == "bernoulli_":
         return torch.lt(numbers, args[0] if args else kwargs.get("p", 0.5)).to(numbers.dtype)
     names = ("from", "to") if name == "uniform_" else ("mean", "std")
-    given = {names[0]: 0.0, names[1]: 1.0} | dict(zip(names, args, strict=False)) | kwargs
+    given = {names[0]: 0.0, names[1]: 1.0} | bind(names, args, kwargs)
     first, second = float(given[names[0]]), float(given[names[1]])
     return first + (second - first) * numbers if name == "uniform_" else first + second * _normal(numbers)
 

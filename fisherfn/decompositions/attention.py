@@ -4,7 +4,8 @@ r"""Attention has no parameters but those of its projections: multi-head attenti
 any others. With one input for query, key and value the fused projection is one layer of `3E` outputs; with several it
 is used once for each, every use taking its own part of the outputs.
 
-Vaswani et al. 2017, *Attention is all you need*, section 3.2. l query position, s key position, e embedding.
+Vaswani et al. 2017, *Attention is all you need*, section 3.2. n example, l query position, s key position, e embedding,
+h head, d entry of a head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +52,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `F.multi_head_attention_forward` computes, for all its options but `static_k` and `static_v`."""
+    """Compute `F.multi_head_attention_forward`, with all its options but `static_k` and `static_v`."""
     if is_causal and attn_mask is None:
         raise ShapeError(
             "is_causal=True says that attn_mask is the causal one: give attn_mask, too, as torch wants it."
@@ -75,13 +77,13 @@ def multi_head_attention(
         v = torch.cat([v, bias_v.expand(-1, v.shape[1], -1)])
     if add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
-    heads = tuple(_split(x, num_heads) for x in (q, k, v))  # n, head, position, e / head
+    heads = tuple(rearrange(x, "l n (h d) -> n h l d", h=num_heads) for x in (q, k, v))
     mask = _mask(attn_mask, key_padding_mask, heads, added=k.shape[0] - key.shape[0])
     p = dropout_p if training else 0.0
     q_heads, k_heads, v_heads = heads
     shown = attention_weights(q_heads, k_heads, mask, p) if need_weights else None
     mixed = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, p) if shown is None else shown @ v_heads
-    merged = mixed.transpose(1, 2).flatten(2).transpose(0, 1)
+    merged = rearrange(mixed, "n h l d -> n l (h d)").transpose(0, 1)
     out = F.linear(merged, out_proj_weight, out_proj_bias)
     shown = shown.mean(1) if shown is not None and average_attn_weights else shown
     if not batched:
@@ -151,15 +153,10 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor 
     return q, k, v
 
 
-def _split(x: Float[Tensor, "l n e"], heads: int) -> Float[Tensor, "n h l d"]:
-    split: Tensor = x.unflatten(-1, (heads, -1))
-    return split.permute(1, 2, 0, 3)
-
-
 def _mask(
     attn_mask: Tensor | None, padding: Tensor | None, heads: tuple[Tensor, ...], added: int
 ) -> Float[Tensor, "..."] | None:
-    """What is added to the scores: -inf where attention is barred, broadcast over `[n, head, l, s]`."""
+    """Return the summand of the scores: -inf where attention is barred, broadcast over `[n, head, l, s]`."""
     n, h = heads[0].shape[:2]
     masks = []
     if attn_mask is not None:

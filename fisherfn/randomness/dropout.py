@@ -22,9 +22,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisherfn.calls import bind
+from fisherfn.decompositions import Elementary
 from fisherfn.errors import NoiseError, ShapeError
-from fisherfn.layers import random_numbers
-from fisherfn.layers.composite import Elementary
+from fisherfn.randomness import random_numbers
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _DROPOUTS = _ENTRIES | _CHANNELS
@@ -64,10 +65,20 @@ def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if function in _DROPOUTS:
         return _active(args, kwargs)
     if function in _BUILTIN:
-        return bool((dict(zip(("input", "p", "train"), args, strict=False)) | kwargs).get("train", True))
+        return bool(bind(("input", "p", "train"), args, kwargs).get("train", True))
     if function is F.rrelu:
-        return bool(dict(zip(_RRELU, args, strict=False)).get("training", kwargs.get("training", False)))
+        return bool(bind(_RRELU, args, kwargs).get("training", False))
     return getattr(function, "__name__", "") in _RANDOM and kwargs.get("generator") is None
+
+
+def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for a call that takes numbers from the global generator."""
+    if draws_globally(function, args, kwargs):
+        raise NoiseError(
+            f"the model calls {function.__name__}, which draws from the global generator: a gradient would not be a "
+            "function of its arguments. Call net.eval(), or make the model with ff.functional(net) and put "
+            'context["dropout"] = ff.dropout_seeds(N, generator); other noise is an input like x, or a context.'
+        )
 
 
 class SeededDropout(Elementary):
@@ -105,7 +116,7 @@ class SeededDropout(Elementary):
         return scale * (torch.where(keep, x, limit) - p * limit)
 
     def _mask(self, x: Tensor, p: float, shape: torch.Size) -> Tensor:
-        """Which entries (or channels) are kept, `[M, *shape]` broadcast to `x`."""
+        """Return True for the entries (or channels) that are retained, `[M, *shape]` broadcast to `x`."""
         keep = self._uniform(torch.Size((x.shape[0], *shape)), x.device, "a dropout") >= p
         return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
 
@@ -149,7 +160,7 @@ def axes_of_examples(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> 
     return found
 
 
-def need_seeds(context: Any) -> Int[Tensor, " n"]:
+def require_seeds(context: Any) -> Int[Tensor, " n"]:
     """The seeds of a context, or the error that says where they come from."""
     if "dropout" not in context:
         raise NoiseError(
@@ -187,7 +198,7 @@ def _active(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    return bind(_ARGUMENTS, args, kwargs)
 
 
 def _hash(value: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fisherfn as ff
-from fisherfn.layers import random_numbers
+from fisherfn.randomness import random_numbers
 from tests import oracles, zoo
 from tests.layers.checks import kinds, normal
 from tests.nets import Readout
@@ -276,7 +276,7 @@ def test_examples_on_the_second_axis_keep_their_masks(length):
         close(ng.fisher(parts).dense(), ng.fisher(stats).dense())
 
 
-def test_both_layouts_of_one_layer_drop_alike_over_the_seeds():
+def test_both_layouts_of_a_layer_have_the_same_dropout_rates():
     """Masks of an example differ between positions, and between examples of one position."""
 
     class TimeFirst(nn.Module):

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fisherfn.layers.attention import multi_head_attention, scaled_dot_product_attention
-from fisherfn.layers.recurrent import FUSED, RECURRENT, is_packed
+from fisherfn import tree
+from fisherfn.decompositions.attention import multi_head_attention, scaled_dot_product_attention
+from fisherfn.decompositions.recurrent import FUSED, RECURRENT, is_packed
+from fisherfn.errors import CoverageError
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -37,11 +39,6 @@ _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     **RECURRENT,
 }
-_AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-}
 
 
 def decomposition(
@@ -51,7 +48,7 @@ def decomposition(
     parts = _PARTS.get(function)
     if parts is None or kwargs.get("static_k") is not None or kwargs.get("static_v") is not None:
         return None
-    if is_packed_recurrence(function, args, kwargs):
+    if _is_packed_recurrence(function, args, kwargs):
         return None
     return partial(parts, *args, **kwargs)
 
@@ -89,37 +86,17 @@ class Elementary(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def without_affine(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    apart: Callable[[Any, Any], tuple[bool, bool]],
-) -> Callable[[], Any] | None:
-    """A layer whose scale or bias is none of its own, with these as calls of their own; None for any other call.
-
-    Examples: a bias put together from parts, a scale of `1 + w`, a trained bias on a frozen weight. `apart` says of a
-    weight and a bias whether each is to be taken from the call (a linear layer keeps its weight).
-    """
-    names = _AFFINE.get(function)
-    if names is None:
-        return None
-    given = dict(zip(names, args, strict=False)) | kwargs
-    weight, bias = given.get("weight"), given.get("bias")
-    scaled, shifted = apart(weight, bias)
-    shifted |= scaled and bias is not None
-    scaled &= "normalized_shape" in given
-    if not scaled and not shifted:
-        return None
-    plain = given | ({"weight": None} if scaled else {}) | ({"bias": None} if bias is not None else {})
-
-    def parts() -> Any:
-        out = function(**plain)
-        out = out * weight if scaled else out
-        return out if bias is None else out + bias
-
-    return parts
+def refuse(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Any], bool]
+) -> None:
+    """Raise for a whole recurrent net on a packed sequence, if it has parameters of the model."""
+    if _is_packed_recurrence(function, args, kwargs) and any(is_parameter(leaf) for leaf in tree.leaves(args)):
+        raise CoverageError(
+            f"the model calls the fused {function.__name__} on a packed sequence, whose examples have no axis: run it "
+            "on the padded batch instead (without pack_padded_sequence), and read or mask the outputs by length."
+        )
 
 
-def is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this is a whole recurrent net on a packed sequence, which stays one call."""
+def _is_packed_recurrence(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True for a whole recurrent net on a packed sequence, which stays one call."""
     return function in FUSED and is_packed(args, kwargs)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
-from fisherfn.layers.attention import multi_head_attention
+from fisherfn.decompositions.attention import multi_head_attention
 from tests import oracles, zoo
 from tests.layers.checks import check, check_fisher, check_gradients, kinds, normal, same, stepped, twin
 from tests.methods.protocol import at, stack

@@ -1,0 +1,12 @@
+"""Likelihoods: negative log-likelihoods, samples, and square roots of the Fisher of the outputs.
+
+Every likelihood sums over output dimensions and does not average, so that loss and Fisher share one scale. The library
+takes the mean over examples (docs/conventions.md).
+"""
+
+from fisherfn.likelihoods.base import Callback, Likelihood, Nll, draw, output_fisher
+from fisherfn.likelihoods.bernoulli import Bernoulli
+from fisherfn.likelihoods.categorical import Categorical
+from fisherfn.likelihoods.gaussian import Gaussian
+
+__all__ = ["Bernoulli", "Callback", "Categorical", "Gaussian", "Likelihood", "Nll", "draw", "output_fisher"]

@@ -1,0 +1,106 @@
+"""The likelihood protocol, a plain callable as a likelihood, and functions that serve every likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+
+from fisherfn.errors import LikelihoodError, ShapeError, expect
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """The likelihood protocol.
+
+    Your own likelihood needs `nll`, `sample` for "mc", and `fisher_sqrt` for "type2". Four more methods are optional:
+
+    - `noise(shape, generator, dtype)`: the noise for `sample`, if it is not one uniform number per output;
+    - `valid(outputs, targets)`: a mask that is true if the targets are in range;
+    - `fisher_product(outputs, v)`: the output Fisher times v, cheaper than from the columns of its root;
+    - `observed(outputs, targets)`, if observations have different weights: the likelihood that scores sampled labels,
+      and a weight per example or position that multiplies the Fisher of "mc" and "type2".
+    """
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `-log p(targets | outputs)` of each example, `[N]`, up to an additive constant."""
+        ...
+
+
+Nll: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A plain callable `(outputs, targets) -> [N]` as a likelihood for the empirical Fisher."""
+
+    fn: Nll
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.fn(outputs, targets)
+
+
+def draw(likelihood: object, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return the noise for outputs of this shape: the likelihood's own, else one uniform number per output."""
+    own = getattr(likelihood, "noise", None)
+    return own(shape, generator, dtype) if own is not None else uniform(shape, generator, dtype)
+
+
+def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
+    """Return B v for every example, where B is the Fisher of its outputs.
+
+    Uses `fisher_product` or the columns of `fisher_sqrt`. For a likelihood with neither (a plain callable), B is the
+    second derivative of its `nll` with respect to the outputs, at the targets of the data.
+
+    Raises:
+        LikelihoodError: an `nll` that cannot be differentiated twice.
+    """
+    product = getattr(likelihood, "fisher_product", None)
+    if product is not None:
+        return product(outputs, v)  # type: ignore[no-any-return]
+    root = getattr(likelihood, "fisher_sqrt", None)
+    if root is not None:
+        columns = root(outputs)
+        return torch.einsum("sn,sn...->n...", (columns * v).flatten(2).sum(-1), columns)
+
+    def slope(f: Tensor) -> Tensor:
+        return grad(lambda g: likelihood.nll(g, targets).sum())(f)  # type: ignore[attr-defined, no-any-return]
+
+    try:
+        # reverse over reverse: the gradient's own pullback is symmetric
+        return vjp(slope, outputs)[1](v)[0]  # type: ignore[no-any-return]
+    except (RuntimeError, NotImplementedError) as error:
+        raise LikelihoodError(
+            f"the curvature of the outputs is needed, but nll cannot be differentiated twice ({str(error)[:120]}): "
+            "give the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
+        ) from error
+
+
+def uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return noise that is uniform in [0, 1)."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
+def sum_over_outputs(x: Tensor) -> Tensor:
+    """Convert `[N, …]` to `[N]`."""
+    return x.reshape(x.shape[0], -1).sum(-1)
+
+
+def diagonal_columns(scale: Tensor) -> Tensor:
+    """Convert `[N, *d]` to `[D, N, *d]`: column j is `scale` at output j and zero elsewhere."""
+    eye = torch.eye(scale[0].numel(), dtype=scale.dtype, device=scale.device)
+    return (eye.unsqueeze(1) * scale.reshape(1, scale.shape[0], -1)).reshape(-1, *scale.shape)
+
+
+def check_shape(targets: Tensor, expected: torch.Size, name: str, rule: str) -> None:
+    """Raise `ShapeError` unless the targets of a likelihood of this name have the expected shape; `rule` says why."""
+    expect(targets, Tensor, "targets", rule)
+    if targets.shape != expected:
+        raise ShapeError(
+            f"{name} targets have shape {tuple(targets.shape)}, expected {tuple(expected)} ({rule}). "
+            "Check the batch and the model's last layer."
+        )

@@ -1,0 +1,62 @@
+"""The Bernoulli likelihood of binary outputs, given as logits or as probabilities."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    r"""Independent coin flips: binary images, multi-label classification.
+
+    $-\log p(y \mid f) = \sum_j \log(1 + e^{f_j}) - y_j f_j$ for logits; with `logits=False` the outputs are the
+    probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision.
+    Targets have the shape of the outputs and lie in [0, 1].
+
+    >>> Bernoulli().nll(torch.zeros(1, 2), torch.ones(1, 2))  # 2 log 2
+    tensor([1.3863])
+    """
+
+    logits: bool = True
+
+    def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
+        check_shape(targets, outputs.shape, "Bernoulli", "a target for each output")
+        targets = targets.to(outputs.dtype)
+        if self.logits:
+            nll = F.softplus(outputs) - targets * outputs
+        else:
+            p = self._inside(outputs)
+            nll = -(targets * p.log() + (1 - targets) * torch.log1p(-p))
+        return sum_over_outputs(torch.where((targets >= 0) & (targets <= 1), nll, math.nan))
+
+    def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
+        """Return one where `noise < p`, with noise uniform in [0, 1)."""
+        p = outputs.sigmoid() if self.logits else outputs
+        return (noise < p).to(outputs.dtype)
+
+    def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
+        r"""Return one column per output: $\sqrt{p(1-p)}\,e_j$ for logits, $e_j / \sqrt{p(1-p)}$ for probabilities."""
+        p = outputs.sigmoid() if self.logits else self._inside(outputs)
+        deviation = (p * (1 - p)).sqrt()
+        return diagonal_columns(deviation if self.logits else deviation.reciprocal())
+
+    def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
+        r"""Return $p(1-p)\,v$ for logits, $v / (p(1-p))$ for probabilities."""
+        p = outputs.sigmoid() if self.logits else self._inside(outputs)
+        variance = p * (1 - p)
+        return v * variance if self.logits else v / variance
+
+    def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
+        return ((targets >= 0) & (targets <= 1)).all()
+
+    def _inside(self, p: Tensor) -> Tensor:
+        eps = torch.finfo(p.dtype).eps
+        return p.clamp(eps, 1 - eps)

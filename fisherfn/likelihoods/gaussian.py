@@ -1,0 +1,52 @@
+"""The Gaussian likelihood with one fixed variance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fisherfn.errors import HyperparameterError
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    r"""A Gaussian with the outputs as mean and one fixed variance: regression, real-valued autoencoders.
+
+    $-\log p(y \mid f) = \frac{1}{2\sigma^2} \sum_j (y_j - f_j)^2$; σ² = 1/2 is the plain sum of squares.
+
+    >>> Gaussian().nll(torch.zeros(1, 2), torch.ones(1, 2))
+    tensor([1.])
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.variance > 0:
+            raise HyperparameterError(f"Gaussian variance must be positive, got {self.variance}.")
+
+    def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
+        check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
+        return sum_over_outputs((targets - outputs).square()) / (2 * self.variance)
+
+    def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
+        """Return `outputs + σ · noise`, with standard normal noise."""
+        return outputs + math.sqrt(self.variance) * noise
+
+    def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+
+    def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
+        r"""Return one column per output: $e_j / \sigma$."""
+        return diagonal_columns(torch.full_like(outputs, 1 / math.sqrt(self.variance)))
+
+    def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
+        r"""Return $v / \sigma^2$."""
+        return v / self.variance
+
+    def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
+        return torch.isfinite(targets).all()

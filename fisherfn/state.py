@@ -1,0 +1,45 @@
+"""The state of a natural gradient: everything that is remembered from step to step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherfn.types import PyTree
+
+
+class State(NamedTuple):
+    """The state of a method: a pytree of tensors, including the hyperparameters that may vary.
+
+    Attributes:
+        damping: λ, in the units of the Fisher of the mean loss.
+        ema: weight of the old factors in the running average.
+        count: number of updates so far.
+        examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
+        factors: the result of `update` for each block, in the method's own structure.
+        inverses: the result of `invert`, computed from the factors.
+    """
+
+    damping: Float[Tensor, ""]
+    ema: Float[Tensor, ""]
+    count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+    examples: Float[Tensor, ""]
+    factors: PyTree
+    inverses: PyTree
+
+    def counted(self, n: float | Tensor) -> tuple[State, Float[Tensor, ""]]:
+        """Count one more update with n examples; return also the weight ρ of the old factors in the running average.
+
+        ρ = min(1 − 1/k, ema) in update k for batches of equal size; a smaller batch counts less.
+        """
+        count = self.count + 1
+        k = count.to(self.ema.dtype)
+        # a state from a version that did not count examples: assume that its batches had this size
+        before = torch.where((self.count > 0) & (self.examples == 0), n, self.examples)
+        mean = before + (n - before) / k
+        r = n / mean
+        rho = torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
+        return self._replace(count=count, examples=mean), rho

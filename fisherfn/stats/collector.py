@@ -1,0 +1,224 @@
+"""Model + likelihood = statistics: one forward, and a backward to activations only for each kind of label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.errors import StructureError, expect, expect_number
+from fisherfn.likelihoods import Callback, draw
+from fisherfn.stats.batch import (
+    Batch,
+    Checked,
+    check_fisher,
+    check_noise,
+    check_samples,
+    checked,
+    checked_context,
+    count_examples,
+    pair,
+)
+from fisherfn.stats.border import border
+from fisherfn.stats.build import build
+from fisherfn.stats.chunks import in_chunks
+from fisherfn.stats.implicit import ImplicitFisher
+from fisherfn.stats.labels import fisher_cotangents, loss_cotangent, require
+from fisherfn.stats.layout import Layout
+from fisherfn.stats.runs import example_gradients, pull_all, tapped_run
+from fisherfn.stats.statistics import LayerStats, Stats
+from fisherfn.types import Model, PyTree, Tree
+
+FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
+
+C = TypeVar("C", bound="Collector")
+
+
+@dataclass(frozen=True)
+class Collector:
+    """A model with its likelihood: pure functions of parameters and a batch that return statistics.
+
+    Attributes:
+        model: the pure function that was traced.
+        layout: its blocks, and the shapes of the trace.
+        likelihood: the likelihood of its outputs.
+        fisher_kind: the Fisher that `stats` samples by default.
+        samples: the number of sampled labels per example by default.
+    """
+
+    model: Model
+    layout: Layout
+    likelihood: Any
+    fisher_kind: str
+    samples: int
+
+    def for_shape(self: C, params: Tree, x: PyTree, *, context: PyTree = None) -> C:
+        """Return the natural gradient for inputs of another example shape (longer sequences), with the same state.
+
+        States and preconditioned gradients of both are interchangeable. If a state holds statistics of a batch
+        (`exact`, two-level), they are those of the last update, whatever its shape. The call costs a build, so keep
+        the result.
+
+        Raises:
+            StructureError: the parameters form other blocks on these inputs.
+        """
+        self.layout.validate(params)
+        unused = "ignore" if self.layout.unused else "raise"
+        uncovered = "gradient" if self.layout.uncovered else "fallback"
+        context = checked_context(self.layout, context)
+        layout = build(self.model, params, tree.plain(x), context, unused=unused, uncovered=uncovered)
+        mine, its = ({b.names: (b.key, b.kind, b.shape) for b in each.blocks} for each in (self.layout, layout))
+        left, its_left = ((each.unused, dict(each.uncovered).keys()) for each in (self.layout, layout))
+        if mine != its or left != its_left:
+            names = sorted({", ".join(names) for names, _ in mine.items() ^ its.items()})[:4]
+            raise StructureError(
+                f"on inputs of this shape (or in this mode of the net) {'; '.join(names) or 'other parameters'} form "
+                "other blocks, so the state cannot be shared: build another natural_gradient, with its own state."
+            )
+        return replace(self, layout=layout)
+
+    def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
+        """Return the noise that `generator=` would use, `[N, S, …]`; a chunk or rank takes its slice of examples."""
+        x, y = pair(batch)
+        expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
+        return self._drawn(Checked(x, y, (), count_examples(self.layout, x)), generator, samples)
+
+    def stats(
+        self,
+        params: Tree,
+        batch: Batch,
+        *,
+        fisher: FisherKind | None = None,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        context: PyTree = None,
+        chunk_size: int | None = None,
+        curvature: bool = True,
+    ) -> Stats:
+        """Return loss, gradient and curvature statistics of one batch.
+
+        Args:
+            params: the parameters, with the names and shapes of the build.
+            batch: inputs and targets, with the examples along the first axis.
+            fisher: "mc", "type2" or "empirical"; default: the build's.
+            samples: number S of sampled labels per example for "mc"; default: the build's.
+            generator: random generator for the labels of "mc"; alternatively pass `noise`.
+            noise: `[N, S, …]` from `ng.noise`.
+            context: for models with a context.
+            chunk_size: examples per forward and backward pass, to limit memory; the result is that of the whole batch.
+            curvature: False samples no labels; such statistics only serve `grads` and `precondition`.
+
+        Raises:
+            ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
+            StructureError: names or a context that differ from the build.
+            NoiseError: "mc" with neither `generator` nor `noise`.
+            LikelihoodError: the likelihood lacks a method that this Fisher needs, or couples examples across chunks.
+            TargetError: targets of the wrong type.
+        """
+        self.layout.validate(params)
+        given = checked(self.layout, batch, context)
+        kind = self.fisher_kind if fisher is None else fisher
+        check_fisher(kind)
+        if curvature and kind == "mc":
+            noise = self._noise_of(given, generator, noise, samples)
+        part = partial(self._collect, params, kind if curvature else None)
+        if chunk_size is None or chunk_size >= given.examples:
+            return part(given.x, given.y, noise, given.context)
+        expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
+
+    def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
+        """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.
+
+        Raises:
+            ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
+            StructureError: names or a context that differ from the build.
+            LikelihoodError: a likelihood without `fisher_sqrt`.
+        """
+        self.layout.validate(params)
+        given = checked(self.layout, (x, ()), context)
+        return ImplicitFisher(self.model, self.likelihood, params, given.x, given.context)
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _noise_of(
+        self, given: Checked, generator: torch.Generator | None, noise: Tensor | None, samples: int | None
+    ) -> Tensor | None:
+        """Return the noise of "mc": as it was given, or from the generator."""
+        require(self.likelihood, "sample", "mc")
+        if noise is None and generator is not None:
+            expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
+            noise = self._drawn(given, generator, samples)
+        if noise is not None:
+            check_noise(noise, given.examples, samples)
+        return noise
+
+    def _drawn(self, given: Checked, generator: torch.Generator, samples: int | None) -> Tensor:
+        samples = self.samples if samples is None else samples
+        check_samples(samples)
+        shape = torch.Size((given.examples, samples, *self.layout.output_shape))
+        dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
+        return draw(self.likelihood, shape, generator, dtype).to(tree.leaves(given.x)[0].device)
+
+    @border()
+    def _collect(
+        self, params: Tree, kind: str | None, x: PyTree, y: PyTree, noise: Tensor | None, context: PyTree
+    ) -> Stats:
+        """Return the statistics of a batch or chunk that was checked; `kind` is None for those without curvature."""
+        layout = self.layout
+        outputs, pull, inputs, new_context = tapped_run(self.model, layout, params, x, context)
+        loss_cot, nll = loss_cotangent(self.likelihood, outputs, y)
+        if kind is None or kind == "empirical":
+            cots = loss_cot.new_empty((0, *loss_cot.shape))
+        else:
+            cots = fisher_cotangents(self.likelihood, outputs, y, kind, noise)
+        loss_grads, grads = pull(loss_cot), pull_all(pull, cots)
+        plain = {name: loss_grads.pop(name)[0] / outputs.shape[0] for name, _ in layout.uncovered}
+        if layout.fallbacks:
+            names, rows = [block.weight for block in layout.fallbacks], torch.cat([loss_cot.unsqueeze(0), cots])
+            singles = example_gradients(self.model, layout, params, names, x, context, rows)
+            inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
+            loss_grads |= {name: (g[0],) for name, g in singles.items()}
+            grads |= {name: (g[1:],) for name, g in singles.items()}
+        if kind == "empirical":  # the data's own targets: the same backward serves
+            grads = {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in loss_grads.items()}
+        if kind is None:
+            grads = dict.fromkeys(loss_grads, ())
+        layers = {b.key: LayerStats(inputs[b.weight], grads[b.weight], loss_grads[b.weight]) for b in layout.blocks}
+        loss = nll.mean()
+        numbers = [leaf for leaf in tree.leaves(x) if leaf.is_floating_point()]
+        finite = tree.finite_inputs([loss.new_zeros(()), *numbers])
+        checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
+        if plain:
+            checks["gradient"] = tree.finite(plain)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain)
+
+    def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
+        valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)
+        if valid is not None:
+            return valid(outputs, y)
+        numbers = (leaf for leaf in tree.leaves(y) if torch.is_tensor(leaf) and leaf.is_floating_point())
+        return tree.finite([outputs.new_zeros(()), *numbers])
+
+
+def known_likelihood(likelihood: Any, fisher: str, samples: int) -> Any:
+    """Return a likelihood that has what this Fisher needs; a plain callable is one for the empirical Fisher.
+
+    Raises:
+        UnknownNameError: no Fisher has this name.
+        HyperparameterError: fewer than one sample.
+        LikelihoodError: the likelihood lacks a method that this Fisher needs.
+    """
+    check_fisher(fisher)
+    check_samples(samples)
+    if not hasattr(likelihood, "nll"):
+        likelihood = Callback(likelihood)
+    if fisher != "empirical":
+        require(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
+    return likelihood

@@ -1,0 +1,170 @@
+"""A model with example inputs: what a build runs several times, with more, fewer or other examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from fisherfn import tree
+from fisherfn.errors import EmptyBatchError, NoiseError, ShapeError, StructureError
+from fisherfn.stats.functional import call, run
+from fisherfn.stats.intercept import Intercept
+from fisherfn.stats.scout import Scout
+from fisherfn.types import Model, PyTree, Tree
+
+FEW = 4
+"""Number of examples that a build runs if they show enough: its cost then does not grow with the batch."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model, its parameters, example inputs and a context (`()` for none)."""
+
+    model: Model
+    params: Tree
+    x: PyTree
+    context: PyTree
+
+    def check(self) -> None:
+        """Raise unless these are real parameters and at least one example."""
+        if not isinstance(self.params, Mapping) or not self.params:
+            raise StructureError("params must be a non-empty dict {name: tensor}, as from net.named_parameters().")
+        for name, p in self.params.items():
+            if not isinstance(p, Tensor) or not p.is_floating_point():
+                raise StructureError(
+                    f"params[{name!r}] must be a real floating-point tensor, got {getattr(p, 'dtype', type(p))}. A "
+                    "complex one is written as two real ones, or as torch.view_as_complex of a real parameter."
+                )
+        leaves = tree.leaves(self.x)
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
+            raise ShapeError("example inputs must be tensors with a leading axis of examples.")
+        if self.examples == 0:
+            raise EmptyBatchError("the example inputs are empty: one trace needs at least one example.")
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return int(tree.leaves(self.x)[0].shape[0])
+
+    @property
+    def seeds(self) -> tuple[bool, ...]:
+        """For each leaf of the context whether it is a dropout seed per example."""
+        return tuple(path.partition("/")[0] == "dropout" for path in tree.flatten(self.context))
+
+    @property
+    def lengths(self) -> tuple[bool, ...]:
+        """For each leaf of the context whether its first axis is as long as the batch."""
+        leaves = tree.leaves(self.context)
+        return tuple(isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.examples for leaf in leaves)
+
+    def run(self) -> Tensor:
+        """Run the model and return its outputs."""
+        outputs: Tensor = run(self.model, self.params, self.x, self.context)[0]
+        return outputs
+
+    def gradients(self, cotangent: Tensor) -> Tree:
+        """Return autograd's gradient of all parameters for this cotangent."""
+        _, pull = vjp(lambda p: replace(self, params=p).run(), dict(self.params))  # type: ignore[misc]
+        grads: Tree = pull(cotangent)[0]
+        return grads
+
+    def unused(self) -> list[str]:
+        """Return the parameters that the outputs do not depend on."""
+        with torch.enable_grad():
+            leaves = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
+            outputs = replace(self, params=leaves).run()
+            grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            if outputs.requires_grad:
+                grads = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
+        return [name for name, g in zip(leaves, grads, strict=True) if g is None]
+
+    def trace(self, scout: Scout | None = None) -> tuple[Tensor, Intercept]:
+        """Run the model and note its calls.
+
+        Raises:
+            NoiseError: the model uses the global random generator.
+            ShapeError: outputs that are not one real tensor `[N, …]`.
+        """
+        before = _global_generators(self.params)
+        x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and they stay as they were
+        with torch.no_grad(), Intercept(self.params, shared=scout) as mode:
+            outputs, _ = call(self.model, self.params, x, self.context)
+        after = _global_generators(self.params)
+        if not all(torch.equal(before[device], after[device]) for device in before):
+            _restore(before)
+            raise NoiseError(
+                "the model draws from the global generator: a gradient would not be a function of its arguments. Draw "
+                "its noise outside, and pass it as an input like x or in the context."
+            )
+        _check_outputs(outputs, self.examples)
+        return outputs, mode
+
+    # other examples ------------------------------------------------------------------------------------------
+
+    def few(self) -> Probe:
+        """Return a few examples with their dropout seeds.
+
+        They are spread over the batch: a model may take another path where some are padded.
+        """
+        chosen = torch.linspace(0, self.examples - 1, FEW).long()
+        return self._with(self.seeds, lambda leaf: leaf[chosen])
+
+    def alone(self, by_example: tuple[bool, ...]) -> Probe:
+        """Return the first example with its own part of the context."""
+        return self._with(by_example, lambda leaf: leaf[:1])
+
+    def one_more(self, by_example: tuple[bool, ...]) -> Probe:
+        """Return these examples and the first one again."""
+        return self._with(by_example, lambda leaf: torch.cat([leaf, leaf[:1]]))
+
+    def with_another(self, by_example: tuple[bool, ...]) -> Probe:
+        """Return these examples and other ones: numbers scaled one by one, indices in another order."""
+        x = tree.map(lambda leaf: torch.cat([leaf, _other(leaf)]), self.x)
+        return replace(self.one_more(by_example), x=x)
+
+    def _with(self, by_example: tuple[bool, ...], change: Callable[[Tensor], Tensor]) -> Probe:
+        """Return the probe with a change of all tensors that have the examples on their first axis."""
+        pairs = zip(tree.leaves(self.context), by_example, strict=True)
+        context = tree.replace_leaves(self.context, [change(leaf) if mine else leaf for leaf, mine in pairs])
+        return replace(self, x=tree.map(change, self.x), context=context)
+
+
+def _check_outputs(outputs: Any, examples: int) -> None:
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[0] != examples:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ShapeError(
+            f"the model must return one tensor [N, …] for N = {examples} examples, got {found}: return what the "
+            "likelihood takes, or wrap the net in one that does (an object with .logits is taken as it is)."
+        )
+    if outputs.is_complex():
+        raise ShapeError(
+            f"the model's outputs are {outputs.dtype}, and gradients are taken of real numbers: return "
+            "torch.view_as_real(outputs), and write the likelihood for real and imaginary parts."
+        )
+
+
+def _other(leaf: Tensor) -> Tensor:
+    if not leaf.is_floating_point():
+        return leaf.roll(1, -1) if leaf.ndim > 1 else leaf
+    generator = torch.Generator().manual_seed(1)
+    return leaf * (0.5 + torch.rand(leaf.shape, generator=generator, dtype=torch.float64)).to(leaf)
+
+
+def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
+    """Return the states of the global generators that a model might use: the CPU's, and that of the parameters' GPU."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    device = next(iter(params.values())).device
+    return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore(generators: dict[torch.device, Tensor]) -> None:
+    for device, state in generators.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)

@@ -1,0 +1,151 @@
+"""A state read: as the preconditioner of a gradient, as operators, and compared with the exact sampled Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial, reduce
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.base import Method, Preconditioned
+from fisherfn.errors import StructureError, expect
+from fisherfn.fisher import Fisher, Structure, relative_error
+from fisherfn.gradients import tap_is_cheaper
+from fisherfn.operators import Approximation, DampedInverse
+from fisherfn.state import State
+from fisherfn.stats import Block, Collector, Stats
+from fisherfn.taps import Tap
+from fisherfn.types import Tree
+
+
+@dataclass(frozen=True)
+class Views(Collector):
+    """A model with its likelihood and a method: pure functions that read a state and never make a new one.
+
+    Attributes:
+        method: the approximation of the Fisher and its inverse.
+    """
+
+    method: Method
+
+    def precondition(self, state: State, grads: Tree | Stats) -> Tree:
+        """Return the preconditioned gradient, a tree like params; `Stats` avoid forming the gradient itself."""
+        self._check_state(state)
+        if isinstance(grads, Stats):
+            self._check_stats(grads)
+        return self._precondition(state, grads, inner=False)[0]
+
+    def matvec(self, state: State, v: Tree) -> Tree:
+        """Multiply a tree by the method's undamped approximate Fisher."""
+        self._check_state(state)
+        return self.layout.cast(self.layout.tree(self.method.matvec(state.factors, self.layout.matrices(v))))
+
+    def approximation(self, state: State) -> Approximation:
+        """Return the method's undamped approximate Fisher as an operator: products, trace, spectrum, logdet."""
+        self._check_state(state)
+        method, factors, shapes = self.method, tree.map(_double, state.factors), self.layout.block_shapes
+        return Approximation(
+            self.layout.zeros(state.damping.device),
+            partial(self.matvec, state),
+            of_trace=partial(method.trace, factors, shapes),
+            of_spectrum=partial(method.eigenvalues, factors, shapes),
+        )
+
+    def trace(self, state: State) -> Float[Tensor, ""]:
+        """Return the trace of the undamped approximate Fisher, in the precision of the factors."""
+        self._check_state(state)
+        trace = self.method.trace(state.factors, self.layout.block_shapes)
+        return self.approximation(state).trace() if trace is None else trace
+
+    def inverse(self, state: State) -> DampedInverse:
+        """Return the damped inverse of the last `invert` as an operator: `precondition` multiplies by it.
+
+        Raises:
+            StructureError: the step is not a linear function of the gradient (two-level, residual).
+        """
+        self._check_state(state)
+        method = self.method
+        if method.inverse_kind == "nonlinear":
+            raise StructureError(
+                f"the step of this {method.name} is not a linear function of the gradient: its coarse space depends on "
+                'the residual. Use another coarse space, such as "nicolaides".'
+            )
+        return DampedInverse(
+            self.layout.zeros(state.damping.device),
+            partial(self.precondition, state),
+            symmetric=method.inverse_kind == "symmetric",
+            of_logdet=partial(method.logdet, tree.map(_double, state.inverses), self.layout.block_shapes),
+        )
+
+    def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:
+        r"""Return the relative error $\|F_l - \hat F_l\|_F / \|F_l\|_F$ of each block for these statistics.
+
+        The error is undamped and exact. F is never formed. It is computed in float64, as a difference of squares. NaN
+        if the Fisher block is zero.
+        """
+        self._check_state(state)
+        self._check_stats(stats)
+        taps = {key: tap.to(torch.float64) for key, tap in stats.lazy_taps.items()}
+        overlaps = self.method.overlap(tree.map(_double, state.factors), taps)
+        return {key: relative_error(taps[key], *overlaps[key]) for key in taps}
+
+    def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
+        """Return the sampled Fisher of these statistics as an operator on trees like params."""
+        self._check_stats(stats)
+        dtype = reduce(torch.promote_types, self.layout.dtypes, torch.promote_types(stats.outputs.dtype, torch.float32))
+        return Fisher({key: tap.to(dtype) for key, tap in stats.lazy_taps.items()}, self.layout, structure)
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _structure(self) -> Any:
+        """Return the structure of this method's states on this net."""
+        empty = self.method.init(self.layout.block_shapes, torch.float32, torch.device("cpu"), torch.ones(()))
+        return tree.structure(empty, leaf=Tap)  # the shapes in a tap follow the batch
+
+    def _check_state(self, state: State) -> None:
+        """Raise unless the state belongs to this method on this net."""
+        expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
+        if tree.structure((state.factors, state.inverses), leaf=Tap) != self._structure:
+            raise StructureError(
+                f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
+                "blocks: start with ng.init(params)."
+            )
+
+    def _check_stats(self, stats: Stats) -> None:
+        """Raise unless the statistics belong to this net."""
+        expect(stats, Stats, "stats", "pass what ng.stats(params, batch) returned")
+        its = stats.layout
+        if its is not self.layout and (its.shapes, its.block_shapes) != (self.layout.shapes, self.layout.block_shapes):
+            raise StructureError("the statistics are of another net: collect them with this ng.stats(params, batch).")
+
+    def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
+        gradients: Mapping[str, Tensor | Tap]
+        if isinstance(grads, Stats):
+            gradients = {block.key: cheapest_gradient(grads, block) for block in self.layout.blocks}
+        else:
+            gradients = self.layout.matrices(grads)
+        product = self.method.precondition(state.inverses, gradients, inner)
+        plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
+        if plain and inner:
+            product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))
+        return self.layout.cast(self.layout.tree(product.matrices) | plain), product
+
+
+def cheapest_gradient(stats: Stats, block: Block) -> Tensor | Tap:
+    """Return the gradient in the form that is cheapest to precondition: its matrix or the loss tap."""
+    if block.family.weight_gradient is not None or block.family.one_hot:
+        return stats.gradient(block.key)
+    tap = stats.lazy_loss_tap(block.key)
+    if tap_is_cheaper(tap.sizes):
+        return tap.whole()
+    return tap.mean_gradient()
+
+
+def _double(leaf: Tensor) -> Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
