@@ -1,6 +1,7 @@
 """A copy of a net and its optimizer goes on as the original would, on the copied net, and on it alone."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -153,3 +154,15 @@ def test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied(what):
     assert len(str(caught.value)) < 400
     net, other = copy.deepcopy((case.net, opt))
     assert torch.equal(opt.step(case.batches[1]), other.step(case.batches[1])) and all_equal(case.net, net)
+
+
+def test_a_pickle_of_an_older_version_says_how_to_go_on():
+    case = problem()
+    curvature = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical())._curvature
+    older = {name: value for name, value in curvature.__getstate__().items() if name != "_options"}
+    with pytest.raises(E.StructureError, match="older version.*load_state_dict"):
+        curvature.__setstate__(older)
+
+
+def test_the_former_place_of_the_optimizer_is_an_alias():
+    assert importlib.import_module("fisherfn.optim.natural_gradient").NaturalGradient is ff.optim.NaturalGradient
