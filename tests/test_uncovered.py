@@ -92,7 +92,7 @@ def test_the_report_says_so():
     net, (x, _) = Beside(), batch()
     report = str(build(net, x, uncovered="gradient")[0].layout)
     (line,) = [line for line in report.splitlines() if line.startswith("scale")]
-    assert "gradient" in line and "read by mul_; plain gradient, no curvature" in line
+    assert "gradient" in line and "read by __setitem__; plain gradient, no curvature" in line
     assert report.endswith("\n43 entries covered: 43 by 2 layers; 5 take the plain gradient")
 
 

@@ -8,13 +8,14 @@ from fisherfn.layers.conv import CONV
 from fisherfn.layers.conv_transpose import CONV_TRANSPOSE
 from fisherfn.layers.copied import COPIED, per_example
 from fisherfn.layers.einsum import EINSUM, as_grouped_product
-from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads
+from fisherfn.layers.elementwise import ELEMENTWISE, broadcasts, changes_input, meeting, spreads, works_in_place
 from fisherfn.layers.embedding import EMBEDDING
 from fisherfn.layers.fallback import FALLBACK
 from fisherfn.layers.fallback import Config as FallbackConfig
 from fisherfn.layers.linear import LINEAR
 from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from fisherfn.layers.routed import Orders, as_experts
 from fisherfn.layers.tied import KINDS as TIED_KINDS
 from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
 
@@ -50,6 +51,9 @@ __all__ = [
     "families",
     "is_transpose",
     "meeting",
+    "Orders",
+    "as_experts",
+    "works_in_place",
     "per_example",
     "spreads",
     "swapped_columns",

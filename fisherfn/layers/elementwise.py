@@ -12,12 +12,15 @@ This file says which calls are such a meeting, and how copies are laid out for o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fisherfn.layers.base import Family
 from fisherfn.layers.fallback import columns, from_matrix, rows, to_matrix
@@ -45,6 +48,22 @@ def changes_input(function: Callable[..., Any]) -> bool:
     """Whether a call works in place."""
     name = getattr(function, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def works_in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes its first tensor: by its name, or by `inplace=True` as activations have it."""
+    if changes_input(function):
+        return True
+    place = _place_of_inplace(function)
+    return place is not None and bool(args[place] if len(args) > place else kwargs.get("inplace"))
+
+
+@lru_cache(maxsize=1024)
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    if getattr(function, "__module__", None) != F.__name__:
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def meeting(copies: Float[Tensor, "n *shape"], axis: int, repeats: int, outer: int) -> Float[Tensor, "..."]:

@@ -39,10 +39,10 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def is_transpose(x: Any, output: Any) -> bool:
-    """Whether a call returned the transpose of a matrix, as a view of it."""
-    if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.ndim != 2 or output.ndim != 2:
+    """Whether a call returned the transpose of a matrix, or of several (`mT`), as a view of them."""
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.ndim < 2 or output.ndim != x.ndim:
         return False
-    return output.shape == x.shape[::-1] and output.stride() == x.stride()[::-1]
+    return all(tuple(b) == (*a[:-2], a[-1], a[-2]) for a, b in ((x.shape, output.shape), (x.stride(), output.stride())))
 
 
 def untransposed(
@@ -67,7 +67,7 @@ def untransposed(
         return None
     given = bind(names, args, kwargs)
     weight, x, bias = original(given.get("weight")), given.get("input"), given.get("bias")
-    if weight is None or not isinstance(x, Tensor):
+    if weight is None or weight.ndim != 2 or not isinstance(x, Tensor):
         return None
     if function is not F.linear:
         if bias is None or bias.shape == weight.shape[:1]:

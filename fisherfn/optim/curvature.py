@@ -188,13 +188,13 @@ class Curvature(Copies):
             names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
             raise StructureError(
                 f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
-                "the batch to step((x, y)) instead of watching, or freeze them."
+                'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
             )
         if not self.updates:
             yield
             return
-        seen = Watched(self.network.parameters())
-        with seen.run(layout.plan):
+        seen = Watched(self.network.parameters(), layout.plan)
+        with seen.run():
             yield
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))

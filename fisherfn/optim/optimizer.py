@@ -69,6 +69,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         generator: torch.Generator | int = 0,
         example_inputs: PyTree = None,
         scaler: torch.amp.GradScaler | None = None,
+        uncovered: Literal["fallback", "gradient"] | str = "fallback",
         on_bad: Literal["raise", "skip"] | str = "raise",
     ) -> None:
         """Create the optimizer; nothing is computed before the first batch, except with `example_inputs`.
@@ -98,6 +99,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             generator: random generator for labels and dropout seeds, or its seed; saved with the optimizer.
             example_inputs: inputs with which to find the layers immediately.
             scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
+            uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
+                gradients; with "gradient" their part of a step is the plain gradient, and `watch` works too.
             on_bad: treatment of a step that fails a check: "raise" the typed error, or "skip" at most ten in a row.
 
         Raises:
@@ -111,7 +114,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         options = Options(
             likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
             invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
-            scaler=scaler,
+            scaler=scaler, uncovered=uncovered,
         )  # fmt: skip
         self._auto_lr = lr == "auto"
         self._adapts = self._auto_lr or damping == "auto"

@@ -38,12 +38,15 @@ class Options:
     chunk_size: int | None
     generator: torch.Generator | int
     scaler: torch.amp.GradScaler | None
+    uncovered: str
 
     def __post_init__(self) -> None:
         """Check the options, as far as possible without the net."""
         named(self.method)  # raises
         if self.fisher not in FISHERS:
             raise unknown("fisher", self.fisher, FISHERS)
+        if self.uncovered not in ("fallback", "gradient"):
+            raise unknown("uncovered", self.uncovered, ("fallback", "gradient"))
         if isinstance(self.damping, str) and self.damping != "auto":
             raise HyperparameterError(f'damping is a number or "auto", got {self.damping!r}.')
         if not isinstance(self.damping, str):
@@ -60,7 +63,7 @@ class Options:
         """Build the natural gradient of a model."""
         return natural_gradient(
             model, params, x, likelihood=self.likelihood, method=self.method, fisher=self.fisher, samples=self.samples,
-            context=context, unused="ignore",
+            context=context, unused="ignore", uncovered=self.uncovered,
         )  # fmt: skip
 
     def cadence(self, default: Cadence) -> Cadence:

@@ -50,6 +50,7 @@ class Preconditioner(WithCurvature):
         generator: torch.Generator | int = 0,
         example_inputs: PyTree = None,
         scaler: torch.amp.GradScaler | None = None,
+        uncovered: Literal["fallback", "gradient"] | str = "fallback",
     ) -> None:
         """Create the preconditioner; nothing is computed before the first batch, except with `example_inputs`.
 
@@ -72,12 +73,14 @@ class Preconditioner(WithCurvature):
             example_inputs: inputs with which to find the layers immediately.
             scaler: the gradient scaler, if you use one. Gradients are unscaled first. If they overflowed, they are
                 left unchanged, because the scaler will skip the step.
+            uncovered: "fallback" gives parameters that no layer covers a block of their per-example gradients; with
+                "gradient" their `.grad` stays as it is.
         """
         self._likelihood = likelihood
         options = Options(
             likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping, ema=ema,
             update_every=update_every, invert_every=invert_every, fisher="empirical" if likelihood is None else fisher,
-            samples=samples, chunk_size=chunk_size, generator=generator, scaler=scaler,
+            samples=samples, chunk_size=chunk_size, generator=generator, scaler=scaler, uncovered=uncovered,
         )  # fmt: skip
         self._curvature = Curvature(net, options)
         self._curvature.network.train(net.parameters() if params is None else params)

@@ -9,7 +9,7 @@ $$g_n = N\,\frac{\partial L}{\partial s_n} \quad\text{or}\quad g_n = \frac{\part
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
 from fisherfn.layers import Call
+from fisherfn.randomness import draws_globally
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
@@ -56,18 +57,27 @@ class Pass(NamedTuple):
 class Watched:
     """A recorder for `Intercept`: keeps the layer calls of a running module whose parameters are leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._params = dict(params)
+    def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
+        self._params, self._followed = dict(params), Followed(plan)
         self._seen: dict[str, dict[int, Seen]] = {}
 
-    def run(self, plan: Plan) -> Intercept:
-        """Return the mode in which the module runs."""
-        return Intercept(self._params, taps={}, shared=Followed(plan), recorder=self)
+    def run(self) -> Intercept:
+        """Return the mode in which the module runs, once."""
+        return Intercept(self._params, taps={}, shared=self._followed, recorder=self)
 
     @property
     def calls(self) -> dict[str, list[Seen]]:
         """The uses of each layer, in order."""
         return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
+
+    def refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the pass be the user's own, including dropout from the global generator, unless copies would differ."""
+        if draws_globally(func, args, kwargs) and self._followed.among(args, kwargs):
+            raise StructureError(
+                f"the model calls {func.__name__} on a tensor that all examples share (a table of positions, a "
+                "weight), whose copies for each example would be masked in different ways while watched: pass the "
+                "batch to step((x, y)) instead, or call net.eval()."
+            )
 
     def tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None) -> Tensor:
         """Add a leaf to the output of a layer, and note the call."""

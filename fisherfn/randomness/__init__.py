@@ -1,9 +1,10 @@
 """Random numbers of a model as a function of seeds: dropout, and everything else that it draws by itself."""
 
+from fisherfn.randomness.draws import Draw, draws_of
 from fisherfn.randomness.dropout import (
     SeededDropout,
     Sizes,
-    axes_of_examples,
+    draws_globally,
     dropout_seeds,
     drops,
     refuse,
@@ -11,9 +12,11 @@ from fisherfn.randomness.dropout import (
 )
 
 __all__ = [
+    "Draw",
     "SeededDropout",
     "Sizes",
-    "axes_of_examples",
+    "draws_globally",
+    "draws_of",
     "dropout_seeds",
     "drops",
     "refuse",

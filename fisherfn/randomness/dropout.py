@@ -8,6 +8,10 @@ Numbers that a model draws by itself (`bernoulli_`, `rand`, `randn` and their li
 from the same seeds. The examples may be on any axis; which one is found by `Sizes`, from runs of two and of three
 examples.
 
+Where no example enters (a table of positions, a weight), the batch has one mask: a mask per example would give the
+following calls another shape. This mask needs noise that all examples know, or a chunk would drop other entries than
+the whole batch. So every seed of a step has the same upper 32 bits, and the shared masks are made from these.
+
 The hash is the 32-bit permuted congruential generator of O'Neill 2014, whose arithmetic fits 64-bit integers.
 """
 
@@ -19,13 +23,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
-from fisherfn.calls import bind
+from fisherfn.calls import bind, holds
 from fisherfn.decompositions import Elementary
-from fisherfn.errors import NoiseError, ShapeError
+from fisherfn.errors import NoiseError, ShapeError, StructureError
 from fisherfn.randomness import random_numbers
+from fisherfn.randomness.draws import Draw
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _DROPOUTS = _ENTRIES | _CHANNELS
@@ -38,11 +43,16 @@ _RANDOM = {
     "geometric_", "binomial", "rrelu_with_noise", "gumbel_softmax",
 }  # fmt: skip
 
+_SHARED = 0x5F3759DF
+"""Keeps the noise of shared masks apart from that of the first example."""
+_READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist}
+
 
 def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """One seed for each example: the noise of every dropout in a step, as `context["dropout"]`.
 
-    They are where the generator is; a net on another device takes them there.
+    Their upper halves are equal: noise of masks that all examples share. Make the seeds of a step in one call, and
+    slice them. They are where the generator is; a net on another device takes them there.
 
     Raises:
         ShapeError: a negative number of examples.
@@ -57,7 +67,8 @@ def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"
         raise NoiseError(
             f"seeds are drawn by a torch.Generator, got {type(generator).__name__}; the global one is never used."
         )
-    return torch.randint(2**32, (examples,), generator=generator, device=generator.device)
+    own = torch.randint(2**32, (examples,), generator=generator, device=generator.device)
+    return own + ((_hash(own[:1] ^ _SHARED) >> 1 | 1) << 32)
 
 
 def draws_globally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -86,13 +97,15 @@ class SeededDropout(Elementary):
 
     Args:
         seeds: one per example.
-        axes: for each dropout of the run the axis of its examples, None where it has none; without, it is the first.
+        draws: the calls for random numbers of a run, in order; without, all have the examples on the first axis.
     """
 
-    def __init__(self, seeds: Int[Tensor, " n"], axes: Sequence[int | None] = ()) -> None:
+    def __init__(self, seeds: Int[Tensor, " n"], draws: Sequence[Draw] = ()) -> None:
         super().__init__()
-        self._seeds, self._axes = seeds, axes
+        self._seeds, self._draws = seeds, draws
         self._calls = 0
+        self._single: dict[int, Tensor] = {}
+        """Single random numbers and what was computed from them, by identity."""
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A dropout with its seeds; any other call as it is."""
@@ -101,8 +114,24 @@ class SeededDropout(Elementary):
             dropped = self._dropped(func, given)
             return given["input"].copy_(dropped) if given.get("inplace") else dropped
         if random_numbers.is_known(func) and kwargs.get("generator") is None:
-            return random_numbers.drawn(func, args, kwargs, self._uniform)
-        return func(*args, **kwargs)
+            numbers = random_numbers.drawn(func, args, kwargs, self._uniform)
+            self._note(numbers)
+            return numbers
+        if not self._single or not any(id(each) in self._single for each in args):
+            return func(*args, **kwargs)
+        if func in _READS:
+            raise NoiseError(
+                "the model branches on a random number, as layer drop does, or reads its value: the path of a step "
+                "would not be that of the build. Switch that off (layerdrop = 0 in the configuration), or mask with "
+                "the number, h * (torch.rand(len(h), 1) > p)."
+            )
+        output = func(*args, **kwargs)
+        self._note(output)
+        return output
+
+    def _note(self, found: Any) -> None:
+        if isinstance(found, Tensor) and found.numel() == 1:
+            self._single[id(found)] = found
 
     def _dropped(self, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
         x: Tensor = given["input"]
@@ -120,23 +149,60 @@ class SeededDropout(Elementary):
         keep = self._uniform(torch.Size((x.shape[0], *shape)), x.device, "a dropout") >= p
         return keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
 
-    def _uniform(self, shape: torch.Size, device: torch.device, who: str) -> Tensor:
+    def _uniform(self, shape: Size, device: torch.device, who: str) -> Tensor:
         """Numbers in [0, 1) from the seeds, in float64; `who` asks for them, for the error."""
-        axis = self._axes[self._calls] if self._calls < len(self._axes) else 0
-        examples = self._seeds.shape[0]
-        if not shape or axis is None or shape[axis] % examples:
-            seen = f"{shape[axis]} rows" if shape and axis is not None else "no axis of examples"
+        axis = self._axis(shape, who)
+        self._calls += 1
+        if axis is None:
+            return self._numbers(self._shared(), torch.arange(shape.numel(), device=device)).reshape(shape)
+        before, after = shape[:axis].numel(), shape[axis:].numel() // self._seeds.shape[0]
+        # a single example's entries have the same numbers wherever its axis is
+        entries = torch.arange(before * after, device=device).reshape(before, 1, after)
+        return self._numbers(self._seeds, entries).reshape(shape)
+
+    def _numbers(self, seeds: Int[Tensor, " n"], entries: Int[Tensor, "..."]) -> Tensor:
+        key = _hash(_hash(seeds.to(entries.device)) + self._calls)
+        uniform: Tensor = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
+        return uniform
+
+    def _axis(self, shape: Size, who: str) -> int | None:
+        """The axis of the examples in the next call's numbers; None where they share these."""
+        axis, examples = 0 if not self._draws else self._next(shape, who).axis, self._seeds.shape[0]
+        if axis is not None and (axis < 0 or not shape or shape[axis] % examples):
+            seen = f"{shape[axis]} rows" if shape and axis >= 0 else "no axis of examples"
             raise ShapeError(
                 f"{who} sees {seen} for {examples} seeds: its input must have an axis of the examples, "
                 "and context['dropout'] one seed for each of them (ff.dropout_seeds(N, generator))."
             )
-        self._calls += 1
-        before, after = shape[:axis].numel(), shape[axis:].numel() // examples
-        # a single example's entries have the same numbers wherever its axis is
-        entries = torch.arange(before * after, device=device).reshape(before, 1, after)
-        key = _hash(_hash(self._seeds.to(device)) + self._calls)
-        uniform: Tensor = _hash(_hash(entries) ^ key.unsqueeze(-1)).double() / 2**32
-        return uniform.reshape(shape)
+        return axis
+
+    def _next(self, shape: Size, who: str) -> Draw:
+        """The next call of the runs of a few examples, which must be this one."""
+        if self._calls >= len(self._draws) or not self._draws[self._calls].fits(shape, self._seeds.shape[0]):
+            raise self._another_path(f"{who} draws {list(shape)} numbers")
+        return self._draws[self._calls]
+
+    def finish(self) -> None:
+        """Raise unless the run drew as often as a run of a few examples."""
+        if self._draws and self._calls != len(self._draws):
+            raise self._another_path(f"the model draws {self._calls} times")
+
+    def _another_path(self, found: str) -> StructureError:
+        return StructureError(
+            f"{found}, and copies of one example draw otherwise ({len(self._draws)} calls): the model's path depends "
+            "on the values of its input, and where a mask has the examples is not known. Draw that noise outside, with "
+            "an entry for each example, and pass it as an input."
+        )
+
+    def _shared(self) -> Int[Tensor, " 1"]:
+        """The seed of numbers that all examples share: the upper half of each example's."""
+        shared = self._seeds >> 32
+        if not holds((shared == shared[:1]).all() & (shared[:1] > 0).all()):
+            raise NoiseError(
+                "the net drops entries that all examples share, and the seeds do not agree on them: make those of a "
+                "step by one call of ff.dropout_seeds(N, generator), and slice them for chunks and ranks."
+            )
+        return shared[:1]
 
 
 class Sizes(SeededDropout):
@@ -144,20 +210,14 @@ class Sizes(SeededDropout):
 
     def __init__(self) -> None:
         super().__init__(torch.zeros(1, dtype=torch.int64))
-        self.shapes: list[torch.Size] = []
+        self.shapes: list[Size] = []
 
-    def _uniform(self, shape: torch.Size, device: torch.device, who: str) -> Tensor:
+    def _uniform(self, shape: Size, device: torch.device, who: str) -> Tensor:
         self.shapes.append(shape)
         return torch.full(shape, 0.5, dtype=torch.float64, device=device)
 
-
-def axes_of_examples(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> list[int | None]:
-    """The axis of the examples in each of the shapes, from a run of two examples and one of three."""
-    found: list[int | None] = []
-    for shape, longer in zip(two, three, strict=True):
-        axes = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
-        found.append(axes[0] if len(axes) == 1 and 3 * shape[axes[0]] == 2 * longer[axes[0]] else None)
-    return found
+    def _note(self, found: Any) -> None:
+        """Let the run branch: the run with seeds says what is wrong."""
 
 
 def require_seeds(context: Any) -> Int[Tensor, " n"]:

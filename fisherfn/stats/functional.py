@@ -13,7 +13,7 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
-from fisherfn.randomness import SeededDropout, Sizes, axes_of_examples, drops, require_seeds
+from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
 from fisherfn.types import Model, PyTree, Tree
 
@@ -40,20 +40,22 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     check_net(net)
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
-    axes: dict[Any, list[int | None]] = {}  # facts of the net alone, found once for each shape of the inputs
+    draws: dict[Any, list[Draw]] = {}  # facts of the net alone, found once for each shape of the inputs
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
         swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
-        seeded: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        seeded: SeededDropout | None = None
         if drops(net) or "dropout" in context:
             seeds, key = require_seeds(context), _path(net, x)
-            if key not in axes:
-                axes[key] = _dropout_axes(net, {**params, **fresh}, x, seeds)
-            seeded = SeededDropout(seeds, axes[key])
-        with seeded, swap():
+            if key not in draws:
+                draws[key] = _draws(net, {**params, **fresh}, x, seeds)
+            seeded = SeededDropout(seeds, draws[key])
+        with seeded or contextlib.nullcontext(), swap():
             outputs = unwrapped(net)(*args, **kwargs)
             moved = swap.buffers(fresh)
+        if seeded is not None:
+            seeded.finish()
         return _logits(outputs), {**context, **moved}
 
     return model, params, buffers
@@ -65,7 +67,7 @@ def _path(net: torch.nn.Module, x: PyTree) -> Any:
     return shapes, tuple(module.training for module in net.modules())
 
 
-def _dropout_axes(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[int | None]:
+def _draws(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[Draw]:
     """Where each dropout of a run has the examples, from two runs on copies of the first example.
 
     Empty where the inputs do not have the examples first, or where the net does not run on copies.
@@ -84,7 +86,7 @@ def _dropout_axes(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) 
             except Exception:  # the run itself says what is wrong
                 return []
             found.append(sizes.shapes)
-    return axes_of_examples(*found) if len(found[0]) == len(found[1]) else []
+    return draws_of(*found) if len(found[0]) == len(found[1]) else []
 
 
 def check_net(net: torch.nn.Module) -> None:

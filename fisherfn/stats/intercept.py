@@ -8,6 +8,7 @@ example enters a call, the tap is added one broadcast later (`fisherfn.stats.sha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from fisherfn.layers import (
     EMBEDDING,
     Call,
     Family,
+    Orders,
+    as_experts,
     as_grouped_product,
     families,
     is_transpose,
@@ -59,7 +62,11 @@ class Record(NamedTuple):
 
 
 class Recorder(Protocol):
-    """A receiver of layer calls, in place of taps, for a run that is the caller's own: no call is refused then."""
+    """A receiver of layer calls in place of taps, for a run of the caller's own."""
+
+    def refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise if a call is not supported in this run."""
+        ...
 
     def tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None) -> Tensor:
         """Return the output of a use of a layer with a tap; `call` is None if no example enters, so `x` are copies."""
@@ -105,13 +112,13 @@ class Intercept(Elementary):
         self.trace: list[Traced] = []
         """Return the calls of a trace, by name and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._orders = Orders()
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call, and notes what it is to the parameters."""
-        if self._recorder is None:
-            self._refuse(func, args, kwargs)
+        (self._refuse if self._recorder is None else self._recorder.refuse)(func, args, kwargs)
         # what a layer sees inside a transform of the model's own (jvp, grad, vmap) is nothing once that has ended
         here = _level() == self._entered
         simpler = self._simpler(func, args, kwargs) if here else None
@@ -124,6 +131,7 @@ class Intercept(Elementary):
                 return self._followed.take(func, args, kwargs, shared)
         uncoupled = self._without_coupling(func, args, kwargs)
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
+        self._orders.note(func, args, output)
         growth = self._compare(func, (args, kwargs), output)
         # a kernel that a batch norm standardises has no examples
         self.couples |= uncoupled is not None and growth != [None]
@@ -146,8 +154,9 @@ class Intercept(Elementary):
             return self._transposes[id(tensor)][1] if id(tensor) in self._transposes else None
 
         plain = untransposed(func, args, kwargs, original) if self._transposes else None
+        plain = plain or as_experts(func, args, kwargs, self._orders, self._is_parameter, original)
         plain = plain or as_grouped_product(func, args, kwargs, self._is_parameter)
-        return plain or without_affine(func, args, kwargs, self._apart)
+        return plain or without_affine(func, args, kwargs, partial(self._apart, (args, kwargs)))
 
     def _match(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -238,15 +247,16 @@ class Intercept(Elementary):
         self.records[name] = [Record(ELEMENTWISE.name, Call(parameter, parameter, None), None, parameter, ones)]
         self._followed.add(parameter, frozenset([name]), copies)
 
-    def _apart(self, weight: Any, bias: Any) -> tuple[bool, bool]:
+    def _apart(self, arguments: PyTree, weight: Any, bias: Any) -> tuple[bool, bool]:
         """Whether a layer's weight and its bias are none of its own, so that they are better calls of their own.
 
-        A tensor that is no parameter may be computed from some; a run with a plan knows.
+        A tensor that is no parameter may be computed from some; a run with a plan knows. If a layer's input is shared,
+        the plan has a step for each of its calls.
         """
+        follows = self._followed is None or bool(self._followed.among(arguments))
 
         def computed(tensor: Any) -> bool:
-            known = self._followed is None or self._followed.is_shared(tensor)
-            return isinstance(tensor, Tensor) and id(tensor) not in self._names and known
+            return isinstance(tensor, Tensor) and id(tensor) not in self._names and follows
 
         tied = any(record.kind == EMBEDDING.name for record in self.records.get(self._names.get(id(weight), ""), ()))
         bias_alone = id(bias) in self._names and (tied or id(weight) not in self._names)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -90,7 +91,7 @@ class Probe:
             NoiseError: the model uses the global random generator.
             ShapeError: outputs that are not one real tensor `[N, …]`.
         """
-        before = _global_generators(self.params)
+        before, numbers = _global_generators(self.params), _numpy_state()
         x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and they stay as they were
         with torch.no_grad(), Intercept(self.params, shared=scout) as mode:
             outputs, _ = call(self.model, self.params, x, self.context)
@@ -100,6 +101,13 @@ class Probe:
             raise NoiseError(
                 "the model draws from the global generator: a gradient would not be a function of its arguments. Draw "
                 "its noise outside, and pass it as an input like x or in the context."
+            )
+        if _numpy_state() != numbers:
+            _restore_numpy(numbers)
+            raise NoiseError(
+                "the model draws from numpy's global generator (as the spectrogram masks of transformers' speech nets "
+                "do): a gradient would not be a function of its arguments. Switch that off (apply_spec_augment = "
+                "False), or pass the noise as an input like x or in the context."
             )
         _check_outputs(outputs, self.examples)
         return outputs, mode
@@ -160,6 +168,18 @@ def _global_generators(params: Tree) -> dict[torch.device, Tensor]:
     states = {torch.device("cpu"): torch.get_rng_state()}
     device = next(iter(params.values())).device
     return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _numpy_state() -> Any:
+    """Return the state of numpy's global generator. Python's own is left out: checks of types draw from it."""
+    state: Any = numpy.random.get_state()
+    name, numbers, *rest = state
+    return name, numbers.tobytes(), *rest
+
+
+def _restore_numpy(state: Any) -> None:
+    name, numbers, *rest = state
+    numpy.random.set_state((name, numpy.frombuffer(numbers, numpy.uint32), *rest))
 
 
 def _restore(generators: dict[torch.device, Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn import tree
-from fisherfn.layers import broadcasts, changes_input, spreads
+from fisherfn.layers import broadcasts, changes_input, spreads, works_in_place
 from fisherfn.stats.shared import Copies, Ledger, Shared, origins_of, spread
 from fisherfn.stats.steps import Growth, Place, Step, Traced, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
@@ -35,6 +35,8 @@ class Scout(Ledger):
         self.steps: list[Step] = []
         self.failed: dict[str, str] = {}
         """Weights whose shared tensors are used in a call that cannot be followed, and the call's name."""
+        self._stale: dict[int, Shared] = {}
+        """Shared tensors that a call in place has changed by way of another."""
         self.copied: dict[str, str] = {}
         """Weights whose shared tensors meet the batch in a call that is run once per example, and the call's name."""
 
@@ -104,6 +106,9 @@ class Scout(Ledger):
         if not tensors_of(output) and not changes_input(func):
             return  # a shape, a number
         self.note_parameters((args, kwargs), names, besides)
+        for leaf in tree.leaves((args, kwargs)):
+            if id(leaf) in self._stale:
+                self.fail(self._stale[id(leaf)].origins, name_of(func))
         shared = self.among(args, kwargs)
         shared = {key: entry for key, entry in shared.items() if not any(entry.tensor is other for other in besides)}
         if not shared:
@@ -142,12 +147,20 @@ class Scout(Ledger):
             self.failed.setdefault(name, cause)
 
     def _derived(self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared]) -> None:
-        if changes_input(func):
-            raise ValueError("a shared tensor changed in place")
+        if works_in_place(func, args, kwargs):
+            self._changes(args[0], output)
         self.derive(func, args, kwargs, shared, output)
         for part in tensors_of(output):
             if self.entries[id(part)].copies(2).shape[1:] != part.shape:
                 raise ValueError("copies of another shape")
+
+    def _changes(self, x: Any, output: Any) -> None:
+        """Give up the other tensors that see what a call in place changes: their copies would keep the old values."""
+        if output is not x or not self.is_shared(x):
+            raise ValueError("a tensor changed in place by a shared one")
+        for key, entry in list(self.entries.items()):
+            if entry.tensor is not x and entry.tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                self._stale[key] = self.entries.pop(key)
 
     def _met(
         self, func: Any, args: Any, kwargs: Any, output: Any, shared: dict[int, Shared], place: Place | None

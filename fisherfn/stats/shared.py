@@ -21,7 +21,7 @@ from torch.func import vmap
 
 from fisherfn import tree
 from fisherfn.errors import StructureError
-from fisherfn.layers import Call, Family, meeting, per_example, spreads
+from fisherfn.layers import Call, Family, meeting, per_example, spreads, works_in_place
 from fisherfn.stats.steps import Place, Plan, Step, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
 
@@ -58,11 +58,17 @@ class Ledger:
         return id(tensor) in self.entries
 
     def derive(self, func: Callable[..., Any], args: Any, kwargs: Any, shared: dict[int, Shared], output: Any) -> None:
-        """Note the output of a call that no example enters."""
+        """Note the output of a call that no example enters; one in place makes the tensor another."""
+        changed = id(args[0]) if args and works_in_place(func, args, kwargs) else None
+        if changed is not None:
+            del self.entries[changed]
 
         def copies(examples: int) -> Any:
             def one(*each: Tensor) -> Any:
-                return _call(func, args, kwargs, dict(zip(shared, each, strict=True)))
+                own = dict(zip(shared, each, strict=True))
+                if changed is not None:
+                    own[changed] = own[changed].clone()
+                return _call(func, args, kwargs, own)
 
             return vmap(one)(*(entry.copies(examples) for entry in shared.values()))
 
@@ -178,12 +184,13 @@ def layer_copies(
     the outputs, given the inputs.
     """
     merged = not family.any_axis
+    kept = output if shared else output.clone()  # the model may change its output in place
 
     def rows(copies: Tensor) -> Tensor:
         return copies.flatten(0, 1) if merged else copies
 
     def pair(examples: int) -> tuple[Tensor, Tensor]:
-        x, y = rows(spread(call.input, examples)), rows(spread(output, examples))
+        x, y = rows(spread(call.input, examples)), rows(spread(kept, examples))
         if shared:
             copies = {key: rows(entry.copies(examples)) for key, entry in shared.items()}
             new_args, new_kwargs = _replaced((args, kwargs), copies)

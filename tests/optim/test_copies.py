@@ -65,6 +65,23 @@ def test_steps_of_the_copy_leave_the_original_alone_and_the_other_way_round(way)
     assert not all_equal(case.net, net)
 
 
+@WAYS
+def test_watched_passes_stay_with_the_original(way):
+    """The copied net did not run in them."""
+    case = problem("mlp", steps=1)
+    x, y = case.batches[0]
+    opt = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical(), lr=0.3)
+    with opt.watch(x):
+        loss = F.cross_entropy(case.net(x), y)
+    loss.backward()
+    net, other = way((case.net, opt))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with as_installed(), pytest.raises(E.StructureError, match="none were collected"):
+        other.step()
+    opt.step()
+
+
 @pytest.mark.parametrize("watches", [False, True], ids=["inputs", "watch"])
 @WAYS
 def test_a_copied_preconditioner_looks_at_the_copied_net(way, watches):

@@ -319,22 +319,6 @@ def test_where_the_examples_are_is_found_without_a_trace():
     assert int(moved["norm.num_batches_tracked"]) == 1
 
 
-def test_a_dropout_that_no_example_enters_is_refused():
-    """Weights, or a table of positions: there is no example whose noise it could be."""
-
-    class Table(nn.Module):
-        def __init__(self, rows):
-            super().__init__()
-            self.table, self.head = nn.Parameter(torch.ones(rows, 3)), nn.Linear(3, 2)
-
-        def forward(self, x):
-            return self.head(x + F.dropout(self.table, 0.5).sum(0))
-
-    for rows in (5, 6):
-        with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="no axis of examples for"):
-            build(Table(rows).double().train(), X, seeds())
-
-
 def test_torchs_encoder_layer_with_dropout():
     module = Encoder(batch_first=True).double().train()
     x, y = normal(4, 3, 4), torch.tensor([0, 1, 1, 0])
@@ -462,12 +446,6 @@ def test_uniform_numbers_stay_below_one_in_every_precision():
     numbers = torch.full((3,), 1 - 2.0**-32, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert (random_numbers.drawn(torch.rand, (3,), {"dtype": dtype}, lambda *_: numbers) < 1).all()
-
-
-def test_numbers_without_examples_are_refused():
-    """One number for the whole batch, as layer drop has it: it is no example's."""
-    with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="rand sees no axis of examples"):
-        build(Draws(lambda h: h * torch.rand([])).double().train(), X, seeds())
 
 
 def test_without_seeds_drawn_numbers_are_refused_with_the_remedy():

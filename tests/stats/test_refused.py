@@ -9,7 +9,7 @@ from torch import nn
 
 import fisherfn as ff
 from fisherfn.stats.border import LONGEST, brief, listed, with_line
-from tests.nets import OldSquare
+from tests.nets import OldSquare, outside
 from tests.zoo import as_installed
 
 E = ff.errors
@@ -73,7 +73,7 @@ class Normed(Base):
 
     def forward(self, x):
         h = self.first(x)
-        h = self.norm(h) * self.scale.clone().abs_()  # here
+        h = self.norm(h) * outside(self.scale)  # here
         return self.last(h)
 
 

@@ -106,6 +106,7 @@ def word(error: Exception) -> str:
     said = str(error)
     for sign, cause in (
         (" seeds: its input", "dropout"),
+        ("branches on a random number", "layer-drop"),
         ("the fused", "fused-recurrence"),
         ("autograd.Function", "autograd-function"),
         ("couples the examples", "batch-norm"),
