@@ -30,9 +30,10 @@ from common.data import load
 from common.loop import Task
 from common.plots import Points, curve_grid
 from common.results import ResultExistsError, default_name
+from common.runs import reported
 from common.spectra import GRADIENT, Values, compare
 from common.train_config import APPS, LABELS, TrainConfig
-from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, reported, tuned
+from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, tuned
 
 FOLDER = "approximation_error"
 

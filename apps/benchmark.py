@@ -30,7 +30,7 @@ from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
 from common.benchmark.problems import WORKLOADS, Problem, problem
 from common.config import POSITIVE, ConfigError, option, parse
-from common.trainer import reported
+from common.runs import reported
 
 EXACT_ON, EXACT_EXAMPLES = ("AE_CURVES", "cuda_convnet"), 128
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -68,23 +68,23 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     refreshes = ours.refreshes(posed) if config.refresh else {}
     exact = {}
     if config.refresh and name in EXACT_ON:
-        compiles = config.compile and all(found[label].parts for label in ours.COMPILED)
+        compiles = config.compile and all(found[label].parts is not None for label in ours.COMPILED)
         exact = ours.exact(problem(name, config.batch_size or EXACT_EXAMPLES, config.device), compiles)
     steps: dict[tuple[str, str], Callable[[], Any]] = {
-        (label, part): step for label, contender in found.items() for part, step in contender.parts.items()
+        (label, part): step for label, contender in found.items() for part, step in contender.calls().items()
     }
     steps |= {("refresh", method): step for method, step in refreshes.items()}
     steps |= {("exact", kind): step for kind, step in exact.items()}
     others = [key for key in steps if key[0] in PEERS | OPTIMIZERS | COMPILED]
     timings, failed = clock.measure_forgiving(steps, others, config.rounds, config.device, report.title(name))
     for (label, part), error in failed.items():
-        found[label] = Contender({}, covers="–", error=f"{part}: {type(error).__name__}: {first_line(error)}")
+        found[label] = Contender(None, covers="–", error=f"{part}: {type(error).__name__}: {first_line(error)}")
 
     def timed(label: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         return {part: timings[label, part]._asdict() for part in parts}
 
     return {
-        "contenders": {label: one._asdict() | {"parts": timed(label, one.parts)} for label, one in found.items()},
+        "contenders": {label: one._asdict() | {"parts": timed(label, one.calls())} for label, one in found.items()},
         "refresh": timed("refresh", refreshes),
         "exact": timed("exact", exact),
     }

@@ -31,10 +31,11 @@ from common.config import POSITIVE, ConfigError, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
 from common.optimizers import Optimizer
+from common.runs import reported
 from common.study import NETS, Net, Run, best, read, write
 from common.study_report import report
 from common.train_config import APPS, TrainConfig
-from common.trainer import cadence, make_optimizer, make_task, reported
+from common.trainer import cadence, make_optimizer, make_task
 
 PHASES = ("search", "repeat", "race", "report")
 CORE = "MNIST,CURVES,CURVES_TANH,FACES,CIFAR10"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from common.config import option, parse
 from common.plots import loss_curves
 from common.results import read_metrics
+from common.runs import reported
 from common.train_config import TrainConfig
-from common.trainer import reported, run
+from common.trainer import run
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ import fisherfn as ff
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
 from common.data import Data, load
 from common.loop import Settings, start, train
+from common.runs import reported
 from common.train_config import APPS, TrainConfig
-from common.trainer import TUNED, make_optimizer, make_task, reported
+from common.trainer import TUNED, make_optimizer, make_task
 
 Grid = dict[str, list[dict[str, float]]]
 """The settings to try, by optimizer."""

@@ -27,11 +27,11 @@ from common.checkpoints import CheckpointError, load_checkpoint
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
 from common.gan.config import PLAYERS
 from common.results import CHECKPOINT, read_metrics
+from common.runs import reported
 from common.train_config import OPTIMIZERS
-from common.trainer import reported
 
 APPS = Path(__file__).parent
-COMMON = "--data DIGITS --num_epochs 3 --damping 1 --clipping 0.01 --save_every 2 --quiet true"
+COMMON = "--data DIGITS --num_epochs 3 --damping 1 --kl_bound 0.01 --save_every 2 --quiet true"
 RUNS = {
     "train_mlp": "--model ToyNet --lr 0.1 --optim {}",
     "train_gan": "--width 0.02 --batch_size 128 --crit_repeats 1 --fid none --gen_optim {} --crit_optim {}",

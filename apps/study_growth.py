@@ -24,7 +24,7 @@ from common.benchmark.ours import Prepared, prepared
 from common.benchmark.problems import posed
 from common.config import POSITIVE, option, parse
 from common.models.initialisation import built, initialise
-from common.trainer import reported
+from common.runs import reported
 
 THEORY = {
     "width": ("2 (batch ≪ width) to 3", "3", "2 to 3"),

@@ -20,8 +20,9 @@ from common.config import POSITIVE, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, start, train
 from common.plots import heatmap
+from common.runs import reported
 from common.train_config import TrainConfig
-from common.trainer import make_optimizer, make_task, reported, tuned
+from common.trainer import make_optimizer, make_task, tuned
 
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)
 CLIPS = (0.001, 0.01, 0.1, 1.0)
@@ -42,7 +43,7 @@ def study(config: StudyConfig) -> None:
     folder = Path(config.result_dir) / "study_plateau"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = [{"damping": d, "clipping": c, "lr": 1.0} for d in DAMPINGS for c in CLIPS]
+    pairs: list[dict[str, Any]] = [{"damping": d, "kl_bound": c, "lr": 1.0} for d in DAMPINGS for c in CLIPS]
     runs = [("kfac", pair) for pair in pairs] + [
         (name, tuned("train_mlp", data.model, data.name, name)) for name in ("sgd", "adam")
     ]
@@ -72,7 +73,7 @@ def grid(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
     """Return means over seeds, by damping and KL bound."""
 
     def cell(damping: float, clip: float) -> float:
-        return float(np.mean([r[key] for r in rows if (r.get("damping"), r.get("clipping")) == (damping, clip)]))
+        return float(np.mean([r[key] for r in rows if (r.get("damping"), r.get("kl_bound")) == (damping, clip)]))
 
     return [[cell(damping, clip) for clip in CLIPS] for damping in DAMPINGS]
 

@@ -19,8 +19,9 @@ from common.config import NON_NEGATIVE, POSITIVE, ConfigError, filled, option, p
 from common.data import load
 from common.plots import loss_curves
 from common.results import CHECKPOINT, default_name, read_metrics
+from common.runs import reported
 from common.train_config import APPS, LABELS, OPTIMIZERS, TrainConfig
-from common.trainer import reported, run
+from common.trainer import run
 
 FOLDER = "study_seeds"
 COLUMNS = {

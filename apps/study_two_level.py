@@ -32,8 +32,9 @@ from common.config import POSITIVE, filled, option, parse
 from common.data import load
 from common.loop import Task
 from common.plots import curve_grid
+from common.runs import reported
 from common.train_config import APPS, TrainConfig
-from common.trainer import FIXED, make_task, reported
+from common.trainer import FIXED, make_task
 
 FOLDER = "study_two_level"
 FINE = ff.kfac(damping_form="eigen")
@@ -71,7 +72,7 @@ class StudyConfig:
     model: str | None = option(None, "model; null: the default for the data")
     batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
     damping: float | None = option(None, "λ; null: 1", check=POSITIVE)
-    clipping: float | None = option(None, "KL bound; null: 0.01", check=POSITIVE)
+    kl_bound: float | None = option(None, "KL bound; null: 0.01", aliases=("clipping",), check=POSITIVE)
     steps: int = option(200, "steps per run", check=POSITIVE)
     seeds: int = option(3, "runs per method, seeds 0, 1, …", check=POSITIVE)
     points: int = option(3, "batches of the K-FAC run on which distances are measured", check=POSITIVE)

@@ -5,8 +5,9 @@ squared error (a published mean squared error is twice that).
 """
 
 from common.config import parse
+from common.runs import reported
 from common.train_config import AutoencoderConfig
-from common.trainer import reported, run
+from common.trainer import run
 
 if __name__ == "__main__":
     with reported():

@@ -4,8 +4,9 @@ Images are 32×32: DIGITS is resampled, other smaller images are padded with zer
 """
 
 from common.config import parse
+from common.runs import reported
 from common.train_config import CnnConfig
-from common.trainer import reported, run
+from common.trainer import run
 
 if __name__ == "__main__":
     with reported():

@@ -3,7 +3,7 @@
 from common.config import parse
 from common.gan.config import GanConfig
 from common.gan.trainer import run
-from common.trainer import reported
+from common.runs import reported
 
 if __name__ == "__main__":
     with reported():

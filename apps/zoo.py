@@ -22,7 +22,7 @@ from typing import Any
 
 from common.atomic import replace_text
 from common.config import POSITIVE, ConfigError, option, parse
-from common.trainer import reported
+from common.runs import reported
 from common.zoo import nets, table, trial
 
 QUICK = (

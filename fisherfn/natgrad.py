@@ -119,10 +119,10 @@ class NaturalGradient(Views):
         inverses; default: the λ of the state.
         """
         self._check_state(state)
-        sources = [given for given in (grads, stats) if isinstance(given, Stats)]
-        for given in sources:
+        checks: dict[str, Any] = {}
+        for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
             self._check_stats(given)
-        checks: dict[str, Any] = {name: mask for given in sources for name, mask in given.checks.items()}
+            checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
         if not isinstance(grads, Stats):
             checks["gradient"] = tree.finite(grads)
         new, diagnostics = state, {}

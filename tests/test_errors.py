@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.types import Info
 from tests import zoo
 
 errors = ff.errors
@@ -237,3 +238,36 @@ def test_unused_parameters_are_named(problem):
 def test_no_parameter_to_differentiate(problem, params):
     with pytest.raises(errors.FisherfnError):
         ff.natural_gradient(lambda p, x: x, params, problem.x, likelihood=ff.Gaussian())
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+MEMBERS = torch.tensor([True, False, True])
+
+
+@pytest.mark.parametrize("name", errors.BATCH_CHECKS)
+def test_one_bad_member_of_a_batch_check_is_raised_and_named(name):
+    error, text = errors.BATCH_CHECKS[name]
+    with pytest.raises(error, match=r"members 1 of 3") as caught:
+        ff.check(Info(checks={name: MEMBERS}))
+    assert str(caught.value).startswith(text)
+    with pytest.raises(error):
+        ff.check(Info(checks={name: torch.tensor(False)}))
+    ff.check(Info(checks={name: torch.ones(3).bool()}))
+
+
+@pytest.mark.parametrize("name", errors.BLOCK_CHECKS)
+def test_one_bad_member_of_a_block_is_raised_with_its_block(name):
+    error, text = errors.BLOCK_CHECKS[name]
+    with pytest.raises(error, match=r"block 'b' \(members 1 of 3\)") as caught:
+        ff.check(Info(checks={name: {"a": torch.ones(3).bool(), "b": MEMBERS}}))
+    assert text in str(caught.value) and "'a'" not in str(caught.value)
+    ff.check(Info(checks={name: {"a": torch.ones(3).bool()}}))
+
+
+@pytest.mark.parametrize("number", [True, False, torch.nn.Identity(), "1", None, 0.5])
+def test_what_is_no_whole_number_is_refused_and_tensors_are_not_looked_at(number):
+    with pytest.raises(errors.HyperparameterError, match="steps must be >= 0"):
+        errors.expect_number("steps", number, lambda v: v >= 0, "must be >= 0", whole=True)
+    errors.expect_number("steps", 3, lambda v: v >= 0, "must be >= 0", whole=True)
+    errors.expect_number("steps", torch.tensor(-1.0), lambda v: v >= 0, "must be >= 0", whole=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from tests import oracles, strategies, zoo
+from fisherfn.fisher import relative_error, square_norm
+from tests import drawn, oracles, strategies, zoo
 from tests.oracles import close, unvec, vec
 from tests.zoo import FISHERS, sampled
 
@@ -173,3 +174,14 @@ def test_window_by_window_is_the_whole(id, monkeypatch):
     state, _ = run.ng.update(run.ng.init(problem.params), run.stats)
     monkeypatch.undo()
     close(run.ng.matvec(state, v), run.ng.matvec(run.ng.update(run.ng.init(problem.params), run.stats)[0], v))
+
+
+@pytest.mark.parametrize("kind", drawn.ROWS)
+def test_the_relative_error_is_that_of_the_dense_block(kind):
+    """From ⟨F, F̂⟩ and ‖F̂‖² alone, all groups together."""
+    tap, W = drawn.tap(kind, (2, 2, 3, 2, 2, 3))
+    rows = W.flatten(2).flatten(0, 1)
+    F, other = rows.T @ rows / 3, drawn.psd(1, rows.shape[1])[0]
+    close(square_norm(tap), F.square().sum())
+    close(relative_error(tap, (F * other).sum(), other.square().sum()), (F - other).norm() / F.norm())
+    assert relative_error(tap, F.square().sum(), F.square().sum()) < 1e-6

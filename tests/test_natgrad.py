@@ -93,7 +93,7 @@ def test_the_contracts_loop_runs_and_learns():
         nat, state, info = ng.step(
             params, state, problem.batch, generator=rng, update=step % 2 == 0, invert=step % 4 == 0, inner=True
         )
-        nat = ff.kl_clip(nat, info.inner, lr=0.3, bound=1e-1)
+        nat = ff.kl_clip(nat, info.inner, lr=0.3, kl_bound=1e-1)
         params = ff.tree.add(params, nat, scale=-0.3)
         losses.append(info.loss.item())
     assert losses[-1] < 0.8 * losses[0]
@@ -106,15 +106,40 @@ def test_the_contracts_loop_runs_and_learns():
 def test_kl_clip_is_its_formula(inner, lr, bound):
     nat = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64)}
     factor = 1.0 if inner == 0 else min(1.0, (bound / (lr**2 * abs(inner))) ** 0.5)
-    clipped = ff.kl_clip(nat, torch.tensor(inner, dtype=torch.float64), lr=lr, bound=bound)
+    clipped = ff.kl_clip(nat, torch.tensor(inner, dtype=torch.float64), lr=lr, kl_bound=bound)
     close(clipped, {"w": factor * nat["w"]})
     assert nat["w"].tolist() == [1, -2]
+
+
+def test_kl_clip_takes_its_bound_under_the_former_name_too():
+    nat, inner = {"w": torch.tensor([3.0])}, torch.tensor(5.0)
+    assert torch.equal(
+        ff.kl_clip(nat, inner, lr=2.0, bound=0.1)["w"], ff.kl_clip(nat, inner, lr=2.0, kl_bound=0.1)["w"]
+    )
+    for bounds in ({}, {"bound": 0.1, "kl_bound": 0.1}):
+        with pytest.raises(ff.errors.HyperparameterError, match="needs one bound: pass kl_bound="):
+            ff.kl_clip(nat, inner, lr=2.0, **bounds)
+
+
+def test_a_step_is_not_ok_if_the_batch_of_its_gradient_is_not_though_that_of_its_statistics_is():
+    x, y, net = torch.ones(4, 3), torch.tensor([0, 1, 0, 99]), torch.nn.Linear(3, 2)
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="type2", context=context)
+    whole, part = (ng.stats(params, (x[:n], y[:n]), context=context) for n in (4, 3))
+    state = ng.init(params)
+    for grads, stats in ((whole, part), (part, whole)):
+        _, new, info = ng.advance(state, grads, stats)
+        assert not any(info.ok.values()) and int(new.count) == 0
+        with pytest.raises(ff.errors.TargetError):
+            ff.check(info)
+    _, new, info = ng.advance(state, part, part)
+    assert all(info.ok.values()) and int(new.count) == 1
 
 
 def test_kl_clip_bounds_the_quadratic_change():
     """lr² |⟨∇, ν·nat⟩ ν| ≤ bound after clipping, with equality when it acts."""
     nat, inner = {"w": torch.tensor([3.0])}, torch.tensor(5.0)
-    clipped = ff.kl_clip(nat, inner, lr=2.0, bound=0.1)
+    clipped = ff.kl_clip(nat, inner, lr=2.0, kl_bound=0.1)
     nu = clipped["w"].item() / 3.0
     assert abs(4.0 * 5.0 * nu**2 - 0.1) < 1e-6
 

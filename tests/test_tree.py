@@ -109,3 +109,19 @@ def test_split_tells_trees_apart_that_a_graph_would_confuse():
         [x, y],
     ]
     assert len({known, *(split(other)[1] for other in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("other", [{"a": 1.0}, {"a": 1.0, "c": 2.0}, {"a": 1.0, "b": 2.0, "c": 3.0}])
+def test_trees_with_other_names_are_refused_as_many_as_there_may_be(other):
+    x, y = ({name: torch.tensor(value) for name, value in each.items()} for each in ({"a": 1.0, "b": 2.0}, other))
+    for function in (ff.tree.add, ff.tree.dot, lambda one, two: ff.tree.select(torch.tensor(True), one, two)):
+        with pytest.raises(ff.errors.StructureError, match="must have the same names"):
+            function(x, y)
+
+
+def test_sums_of_half_precision_do_not_overflow():
+    """Finite numbers whose sum is beyond their own type."""
+    half = {"w": torch.full((10,), 6e4, dtype=torch.float16)}
+    assert ff.tree.finite(half) and ff.tree.finite_each(half)["w"] and ff.tree.finite_inputs(half)
+    half["w"][3] = torch.inf
+    assert not ff.tree.finite(half) and not ff.tree.finite_each(half)["w"] and not ff.tree.finite_inputs(half)

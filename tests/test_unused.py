@@ -52,6 +52,15 @@ def test_the_functional_build_refuses_and_names_them():
     assert len(str(caught.value)) < 400 and 'unused="ignore"' in str(caught.value)
 
 
+def test_the_report_leaves_them_out_of_its_shares():
+    """Shares are of the covered entries alone: 30 and 21 of 51."""
+    ng, _, _ = build(Pooled(), torch.randn(8, 4), unused="ignore")
+    lines = {line.split()[0]: line for line in str(ng.layout).splitlines() if line}
+    assert " 58.8 " in lines["first"] and " 41.2 " in lines["last"]
+    assert all(" unused " in lines[name] for name in UNUSED)
+    assert lines["all"].endswith("51 entries covered: 51 by 2 layers; 47 unused")
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_ignored_they_have_zero_steps_and_the_others_those_without_them(method):
     net = Pooled().double()

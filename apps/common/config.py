@@ -5,7 +5,7 @@ its values:
 
     @dataclass(frozen=True)
     class Config:
-        sections: ClassVar = {"batch_size": "optimization", "fisher": "curvature"}
+        sections: ClassVar = {"batch_size": "optimization", "fisher": "curvature"}  # by their first fields
 
         batch_size: int = option(256, "batch size", check=POSITIVE)
         update_every: int = option(10, "steps between statistics", aliases=("T_cov",), check=POSITIVE)
@@ -13,7 +13,7 @@ its values:
         fisher: Literal["mc", "type2"] = option("mc", "labels of the Fisher")
 
 `--update_every 5`, `--update-every 5`, `--T_cov=5` and the YAML lines `update_every: 5` and `T_cov: 5` are the same.
-The help is in `sections`, each named by its first field.
+The help and the file are in `sections`, in this order; a title may be repeated, where a subclass adds to a section.
 
 jsonargparse splits arguments, converts the values of both sources by the field's type and writes the help. This module
 adds three things: it suggests the closest name for an unknown option, refuses a file that sets one field twice, and
@@ -109,7 +109,7 @@ def parse(Config: type[T], argv: Sequence[str] | None = None, *, description: st
 
 def read(Config: type[T], argv: Sequence[str], *, description: str | None = None) -> T:
     """Combine defaults, the `--config` files in order, and the command line; raise `ConfigError` on an error."""
-    names = _names(Config)
+    names = option_names(Config)
     parser = _parser(Config, description)
     given = _convert(Config, parser.parse_args, [_flag(token, names) for token in argv])
     values: dict[str, Any] = {}
@@ -122,7 +122,8 @@ def read(Config: type[T], argv: Sequence[str], *, description: str | None = None
 
 def as_yaml(config: Any) -> str:
     """Return the configuration as lines of a `--config` file."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = {field.name: getattr(config, field.name) for _, field in _in_sections(type(config))}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def dump(config: Any, path: Path) -> None:
@@ -173,16 +174,26 @@ def _parser(Config: type, description: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=description, usage=usage, epilog=EXIT_CODES, exit_on_error=False)
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(Config)
-    sections: Mapping[str, str] = getattr(Config, "sections", {})
-    group: Any = parser
-    for field in dataclasses.fields(Config):
-        if field.name in sections:
-            group = parser.add_argument_group(sections[field.name])
+    groups: dict[str, Any] = {"": parser}
+    for title, field in _in_sections(Config):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         flags = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
         # `--quiet` without a value means true
         switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
-        group.add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
+        groups[title].add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
     return parser
+
+
+def _in_sections(Config: type) -> list[tuple[str, dataclasses.Field[Any]]]:
+    """Return all fields with the titles of their sections, in the order of the sections."""
+    sections: Mapping[str, str] = getattr(Config, "sections", {})
+    title, found = "", []
+    for field in dataclasses.fields(Config):
+        title = sections.get(field.name, title)
+        found.append((title, field))
+    order = ["", *sections.values()]
+    return sorted(found, key=lambda pair: order.index(pair[0]))
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -196,7 +207,7 @@ def _choices(metadata: Mapping[str, Any]) -> list[str]:
     return list(choices() if callable(choices) else choices or ())
 
 
-def _names(Config: type) -> dict[str, str]:
+def option_names(Config: type) -> dict[str, str]:
     """Map every name of every option to its field."""
     fields = dataclasses.fields(Config)
     return {name: field.name for field in fields for name in (field.name, *field.metadata.get("aliases", ()))}
@@ -234,7 +245,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _from_yaml(Config: type, parser: ArgumentParser, found: Mapping[Any, Any]) -> dict[str, Any]:
-    names, hints = _names(Config), typing.get_type_hints(Config)
+    names, hints = option_names(Config), typing.get_type_hints(Config)
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = names.get(str(key).replace("-", "_"))

@@ -123,7 +123,7 @@ def natural(
     *,
     lr: float,
     damping: float,
-    clipping: float | None = 0.1,
+    kl_bound: float | None = 0.1,
     momentum: float = 0.9,
     ema: float = 0.95,
     weight_decay: float = 0.0,
@@ -138,7 +138,7 @@ def natural(
         ng: model, likelihood and method.
         lr: learning rate.
         damping: λ, in the units of the Fisher of the mean NLL.
-        clipping: KL bound κ of `ff.kl_clip`, in nats per example; None or 0 for no clip.
+        kl_bound: κ of `ff.kl_clip`, in nats per example; None or 0 for no clip.
         momentum: μ.
         ema: weight of the old factors.
         weight_decay: decoupled weight decay.
@@ -147,7 +147,7 @@ def natural(
         penalty: added to the loss; its gradient is preconditioned with the rest.
         compile: compile steps, one graph each with and without statistics and inverses.
     """
-    follow = _clipped_momentum(lr, clipping, momentum)
+    follow = _clipped_momentum(lr, kl_bound, momentum)
 
     def init(params: Tree) -> NaturalState:
         return NaturalState(ng.init(params, damping=damping, ema=ema), ff.tree.zeros_like(params))
@@ -158,30 +158,24 @@ def natural(
     def move(
         params: Tree, state: NaturalState, batch: Batch, context: Any, labels: Tensor | None, update: bool, invert: bool
     ) -> Stepped:
-        curvature = state.curvature
-        if fisher_batch_size is None and penalty is None:
-            nat, curvature, info = ng.step(
-                params,
-                curvature,
-                batch,
-                update=update,
-                invert=invert,
-                inner=bool(clipping),
-                noise=labels,
-                context=context,
-            )
+        whole = fisher_batch_size is None and penalty is None  # gradient and statistics come from the same pass
+        grads: Tree | ff.Stats
+        stats: ff.Stats | None = None
+        if penalty is None:
+            noise = labels if whole else None
+            grads = stats = ng.stats(params, batch, noise=noise, context=context, curvature=update and whole)
+            seen = ff.Info(loss=grads.loss, context=grads.context)
         else:
-            nat, curvature, info = _step_in_parts(
-                ng,
-                params,
-                curvature,
-                (batch, _head(batch, fisher_batch_size)),
-                labels,
-                context,
-                penalty,
-                update=update,
-                invert=invert,
-            )
+            grads, seen = _gradient(ng.model, ng.likelihood, params, batch, context, penalty)
+        if update and not whole:
+            part = _head(batch, fisher_batch_size)
+            stats = ng.stats(params, part, noise=labels, context=_head_context(context, len(part[0])))
+        nat, curvature, info = ng.step_from(
+            state.curvature, grads, stats if update else None, invert=invert, inner=bool(kl_bound)
+        )
+        if penalty is not None:  # an infinite penalty may have a finite gradient
+            curvature = ff.tree.select(seen.checks["loss"], curvature, state.curvature)
+        info = _joined(info, seen)
         velocity = follow(nat, info.inner, state.velocity)
         return Stepped(_move(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info)
 
@@ -227,7 +221,7 @@ def implicit(
     *,
     lr: float,
     damping: float,
-    clipping: float | None = 0.1,
+    kl_bound: float | None = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     iterations: int = 20,
@@ -237,7 +231,7 @@ def implicit(
 
     The arguments are those of `natural`; `iterations` counts conjugate-gradient steps.
     """
-    follow = _clipped_momentum(lr, clipping, momentum)
+    follow = _clipped_momentum(lr, kl_bound, momentum)
 
     def init(params: Tree) -> ImplicitState:
         return ImplicitState(ff.tree.zeros_like(params), ff.tree.zeros_like(params))
@@ -262,55 +256,29 @@ def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], 
     )
 
 
-def _clipped_momentum(lr: float, clipping: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:
+def _clipped_momentum(lr: float, kl_bound: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:
     """Return a function (nat, ⟨∇, nat⟩, velocity) -> `μ v + clip(nat)`."""
 
     def follow(nat: Tree, inner: Any, velocity: Tree) -> Tree:
-        clipped = ff.kl_clip(nat, inner, lr=lr, bound=clipping) if clipping else nat
-        return ff.tree.add(clipped, velocity, scale=momentum)
+        bounded = ff.kl_clip(nat, inner, lr=lr, kl_bound=kl_bound) if kl_bound else nat
+        return ff.tree.add(bounded, velocity, scale=momentum)
 
     return follow
 
 
-def _step_in_parts(
-    ng: ff.NaturalGradient,
-    params: Tree,
-    state: ff.State,
-    batches: tuple[Batch, Batch],
-    noise: Tensor | None,
-    context: Any,
-    penalty: Penalty | None,
-    *,
-    update: bool,
-    invert: bool,
-) -> tuple[Tree, ff.State, ff.Info]:
-    """Take a step with curvature from a part of the batch, or with a penalty in the gradient."""
-    whole, part = batches
-    masks = []
-    if update:
-        own = context | {"dropout": context["dropout"][: part[0].shape[0]]} if "dropout" in context else context
-        state, info = ng.update(state, ng.stats(params, part, noise=noise, context=own))
-        masks.append(info)
-    if invert:
-        state, info = ng.invert(state)
-        masks.append(info)
-    if penalty is None:
-        nat, state, info = ng.step(params, state, whole, update=False, invert=False, inner=True, context=context)
-    else:
-        grads, info = _gradient(ng.model, ng.likelihood, params, whole, context, penalty)
-        nat = ng.precondition(state, grads)
-        step = {"all": ff.tree.finite(nat)}
-        info = info._replace(inner=ff.tree.dot(grads, nat), ok=info.ok | step, checks=info.checks | {"step": step})
-    sound = torch.ones_like(info.loss, dtype=torch.bool)
-    for other in masks:
-        ok = {key: info.ok.get(key, sound) & other.ok.get(key, sound) for key in info.ok | other.ok}
-        info = info._replace(ok=ok, checks=other.checks | info.checks, diagnostics=info.diagnostics | other.diagnostics)
-    return nat, state, info
+def _joined(info: ff.Info, seen: ff.Info) -> ff.Info:
+    """Return the info of a step with loss, context and checks of its gradient."""
+    checks = {name: mask & info.checks.get(name, mask) for name, mask in seen.checks.items()}
+    return info._replace(loss=seen.loss, context=seen.context, ok=info.ok | seen.ok, checks=info.checks | checks)
 
 
 def _head(batch: Batch, size: int | None) -> Batch:
     x, y, *_ = batch
     return x[:size], y[:size]
+
+
+def _head_context(context: Any, size: int) -> Any:
+    return context | {"dropout": context["dropout"][:size]} if "dropout" in context else context
 
 
 def _gradient(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.atomic import WriteError, replace_text
 from common.checkpoints import CheckpointError, first_sound, save_checkpoint
-from common.config import ConfigError, as_yaml
+from common.config import ConfigError, as_yaml, option_names
 from fisherfn.errors import FisherfnError
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
@@ -186,7 +186,9 @@ def _check_resumable(path: Path, config: Any) -> None:
     for name in (CONFIG, CHECKPOINT):
         if not (path / name).is_file():
             raise CheckpointError(f"nothing to resume: there is no {path / name}; run without --resume")
-    there = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    names = option_names(type(config))  # a run of an older version may have other names for the same options
+    recorded = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    there = {names.get(name, name): value for name, value in recorded.items()}
     here = yaml.safe_load(as_yaml(config))
     changed = [name for name in here if name not in MAY_CHANGE and name in there and here[name] != there[name]]
     if changed:

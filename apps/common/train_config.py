@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import fisherfn as ff
-from common.config import FRACTION, NON_NEGATIVE, POSITIVE, ConfigError, option, validate
+from common.config import FRACTION, NON_NEGATIVE, POSITIVE, option
 from common.data import Data
 from common.models import AUTOENCODERS, CNNS, MLPS, SCHEMES
 from common.models.base import Inputs
 from common.names import is_own
+from common.run_config import RunConfig
 
 MLP_DATA = ("CURVES", "DIGITS", "MNIST", "FACES", "F_MNIST", "D_MNIST", "MNIST_RESTRICTED")
 CNN_DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "CIFAR100", "SVHN", "CIFAR10_RESTRICTED")
@@ -39,7 +40,7 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """The settings of a run: data, model, optimizer, length and result folder.
 
     Learning rates, damping and KL bound are in the units of docs/conventions.md: the mean over examples of the NLL.
@@ -49,14 +50,14 @@ class TrainConfig:
     inputs: ClassVar[Inputs] = "flat"
     sections: ClassVar[dict[str, str]] = {
         "data": "data and model",
+        "init_params": "data and model",
         "batch_size": "optimization",
         "damping": "curvature",
         "seed": "the run",
+        "compile": "the run",
     }
 
     data: str = option("CURVES", "data set", aliases=("dataset",), choices=MLP_DATA, own=True)
-    data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
-    download: bool = option(False, "fetch published files that are missing")
     model: str | None = option(None, "model; null: the default for the data", choices=MLPS, own=True)
     init_params: str = option("xavier_uniform", "initialisation of the parameters", choices=SCHEMES)
     optim: str = option("kfac", "optimizer", aliases=("optimizer",), choices=OPTIMIZERS)
@@ -80,9 +81,9 @@ class TrainConfig:
         None, "damping of the Fisher; auto (default): from the reduction ratio; a number is the initial value",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    clipping: float | None = option(
-        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers", aliases=("kl_clip",),
-        check=NON_NEGATIVE,
+    kl_bound: float | None = option(
+        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers",
+        aliases=("clipping", "kl_clip"), check=NON_NEGATIVE,
     )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
     damping_form: Literal["factored", "eigen"] | None = option(
@@ -114,27 +115,8 @@ class TrainConfig:
         None, "steps between inverses; null: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
     )
 
-    seed: int = option(0, "random seed", check=NON_NEGATIVE)
-    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     compile: bool = option(False, "compile steps: minutes at the start, then faster; needs a C++ compiler")
     num_workers: int = option(0, "processes that load data; none on a GPU", check=NON_NEGATIVE)
-    result_dir: str = option("results", "folder for all results")
-    result_name: str | None = option(None, "name of the result folder; null: from data, model, optimizer and seed")
-    overwrite: bool = option(False, "replace an existing result of that name")
-    resume: bool = option(False, "continue from the checkpoint of an existing result")
-    save_every: int | None = option(
-        None, "steps between additional checkpoints within an epoch; null: none", check=POSITIVE
-    )
-    tensorboard: bool = option(False, "write event files for TensorBoard to the result folder")
-    quiet: bool = option(False, "no progress bar and no line per epoch")
-    verbose: bool = option(False, "print all settings and the coverage report before training")
-
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.quiet and self.verbose:
-            raise ConfigError("quiet and verbose exclude each other: give only one")
-        if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume exclude each other: give only one")
 
     @staticmethod
     def model_for(data: Data) -> str:

@@ -1,19 +1,11 @@
-"""The shared part of all trainers: from a configuration to a finished result.
-
-In this order: task, optimizer, run, pictures.
-"""
+"""The training of one net, as configured: task, optimizer, pictures. Read from top to bottom."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import inspect
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +14,21 @@ import yaml
 from torch import Tensor, nn
 
 import fisherfn as ff
-from common import optimizers, tensorboard
-from common.checkpoints import CheckpointError
-from common.config import ConfigError, as_yaml, filled
-from common.data import Data, Split, enlarged, load
-from common.loop import Settings, Snapshot, Task, start, train
+from common import optimizers, runs
+from common.config import ConfigError, filled
+from common.data import Data, Split, enlarged
+from common.loop import Epoch, Settings, Snapshot, Task, Watch, start, train
 from common.models import Model, initialise, resolve
 from common.plots import loss_curves, reconstructions
 from common.results import Results
+from common.runs import Training
 from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
 """Settings found by `apps/search.py`, by model, data and optimizer; used if the command line gives none."""
 
-
-FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "clipping": 0.01, "momentum": 0.9}
-"""Settings of a natural gradient without adaptation, for studies at matched damping and for `cg_steps`."""
-
-COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
-"""The numbers of a snapshot that a checkpoint keeps in addition to its tensors."""
+FIXED: dict[str, float] = {"lr": 1.0, "damping": 1.0, "kl_bound": 0.01, "momentum": 0.9}
+"""Settings of a natural gradient with fixed numbers, for studies at matched damping and for cg_steps."""
 
 METHOD_OPTIONS = {
     "damping_form": "damping_form",
@@ -49,7 +37,7 @@ METHOD_OPTIONS = {
     "krylov": "krylov",
     "coarse_form": "form",
 }
-"""Options that only some methods have, with the names of the methods' arguments."""
+"""Options that only some methods have, and the names of the methods' own arguments."""
 
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
@@ -61,7 +49,7 @@ def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
 
 
 def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
-    """Build model and data; inputs are flattened for nets of linear layers, and have the net's size otherwise."""
+    """Build model and data; inputs are flattened for nets of linear layers, else brought to the net's size."""
     name = config.model or config.model_for(data)
     spec = resolve(name, data, inputs=config.inputs)
     data = enlarged(data, spec.size) if spec.size else data
@@ -80,7 +68,7 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
 
 
 def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x: Tensor) -> bool:
-    """Return whether the model needs seeds for dropout."""
+    """Return True if the model needs dropout seeds."""
     try:
         with torch.no_grad():
             model(params, x[:2], context)
@@ -113,21 +101,21 @@ def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
         return optimizers.implicit(
             ng, **fixed, weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile
         )
-    if all(given[name] is not None for name in ("lr", "damping", "clipping")):
+    if all(given[name] is not None for name in ("lr", "damping", "kl_bound")):
         return optimizers.natural(
             ng, **fixed, ema=config.ema, weight_decay=config.weight_decay, cadence=cadence(config),
             fisher_batch_size=config.fisher_batch_size, compile=config.compile,
         )  # fmt: skip
     if config.fisher_batch_size is not None:
-        raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and clipping, too")
-    bound = given.pop("clipping")
+        raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and kl_bound, too")
+    kl_bound = given.pop("kl_bound")
     auto: dict[str, Any] = {name: "auto" if value is None else value for name, value in given.items()}
-    adaptive = ff.adaptive(ng, **auto, kl_bound=bound or None, ema=config.ema, weight_decay=config.weight_decay)
+    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound or None, ema=config.ema, weight_decay=config.weight_decay)
     return optimizers.adaptive(adaptive, cadence(config), compile=config.compile)
 
 
 def cadence(config: TrainConfig) -> ff.Cadence:
-    """Return when to refresh statistics and inverses: as given, or at growing intervals."""
+    """Return the cadence of statistics and inverses: as given, else growing intervals."""
     if config.optim == "exactNG":  # it keeps no average, and one batch's Fisher does not suit the next
         default = ff.Cadence.fixed(1, 1)
     else:
@@ -141,7 +129,7 @@ def cadence(config: TrainConfig) -> ff.Cadence:
 
 
 def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
-    """Return the natural gradient for this task, as configured."""
+    """Build the natural gradient of this task."""
     x = task.train[0][: config.batch_size]
     return ff.natural_gradient(
         task.model, task.params, x, likelihood=task.likelihood, method=method(config), fisher=config.fisher,
@@ -150,7 +138,7 @@ def natural_gradient(config: TrainConfig, task: Task) -> ff.NaturalGradient:
 
 
 def method(config: TrainConfig) -> ff.Method:
-    """Return the method that `--optim` names, with the options that were given."""
+    """Build the method that `--optim` names, with those of its options that were given."""
     build = ff.METHODS[config.optim]
     known = inspect.signature(build).parameters
     options: dict[str, Any] = {}
@@ -168,164 +156,69 @@ def method(config: TrainConfig) -> ff.Method:
     return build(**options)
 
 
+class Supervised(Training[TrainConfig]):
+    """The training of one net on examples with targets: labels, or the inputs themselves."""
+
+    def __init__(self, config: TrainConfig, data: Data) -> None:
+        super().__init__(config, data)
+        self.task, _ = make_task(config, data)
+        self.optimizer = make_optimizer(config, self.task)
+
+    @staticmethod
+    def completed(config: TrainConfig, data: Data) -> TrainConfig:
+        """Return the configuration with the default model and, for first-order optimizers, the tuned settings."""
+        model = config.model or config.model_for(data)
+        config = filled(config, {"model": model})
+        settings = tuned(config.app, model, data.name, config.optim)
+        open_ones = {name: value for name, value in settings.items() if _number(getattr(config, name)) is None}
+        return dataclasses.replace(config, **open_ones)
+
+    def start(self) -> Snapshot:
+        """Return the snapshot before the first step."""
+        return start(self.task, self.optimizer)
+
+    def epochs(self, at: Snapshot, watch: Watch) -> Iterator[Epoch]:
+        """Train from a snapshot and yield each epoch."""
+        config = self.config
+        label = f"{self.data.name} {config.optim}"
+        rules = Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
+        return train(self.task, self.optimizer, at, rules, watch)
+
+    def described(self) -> str:
+        """Return all settings as a file that `--config` reads, and the coverage report of a natural gradient."""
+        config = self.config
+        report = f"\n{natural_gradient(config, self.task).layout}\n" if config.optim in ff.METHODS else ""
+        return super().described() + report
+
+    def line(self, metrics: dict[str, float]) -> str:
+        """Format the metrics of an epoch for the terminal."""
+        accuracy = f"  test accuracy {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
+        skipped = f"  {metrics['skipped']:.0f} steps skipped as not ok" if metrics["skipped"] else ""
+        losses = f"train loss {metrics['train_loss']:.5f}  test loss {metrics['test_loss']:.5f}"
+        return f"epoch {metrics['epoch']:3.0f}  {losses}{accuracy}  {metrics['seconds']:7.1f} s{skipped}"
+
+    def draw(self, results: Results, at: Snapshot) -> None:
+        """Draw losses per epoch and per second, and for autoencoders reconstructions of test images."""
+        loss_curves({results.path.name: results.metrics()}, results.path / "loss.png")
+        task = self.task
+        if task.per_output == 1:
+            return
+        x = task.test[0][:10]
+        with torch.no_grad():
+            outputs, _ = task.predict(at.params, x, at.context)
+        images = outputs.sigmoid() if isinstance(task.likelihood, ff.Bernoulli) else outputs
+        shape = (-1, *self.data.test.inputs.shape[1:])
+        reconstructions(x.reshape(shape).cpu(), images.reshape(shape).cpu(), results.path / "reconstructions.png")
+
+
 def run(config: TrainConfig, app: str | None = None) -> Path:
-    """Train as configured and return the result folder; nothing is written before data and model are loaded.
-
-    The folder belongs to the trainer, or to `app` if an app runs trainers.
-    """
-    data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
-    model = config.model or config.model_for(data)
-    config = filled(config, {"model": model})
-    config = opened(config, tuned(config.app, model, data.name, config.optim))
-    with (
-        contextlib.closing(Results.open(config, app or config.app)) as results,
-        contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
-        stopped() as signals,
-    ):
-        check_device(config.device)
-        task, _ = make_task(config, data)
-        optimizer = make_optimizer(config, task)
-        if config.verbose:
-            print(described(config, task), flush=True)
-        snapshot = start(task, optimizer)
-        recorded: list[dict[str, float]] = []
-        if config.resume:
-            snapshot = restore(results, snapshot)
-            recorded = results.metrics()
-        for epoch in train(
-            task, optimizer, snapshot, settings(config, data), partial(watched, results, config.save_every, signals)
-        ):
-            snapshot = epoch.snapshot
-            if all(metrics["epoch"] != snapshot.epoch for metrics in recorded):
-                results.record(epoch.metrics)
-            board.write(results.metrics())
-            save(results, snapshot)
-            if not config.quiet:
-                print(line(epoch.metrics), flush=True)
-        pictures(results, task, data, snapshot)
-    print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
-    return results.path
-
-
-def opened(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """Return the configuration with the recorded settings in place of missing values and "auto"."""
-    wanted = {name: value for name, value in settings.items() if _number(getattr(config, name)) is None}
-    return dataclasses.replace(config, **wanted)
-
-
-def described(config: TrainConfig, task: Task) -> str:
-    """Return all settings in the format of `--config`, and the coverage report of a natural gradient."""
-    report = f"\n{natural_gradient(config, task).layout}\n" if config.optim in ff.METHODS else ""
-    return as_yaml(config) + report
-
-
-def settings(config: TrainConfig, data: Data) -> Settings:
-    """Return the settings of the training loop."""
-    label = f"{data.name} {config.optim}"
-    return Settings(config.num_epochs, config.batch_size, config.seed, config.num_workers, not config.quiet, label)
-
-
-def line(metrics: dict[str, float]) -> str:
-    """Return the line to print for one epoch."""
-    accuracy = f"  test accuracy {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
-    skipped = f"  {metrics['skipped']:.0f} steps skipped as not ok" if metrics["skipped"] else ""
-    return (
-        f"epoch {metrics['epoch']:3.0f}  train loss {metrics['train_loss']:.5f}  test loss {metrics['test_loss']:.5f}"
-        f"{accuracy}  {metrics['seconds']:7.1f} s{skipped}"
-    )
-
-
-def save(results: Results, snapshot: Snapshot) -> None:
-    """Write the snapshot as a flat checkpoint."""
-    trees = {"params": snapshot.params, "context": snapshot.context, "state": snapshot.state}
-    meta = {name: getattr(snapshot, name) for name in COUNTS}
-    results.save_checkpoint(ff.tree.flatten(trees) | {"state.draws": snapshot.draws}, meta)
-
-
-def restore(results: Results, like: Snapshot) -> Snapshot:
-    """Return the checkpoint as a snapshot with the structure of `like`.
-
-    Raises:
-        CheckpointError: the checkpoint is from an older version, or belongs to another model or method.
-    """
-    flat, meta = results.load_checkpoint()
-    draws = flat.pop("state.draws")
-    trees = {"params": like.params, "context": like.context, "state": like.state}
-    try:
-        saved_trees = ff.tree.unflatten(trees, flat)
-    except ff.errors.StructureError as error:
-        raise CheckpointError(
-            f"the checkpoint in {results.path} does not fit this run, or an older version wrote it: start again with "
-            f"--overwrite, or resume with the version that wrote it. {error}"
-        ) from error
-    trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), saved_trees, trees)
-    return Snapshot(**trees, **{name: meta[name] for name in COUNTS}, draws=draws)
-
-
-class Stopped(SystemExit):
-    """Raised when a signal stops a run, after its checkpoint is saved; the exit code is 128 + signal, as is usual."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(128 + signal_number)
-
-
-@contextlib.contextmanager
-def stopped() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the loop can end at the next step; a second signal ends it immediately."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise Stopped(number)
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # signals can be handled only there
-        yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def watched(
-    results: Results, save_every: int | None, signals: list[int], step: int, at: Callable[[], Snapshot]
-) -> None:
-    """Save a checkpoint if it is due after a step, and stop if a signal was received."""
-    if signals or (save_every and step % save_every == 0):
-        save(results, at())
-    if signals:
-        name = signal.Signals(signals[0]).name
-        print(f"\n{name}: stopped after step {step}; --resume continues from there", file=sys.stderr)
-        raise Stopped(signals[0])
-
-
-def pictures(results: Results, task: Task, data: Data, snapshot: Snapshot) -> None:
-    """Draw the losses per epoch and per second, and for autoencoders the reconstructions of test images."""
-    loss_curves({results.path.name: results.metrics()}, results.path / "loss.png")
-    if task.per_output == 1:
-        return
-    x = task.test[0][:10]
-    with torch.no_grad():
-        outputs, _ = task.predict(snapshot.params, x, snapshot.context)
-    images = outputs.sigmoid() if isinstance(task.likelihood, ff.Bernoulli) else outputs
-    shape = (-1, *data.test.inputs.shape[1:])
-    reconstructions(x.reshape(shape).cpu(), images.reshape(shape).cpu(), results.path / "reconstructions.png")
+    """Train as configured and return the result folder; see `common.runs.run`."""
+    return runs.run(Supervised, config, app)
 
 
 def _examples(split: Split, spec: Model, device: str) -> tuple[Tensor, Tensor]:
     x = (split.inputs.flatten(1) if spec.inputs == "flat" else split.inputs).to(device)
     return x, x if spec.task == "reconstruct" or split.labels is None else split.labels.to(device)
-
-
-def check_device(name: str) -> None:
-    """Raise `ConfigError` if torch cannot compute on the device."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name} cannot be used here: {str(error).splitlines()[0]} Try --device cpu") from None
 
 
 def _tuned(value: float | str | None, name: str) -> float:
@@ -336,15 +229,5 @@ def _tuned(value: float | str | None, name: str) -> float:
 
 
 def _number(value: float | str | None) -> float | None:
-    """Return a number, or None for "auto", which equals no value."""
+    """Return a number, or None if it is open, for which "auto" is another word."""
     return None if isinstance(value, str) else value
-
-
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Print the project's own errors as one line without traceback, and exit with code 1."""
-    try:
-        yield
-    except ff.FisherfnError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

@@ -46,7 +46,7 @@ def train(ng, params, data, steps, damping, adapt):
         for info in (updated, inverted):
             ff.check(info)
         nat = ng.precondition(state, stats.grads)
-        nat = ff.kl_clip(nat, ff.tree.dot(stats.grads, nat), lr=lr, bound=0.1)
+        nat = ff.kl_clip(nat, ff.tree.dot(stats.grads, nat), lr=lr, kl_bound=0.1)
         move = ff.tree.scale(nat, -lr)
         new = ff.tree.add(params, move)
         if adapt and step % 5 == 4:

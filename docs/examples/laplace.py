@@ -75,7 +75,7 @@ def train(ng, params, batch, prior: float, steps: int):
         grads = ff.tree.add(dict(stats.grads), params, scale=decay)
         nat, state, info = ng.step_from(state, grads, stats, invert=step % 5 == 0, inner=True)
         ff.check(info)
-        params = ff.tree.add(params, ff.kl_clip(nat, info.inner, lr=0.5, bound=1e-2), scale=-0.5)
+        params = ff.tree.add(params, ff.kl_clip(nat, info.inner, lr=0.5, kl_bound=1e-2), scale=-0.5)
     return params
 
 

@@ -55,7 +55,7 @@ def natural(ng, params, batches, lr, damping):
         due = {"update": step % 5 == 0, "invert": step % 10 == 0}
         nat, state, info = ng.step(params, state, (x, x), generator=generator, inner=True, **due)
         ff.check(info)
-        velocity = ff.tree.add(ff.kl_clip(nat, info.inner, lr=lr, bound=0.1), velocity, scale=0.9)
+        velocity = ff.tree.add(ff.kl_clip(nat, info.inner, lr=lr, kl_bound=0.1), velocity, scale=0.9)
         params = ff.tree.add(params, velocity, scale=-lr)
         curve.append(info.loss.item())
     return curve

@@ -7,11 +7,11 @@ with δ₀ the previous update. One step, in order:
 1. Statistics and the preconditioned gradient $\hat F^{-1} \nabla h$, as in `ng.step`. Just before inverses are
    refreshed, λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
-3. The step is tried on the examples of that model. If it increases their loss, it is rejected: the parameters do not
-   change, and λ doubles, immediately in the model and at the next refresh in the inverses.
-4. The next batch looks back. If its loss is higher than that of the batch before by more than sampling explains, δ₀ is
-   undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot see. A step after
-   which many parameters have no gradient at all is undone too, because dead units do not recover.
+3. The step is tried on the examples of that model (trial.py). If it increases their loss, it is rejected: the
+   parameters do not change, and λ doubles, immediately in the model and at the next refresh in the inverses.
+4. The next batch looks back (look_back.py). If its loss is higher than that of the batch before by more than sampling
+   explains, δ₀ is undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot
+   see. A step after which many parameters have no gradient at all is undone too, because dead units do not recover.
 
 Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
@@ -26,21 +26,22 @@ Source: Martens & Grosse 2015, sections 6 and 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
-from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.adapt.look_back import Seen, alive
 from fisherfn.adapt.state import Adapted, AdaptiveState
+from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.state import State
-from fisherfn.stats import Batch, Stats, pair, run, window
+from fisherfn.stats import Batch, Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
@@ -53,38 +54,6 @@ One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
 LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
 """The values of "auto" for the rule "clip"."""
-
-PART, LEAST = 8, 32
-"""The quadratic model uses the first N / PART examples, but at least LEAST."""
-
-SIGMAS, TOLERANCE = 4.0, 0.02
-"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss."""
-
-DEAD = 0.1
-"""The share of all parameters that may lose their gradient in one step."""
-
-GRID = 16
-"""Step sizes 1, 1/2, …, 2^-15 of a line search."""
-
-
-class _Seen(NamedTuple):
-    """Values of the whole batch before the step, for the comparison with the next batch."""
-
-    loss: Tensor
-    spread: Tensor
-    alive: Tensor
-
-
-class _Tried(NamedTuple):
-    """A step on trial: the new parameters, the predicted and the actual change of the loss."""
-
-    params: Tree
-    update: Tree
-    learning_rate: Tensor
-    momentum: Tensor
-    predicted: Tensor
-    actual: Tensor
-    before: Tensor
 
 
 @dataclass(frozen=True)
@@ -157,7 +126,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        alive = torch.stack(tree.dots(nat, nat)) != 0  # F̂ is definite, so nat vanishes exactly if the gradient does
+        seen = Seen.of(self.ng, stats, batch, alive(nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state
@@ -169,8 +138,7 @@ class Adaptive:
             state = state._replace(
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
-        seen = _Seen(*self._loss(stats, batch), alive)
-        back = self._looks_back(state, stats, seen)
+        back = seen.undoes(state, stats) if self.look_back else torch.zeros_like(state.rejected)
         tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
         return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
@@ -209,30 +177,30 @@ class Adaptive:
         batch: Batch,
         context: PyTree,
         lr_scale: float | Tensor,
-    ) -> _Tried:
-        """Choose a step and try it."""
-        part, own = self._part(batch, context)
+    ) -> Tried:
+        """Choose a step and take it on trial."""
+        # along the direction of a line search the loss need not fall on a part of the batch
+        wanted = tree.leaves(pair(batch)[0])[0].shape[0] if self.rule == "line_search" else self.model_examples
+        examples = Examples.of(self.ng, batch, context, wanted)
         rate, momentum = self._given(state, info, lr_scale)
         if rate is not None and momentum is not None:
-            update = self._along(nat, state.update, rate, momentum)
-            model = quadratic_model(self.ng, params, part, [update], context=own)
+            update = along(nat, state.update, rate, momentum)
+            model = examples.model(params, [update])
             weights = torch.ones_like(model.slope)
+        elif self.rule == "line_search":
+            model = examples.model(params, [nat])
+            weights = examples.searched(params, nat)
+            rate, momentum = -weights[0], torch.zeros_like(weights[0])
+            update = along(nat, None, rate, momentum)
         else:
-            directions = [nat] if self.rule == "line_search" else [nat, state.update]
-            model = quadratic_model(self.ng, params, part, directions, context=own)
-            if self.rule == "line_search":
-                weights = self._searched(params, nat, part, own, model)
-            else:
-                held = (None if rate is None else -rate, momentum)
-                weights = model.minimiser(curvature.damping.double(), held)
-                weights = torch.stack([weights[0] * lr_scale, weights[1]])
-            rate, momentum = -weights[0], weights[1] if len(weights) > 1 else torch.zeros_like(weights[0])
-            update = self._along(nat, state.update if len(weights) > 1 else None, rate, momentum)
+            model = examples.model(params, [nat, state.update])
+            weights = model.minimiser(curvature.damping.double(), (None if rate is None else -rate, momentum))
+            weights = torch.stack([weights[0] * lr_scale, weights[1]])
+            rate, momentum = -weights[0], weights[1]
+            update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
-        after = self._losses(new, part, own)
-        change = (after.double() - model.losses.double()).mean()
-        before = model.losses.double().mean()
-        return _Tried(new, update, rate, momentum, model.value(weights), change, before)
+        change = (examples.losses(new).double() - model.losses.double()).mean()
+        return Tried(new, update, rate, momentum, model.value(weights), change, model.losses.double().mean())
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
@@ -242,23 +210,8 @@ class Adaptive:
             lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
         rate = None if lr is None else like.new_tensor(lr) * lr_scale * state.shrink
         if rate is not None and self.kl_bound is not None:
-            rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), bound=self.kl_bound)
+            rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
         return rate, None if momentum is None else like.new_tensor(momentum)
-
-    @staticmethod
-    def _along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
-        """Return −α nat + μ δ₀."""
-        if previous is None:
-            return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-        return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
-
-    def _searched(self, params: Tree, nat: Tree, part: Batch, own: PyTree, model: QuadraticModel) -> Tensor:
-        """Return the step size of the grid with the lowest loss."""
-        sizes = [0.5**k for k in range(GRID)]
-        losses = [self._losses(tree.add(params, nat, scale=-size), part, own).double().mean() for size in sizes]
-        means = torch.stack(losses)
-        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
-        return -means.new_tensor(sizes)[best].reshape(1)
 
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
@@ -268,9 +221,9 @@ class Adaptive:
         before: AdaptiveState,
         state: AdaptiveState,
         curvature: State,
-        tried: _Tried,
+        tried: Tried,
         back: Tensor,
-        seen: _Seen,
+        seen: Seen,
         info: Info,
         stats: Stats,
     ) -> tuple[Tree, AdaptiveState, Info]:
@@ -320,42 +273,3 @@ class Adaptive:
             )
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
         return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
-
-    def _looks_back(self, state: AdaptiveState, stats: Stats, seen: _Seen) -> Bool[Tensor, ""]:
-        """Return whether to undo the last update: the loss is too high, or too many parameters are dead."""
-        sound = stats.checks["inputs"] & stats.checks["targets"]
-        if not self.look_back:
-            return torch.zeros_like(sound)
-        limit = state.loss + SIGMAS * (state.spread + seen.spread).sqrt() + TOLERANCE * state.loss.abs()
-        fine = (seen.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
-        sizes = [shape.numel() for _, shape in self.ng.layout.shapes]
-        dead = (seen.loss.new_tensor(sizes) * (state.alive & ~seen.alive)).sum() > DEAD * sum(sizes)
-        return sound & (~fine | dead)
-
-    # ----------------------------------------------------------------------------------------------------- the losses
-
-    def _loss(self, stats: Stats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of the batch and its squared standard error."""
-        losses = self.ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
-        n = losses.shape[0]
-        return losses.mean(), losses.var(correction=0) / max(n - 1, 1)
-
-    def _losses(self, params: Tree, part: Batch, context: PyTree) -> Float[Tensor, " n"]:
-        """Return the loss of each example of the part, with the context (and so the dropout) of the quadratic model."""
-        x, y = part
-        outputs, _ = run(self.ng.model, params, x, () if context is None else context)
-        losses: Tensor = self.ng.likelihood.nll(outputs, y)
-        return losses
-
-    def _part(self, batch: Batch, context: PyTree) -> tuple[Batch, PyTree]:
-        """Return the examples of the quadratic model: all if the net couples them (batch norm in training mode).
-
-        A line search uses all as well, because the loss of a part need not decrease along its direction.
-        """
-        x, y = pair(batch)
-        n = tree.leaves(x)[0].shape[0]
-        wanted = max(n // PART, LEAST) if self.model_examples is None else self.model_examples
-        if self.rule == "line_search" or self.ng.layout.couples or wanted >= n:
-            return (x, y), context
-        part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
-        return part, None if context is None else window(self.ng.layout, context, slice(0, wanted))

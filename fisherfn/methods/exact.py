@@ -85,9 +85,10 @@ class Exact(Method):
             matrix = lowrank.smaller_matrix(taps)
             # the floor is determined by the precision of the statistics
             shift, jitter = floored(matrix.unsqueeze(0), damping.expand(1))
-            factor, sound = lowrank.factorise(matrix, shift)
-            systems[name] = System(taps, factor, shift.squeeze(0).to(damping.dtype))
-            ok |= dict.fromkeys(taps, sound & (shift > 0).all())
+            raised = shift.squeeze(0)
+            factor, sound = lowrank.factorise(matrix, raised)
+            systems[name] = System(taps, factor, raised.to(damping.dtype))
+            ok |= dict.fromkeys(taps, sound & (raised > 0))
             measured["jitter"] |= dict.fromkeys(taps, jitter)
             measured["condition"] |= dict.fromkeys(taps, condition(factor))
         return Estimated(systems, ok, measured)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import fields
-from functools import partial
 from typing import Any, NamedTuple
 
 from fisherfn.base import Method
@@ -13,6 +12,7 @@ from fisherfn.errors import StructureError
 from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.network import Network
+from fisherfn.optim.options import Options
 from fisherfn.types import Model
 
 
@@ -24,7 +24,7 @@ class Copies:
 
     network: Network
     ng: NaturalGradient | None
-    _make: partial[NaturalGradient]
+    _options: Options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))
@@ -33,9 +33,8 @@ class Copies:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        options = self._make.keywords
         for what in ("method", "likelihood"):
-            if not _pickles(options[what]):
+            if not _pickles(getattr(self._options, what)):
                 raise StructureError(
                     f"an optimizer with this {what} cannot be pickled, because it contains local functions. Pass the "
                     "method by name and the likelihood as a class or function of a module, or save state_dict()."
@@ -43,9 +42,14 @@ class Copies:
         return self._unbound()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_options" not in state:
+            raise StructureError(
+                "an older version of fisherfn pickled this optimizer. Save state_dict() with that version, make the "
+                "optimizer again and load it with load_state_dict()."
+            )
         vars(self).update(state)
         if isinstance(state["ng"], _Unbound):
-            self.ng = state["ng"].bound(self.network.model(), self._make.keywords["method"])
+            self.ng = state["ng"].bound(self.network.model(), self._options.method)
 
     def _unbound(self) -> dict[str, Any]:
         ng = None if self.ng is None else _Unbound.of(self.ng)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 
 from fisherfn import tree
 from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
-from fisherfn.base import Method
-from fisherfn.errors import BATCH_CHECKS, HyperparameterError, StructureError, expect, expect_number, unknown
-from fisherfn.methods import named
-from fisherfn.natgrad import NaturalGradient, natural_gradient
+from fisherfn.errors import BATCH_CHECKS, StructureError, expect, expect_number, unknown
+from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
-from fisherfn.optim.watch import REDUCTIONS, Pass, Watch, statistics
+from fisherfn.optim.options import Options
+from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
 from fisherfn.state import State
-from fisherfn.stats import FISHERS, Layout, Stats, pair
+from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, Model, PyTree, Tree
 
 VERSION = 1
@@ -34,55 +32,16 @@ Outcome: TypeAlias = tuple[Tree, State, Info]
 class Curvature(Copies):
     """The natural gradient of a module, built at the first batch, with its state, cadence and random generator.
 
-    See `NaturalGradient` in the same package for the arguments.
+    A copy works on the copied net; watched statistics that were not used yet stay with the original.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        *,
-        likelihood: Any,
-        method: Method | str,
-        damping: float | str,
-        ema: float,
-        update_every: int | None,
-        invert_every: int | None,
-        fisher: str,
-        samples: int,
-        chunk_size: int | None,
-        generator: torch.Generator | int,
-        scaler: torch.amp.GradScaler | None,
-        uncovered: str = "fallback",
-        adaptive: dict[str, Any] | None = None,
-    ) -> None:
-        named(method)  # raises
-        if fisher not in FISHERS:
-            raise unknown("fisher", fisher, FISHERS)
-        if uncovered not in ("fallback", "gradient"):
-            raise unknown("uncovered", uncovered, ("fallback", "gradient"))
-        if isinstance(damping, str) and damping != "auto":
-            raise HyperparameterError(f'damping is a number or "auto", got {damping!r}.')
-        if not isinstance(damping, str):
-            expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
-        expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-        for name, every in (("update_every", update_every), ("invert_every", invert_every)):
-            if every is not None:
-                expect_number(name, every, lambda v: v >= 1, "must be a whole number of steps >= 1", whole=True)
+    def __init__(self, net: nn.Module, options: Options, *, adaptive: dict[str, Any] | None = None) -> None:
+        """Create the curvature; `adaptive` has the arguments of `ff.adaptive`, if steps are adaptive."""
         self.network = Network(net)
-        self._make = partial(
-            natural_gradient, likelihood=likelihood, method=method, fisher=fisher, samples=samples, unused="ignore",
-            uncovered=uncovered,
-        )  # fmt: skip
-        self._adaptive = adaptive
-        self._measures_damping = damping == "auto"
-        self._damping = 1.0 if isinstance(damping, str) else damping
-        self._ema, self._chunk_size = ema, chunk_size
-        default = Cadence() if adaptive is not None else Cadence.fixed(5, 10)
-        self._cadence = Cadence(
-            default.update if update_every is None else (update_every, update_every),
-            default.invert if invert_every is None else (invert_every, invert_every),
-        )
-        self._generator, self.scaler = _generator(generator), scaler
+        self._options, self._adaptive = options, adaptive
+        self._damping = 1.0 if isinstance(options.damping, str) else options.damping
+        self._cadence = options.cadence(Cadence.fixed(5, 10) if adaptive is None else Cadence())
+        self._generator, self.scaler = options.random(), options.scaler
         self.steps = 0
         self.ng: NaturalGradient | None = None
         self._state: State | None = None
@@ -96,12 +55,10 @@ class Curvature(Copies):
         if self.ng is None:
             _one_process()
             x = _finite(_inputs(x))
-
-            def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
-                return self._make(model, params, x, context=context)
-
             with self.network.alone_in_autocast():
-                ng = self.network.build(make, x)
+                ng = self.network.build(
+                    lambda model, params, context: self._options.build(model, params, x, context), x
+                )
                 self._state = self._restored(ng, self._saved)
             self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
             self._by_kind[self.network.kind(x)] = ng
@@ -172,12 +129,12 @@ class Curvature(Copies):
             context = self.network.context(x, self._generator)
             return adaptive(ng, **self._adaptive).step(
                 self.network.values(), self._rest, (x, y), update=self.updates, invert=self.inverts,
-                generator=self._generator, context=context, chunk_size=self._chunk_size, lr_scale=lr_scale,
+                generator=self._generator, context=context, chunk_size=self._options.chunk_size, lr_scale=lr_scale,
             )  # fmt: skip
 
     def _measured(self, ng: NaturalGradient) -> Callable[[State], Tensor] | None:
         """Return a function that measures λ once, at the first refresh of the inverses, if no λ was given."""
-        if not self._measures_damping or self._rest is not None or self.steps:
+        if self._options.damping != "auto" or self._rest is not None or self.steps:
             return None
         return lambda new: START * ng.trace(new).to(new.damping) / sum(s.numel() for _, s in ng.layout.shapes)
 
@@ -189,7 +146,7 @@ class Curvature(Copies):
             context = self.network.context(x, self._generator)
             return ng.step(
                 self.network.values(), self.state, (x, y), update=self.updates, invert=self.inverts, inner=inner,
-                generator=self._generator, context=context, chunk_size=self._chunk_size,
+                generator=self._generator, context=context, chunk_size=self._options.chunk_size,
             )  # fmt: skip
 
     def of_gradients(self, grads: Tree, stats: Stats | None, *, inner: bool) -> Outcome:
@@ -206,7 +163,7 @@ class Curvature(Copies):
             context = self.network.context(x, self._generator)
             return ng.stats(
                 self.network.values(), (x, y), fisher=fisher, generator=self._generator, context=context,
-                chunk_size=self._chunk_size,
+                chunk_size=self._options.chunk_size,
             )  # fmt: skip
 
     def commit(self, state: State | AdaptiveState, context: PyTree = ()) -> None:
@@ -236,7 +193,8 @@ class Curvature(Copies):
         if not self.updates:
             yield
             return
-        with Watch(self.network.parameters(), layout.plan) as seen:
+        seen = Watched(self.network.parameters())
+        with seen.run(layout.plan):
             yield
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))
@@ -291,18 +249,10 @@ class Curvature(Copies):
             moved = {path: leaf.to(device) for path, leaf in saved.items()}
             self._rest = tree.unflatten(rest, moved) if saved else rest
             return self._rest.curvature
-        empty = ng.init(params, damping=self._damping, ema=self._ema)
+        empty = ng.init(params, damping=self._damping, ema=self._options.ema)
         device = next(iter(params.values())).device
         saved = {"examples": empty.examples} | saved if saved else saved  # from a version that did not count examples
         return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
-
-
-def _generator(given: torch.Generator | int) -> torch.Generator:
-    if isinstance(given, torch.Generator):
-        return given
-    if isinstance(given, bool) or not isinstance(given, int):
-        raise HyperparameterError(f"generator is a seed or a torch.Generator, got {given!r}.")
-    return torch.Generator().manual_seed(given)
 
 
 def _inputs(x: PyTree) -> PyTree:
@@ -326,28 +276,3 @@ def _one_process() -> None:
             "several processes train this net, but the drop-in classes do not average over processes: the copies would "
             "diverge. Use the functional loop with statistics averaged over the ranks."
         )
-
-
-class WithCurvature:
-    """Properties of the curvature that the optimizer and the preconditioner share."""
-
-    _curvature: Curvature
-
-    @property
-    def damping(self) -> float:
-        """The damping λ; a new value takes effect at the next refresh of the inverses."""
-        return self._curvature.damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        self._curvature.damping = value
-
-    @property
-    def layout(self) -> Layout:
-        """The coverage report, which lists the block of each parameter; it exists after the first batch."""
-        return self._curvature.ready().layout
-
-    @property
-    def curvature(self) -> State:
-        """The pure state, for the functions of `ng`."""
-        return self._curvature.state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -13,8 +12,10 @@ from fisherfn import tree
 from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
-from fisherfn.optim.curvature import Curvature, WithCurvature
+from fisherfn.optim.curvature import Curvature
 from fisherfn.optim.network import examples
+from fisherfn.optim.options import Options
+from fisherfn.optim.with_curvature import WithCurvature
 from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
@@ -57,30 +58,30 @@ class Preconditioner(WithCurvature):
             net: the module.
             params: the parameters whose gradients are rewritten; None for all that require a gradient.
             likelihood: the likelihood of the outputs; None if only `watch` is used.
-            method: see `NaturalGradient`.
+            method: `ff.kfac()` or a name in `ff.METHODS`.
             optimizer: the optimizer that takes the step; `kl_bound` needs its learning rate, `scaler` its gradients.
             kl_bound: κ > 0, in nats per example, at the largest learning rate of the optimizer's groups; None for no
                 bound.
             damping: λ ≥ 0; "auto" is 20 tr F̂ / n for n parameters, measured once at the first step.
-            ema: see `NaturalGradient`.
-            update_every: see `NaturalGradient`.
-            invert_every: see `NaturalGradient`.
+            ema: weight of the old factors, in [0, 1).
+            update_every: steps between statistics.
+            invert_every: steps between refreshes of the inverses.
             fisher: "mc" or "type2" for `step(x)`; `step((x, y))` is always the empirical Fisher.
-            samples: see `NaturalGradient`.
-            chunk_size: see `NaturalGradient`.
-            generator: see `NaturalGradient`.
+            samples: sampled labels per example for "mc".
+            chunk_size: examples at a time, to limit memory; the result is that of the whole batch.
+            generator: random generator for labels and dropout seeds, or its seed; saved with the preconditioner.
             example_inputs: inputs with which to find the layers immediately.
             scaler: the gradient scaler, if you use one. Gradients are unscaled first. If they overflowed, they are
                 left unchanged, because the scaler will skip the step.
             uncovered: see `NaturalGradient`; with "gradient" the `.grad` of parameters in no layer stays as it is.
         """
         self._likelihood = likelihood
-        self._curvature = Curvature(
-            net, likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping,
-            ema=ema, update_every=update_every, invert_every=invert_every,
-            fisher="empirical" if likelihood is None else fisher, samples=samples, chunk_size=chunk_size,
-            generator=generator, scaler=scaler, uncovered=uncovered,
+        options = Options(
+            likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping, ema=ema,
+            update_every=update_every, invert_every=invert_every, fisher="empirical" if likelihood is None else fisher,
+            samples=samples, chunk_size=chunk_size, generator=generator, scaler=scaler, uncovered=uncovered,
         )  # fmt: skip
+        self._curvature = Curvature(net, options)
         self._curvature.network.train(net.parameters() if params is None else params)
         if kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
@@ -119,21 +120,8 @@ class Preconditioner(WithCurvature):
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = curvature.of_gradients(grads, stats, inner=clips)
         check(self.info)
-        self._write(kl_clip(nat, self.info.inner, lr=rate, bound=self._kl_bound or 0.0) if clips else nat)
+        self._write(kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0) if clips else nat)
         curvature.commit(state)
-
-    def watch(self, inputs: PyTree = None, *, reduction: str = "mean") -> AbstractContextManager[None]:
-        """Collect statistics in your own pass: `with pre.watch(): loss = criterion(net(x), y)`.
-
-        Call `loss.backward()` and `pre.step()` afterwards. The statistics are those of the empirical Fisher. Several
-        passes before a step (accumulation) count as one batch.
-
-        Args:
-            inputs: example inputs, needed before the first batch if the constructor had none.
-            reduction: the sum of the losses of all passes before the step is the "mean" over their examples, or the
-                "sum".
-        """
-        return self._curvature.watch(inputs, reduction)
 
     def _statistics(self, batch: Any) -> Stats:
         if batch is None:

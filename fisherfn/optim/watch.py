@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn.errors import ShapeError, StructureError
+from fisherfn.layers import Call
 from fisherfn.randomness import draws_globally
 from fisherfn.stats import Block, LayerStats, Layout, Stats
 from fisherfn.stats.chunks import join
@@ -53,35 +54,41 @@ class Pass(NamedTuple):
         return any(seen.leaf.grad is not None for calls in self.calls.values() for seen in calls)
 
 
-class Watch(Intercept):
-    """Records the layer calls of a running module whose parameters are leaves of autograd."""
+class Watched:
+    """A recorder for `Intercept`: keeps the layer calls of a running module whose parameters are leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor], plan: Plan) -> None:
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._params = dict(params)
         self._seen: dict[str, dict[int, Seen]] = {}
-        super().__init__(dict(params), taps={}, shared=Followed(plan))
+
+    def run(self, plan: Plan) -> Intercept:
+        """Return the mode in which the module runs."""
+        return Intercept(self._params, taps={}, shared=Followed(plan), recorder=self)
 
     @property
     def calls(self) -> dict[str, list[Seen]]:
         """The uses of each layer, in order."""
         return {name: [uses[use] for use in sorted(uses)] for name, uses in self._seen.items()}
 
-    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Let the pass be the user's own, including dropout from the global generator, unless copies would differ."""
-        assert self._followed is not None
-        if draws_globally(func, args, kwargs) and self._followed.among(args, kwargs):
+    def admit(self, func: Any, args: Any, kwargs: Any, followed: Followed | None) -> None:
+        """Admit every call of the user's own pass, with dropout from the global generator, unless copies would differ.
+
+        Raises:
+            StructureError: random numbers for a tensor that all examples share.
+        """
+        if followed is not None and draws_globally(func, args, kwargs) and followed.among(args, kwargs):
             raise StructureError(
                 f"the model calls {func.__name__} on a tensor that all examples share (a table of positions, a "
                 "weight), whose copies for each example would be masked in different ways while watched: pass the "
                 "batch to step((x, y)) instead, or call net.eval()."
             )
 
-    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
+    def tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None) -> Tensor:
+        """Add a leaf to the output of a layer, and note the call."""
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        records = self.records.get(name, [])
-        shared = use >= len(records) or records[use].copies is not None
-        config = None if shared else records[use].call.config
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, shared)
+        config = None if call is None else call.config
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, shared=call is None)
         return output + leaf.to(output.dtype)
 
 

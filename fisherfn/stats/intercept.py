@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,18 @@ class Record(NamedTuple):
         return self.call.input if self.copies is None else self.copies(examples)
 
 
+class Recorder(Protocol):
+    """A receiver of layer calls, in place of taps, for a run that is the caller's own."""
+
+    def admit(self, func: Any, args: Any, kwargs: Any, followed: Followed | None) -> None:
+        """Raise the typed error for a call that such a run cannot contain."""
+        ...
+
+    def tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None) -> Tensor:
+        """Return the output of a use of a layer with a tap; `call` is None if no example enters, so `x` are copies."""
+        ...
+
+
 class Intercept(Elementary):
     """Record the layer calls of a run, and add `taps`, if given, to the outputs in order of use.
 
@@ -73,6 +85,7 @@ class Intercept(Elementary):
         taps: zero taps for each use of a layer.
         uncoupled: hold the batch statistics of batch norms fixed, so that their known coupling does not hide another.
         shared: object that finds the tensors shared by all examples (second trace of the build) or follows them.
+        recorder: receiver of the layer calls, in place of `taps`.
     """
 
     def __init__(
@@ -81,12 +94,14 @@ class Intercept(Elementary):
         taps: Taps | None = None,
         uncoupled: bool = False,
         shared: Scout | Followed | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__()
         self._uncoupled = uncoupled
         self._params = params
         self._names = {id(tensor): name for name, tensor in params.items()}
         self._taps = taps
+        self._recorder = recorder
         self._entered = _level()
         self._shared = shared
         self._scout = shared if isinstance(shared, Scout) else None
@@ -103,7 +118,10 @@ class Intercept(Elementary):
 
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and record it if it is a layer or reads parameters."""
-        self._refuse(func, args, kwargs)
+        if self._recorder is None:
+            self._refuse(func, args, kwargs)
+        else:
+            self._recorder.admit(func, args, kwargs, self._followed)
         # tensors inside a transform that the model itself applies (jvp, grad, vmap) are invalid after it has ended
         here = _level() == self._entered
         simpler = self._simpler(func, args, kwargs) if here else None
@@ -197,7 +215,7 @@ class Intercept(Elementary):
             self.records[name].append(Record(family.name, call, bias, output, place=place))
             if self._scout is not None:
                 self._scout.look(func, args, kwargs, output, growth, self._names, besides=(call.weight, call.bias))
-            return self._tapped(name, use, call.input, output)
+            return self._tapped(name, use, call.input, output, call)
         assert self._shared is not None
         if self._scout is not None:
             self._scout.note_parameters((args, kwargs), self._names, besides=(call.weight, call.bias))
@@ -210,8 +228,10 @@ class Intercept(Elementary):
         self._shared.add_layer(func, name, shared, output, outputs)
         return output
 
-    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor) -> Tensor:
-        """Add the tap of this use to an output, if there is one; `x` is the layer's input."""
+    def _tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None = None) -> Tensor:
+        """Return an output with its tap, if there is one; `x` is the input, `call` None if the input is shared."""
+        if self._recorder is not None:
+            return self._recorder.tapped(name, use, x, output, call)
         taps = () if self._taps is None else self._taps.get(name, ())
         return output + taps[use].to(output.dtype) if use < len(taps) else output
 

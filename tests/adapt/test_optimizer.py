@@ -92,7 +92,7 @@ def test_the_clip_is_that_of_kl_clip_with_momentum():
     theta, curvature, v = problem.params, ng.init(problem.params, damping=0.1), ff.tree.zeros_like(problem.params)
     for _ in range(5):
         nat, curvature, info = ng.step(theta, curvature, (problem.x, problem.y), generator=rng, inner=True)
-        v = ff.tree.add(ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2), v, scale=0.9)
+        v = ff.tree.add(ff.kl_clip(nat, info.inner, lr=1.0, kl_bound=1e-2), v, scale=0.9)
         theta = ff.tree.add(theta, v, scale=-1.0)
     torch.testing.assert_close(flat(params), flat(theta), rtol=1e-10, atol=1e-10)
 

@@ -15,7 +15,7 @@ from common.config import parse
 from common.loop import Task
 from common.plots import curve_grid
 from common.results import ResultExistsError
-from common.trainer import reported
+from common.runs import reported
 
 # ------------------------------------------------------------------------------------------------------- whole runs
 

@@ -11,7 +11,7 @@ from torch import nn
 import benchmark
 import fisherfn as ff
 from common.benchmark import clock, contenders, optimizers, peers, report
-from common.benchmark.contenders import Contender, Cost, Cycle, cost
+from common.benchmark.contenders import Contender, Cost, Cycle, Parts, cost
 from common.benchmark.ours import COMPILED, FORWARD_BACKWARD, GRAM, IN_TOTAL, VARIANTS, kfac
 from common.benchmark.problems import WORKLOADS, posed, problem
 from common.config import ConfigError
@@ -20,13 +20,13 @@ from common.config import ConfigError
 
 
 def test_the_mean_step_counts_each_kind_as_often_as_it_happens():
-    joint = {"step": 4.0, "step + statistics": 10.0, "step + statistics + inverses": 30.0}
+    joint = Parts(4.0, step_with_statistics=10.0, step_with_both=30.0)
     # 20 steps: 1 with inverses, 3 more with statistics, 16 without either
     assert math.isclose(Cycle(5, 20).mean(cost(joint)), (30 + 3 * 10 + 16 * 4) / 20)
-    apart = {"step": 4.0, "statistics": 6.0, "inverses": 20.0}
+    apart = Parts(4.0, statistics=6.0, inverses=20.0)
     assert cost(apart) == cost(joint) == Cost(4.0, 6.0, 20.0)
-    assert cost({"step": 4.0, "statistics": 6.0, "step + inverses": 24.0}) == Cost(4.0, 6.0, 20.0)
-    assert Cycle(5, 20).mean(cost({"step": 4.0})) == 4.0
+    assert cost(Parts(4.0, statistics=6.0, step_with_inverses=24.0)) == Cost(4.0, 6.0, 20.0)
+    assert Cycle(5, 20).mean(cost(Parts(4.0))) == 4.0
 
 
 def test_a_timing_is_the_median_between_the_quartiles():
@@ -102,10 +102,10 @@ def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
     one = problem("cuda_convnet", 4)
     for label, build in COMPILED.items():
         plain, compiled = kfac(one, VARIANTS[label.removesuffix(", compiled")]), build(one)
-        for part in plain.parts:
-            moved, _, info = plain.parts[part]()
+        for part, call in plain.calls().items():
+            moved, _, info = call()
             ff.check(info)
-            for name, leaf in compiled.parts[part]()[0].items():
+            for name, leaf in compiled.calls()[part]()[0].items():
                 torch.testing.assert_close(leaf, moved[name])
 
 
@@ -119,10 +119,7 @@ def test_a_workload_has_to_exist():
 
 def numbers():
     def parts(**ms):
-        return {
-            name.replace("_", " + "): {"ms": value, "low": 1.0, "high": 9.0, "peak_mib": None}
-            for name, value in ms.items()
-        }
+        return {name: {"ms": value, "low": 1.0, "high": 9.0, "peak_mib": None} for name, value in ms.items()}
 
     def one(**ms):
         return {"parts": parts(**ms), "covers": "all", "note": "", "error": ""}
@@ -235,7 +232,7 @@ def test_singd_ends_in_the_damped_inverses_that_it_is_to_replace():
     one, damping = pose(mlp, True), 0.3
     adapter = peers.singd(one, damping=damping, rate=0.5)
     for _ in range(400):
-        adapter.contender.parts["step + statistics"]()
+        adapter.contender.parts.step_with_statistics()
     ng = ff.natural_gradient(
         one.model, one.params, one.batch[0], likelihood=one.likelihood, fisher="empirical", context=one.context
     )
@@ -262,7 +259,7 @@ def test_a_contender_moves_every_weight_and_stays_finite(name, monkeypatch):
     monkeypatch.setattr(type(one), "training", lambda self: nets.append(training(self)) or nets[-1])
     contender = contenders.attempted((peers.PEERS | optimizers.OPTIMIZERS)[name], one)
     assert not contender.error
-    for part, step in contender.parts.items():
+    for part, step in contender.calls().items():
         before = [p.detach().clone() for p in nets[0].net.parameters()]
         step()
         after = list(nets[0].net.parameters())
@@ -275,7 +272,7 @@ def test_the_error_of_a_failed_peer_is_recorded():
     def fails(_):
         raise ValueError("no such layer\nand more")
 
-    assert contenders.attempted(fails, None) == Contender({}, covers="–", error="ValueError: no such layer")
+    assert contenders.attempted(fails, None) == Contender(None, covers="–", error="ValueError: no such layer")
 
 
 def test_layers_that_are_not_covered_are_named():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmark
-from common import trainer
+from common import runs, trainer
 from common.checkpoints import load_checkpoint
 from common.results import read_metrics
 from common.train_config import CnnConfig, TrainConfig
@@ -40,18 +40,18 @@ def test_a_run_goes_on_on_the_other_device(own, optim, first, then):
     if optim == "adam":  # makes steps of the rounding of a gradient that is zero, as that of a bias before a batch norm
         settings |= {"model": "own:autoencoder", "lr": 0.005}
     else:
-        settings |= {"damping": 0.1, "clipping": 0.1}
+        settings |= {"damping": 0.1, "kl_bound": 0.1}
     config = TrainConfig(**settings, device=first, result_name="moved")
     straight = trainer.run(dataclasses.replace(config, device="cpu", result_name="straight"))
 
     def stop(results, save_every, signals, step, at):
         if step == 6:  # epochs have four
-            trainer.save(results, at())
-            raise trainer.Stopped(2)
+            runs.save(results, at())
+            raise runs.Stopped(2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "watched", stop)
-        with pytest.raises(trainer.Stopped):
+        patch.setattr(runs, "watched", stop)
+        with pytest.raises(runs.Stopped):
             trainer.run(config)
     moved = trainer.run(dataclasses.replace(config, device=then, resume=True))
     (found, _), (expected, _) = (load_checkpoint(folder / "checkpoint.pt") for folder in (moved, straight))

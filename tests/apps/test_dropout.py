@@ -17,7 +17,7 @@ def drops(data):
 """
 COMMON = [
     "--data", "own:load", "--model", "own:drops", "--batch_size", "10", "--quiet", "--damping", "1",
-    "--clipping", "0.1", "--update_every", "2", "--invert_every", "3",
+    "--kl_bound", "0.1", "--update_every", "2", "--invert_every", "3",
 ]  # fmt: skip
 
 

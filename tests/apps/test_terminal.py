@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINERS = ["train_mlp", "train_cnn", "train_autoencoder", "train_gan"]
 RUN = ["--data", "own:load", "--num_epochs", "1", "--batch_size", "10", "--result_name", "x"]
-KFAC = ["--optim", "kfac", "--lr", "0.1", "--damping", "1", "--clipping", "0.1"]
+KFAC = ["--optim", "kfac", "--lr", "0.1", "--damping", "1", "--kl_bound", "0.1"]
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -186,7 +186,7 @@ def test_code_units_are_dead_when_no_image_activates_them(dead):
 
 def test_the_study_of_two_levels_measures_every_method(own, capsys):
     config = study_two_level.StudyConfig(
-        data="own:load", model="own:autoencoder", batch_size=16, damping=0.1, clipping=0.1, steps=3, seeds=2, points=2,
+        data="own:load", model="own:autoencoder", batch_size=16, damping=0.1, kl_bound=0.1, steps=3, seeds=2, points=2,
         quiet=True,
     )  # fmt: skip
     folder = study_two_level.study(config)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import fisherfn as ff
-from common import trainer
+from common import runs, trainer
 from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import Data, Split, load
@@ -24,7 +24,7 @@ def configured(*more: str) -> AutoencoderConfig:
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
 def test_every_optimizer_trains_resumes_and_leaves_a_whole_result(own, optim):
-    common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--clipping", "0.1")
+    common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_autoencoder/straight")
     metrics = read_metrics(straight)
@@ -46,7 +46,7 @@ def unlabelled(shape: tuple[int, ...], likelihood: ff.Likelihood, model: str = "
 def colours(own, monkeypatch):
     """Small pictures in colour, as the data of every name; what was drawn of them."""
     data = unlabelled((3, 12, 13), ff.Gaussian())
-    monkeypatch.setattr(trainer, "load", lambda *args, **kwargs: data)
+    monkeypatch.setattr(runs, "load", lambda *args, **kwargs: data)
     drawn = []
     draw = trainer.reconstructions
     monkeypatch.setattr(trainer, "reconstructions", lambda *args: drawn.extend(args) or draw(*args))

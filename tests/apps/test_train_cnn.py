@@ -28,7 +28,7 @@ def configured(*more: str) -> CnnConfig:
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
 def test_every_optimizer_trains_resumes_and_leaves_a_whole_result(own, optim):
-    common = ("--model", "own:convolutional", "--optim", optim, "--damping", "1", "--clipping", "0.1")
+    common = ("--model", "own:convolutional", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_cnn/straight")
     metrics = read_metrics(straight)

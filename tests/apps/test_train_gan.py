@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import fisherfn as ff
+from common import runs
 from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.data import DataError, load
@@ -67,7 +68,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(own, stop, monke
     class Killed(Exception):
         pass
 
-    whole = trainer.watched
+    whole = runs.watched
 
     def killed(results, save_every, signals, step, at):
         whole(results, save_every, signals, step, at)
@@ -75,7 +76,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(own, stop, monke
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "watched", killed)
+        patch.setattr(runs, "watched", killed)
         with pytest.raises(Killed):
             run(configured("--n_epochs", "2", "--result_name", "parts", "--save_every", "1"))
     resumed = run(configured("--n_epochs", "2", "--result_name", "parts", "--resume"))
@@ -134,13 +135,13 @@ def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
     plain = trainer.optimizers.natural
 
     def noted(ng, **settings):
-        made.append((settings["damping"], settings["clipping"], settings["penalty"] is not None))
+        made.append((settings["damping"], settings["kl_bound"], settings["penalty"] is not None))
         return plain(ng, **settings)
 
     monkeypatch.setattr(trainer.optimizers, "natural", noted)
-    more = ("--damping", "0.1", "--clipping", "0.2")
+    more = ("--damping", "0.1", "--kl_bound", "0.2")
     make_table(configured(*more), load("own:digits"))
-    make_table(configured(*more, "--gen_damping", "3", "--gen_clipping", "0"), load("own:digits"))
+    make_table(configured(*more, "--gen_damping", "3", "--gen_kl_bound", "0"), load("own:digits"))
     assert made == [(0.1, 0.2, False), (0.1, 0.2, True), (3.0, 0.0, False), (0.1, 0.2, True)]
 
 
@@ -153,7 +154,7 @@ def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own
         return plain(opt, cadence)
 
     monkeypatch.setattr(trainer.optimizers, "adaptive", noted)
-    more = ("--damping", "0.1", "--gen_clipping", bound, "--gen_damping", "auto")
+    more = ("--damping", "0.1", "--gen_kl_bound", bound, "--gen_damping", "auto")
     table = make_table(configured(*more), load("own:digits"))
     assert isinstance(loop.start(table).state["generator"], ff.AdaptiveState)
     table = table._replace(rules=table.rules._replace(num_epochs=2))

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import fisherfn as ff
-from common import trainer
+from common import runs
 from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from common.config import ConfigError, read
 from common.data import load
 from common.results import read_metrics
+from common.runs import watched
 from common.train_config import TrainConfig
-from common.trainer import make_task, natural_gradient, run, watched
+from common.trainer import make_task, natural_gradient, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ def quiet_run(*more: str) -> Path:
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
 @pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
 def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
-    folder = quiet_run("--model", model, "--optim", optim, "--result_name", "x", "--damping", "1", "--clipping", "0.1")
+    folder = quiet_run("--model", model, "--optim", optim, "--result_name", "x", "--damping", "1", "--kl_bound", "0.1")
     assert folder == Path("results/train_mlp/x")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [0, 1, 2, 3]
@@ -51,7 +52,7 @@ def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
 def test_resumed_is_the_straight_run(own, optim):
-    common = ("--optim", optim, "--damping", "1", "--clipping", "0.1")
+    common = ("--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = quiet_run(*common, "--result_name", "straight")
     quiet_run(*common, "--result_name", "parts", "--num_epochs", "1")
     parts = quiet_run(*common, "--result_name", "parts", "--num_epochs", "3", "--resume")
@@ -66,7 +67,7 @@ def test_resumed_is_the_straight_run(own, optim):
 @pytest.mark.parametrize("optim", ["adam", "kfac", "lanczos", "twolevel_kfac"])
 def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(own, optim, monkeypatch):
     """Killed after the seventh step, of which the sixth is on the disk."""
-    common = ("--optim", optim, "--damping", "1", "--clipping", "0.1", "--save_every", "3")
+    common = ("--optim", optim, "--damping", "1", "--kl_bound", "0.1", "--save_every", "3")
     straight = quiet_run(*common, "--result_name", "straight")
 
     def killed(results, save_every, signals, step, at):
@@ -75,7 +76,7 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "watched", killed)
+        patch.setattr(runs, "watched", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet_run(*common, "--result_name", "parts")
     assert load_checkpoint(own / "results/train_mlp/parts/checkpoint.pt")[1]["step"] == 6
@@ -88,7 +89,7 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_its_code(own, number):
-    args = ("--data", "own:load", "--num_epochs", "100000", "--optim", "kfac", "--damping", "1", "--clipping", "0.1")
+    args = ("--data", "own:load", "--num_epochs", "100000", "--optim", "kfac", "--damping", "1", "--kl_bound", "0.1")
     script = str(ROOT / "apps" / "train_mlp.py")
     process = subprocess.Popen(
         [sys.executable, script, *args, "--result_name", "one", "--quiet", "true"], cwd=own, stderr=subprocess.PIPE,
@@ -108,7 +109,7 @@ def test_a_signal_saves_and_leaves_with_its_code(own, number):
 
 def test_the_same_seed_is_the_same_run_whoever_loads_the_data(own):
     folders = [
-        quiet_run("--optim", "lanczos", "--damping", "1", "--clipping", "0.1", "--num_workers", workers,
+        quiet_run("--optim", "lanczos", "--damping", "1", "--kl_bound", "0.1", "--num_workers", workers,
                   "--result_name", f"run{index}")
         for index, workers in enumerate(("0", "0", "2"))
     ]  # fmt: skip
@@ -177,7 +178,7 @@ def test_an_existing_name_is_refused_unless_overwritten(own):
     ],
 )
 def test_a_methods_options_reach_it(own, args, method):
-    config = configured(*args.split(), "--damping", "1", "--clipping", "0.1")
+    config = configured(*args.split(), "--damping", "1", "--kl_bound", "0.1")
     task, _ = make_task(dataclasses.replace(config, model="own:build"), load("own:load"))
     x, y = task.train[0][:10], task.train[1][:10]
     steps = []
@@ -192,7 +193,7 @@ def test_a_methods_options_reach_it(own, args, method):
 
 def test_exact_type_2_through_the_model_is_the_factorised_run(own):
     """With enough conjugate-gradient steps."""
-    common = ("--model", "own:autoencoder", "--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--clipping",
+    common = ("--model", "own:autoencoder", "--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--kl_bound",
               "0.1", "--update_every", "1", "--invert_every", "1")  # fmt: skip
     direct = quiet_run(*common, "--result_name", "direct")
     implicit = quiet_run(*common, "--cg_steps", "60", "--result_name", "implicit")
@@ -203,7 +204,7 @@ def test_exact_type_2_through_the_model_is_the_factorised_run(own):
 
 @pytest.mark.parametrize("args", ["--structure block", "--fisher mc", "--optim kfac", "--optim sgd"])
 def test_conjugate_gradients_where_there_are_none_are_refused(own, args):
-    common = ("--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--clipping", "0.1", "--cg_steps", "5")
+    common = ("--optim", "exactNG", "--fisher", "type2", "--damping", "1", "--kl_bound", "0.1", "--cg_steps", "5")
     with pytest.raises(ConfigError, match="cg_steps"):
         quiet_run(*common, *args.split(), "--result_name", "refused")
     assert not (own / "results").exists()

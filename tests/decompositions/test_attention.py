@@ -7,6 +7,7 @@ from torch import nn
 
 import fisherfn as ff
 from fisherfn.decompositions.attention import multi_head_attention
+from fisherfn.stats import run
 from tests import oracles, zoo
 from tests.layers.checks import check, check_fisher, check_gradients, kinds, normal, same, stepped, twin
 from tests.methods.protocol import at, stack
@@ -276,3 +277,18 @@ def test_attention_without_a_batch_is_torchs(shared):
     arguments = (query, key, value, 6, 2, weight, bias, None, None, False, 0.0, out, None)
     for got, want in zip(multi_head_attention(*arguments), F.multi_head_attention_forward(*arguments), strict=True):
         close(got, want, tol=1e-12)
+
+
+def test_a_query_that_may_attend_to_nothing_gets_nothing():
+    """Its output and the gradients through it are zero; all others are torch's."""
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    params = {name: normal(1, 2, 3, 4, seed=seed) for seed, name in enumerate("qkv")}
+
+    def attention(p, mask):
+        return F.scaled_dot_product_attention(p["q"], p["k"], p["v"], mask)
+
+    found, _ = run(attention, params, mask, ())
+    assert not found[..., 1, :].any()
+    close(found[..., [0, 2], :], attention(params, mask)[..., [0, 2], :])
+    gradients = torch.func.grad(lambda p: run(attention, p, mask, ())[0].square().sum())(params)
+    assert not gradients["q"][..., 1, :].any() and all(g.isfinite().all() for g in gradients.values())

@@ -10,7 +10,18 @@ from torch import nn
 import fisherfn as ff
 from tests import oracles, strategies, zoo
 from tests.layers import unit_weights
-from tests.layers.checks import apart_params, check, dense, exact_blocks, kfac_matrix, kinds, normal, stepped, twin
+from tests.layers.checks import (
+    apart_params,
+    check,
+    check_gradients,
+    dense,
+    exact_blocks,
+    kfac_matrix,
+    kinds,
+    normal,
+    stepped,
+    twin,
+)
 from tests.nets import MeanPool, Readout, Separate, Swap
 from tests.oracles import close, vec
 from tests.zoo import from_net, sampled
@@ -259,3 +270,17 @@ def test_taps_of_float32_are_float32():
     problem = zoo.to(from_net(nn.Sequential(nn.Conv1d(1, 2, 2), Readout(2)), (2, 1, 3), "gaussian"), torch.float32)
     tap = sampled(problem).stats.tap("0")
     assert dense(tap.a).dtype == tap.g.dtype == torch.float32
+
+
+def test_a_kernel_that_is_used_with_and_without_its_bias_is_exact():
+    """The bias counts in the first use alone."""
+
+    def model(p, x):
+        return Readout(2)(torch.tanh(F.conv1d(x, p["w"], p["b"])) * F.conv1d(x, p["w"]))
+
+    params = {"w": normal(3, 2, 2), "b": normal(3, seed=1)}
+    problem = zoo.from_model(model, params, normal(3, 2, 4, seed=2), "categorical", zoo.generator(), {})
+    run = sampled(problem)
+    block = run.ng.layout.block("w")
+    assert block.bias == "b" and [use.biased for use in block.uses] == [True, False]
+    check_gradients(problem, run.ng, run.stats)

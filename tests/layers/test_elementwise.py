@@ -14,6 +14,7 @@ from tests.zoo import from_net, sampled
 
 W = (4,)
 WAYS = {
+    "in place on itself": (W, lambda w, h: h * (2 * w).add_(1.0)),
     "w * h": (W, lambda w, h: w * h),
     "h * w": (W, lambda w, h: h * w),
     "h + b": (W, lambda w, h: h + w),
@@ -95,7 +96,6 @@ def test_as_many_examples_as_anything_else(way, traced):
 
 
 OTHERWISE = {
-    "in place on itself": (W, lambda w, h: h * (2 * w).add_(1.0), "add_"),
     "written into a tensor": (W, lambda w, h: written(h, w), "__setitem__"),
     "an own transform": (W, lambda w, h: torch.vmap(lambda row: row * w)(h.flatten(0, 1)).view_as(h), "mul"),
 }
@@ -168,6 +168,20 @@ def test_another_path_than_at_the_build_is_an_error():
         ng.stats({"w": normal(4)}, (-x, y))
 
 
+def test_a_path_that_ends_before_that_of_the_build_is_an_error():
+    """The last use of a parameter is left out: its statistics would lack it."""
+
+    def model(p, x):
+        h = x * p["w"]
+        return Readout(2)(h + p["w"] if x.sum() > 0 else h)
+
+    x, y = normal(3, 4).abs(), torch.tensor([0, 1, 1])
+    ng = ff.natural_gradient(model, {"w": normal(4)}, x, likelihood=ff.Categorical(), fisher="empirical")
+    ng.stats({"w": normal(4)}, (x, y))
+    with zoo.as_installed(), pytest.raises(ff.errors.StructureError, match="1 calls instead of 2"):
+        ng.stats({"w": normal(4)}, (-x, y))
+
+
 def test_a_scale_of_a_mean_over_the_batch_does_not_hide_the_coupling():
     def model(p, x):
         h = F.linear(x, p["v"])
@@ -176,3 +190,12 @@ def test_a_scale_of_a_mean_over_the_batch_does_not_hide_the_coupling():
     params = {"w": normal(3), "v": normal(3, 4, seed=1)}
     with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="'v'.*couples the examples"):
         ff.natural_gradient(model, params, normal(3, 4), likelihood=ff.Categorical())
+
+
+@pytest.mark.parametrize(("size", "shape"), [(256, (1, 256, 1)), (257, (257, 1, 1))])
+def test_a_parameter_of_up_to_256_entries_is_one_dense_block(size, shape):
+    params = {"w": normal(2, size), "s": normal(size)}
+    ng = ff.natural_gradient(
+        lambda p, x: F.linear(x * p["s"], p["w"]), params, normal(3, size), likelihood=ff.Gaussian(), fisher="type2"
+    )
+    assert ng.layout.block("s").shape == shape

@@ -245,3 +245,18 @@ def test_a_linear_layer_of_a_transposed_weight_is_a_product(d_out):
     assert kinds(run.ng) == {"w": "matmul", "b": "elementwise"}
     check_gradients(problem, run.ng, run.stats)
     check_fisher(problem, run, "mc")
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_a_bias_that_is_broadcast_over_the_outputs_is_no_layers_own(positions):
+    """One number for all outputs: the weight is a linear layer, the number a shift."""
+    params = {"w": normal(3, 4), "b": normal(1)}
+
+    def model(p, x):
+        out = F.linear(x, p["w"], p["b"])
+        return out if out.ndim == 2 else out.mean(1)
+
+    problem = zoo.from_model(model, params, normal(3, *positions, 4, seed=2), "categorical", zoo.generator(), {})
+    run = sampled(problem, "type2")
+    assert run.ng.layout.block("w").bias is None
+    check_gradients(problem, run.ng, run.stats)

@@ -34,7 +34,7 @@ def test_nothing_is_mutated_and_equal_arguments_give_equal_results(method, id):
             (
                 ng(problem.params, stats),
                 ng.init(problem.params),
-                ff.kl_clip(grads, torch.tensor(1.0), lr=1.0, bound=1.0),
+                ff.kl_clip(grads, torch.tensor(1.0), lr=1.0, kl_bound=1.0),
             ),
         )
 

@@ -8,7 +8,9 @@ from torch.func import jacrev
 from torch.nn import functional as F
 
 import fisherfn as ff
+from fisherfn.types import Shape
 from tests import oracles, strategies, zoo
+from tests.drawn import tap as tap_of
 from tests.methods.kronecker import (
     as_installed,  # noqa: F401
     drawn,
@@ -271,3 +273,15 @@ def test_its_own_fisher_is_at_no_distance(structure):
 def test_a_structure_of_another_name_is_refused():
     with zoo.as_installed(), pytest.raises(ff.errors.FisherfnError, match="block"):
         ff.exact(structure="diagonal")
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_overlap_with_statistics_of_another_size_is_that_of_the_dense_blocks(positions):
+    """Rows or per-example gradients in the state, whichever is smaller."""
+    (tap, W), (other, V) = (tap_of("dense", (1, 1, n, positions, 2, 3), n) for n in (4, 6))
+    F_state, F_other = (rows.T @ rows / len(rows) for rows in (W.flatten(0, 1).flatten(1), V.flatten(0, 1).flatten(1)))
+    one, method = torch.ones((), dtype=torch.float64), ff.exact()
+    empty, _ = method.init({"w": Shape(1, 2, 3)}, one.dtype, one.device, one)
+    cross, square = method.overlap(method.update(empty, {"w": tap}, one).factors, {"w": other})["w"]
+    close(cross, (F_state * F_other).sum())
+    close(square, F_state.square().sum())

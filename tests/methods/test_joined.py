@@ -1,4 +1,4 @@
-"""Blocks that are iterated on together: each gets what it gets alone, NaN in one stays there, memory is bounded."""
+"""Blocks that are iterated on together: each gets what it gets alone, and NaN in one block stays there."""
 
 import pytest
 import torch
@@ -37,21 +37,6 @@ def updated(method, taps, before=None, rho=0.0):
 def same(found, expected, tol=1e-9):
     for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         close(a, b, tol)
-
-
-def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():
-    taps = drawn()
-    assert rearrangement.group_by_batch_size(taps) == [["linear", "groups", "wide"], ["shared"], ["half"], ["narrow"]]
-    chunks = {key: ChunkedTap(tap, 3) for key, tap in taps.items()}
-    assert rearrangement.group_by_batch_size(chunks) == [[key] for key in taps]
-
-
-@pytest.mark.parametrize(("groups", "lists"), [(4, 1), (3, 2), (2, 3), (0, 3)])
-def test_the_gram_matrices_of_a_list_fit_into_a_stated_memory(monkeypatch, groups, lists):
-    """`groups` has two of them; one block is iterated on whatever it needs."""
-    monkeypatch.setattr(rearrangement, "JOINED", 2 * 8**2 * groups)
-    taps = {key: drawn()[key] for key in ("linear", "groups", "wide")}
-    assert len(rearrangement.group_by_batch_size(taps)) == lists
 
 
 @EVERY

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 
 import fisherfn as ff
-from tests import oracles, strategies, zoo
+from fisherfn.taps import Tap
+from tests import drawn, oracles, strategies, zoo
 from tests.oracles import close, unvec, vec
 from tests.zoo import FISHERS, sampled
 
@@ -32,6 +33,17 @@ def dense_matvec(ng, state, params):
 
 
 # ----------------------------------------------------------------------------------------------------- the factors
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_factors_are_the_second_moments_of_either_sharing(positions):
+    """Expand takes every position alone; reduce the mean input and the summed output-gradient."""
+    (a, g), _ = drawn.tap("dense", (2, 2, 4, positions, 3, 5))
+    expand, reduce = (ff.kfac(sharing=sharing).estimate(Tap(a, g), None) for sharing in ("expand", "reduce"))
+    close(expand.A, torch.einsum("knti,kntj->kij", a, a) / 4)
+    close(expand.G, torch.einsum("ksnto,ksntp->kop", g, g) / (4 * positions))
+    close(reduce.A, torch.einsum("kni,knj->kij", a.mean(2), a.mean(2)) / 4)
+    close(reduce.G, torch.einsum("ksno,ksnp->kop", g.sum(3), g.sum(3)) / 4)
 
 
 @LINEAR

@@ -8,7 +8,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fisherfn as ff
+from fisherfn.methods.coarse_spaces import published
 from tests import kron_oracles, oracles, zoo
+from tests.drawn import tap as tap_of
 from tests.methods.kronecker import drawn, pairs_of
 from tests.methods.protocol import at, stack
 from tests.methods.two_level import (
@@ -297,3 +299,14 @@ def test_spectral_needs_kronecker_factors(fine):
 def test_the_other_spelling():
     one = full_rank()
     close(one.step(one.v, "tpselepedis"), one.step(one.v, "tselepidis"))
+
+
+def test_the_published_matrix_averages_positions_of_inputs_and_sums_those_of_gradients():
+    """F_c[l, m] = (Σ E[a_l a_mᵀ]) (Σ E[g_l g_mᵀ]) + λ for l = m, with layers of different numbers of positions."""
+    layers = (("one", 3, 2, 3), ("two", 1, 3, 2))  # positions, outputs, inputs
+    taps = {key: tap_of("dense", (1, 2, 4, t, o, i), t)[0] for key, t, o, i in layers}
+    a = torch.stack([tap.a[0].mean(1).sum(-1) for tap in taps.values()])
+    g = torch.stack([tap.g[0].sum((2, 3)).flatten() for tap in taps.values()])
+    expected = (a @ a.T / 4) * (g @ g.T / 4)
+    factor = published(taps, torch.tensor(0.5).double()).factor
+    close(factor @ factor.T, expected + 0.5 * torch.eye(2).double())

@@ -128,7 +128,7 @@ class Loop:
             )  # fmt: skip
             ff.check(info)
             if self.bound is not None:
-                nat = ff.kl_clip(nat, info.inner, lr=max(lr.values()), bound=self.bound)
+                nat = ff.kl_clip(nat, info.inner, lr=max(lr.values()), kl_bound=self.bound)
             velocity = {name: nat[name] + momentum[name] * velocity[name] for name in params}
             params = {n: p - lr[n] * (velocity[n] + decay[n] * p) for n, p in params.items()}
             context = info.context

@@ -1,6 +1,7 @@
 """A copy of a net and its optimizer goes on as the original would, on the copied net, and on it alone."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -62,6 +63,23 @@ def test_steps_of_the_copy_leave_the_original_alone_and_the_other_way_round(way)
     assert all(torch.equal(before[n], t) for n, t in case.net.state_dict().items())
     assert all(torch.equal(state[n], t) for n, t in ff.tree.flatten(opt.curvature).items())
     assert not all_equal(case.net, net)
+
+
+@WAYS
+def test_watched_passes_stay_with_the_original(way):
+    """The copied net did not run in them."""
+    case = problem("mlp", steps=1)
+    x, y = case.batches[0]
+    opt = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical(), lr=0.3)
+    with opt.watch(x):
+        loss = F.cross_entropy(case.net(x), y)
+    loss.backward()
+    net, other = way((case.net, opt))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with as_installed(), pytest.raises(E.StructureError, match="none were collected"):
+        other.step()
+    opt.step()
 
 
 @pytest.mark.parametrize("watches", [False, True], ids=["inputs", "watch"])
@@ -136,3 +154,15 @@ def test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied(what):
     assert len(str(caught.value)) < 400
     net, other = copy.deepcopy((case.net, opt))
     assert torch.equal(opt.step(case.batches[1]), other.step(case.batches[1])) and all_equal(case.net, net)
+
+
+def test_a_pickle_of_an_older_version_says_how_to_go_on():
+    case = problem()
+    curvature = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical())._curvature
+    older = {name: value for name, value in curvature.__getstate__().items() if name != "_options"}
+    with pytest.raises(E.StructureError, match="older version.*load_state_dict"):
+        curvature.__setstate__(older)
+
+
+def test_the_former_place_of_the_optimizer_is_an_alias():
+    assert importlib.import_module("fisherfn.optim.natural_gradient").NaturalGradient is ff.optim.NaturalGradient

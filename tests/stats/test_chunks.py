@@ -99,6 +99,21 @@ def test_under_vmap_the_mask_says_so_and_the_state_stays():
         ff.check(info)
 
 
+def test_running_statistics_go_on_from_chunk_to_chunk():
+    """They are those of one forward pass per chunk, in order; the given ones stay."""
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double().train()
+    plain, params, context = ff.functional(net)
+    x, y = torch.randn(N, 5).double(), torch.arange(N) % 3
+    ng = ff.natural_gradient(plain, params, x, likelihood=ff.Categorical(), fisher="empirical", context=context)
+    found = ng.stats(params, (x, y), context=context, chunk_size=5).context
+    expected = context
+    for part in x.split(5):
+        _, expected = plain(params, part, expected)
+    assert found.keys() == context.keys() and context["1.num_batches_tracked"] == 0
+    for name in context:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 @pytest.mark.parametrize("examples", [1, 2, 3, N])
 def test_outputs_that_compare_the_examples_say_what_they_are(examples):
     x = torch.randn(examples, 5).double()

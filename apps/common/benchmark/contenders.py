@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -11,27 +11,39 @@ from common.benchmark.problems import Problem
 
 Step = Callable[[], Any]
 
-STEP, STATISTICS, INVERSES = "step", "statistics", "inverses"
-ALONE = {STATISTICS: STATISTICS, INVERSES: INVERSES}
-"""Parts that are separate calls."""
+T = TypeVar("T")
 
-JOINT = {STATISTICS: "step + statistics", INVERSES: "step + inverses"}
-"""Parts that are timed together with a step; the difference counts."""
 
-ALL_THREE = "step + statistics + inverses"
+class Parts(NamedTuple, Generic[T]):
+    """The calls that are timed, or their times: the step, and its less frequent parts alone or together with a step.
+
+    The step is gradient, preconditioning and update of the weights. Of parts that are timed together with a step, the
+    difference counts.
+    """
+
+    step: T
+    statistics: T | None = None
+    inverses: T | None = None
+    step_with_statistics: T | None = None
+    step_with_inverses: T | None = None
+    step_with_both: T | None = None
+
+    def given(self) -> dict[str, T]:
+        """Return the parts that there are, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
 
 
 class Contender(NamedTuple):
-    """An optimizer on a problem, ready to be timed.
+    """An optimizer on a problem, ready to be timed, or the error of one that is not."""
 
-    `parts` has "step" (gradient, preconditioning, update of the weights), and the less frequent parts, alone
-    ("statistics", "inverses") or with a step ("step + statistics", "step + inverses", "step + statistics + inverses").
-    """
-
-    parts: dict[str, Step]
+    parts: Parts[Step] | None
     covers: str = "all"  # the layers that it preconditions
     note: str = ""
     error: str = ""
+
+    def calls(self) -> dict[str, Step]:
+        """Return the calls to time, by name."""
+        return {} if self.parts is None else self.parts.given()
 
 
 class Cost(NamedTuple):
@@ -57,28 +69,28 @@ CYCLES = (Cycle(10, 100), Cycle(5, 10))
 """The usual cadence of other libraries, shown in tables and picture, and the trainers' default."""
 
 
-def cost(medians: Mapping[str, float]) -> Cost:
-    """Return the three costs, from the medians of a contender's parts."""
-    step = medians[STEP]
+def cost(ms: Parts[float]) -> Cost:
+    """Return the three costs, from the times of a contender's parts."""
 
-    def extra(part: str) -> float:
-        if part in medians:
-            return medians[part]
-        return medians[JOINT[part]] - step if JOINT[part] in medians else 0.0
+    def extra(alone: float | None, joint: float | None, base: float) -> float:
+        if alone is not None:
+            return alone
+        return 0.0 if joint is None else joint - base
 
-    if ALL_THREE in medians:
-        return Cost(step, extra(STATISTICS), medians[ALL_THREE] - medians[JOINT[STATISTICS]])
-    return Cost(step, extra(STATISTICS), extra(INVERSES))
+    statistics = extra(ms.statistics, ms.step_with_statistics, ms.step)
+    if ms.step_with_both is not None:
+        return Cost(ms.step, statistics, ms.step_with_both - ms.step - statistics)
+    return Cost(ms.step, statistics, extra(ms.inverses, ms.step_with_inverses, ms.step))
 
 
 def attempted(build: Callable[[Problem], Contender], problem: Problem) -> Contender:
     """Run a peer once; return it, or the first line of its error."""
     try:
         contender = build(problem)
-        for step in contender.parts.values():
+        for step in contender.calls().values():
             step()
     except Exception as error:  # any error of a peer is shown in the table
-        return Contender({}, covers="–", error=f"{type(error).__name__}: {first_line(error)}")
+        return Contender(None, covers="–", error=f"{type(error).__name__}: {first_line(error)}")
     return contender
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.benchmark.contenders import INVERSES, JOINT, STATISTICS, STEP, Contender, Step
+from common.benchmark.contenders import Contender, Parts, Step
 from common.benchmark.peers import RATE
 from common.benchmark.problems import Problem, Training
 
@@ -35,7 +35,7 @@ def stepping(train: Training, optimizer: Any, counter: int | None = None) -> Ste
 def sgd(problem: Problem) -> Contender:
     """Build the step that is the unit of every table."""
     train = problem.training()
-    return Contender({STEP: stepping(train, torch.optim.SGD(train.net.parameters(), lr=RATE))})
+    return Contender(Parts(stepping(train, torch.optim.SGD(train.net.parameters(), lr=RATE))))
 
 
 def sgd_compiled(problem: Problem) -> Contender:
@@ -49,19 +49,19 @@ def sgd_compiled(problem: Problem) -> Contender:
         forward(train.x, train.y).backward()
         optimizer.step()
 
-    return Contender({STEP: step})
+    return Contender(Parts(step))
 
 
 def adamw(problem: Problem) -> Contender:
     """Build AdamW with its defaults: one parameter after the other on a CPU."""
     train = problem.training()
-    return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE))})
+    return Contender(Parts(stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE))))
 
 
 def adamw_fused(problem: Problem) -> Contender:
     """Build AdamW with a fused kernel."""
     train = problem.training()
-    return Contender({STEP: stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE, fused=True))})
+    return Contender(Parts(stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE, fused=True))))
 
 
 def muon(problem: Problem) -> Contender:
@@ -73,7 +73,7 @@ def muon(problem: Problem) -> Contender:
     hidden = [p for p in train.net.parameters() if p.ndim >= 2 and p is not last.weight]
     rest = [p for p in train.net.parameters() if not any(p is other for other in hidden)]
     groups = [{"params": hidden, "lr": RATE, "use_muon": True}, {"params": rest, "lr": RATE, "use_muon": False}]
-    return Contender({STEP: stepping(train, Muon(groups))}, "hidden weights", "the rest by AdamW")
+    return Contender(Parts(stepping(train, Muon(groups))), "hidden weights", "the rest by AdamW")
 
 
 def soap(problem: Problem) -> Contender:
@@ -83,10 +83,9 @@ def soap(problem: Problem) -> Contender:
     train = problem.training()
     optimizer = SOAP(train.net.parameters(), lr=RATE, precondition_frequency=BASES_EVERY)
     stepping(train, optimizer)()  # the first step only computes the bases
-    parts = {
-        STEP: stepping(train, optimizer, BASES_EVERY + 1),
-        JOINT[STATISTICS]: stepping(train, optimizer, BASES_EVERY),
-    }
+    parts = Parts(
+        stepping(train, optimizer, BASES_EVERY + 1), step_with_statistics=stepping(train, optimizer, BASES_EVERY)
+    )
     return Contender(parts, "weights", f"bases every {BASES_EVERY}")
 
 
@@ -96,10 +95,9 @@ def shampoo(problem: Problem) -> Contender:
 
     train = problem.training()
     optimizer = Shampoo(train.net.parameters(), lr=RATE, preconditioning_compute_steps=ROOTS_EVERY)
-    parts = {
-        JOINT[INVERSES]: stepping(train, optimizer, ROOTS_EVERY - 1),
-        STEP: stepping(train, optimizer, ROOTS_EVERY),
-    }
+    parts = Parts(
+        stepping(train, optimizer, ROOTS_EVERY), step_with_inverses=stepping(train, optimizer, ROOTS_EVERY - 1)
+    )
     return Contender(parts, note=f"roots every {ROOTS_EVERY}")
 
 

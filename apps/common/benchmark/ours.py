@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import fisherfn as ff
-from common.benchmark.contenders import ALL_THREE, JOINT, STATISTICS, STEP, Contender, Step
+from common.benchmark.contenders import Contender, Parts, Step
 from common.benchmark.problems import Problem
 
 
@@ -75,7 +75,7 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
             noise=noise,
             context=context,
         )
-        nat = ff.kl_clip(nat, info.inner, lr=1.0, bound=1e-2) if variant.length == "clip" else nat
+        nat = ff.kl_clip(nat, info.inner, lr=1.0, kl_bound=1e-2) if variant.length == "clip" else nat
         return ff.tree.add(params, nat, scale=-1.0), new, info
 
     moved = ff.compile(pure) if compiled else pure
@@ -84,12 +84,15 @@ def kfac(problem: Problem, variant: Variant, compiled: bool = False) -> Contende
         noise = one.ng.noise(problem.batch, one.given["generator"]) if update else None
         return moved(problem.params, one.state, problem.batch, noise, problem.context, update, invert)
 
-    return Contender(
-        {
-            STEP: lambda: step(False, False),
-            JOINT[STATISTICS]: lambda: step(True, False),
-            ALL_THREE: lambda: step(True, True),
-        }
+    return Contender(three_kinds(step))
+
+
+def three_kinds(step: Callable[[bool, bool], Any]) -> Parts[Step]:
+    """Return the calls of a step, with statistics and inverses or without."""
+    return Parts(
+        lambda: step(False, False),
+        step_with_statistics=lambda: step(True, False),
+        step_with_both=lambda: step(True, True),
     )
 
 
@@ -106,13 +109,7 @@ def adaptive(one: Prepared, compiled: bool) -> Contender:
         noise = one.ng.noise(problem.batch, given["generator"]) if update else None
         return moved(params, state, problem.batch, update=update, invert=invert, noise=noise, context=problem.context)
 
-    return Contender(
-        {
-            STEP: lambda: step(False, False),
-            JOINT[STATISTICS]: lambda: step(True, False),
-            ALL_THREE: lambda: step(True, True),
-        }
-    )
+    return Contender(three_kinds(step))
 
 
 COMPILED: dict[str, Callable[[Problem], Contender]] = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from common.benchmark.contenders import INVERSES, JOINT, STATISTICS, STEP, Contender, coverage
+from common.benchmark.contenders import Contender, Parts, coverage
 from common.benchmark.problems import Problem, Training
 
 RATE = 1e-8
@@ -84,7 +84,7 @@ def curvlinops(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
     statistics()
     inverses()
     train.backward()
-    parts = {STEP: step, STATISTICS: statistics, JOINT[INVERSES]: step_with_inverses}
+    parts = Parts(step, statistics=statistics, step_with_inverses=step_with_inverses)
     return Adapter(natural_gradient, Contender(parts, coverage(train.net, KNOWN)))
 
 
@@ -149,7 +149,7 @@ def nngeometry(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -
     statistics()
     inverses()
     train.backward()
-    parts = {STEP: step, STATISTICS: statistics, INVERSES: inverses}
+    parts = Parts(step, statistics=statistics, inverses=inverses)
     return Adapter(natural_gradient, Contender(parts, coverage(train.net, KNOWN)))
 
 
@@ -204,7 +204,7 @@ def backpack(problem: Problem, fisher: str = "mc", damping: float = DAMPING) -> 
     statistics()
     inverses()
     note = "" if train.y.ndim == 1 else "statistics of the mean squared error"
-    parts = {STEP: step, JOINT[STATISTICS]: step_with_statistics, INVERSES: inverses}
+    parts = Parts(step, inverses=inverses, step_with_statistics=step_with_statistics)
     return Adapter(natural_gradient, Contender(parts, note=note))
 
 
@@ -263,7 +263,7 @@ def singd(problem: Problem, fisher: str = "empirical", damping: float = DAMPING,
         }
 
     step(True)
-    parts = {STEP: lambda: step(False), JOINT[STATISTICS]: lambda: step(True)}
+    parts = Parts(lambda: step(False), step_with_statistics=lambda: step(True))
     return Adapter(natural_gradient, Contender(parts, coverage(train.net, KNOWN), "empirical Fisher"))
 
 

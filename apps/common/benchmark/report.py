@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from common.benchmark.contenders import CYCLES, Cost, Cycle, cost
+from common.benchmark.contenders import CYCLES, Cost, Cycle, Parts, cost
 from common.benchmark.large import LARGE
 from common.benchmark.ours import FORWARD_BACKWARD
 from common.benchmark.problems import WORKLOADS
@@ -20,7 +20,8 @@ Numbers = Mapping[str, Any]
 
 def costs(workload: Numbers, name: str) -> Cost:
     """Return the costs of a contender, in milliseconds."""
-    return cost({part: timing["ms"] for part, timing in workload["contenders"][name]["parts"].items()})
+    parts = workload["contenders"][name]["parts"]
+    return cost(Parts(**{part: timing["ms"] for part, timing in parts.items()}))
 
 
 def mean_step(workload: Numbers, name: str, cycle: Cycle = CYCLES[0]) -> float | None:
@@ -117,7 +118,7 @@ def exact(numbers: Numbers) -> str:
 def memory(numbers: Numbers) -> str:
     """Return the table of the peak memory of a call in addition to that before it, if it was measured."""
     rows = [
-        [title(name), f"{contender}: {part}", f"{timing['peak_mib']:.1f}"]
+        [title(name), f"{contender}: {part.replace('_', ' ')}", f"{timing['peak_mib']:.1f}"]
         for name, workload in numbers["workloads"].items()
         for contender, one in [*workload["contenders"].items(), ("refresh", {"parts": workload["refresh"]})]
         for part, timing in one["parts"].items()

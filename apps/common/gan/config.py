@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import fisherfn as ff
-from common.config import FRACTION, NON_NEGATIVE, POSITIVE, ConfigError, option, validate
+from common.config import FRACTION, NON_NEGATIVE, POSITIVE, option
 from common.models.gan import GANS, NORMS
+from common.run_config import RunConfig
 
 DATA = ("DIGITS", "MNIST", "F_MNIST", "CIFAR10", "SVHN")
 
@@ -16,7 +17,7 @@ PLAYERS = ("adam", "sgda", *ff.METHODS)
 
 
 @dataclass(frozen=True)
-class GanConfig:
+class GanConfig(RunConfig):
     """The settings of a GAN run: data, both nets and their optimizers, length and result folder.
 
     Learning rates, damping and KL bound are in the units of apps/common/gan/players.py: scores averaged over a batch.
@@ -26,6 +27,7 @@ class GanConfig:
 
     sections: ClassVar[dict[str, str]] = {
         "data": "data and nets",
+        "width": "data and nets",
         "gen_optim": "optimization",
         "damping": "curvature",
         "momentum": "first-order terms",
@@ -34,8 +36,6 @@ class GanConfig:
     }
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=DATA, own=True)
-    data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
-    download: bool = option(False, "fetch published files that are missing")
     model: str | None = option(None, "nets; null: dcgan for images of 28×28, residual for 32×32", choices=GANS)
     width: float = option(1.0, "scale of all channels, relative to the published nets", check=POSITIVE)
     critic_norm: str = option(
@@ -63,12 +63,16 @@ class GanConfig:
         1e-4, "natural gradients: damping of the Fisher; auto, for the generator alone: from the reduction ratio",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    clipping: float = option(0.01, "natural gradients: KL bound, 0 for no clip", check=NON_NEGATIVE)
+    kl_bound: float = option(
+        0.01, "natural gradients: KL bound, 0 for no bound", aliases=("clipping", "kl_clip"), check=NON_NEGATIVE
+    )
     gen_damping: float | Literal["auto"] | None = option(
         None, "damping of the generator, if different; auto: from the reduction ratio, bad steps are taken back",
         check=NON_NEGATIVE,
     )  # fmt: skip
-    gen_clipping: float | None = option(None, "KL bound of the generator, if different", check=NON_NEGATIVE)
+    gen_kl_bound: float | None = option(
+        None, "KL bound of the generator, if different", aliases=("gen_clipping",), check=NON_NEGATIVE
+    )
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(
         None, "natural gradients: steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
@@ -88,23 +92,3 @@ class GanConfig:
     )
     fid_every: int = option(1, "epochs between FIDs; the last epoch always has one", check=POSITIVE)
     fid_samples: int = option(5_000, "number of fakes for a FID", check=POSITIVE)
-
-    seed: int = option(0, "random seed", check=NON_NEGATIVE)
-    device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
-    result_dir: str = option("results", "folder for all results")
-    result_name: str | None = option(None, "name of the result folder; null: from data, nets, optimizers and seed")
-    overwrite: bool = option(False, "replace an existing result of that name")
-    resume: bool = option(False, "continue from the checkpoint of an existing result")
-    save_every: int | None = option(
-        None, "generator steps between additional checkpoints within an epoch; null: none", check=POSITIVE
-    )
-    tensorboard: bool = option(False, "write event files for TensorBoard to the result folder")
-    quiet: bool = option(False, "no progress bar and no line per epoch")
-    verbose: bool = option(False, "print all settings before training")
-
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.quiet and self.verbose:
-            raise ConfigError("quiet and verbose exclude each other: give only one")
-        if self.overwrite and self.resume:
-            raise ConfigError("overwrite and resume exclude each other: give only one")

@@ -1,10 +1,9 @@
-"""Run a GAN training from its configuration. Read from top to bottom: game, optimizers, run, pictures."""
+"""The training of a GAN, as configured: game, optimizers, pictures. Read from top to bottom."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 
 import fisherfn as ff
-from common import optimizers, tensorboard
-from common.config import ConfigError, as_yaml, filled
-from common.data import Data, load
+from common import optimizers, runs
+from common.config import ConfigError, filled
+from common.data import Data
 from common.gan import loop, pictures
 from common.gan.config import GanConfig
 from common.gan.players import Game, Player, Wasserstein, make_game, seen_by_generator
 from common.gan.quality import Quality, make_quality
-from common.loop import Snapshot
+from common.loop import Epoch, Snapshot, Watch
 from common.models.gan import build_gan, gan_for
 from common.results import Results
-from common.trainer import check_device, restore, save, stopped, watched
+from common.runs import Training
 
 SAMPLES = "samples"
 """The folder of the grids, one per epoch."""
@@ -47,7 +46,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     z = torch.randn(config.batch_size, config.z_dim, generator=generator).to(config.device)
     seen = seen_by_generator(game.generator.context, game.critic.params, game.critic.context)
     both = images[:1].expand(2 * config.batch_size, -1, -1, -1)
-    own = {"damping": config.gen_damping, "clipping": config.gen_clipping}
+    own = {"damping": config.gen_damping, "kl_bound": config.gen_kl_bound}
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     gen_config = dataclasses.replace(config, **given)
     chosen = {
@@ -88,7 +87,7 @@ def make_optimizer(
                 "--gen_damping auto for the generator"
             )
         # no looking back: the other player moves this one's loss
-        bound = {"rule": "clip", "kl_bound": config.clipping} if config.clipping else {"rule": "model"}
+        bound = {"rule": "clip", "kl_bound": config.kl_bound} if config.kl_bound else {"rule": "model"}
         opt = ff.adaptive(
             ng, **bound, lr=lr, momentum=config.momentum, ema=config.ema, weight_decay=config.weight_decay,
             look_back=False,
@@ -98,7 +97,7 @@ def make_optimizer(
         ng,
         lr=lr,
         damping=config.damping,
-        clipping=config.clipping,
+        kl_bound=config.kl_bound,
         momentum=config.momentum,
         ema=config.ema,
         weight_decay=config.weight_decay,
@@ -107,51 +106,55 @@ def make_optimizer(
     )
 
 
+class Adversarial(Training[GanConfig]):
+    """The training of a GAN: two nets, an optimizer for each."""
+
+    def __init__(self, config: GanConfig, data: Data) -> None:
+        super().__init__(config, data)
+        self.table = make_table(config, data)
+
+    @staticmethod
+    def completed(config: GanConfig, data: Data) -> GanConfig:
+        """Return the configuration with the default nets."""
+        return filled(config, {"model": gan_for(data)})
+
+    def start(self) -> Snapshot:
+        """Return the snapshot before the first round."""
+        return loop.start(self.table)
+
+    def epochs(self, at: Snapshot, watch: Watch) -> Iterator[Epoch]:
+        """Train from a snapshot and yield each epoch, with the FID when it is due."""
+        quality = make_quality(self.config, self.data, self.say)
+        measure = partial(measured, self.config, self.table.game, quality, self.data)
+        return loop.train(self.table, at, measure, watch)
+
+    def line(self, metrics: dict[str, float]) -> str:
+        """Format the metrics of an epoch for the terminal."""
+        losses = (f"  generator {metrics['gen_loss']:8.3f}  critic {metrics['crit_loss']:8.3f}"
+                  if "gen_loss" in metrics else " " * 38)  # fmt: skip
+        fid = f"  FID {metrics['fid']:8.4g}" if "fid" in metrics else ""
+        skipped = f"  {metrics['skipped']:.0f} steps skipped" if metrics["skipped"] else ""
+        return f"epoch {metrics['epoch']:3.0f}{losses}  {metrics['seconds']:7.1f} s{fid}{skipped}"
+
+    def draw_epoch(self, folder: Path, at: Snapshot) -> None:
+        """Write a grid of images from fixed noise."""
+        images = fakes(self.config, self.table.game, at, pictures.COLUMNS**2, seed=2)
+        (folder / SAMPLES).mkdir(exist_ok=True)
+        pictures.grid(images, folder / SAMPLES / f"epoch-{at.epoch:04}.png")
+
+    def draw(self, results: Results, at: Snapshot) -> None:
+        """Write animation, contact sheet and curves of the whole run."""
+        frames = [frame for frame in sorted((results.path / SAMPLES).glob("epoch-*.png"))
+                  if pictures.epoch_of(frame) <= at.epoch]  # fmt: skip
+        metrics = results.metrics()
+        pictures.animation(frames, results.path / "samples.gif")
+        pictures.contact_sheet(frames, metrics, results.path / "samples.png")
+        pictures.curves({results.path.name: metrics}, results.path / "curves.png")
+
+
 def run(config: GanConfig) -> Path:
-    """Train as configured and return the result folder; nothing is written before data and nets are verified."""
-    data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
-    config = filled(config, {"model": gan_for(data)})
-    with (
-        contextlib.closing(Results.open(config, config.app)) as results,
-        contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
-        stopped() as signals,
-    ):
-        check_device(config.device)
-        table = make_table(config, data)
-        snapshot = loop.start(table)
-        recorded: list[dict[str, float]] = []
-        if config.resume:
-            snapshot = restore(results, snapshot)
-            recorded = results.metrics()
-        say: Callable[[str], None] = _nothing if config.quiet else partial(print, flush=True)
-        if config.verbose:
-            say(as_yaml(config))
-        quality = make_quality(config, data, say)
-        measure = partial(measured, config, table.game, quality, data)
-        for epoch in loop.train(table, snapshot, measure, partial(watched, results, config.save_every, signals)):
-            snapshot = epoch.snapshot
-            if all(metrics["epoch"] != snapshot.epoch for metrics in recorded):
-                results.record(epoch.metrics)
-            board.write(results.metrics())
-            save(results, snapshot)
-            draw_grid(config, table.game, snapshot, results.path)
-            say(line(epoch.metrics))
-        draw_all(results, snapshot)
-    print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
-    return results.path
-
-
-def _nothing(text: str) -> None:
-    pass
-
-
-def line(metrics: dict[str, float]) -> str:
-    """Format one epoch as a line."""
-    losses = (f"  generator {metrics['gen_loss']:8.3f}  critic {metrics['crit_loss']:8.3f}"
-              if "gen_loss" in metrics else " " * 38)  # fmt: skip
-    fid = f"  FID {metrics['fid']:8.4g}" if "fid" in metrics else ""
-    skipped = f"  {metrics['skipped']:.0f} steps skipped" if metrics["skipped"] else ""
-    return f"epoch {metrics['epoch']:3.0f}{losses}  {metrics['seconds']:7.1f} s{fid}{skipped}"
+    """Train as configured and return the result folder; see `common.runs.run`."""
+    return runs.run(Adversarial, config)
 
 
 def measured(config: GanConfig, game: Game, quality: Quality | None, data: Data, at: Snapshot) -> dict[str, float]:
@@ -172,20 +175,3 @@ def fakes(config: GanConfig, game: Game, at: Snapshot, count: int, seed: int) ->
     params, buffers = at.params["generator"], at.context["generator"]
     images = torch.cat([game.shown(params, part, buffers)[0] for part in z.split(FAKES)])
     return (images + 1) / 2
-
-
-def draw_grid(config: GanConfig, game: Game, at: Snapshot, folder: Path) -> None:
-    """Write the grid of this epoch, from fixed noise."""
-    images = fakes(config, game, at, pictures.COLUMNS**2, seed=2)
-    (folder / SAMPLES).mkdir(exist_ok=True)
-    pictures.grid(images, folder / SAMPLES / f"epoch-{at.epoch:04}.png")
-
-
-def draw_all(results: Results, at: Snapshot) -> None:
-    """Write animation, contact sheet and curves of the whole run."""
-    frames = [frame for frame in sorted((results.path / SAMPLES).glob("epoch-*.png"))
-              if pictures.epoch_of(frame) <= at.epoch]  # fmt: skip
-    metrics = results.metrics()
-    pictures.animation(frames, results.path / "samples.gif")
-    pictures.contact_sheet(frames, metrics, results.path / "samples.png")
-    pictures.curves({results.path.name: metrics}, results.path / "curves.png")

@@ -217,10 +217,22 @@ def test_help_is_in_sections(capsys):
 
 
 @pytest.mark.parametrize("Trainer", [*APPS.values(), GanConfig])
-def test_sections_of_trainers_begin_with_fields(Trainer):
+def test_sections_of_trainers_begin_with_fields_and_end_with_the_run(Trainer):
     names = [field.name for field in dataclasses.fields(Trainer)]
-    assert list(Trainer.sections) == sorted(Trainer.sections, key=names.index)
-    assert next(iter(Trainer.sections)) == names[0]
+    assert set(Trainer.sections) <= set(names) and next(iter(Trainer.sections)) == names[0]
+    assert list(dict.fromkeys(Trainer.sections.values()))[-1] == "the run"
+
+
+@pytest.mark.parametrize("Trainer", [TrainConfig, GanConfig])
+def test_help_and_file_have_what_every_run_has_in_the_last_section(Trainer, capsys):
+    with pytest.raises(SystemExit):
+        parse(Trainer, ["--help"], description=None)
+    before, run = capsys.readouterr().out.split("the run:")
+    own = "--init_params" if Trainer is TrainConfig else "--critic_norm"
+    assert own in before and "--data_path" in before and "--seed" in run and own not in run
+    keys = list(yaml.safe_load(c.as_yaml(Trainer())))
+    assert keys[0] == "data" and keys.index(own[2:]) < keys.index("batch_size") < keys.index("seed")
+    assert set(keys) == {field.name for field in dataclasses.fields(Trainer)}
 
 
 # ------------------------------------------------------------------------------------------- filling and validating
@@ -259,9 +271,15 @@ def test_a_training_configuration_is_validated_however_it_is_made():
 def test_a_training_configuration_knows_the_other_spellings():
     argv = "--dataset MNIST --data_root d --optimizer adam --n_epochs 3 --T_cov 4 --T_inv 5 --kl_clip 0.1".split()
     expected = TrainConfig(
-        data="MNIST", data_path="d", optim="adam", num_epochs=3, update_every=4, invert_every=5, clipping=0.1
+        data="MNIST", data_path="d", optim="adam", num_epochs=3, update_every=4, invert_every=5, kl_bound=0.1
     )
     assert read(TrainConfig, argv) == expected
+
+
+@pytest.mark.parametrize("name", ["kl_bound", "clipping", "kl_clip"])
+def test_the_kl_bound_has_its_former_names(name):
+    assert read(TrainConfig, [f"--{name}", "0.5"]).kl_bound == read(GanConfig, [f"--{name}", "0.5"]).kl_bound == 0.5
+    assert read(GanConfig, ["--gen_clipping", "0.5"]).gen_kl_bound == 0.5
 
 
 def test_every_option_of_the_trainers_says_what_it_is():

@@ -92,7 +92,7 @@ def test_the_natural_step_is_clip_then_momentum_then_decay(problem):
     lr, κ, μ, decay = 0.5, 1e-3, 0.9, 0.1
     ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context)
     optimizer = optimizers.natural(
-        ng, lr=lr, damping=0.1, clipping=κ, momentum=μ, weight_decay=decay, cadence=ff.Cadence.fixed(2, 4)
+        ng, lr=lr, damping=0.1, kl_bound=κ, momentum=μ, weight_decay=decay, cadence=ff.Cadence.fixed(2, 4)
     )
     ours, _ = run(optimizer, params, context, batches)
 
@@ -114,7 +114,7 @@ def test_a_part_of_the_batch_serves_the_statistics_and_all_of_it_the_gradient(pr
     net, batches = problem
     model, params, context = ff.functional(net)
     ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), fisher="type2", context=context)
-    optimizer = optimizers.natural(ng, lr=1.0, damping=0.1, clipping=None, momentum=0.0, fisher_batch_size=3)
+    optimizer = optimizers.natural(ng, lr=1.0, damping=0.1, kl_bound=None, momentum=0.0, fisher_batch_size=3)
     ours, _ = run(optimizer, params, context, batches[:1])
     x, y = batches[0]
     state = ng.invert(ng.update(ng.init(params, damping=0.1), ng.stats(params, (x[:3], y[:3]), context=context))[0])[0]
@@ -165,7 +165,7 @@ def test_a_penalty_is_part_of_loss_and_gradient_and_not_of_the_curvature(problem
     optimizer = {
         "sgd": lambda: optimizers.sgd(model, ff.Categorical(), lr=0.1, penalty=length),
         "adam": lambda: optimizers.adam(model, ff.Categorical(), lr=0.1, penalty=length),
-        "kfac": lambda: optimizers.natural(ng, lr=0.1, damping=0.1, clipping=None, penalty=length),
+        "kfac": lambda: optimizers.natural(ng, lr=0.1, damping=0.1, kl_bound=None, penalty=length),
     }[make]()
     stats = ng.stats(params, (x, y), context=context)
     total = ff.tree.add(stats.grads, params, scale=0.75)
@@ -202,6 +202,45 @@ def test_an_infinite_gradient_of_a_finite_loss_is_a_mask(problem, make):
     assert torch.isfinite(info.loss) and not info.ok["gradient"]
     with pytest.raises(ff.errors.NonFiniteError, match="the gradient is NaN or infinite"):
         ff.check(info)
+
+
+def penalised(ng, value):
+    return optimizers.natural(ng, lr=0.1, damping=0.1, penalty=lambda params, batch, context: value(params["0.bias"]))
+
+
+def with_last(batch, x=None, y=None):
+    """The batch, with another input or label of its last example, which is not in the part for the statistics."""
+    inputs, targets = (part.clone() for part in batch)
+    inputs[-1] = inputs[-1] if x is None else x
+    targets[-1] = targets[-1] if y is None else y
+    return inputs, targets
+
+
+BAD = {
+    "an infinite gradient": (lambda b: b.sum().abs().sqrt(), {}, "gradient"),
+    "an infinite loss": (lambda b: b.sum() + torch.inf, {}, "loss"),
+    "an input of the gradient alone": (None, {"x": torch.nan}, "inputs"),
+    "a label of the gradient alone": (None, {"y": 99}, "targets"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_natural_step_that_is_not_ok_leaves_the_curvature_as_it_was(problem, bad):
+    value, last, check = BAD[bad]
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    params = {**params, "0.bias": torch.zeros_like(params["0.bias"])}
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Categorical(), context=context, fisher="type2")
+    if value is None:
+        optimizer = optimizers.natural(ng, lr=0.1, damping=0.1, fisher_batch_size=3)
+    else:
+        optimizer = penalised(ng, value)
+    before = optimizer.init(params)
+    new = optimizer.step(params, before, with_last(batches[0], **last), context, (), 0)
+    assert not torch.stack(list(new.info.ok.values())).all() and not new.info.checks[check]
+    torch.testing.assert_close(ff.tree.flatten(new.state.curvature), ff.tree.flatten(before.curvature), rtol=0, atol=0)
+    fine = optimizer.step(params, before, batches[0], context, (), 0) if value is None else None
+    assert fine is None or int(fine.state.curvature.count) == 1
 
 
 def test_compiled_optimizers_walk_the_same_way(problem, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from common import results as r
 from common.atomic import WriteError
 from common.checkpoints import CheckpointError
-from common.config import ConfigError, read
+from common.config import ConfigError, option, read
 from common.results import MetricsError, ResultExistsError, Results
 
 
@@ -27,7 +27,7 @@ class Config:
     model: str = "AE"
     optim: str = "kfac"
     seed: int = 0
-    lr: float = 1e-5
+    lr: float = option(1e-5, "learning rate", aliases=("rate",))
     num_epochs: int = 3
 
 
@@ -246,6 +246,14 @@ def test_reading_a_checkpoint_of_a_run_that_is_not_resumed_changes_nothing(confi
 def test_nothing_to_resume(config):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         Results.open(dataclasses.replace(config, resume=True), "app")
+
+
+def test_a_run_recorded_under_a_former_name_of_an_option_is_resumed_as_itself_only(config):
+    recorded = finished(config).path / r.CONFIG
+    recorded.write_text(recorded.read_text().replace("lr:", "rate:"))
+    Results.open(dataclasses.replace(config, resume=True), "app").close()
+    with pytest.raises(ConfigError, match="lr is 1e-05 there and 0.1 here"):
+        Results.open(dataclasses.replace(config, resume=True, lr=0.1), "app")
 
 
 def test_a_run_is_resumed_as_itself_only(config):

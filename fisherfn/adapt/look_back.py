@@ -1,0 +1,50 @@
+"""The look back: the next batch shows that the last update was a mistake."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.adapt.state import AdaptiveState
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, Stats, pair
+from fisherfn.types import Tree
+
+SIGMAS, TOLERANCE = 4.0, 0.02
+"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss."""
+
+DEAD = 0.1
+"""The share of all parameters that may lose their gradient in one step."""
+
+
+class Seen(NamedTuple):
+    """Mean loss of the whole batch before the step, its squared standard error, and the parameters with a gradient."""
+
+    loss: Tensor
+    spread: Tensor
+    alive: Tensor
+
+    @classmethod
+    def of(cls, ng: NaturalGradient, stats: Stats, batch: Batch, alive: Tensor) -> Seen:
+        """Return the measurements of a batch."""
+        losses = ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
+        n = losses.shape[0]
+        return cls(losses.mean(), losses.var(correction=0) / max(n - 1, 1), alive)
+
+    def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
+        """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""
+        sound = stats.checks["inputs"] & stats.checks["targets"]
+        limit = state.loss + SIGMAS * (state.spread + self.spread).sqrt() + TOLERANCE * state.loss.abs()
+        fine = (self.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
+        sizes = [shape.numel() for _, shape in stats.layout.shapes]
+        dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
+        return sound & (~fine | dead)
+
+
+def alive(nat: Tree) -> Bool[Tensor, " parameters"]:
+    """Return for each parameter whether it has a gradient: F̂ is definite, so nat is zero only with the gradient."""
+    return torch.stack(tree.dots(nat, nat)) != 0

@@ -1,0 +1,82 @@
+"""The trial of a step: the examples on which it is predicted and measured, and the directions that it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.stats import Batch, pair, run, window
+from fisherfn.types import PyTree, Tree
+
+PART, LEAST = 8, 32
+"""The quadratic model is that of the first N / PART examples, but of at least so many."""
+
+GRID = 16
+"""Step sizes 1, 1/2, …, 2^-15 of a line search."""
+
+
+class Tried(NamedTuple):
+    """A step before it is accepted: the new parameters, the predicted and the actual change of the loss."""
+
+    params: Tree
+    update: Tree
+    learning_rate: Tensor
+    momentum: Tensor
+    predicted: Tensor
+    actual: Tensor
+    before: Tensor
+
+
+class Examples(NamedTuple):
+    """The examples of a trial, with their context: the same dropout before and after the step."""
+
+    ng: NaturalGradient
+    batch: Batch
+    context: PyTree
+
+    @classmethod
+    def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None) -> Examples:
+        """Return the first `wanted` examples of a batch; None for an eighth, at least 32.
+
+        They are all if the net mixes them (batch norm in training mode).
+        """
+        x, y = pair(batch)
+        n = tree.leaves(x)[0].shape[0]
+        wanted = max(n // PART, LEAST) if wanted is None else wanted
+        if ng.layout.couples or wanted >= n:
+            return cls(ng, (x, y), context)
+        part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
+        return cls(ng, part, None if context is None else window(ng.layout, context, slice(0, wanted)))
+
+    def losses(self, params: Tree) -> Float[Tensor, " n"]:
+        """Return the loss of each example."""
+        x, y = self.batch
+        outputs, _ = run(self.ng.model, params, x, () if self.context is None else self.context)
+        losses: Tensor = self.ng.likelihood.nll(outputs, y)
+        return losses
+
+    def model(self, params: Tree, directions: Sequence[Tree]) -> QuadraticModel:
+        """Return the quadratic model along some directions."""
+        return quadratic_model(self.ng, params, self.batch, directions, context=self.context)
+
+    def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
+        """Return the negative of the step size of the grid with the lowest loss."""
+        sizes = [0.5**k for k in range(GRID)]
+        losses = [self.losses(tree.add(params, nat, scale=-size)).double().mean() for size in sizes]
+        means = torch.stack(losses)
+        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
+        return -means.new_tensor(sizes)[best].reshape(1)
+
+
+def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
+    """Return −α nat + μ δ₀."""
+    if previous is None:
+        return tree.map(lambda d: d * -rate.to(d.dtype), nat)
+    return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)

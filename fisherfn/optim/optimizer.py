@@ -1,0 +1,294 @@
+"""A natural-gradient torch optimizer whose step takes the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn.adapt import kl_clip
+from fisherfn.base import Method
+from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
+from fisherfn.optim.curvature import Curvature, Outcome
+from fisherfn.optim.options import Options
+from fisherfn.optim.with_curvature import WithCurvature
+from fisherfn.stats import pair
+from fisherfn.types import Info, PyTree, Tree
+
+PATIENCE = 10
+"""Number of consecutive steps that `on_bad="skip"` skips before it raises."""
+
+
+class NaturalGradient(WithCurvature, torch.optim.Optimizer):
+    r"""Natural-gradient descent on a module: `loss = opt.step((x, y))` does forward, backward and step.
+
+    $$\delta \leftarrow -\alpha \hat F^{-1} \nabla + \mu\, \delta, \qquad \theta \leftarrow \theta + \delta$$
+
+    By default α, μ and the damping λ come from the quadratic model of each batch (`ff.adaptive`), so no setting is
+    needed. If you give a learning rate η and a damping, all settings are fixed, as in other optimizers:
+
+    $$v \leftarrow \mu v + \nu \hat F^{-1} \nabla, \qquad \theta \leftarrow \theta - \eta (v + w \theta)$$
+
+    with ν the factor of the KL bound (`ff.kl_clip`) at the largest learning rate of all groups. Loss, gradient, λ and κ
+    are those of the mean negative log-likelihood over the batch, in nats (docs/conventions.md). Buffers are updated as
+    in training. The layers are found at the first batch, or immediately with `example_inputs`.
+
+    Attributes:
+        info: the `ff.Info` of the last step.
+        skipped: number of steps that failed a check and changed nothing (`on_bad="skip"`).
+
+    >>> net = nn.Linear(2, 1)
+    >>> opt = NaturalGradient(net, likelihood=lambda f, y: (f - y).square().sum(-1), fisher="empirical", lr=0.1)
+    >>> opt.step((torch.ones(4, 2), torch.ones(4, 1))).shape
+    torch.Size([])
+    """
+
+    info: Info
+
+    def __init__(
+        self,
+        net: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        likelihood: Any,
+        lr: float | Tensor | Literal["auto"] | str = "auto",
+        method: Method | str = "kfac",
+        momentum: float | Literal["auto"] | str = "auto",
+        weight_decay: float = 0.0,
+        kl_bound: float | None | Literal["auto"] | str = "auto",
+        damping: float | Literal["auto"] | str = "auto",
+        ema: float = 0.95,
+        update_every: int | None = None,
+        invert_every: int | None = None,
+        fisher: str = "mc",
+        samples: int = 1,
+        chunk_size: int | None = None,
+        generator: torch.Generator | int = 0,
+        example_inputs: PyTree = None,
+        scaler: torch.amp.GradScaler | None = None,
+        uncovered: Literal["fallback", "gradient"] | str = "fallback",
+        on_bad: Literal["raise", "skip"] | str = "raise",
+    ) -> None:
+        """Create the optimizer; nothing is computed before the first batch, except with `example_inputs`.
+
+        Args:
+            net: the module; parameters in no group, or without `requires_grad`, are not changed.
+            params: parameters of the net or groups of them, each with its own `lr`, `momentum` and `weight_decay`.
+            likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, your own, or with `fisher="empirical"`
+                a callable `(outputs, targets) -> [N]`.
+            lr: learning rate η; "auto" takes α from the quadratic model. The groups then hold a factor on α, initially
+                1.0, so that schedulers work.
+            method: `ff.kfac()` or a name in `ff.METHODS`.
+            momentum: μ in [0, 1); "auto" takes it from the quadratic model, or 0.9 if both learning rate and damping
+                are given.
+            weight_decay: w, decoupled: η w θ is subtracted in addition to the step.
+            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 if a learning rate is given or the
+                labels are classes, else no bound.
+            damping: λ ≥ 0, in the units of the Fisher of the mean NLL; "auto" follows the reduction ratio. With an
+                automatic learning rate, a number is the initial λ, and rejected steps raise it. `opt.damping` changes
+                it later.
+            ema: weight of the old factors, in [0, 1).
+            update_every: steps between statistics; None: 5, or growing from 2 to 10 if a setting is automatic.
+            invert_every: steps between refreshes of the inverses; None: 10, or growing from 4 to 20.
+            fisher: "mc", "type2" or "empirical".
+            samples: sampled labels per example for "mc".
+            chunk_size: examples at a time, to limit memory; the result is that of the whole batch.
+            generator: random generator for labels and dropout seeds, or its seed; saved with the optimizer.
+            example_inputs: inputs with which to find the layers immediately.
+            scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
+            uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
+                gradients; with "gradient" their part of a step is the plain gradient, and `watch` works too.
+            on_bad: treatment of a step that fails a check: "raise" the typed error, or "skip" at most ten in a row.
+
+        Raises:
+            HyperparameterError: a number outside its range.
+            StructureError: parameters of another net. Errors of the build are raised at the first batch.
+            UnknownNameError: no method or Fisher has this name.
+        """
+        for name, value in (("lr", lr), ("momentum", momentum)):
+            if isinstance(value, str) and value != "auto":
+                raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        options = Options(
+            likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
+            invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
+            scaler=scaler, uncovered=uncovered,
+        )  # fmt: skip
+        self._auto_lr = lr == "auto"
+        self._adapts = self._auto_lr or damping == "auto"
+        rule = "model" if kl_bound is None else "auto"
+        if kl_bound == "auto":
+            kl_bound = None if self._adapts else 1e-3
+        if kl_bound is not None:
+            expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
+        self._lr = 1.0 if isinstance(lr, str) else lr
+        adaptive: dict[str, Any] = {
+            "lr": lr if isinstance(lr, str) else float(lr), "momentum": momentum, "damping": damping, "rule": rule,
+            "kl_bound": kl_bound, "ema": ema,
+        }  # fmt: skip
+        self._curvature = Curvature(net, options, adaptive=adaptive if self._adapts else None)
+        if on_bad not in ("raise", "skip"):
+            raise unknown("on_bad", on_bad, ("raise", "skip"))
+        self._kl_bound: Any = 1e-3 if self._adapts and kl_bound is None else kl_bound
+        self._on_bad, self._warned = on_bad, damping == "auto"
+        self.info, self.skipped, self._in_a_row = Info(), 0, 0
+        groups = list(net.parameters() if params is None else params)
+        if not groups:
+            raise StructureError("there is no parameter to train: the list is empty.")
+        momentum = 0.9 if isinstance(momentum, str) else momentum
+        super().__init__(groups, {"lr": self._lr, "momentum": momentum, "weight_decay": weight_decay})
+        if example_inputs is not None:
+            self._curvature.build(example_inputs)
+
+    @torch.no_grad()
+    def step(self, batch: Any = None, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step and return the loss before it, in nats per example.
+
+        Args:
+            batch: `(x, y)`; pass several inputs as `((x1, x2), y)`. Without a batch, the step uses the `.grad` of the
+                parameters and the statistics of `watch`.
+            closure: runs forward and backward and returns the loss, as in torch. It may be the first argument.
+
+        Raises:
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed; nothing has changed.
+            StructureError: there is neither a batch nor a gradient with its statistics.
+        """
+        if callable(batch):
+            batch, closure = None, batch
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._adapts and batch is not None:
+            return self._adapted(batch)
+        if self._auto_lr:
+            raise StructureError(
+                "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or pass lr=."
+            )
+        rate = max(group["lr"] for group in self.param_groups)
+        clips = self._kl_bound is not None and bool(rate > 0)
+        nat, state, self.info = self._outcome(batch, clips)
+        if not _all_ok(self.info):
+            return self._refuse(loss)
+        if clips:
+            nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0)
+        self._move(nat)
+        self._curvature.commit(state, self.info.context)
+        self._in_a_row = 0
+        return loss if batch is None else self.info.loss
+
+    def _adapted(self, batch: Any) -> Any:
+        """Take an adaptive step."""
+        network = self._curvature.network
+        self._curvature.build(pair(batch)[0])  # finds the parameters that the outputs depend on
+        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
+        groups = [(names[id(p)], group) for group in self.param_groups for p in group["params"] if id(p) in names]
+        scales = dict.fromkeys(network.parameters(), 1.0)
+        scales |= {name: float(group["lr"]) / float(self._lr) for name, group in groups}
+        scales |= dict.fromkeys(network.unused, scales[groups[0][0]])
+        common = next(iter(scales.values()))
+        same = all(scale == common for scale in scales.values())
+        before = self._curvature.damping
+        params, state, self.info = self._curvature.adapted(batch, common if same else scales)
+        if not _all_ok(self.info):
+            return self._refuse()
+        found = self.info.adapted
+        for name, p in network.parameters().items():
+            p.copy_(params[name])
+        for name, group in groups:
+            if group["weight_decay"] and not found.rejected:
+                step = found.learning_rate * scales[name] * group["weight_decay"]
+                network.parameters()[name].mul_(1 - step)
+        self._curvature.commit(state, self.info.context)
+        self._in_a_row = 0
+        if not self._warned and float(found.damping) > before:
+            self._warned = True
+            warnings.warn(f"a step was rejected: the damping rose from {before:g} to {found.damping:g}.", stacklevel=3)
+        return self.info.loss
+
+    def _outcome(self, batch: Any, inner: bool) -> Outcome:
+        curvature = self._curvature
+        if batch is not None:
+            return curvature.of_batch(batch, inner=inner)
+        if curvature.ng is None:
+            raise StructureError(
+                "step() has no batch: write `loss = opt.step((x, y))`, which does forward, backward and step. To keep "
+                "your own loss and backward, run the net in `with opt.watch(x):` and call loss.backward() before."
+            )
+        grads = curvature.network.gradients()
+        stats = curvature.watched() if curvature.updates else None
+        curvature.forget()
+        return curvature.of_gradients(grads, stats, inner=inner)
+
+    def _refuse(self, loss: Any = None) -> Any:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._on_bad == "raise" or self._in_a_row >= PATIENCE:
+            check(self.info)
+        return self.info.loss if loss is None else loss
+
+    def _move(self, nat: Tree) -> None:
+        network = self._curvature.network
+        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if id(p) in names):
+                direction, state = nat[names[id(p)]], self.state[p]
+                if group["momentum"]:
+                    old = state.get("momentum_buffer")
+                    direction = direction if old is None else direction + group["momentum"] * old
+                    state["momentum_buffer"] = direction
+                if group["weight_decay"]:
+                    direction = direction + group["weight_decay"] * p
+                p.add_(direction * -group["lr"])
+
+    # ---------------------------------------------------------------------------------- the rest of an optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch; only before the first batch.
+
+        Raises:
+            HyperparameterError: a learning rate, momentum or weight decay outside its range.
+            StructureError: parameters of another net, or the layers were found already.
+        """
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "lr": (lambda v: v >= 0, "must be >= 0"),
+            "momentum": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+            "weight_decay": (lambda v: v >= 0, "must be >= 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            expect_number(name, {**self.defaults, **param_group}[name], holds, rule)
+        super().add_param_group(param_group)
+        self._curvature.network.train(p for group in self.param_groups for p in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as in torch, and the watched statistics that belong to them."""
+        super().zero_grad(set_to_none)
+        self._curvature.forget(used=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        return {**own, **super().__getstate__()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as in torch, with the curvature as flat tensors."""
+        return {**super().state_dict(), "curvature": self._curvature.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as in torch, also before the first batch.
+
+        Raises:
+            StructureError: the state belongs to another optimizer, net or method.
+        """
+        if "curvature" not in state_dict:
+            raise StructureError(f"the saved optimizer has no curvature, only {sorted(state_dict)}: it is another one.")
+        self._curvature.load_state_dict(state_dict["curvature"])
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise StructureError(f"{error}: make the same parameter groups as those that were saved.") from error
+
+
+def _all_ok(info: Info) -> bool:
+    return bool(torch.stack(list(info.ok.values())).all())
