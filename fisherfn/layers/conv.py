@@ -197,7 +197,7 @@ def _by_lines(x: Float[Tensor, "n c *space"], axes: Sequence[Axis], groups: int)
 
 
 def _cover(x: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Zero-padded or cropped to exactly what the positions meet."""
+    """Pad the input with zeros, or crop it, to exactly the range that the output positions meet."""
     pads: list[int] = []
     for size, axis in zip(reversed(x.shape[2:]), reversed(axes), strict=True):
         last = axis.start + axis.stride * (axis.positions - 1) + axis.step * (axis.entries - 1)

@@ -149,7 +149,7 @@ class Layout:
 
     @cached_property
     def layers(self) -> tuple[Block, ...]:
-        """The blocks of a layer family."""
+        """The blocks of parameters that belong to a layer."""
         return tuple(block for block in self.blocks if block.kind != "fallback")
 
     @cached_property

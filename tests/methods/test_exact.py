@@ -110,7 +110,7 @@ def test_both_routes_agree(structure, id):
 
 
 def test_all_layers_see_the_same_examples_and_draws():
-    """All layers use one order of samples: different orders would change the cross terms of the Fisher."""
+    """Layers share one order of samples: different orders would change the cross terms of the Fisher."""
     problem = zoo.pick("mlp-categorical")
     run = sampled(problem, method=ff.exact())
     v, damping = zoo.random_tree(problem.params), 0.01
