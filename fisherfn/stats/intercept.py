@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class Record(NamedTuple):
         return self.call.input if self.copies is None else self.copies(examples)
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """A receiver of layer calls, in place of taps, for a run that is the caller's own."""
 
