@@ -9,6 +9,16 @@ from tests import zoo
 
 SEEDS = st.integers(0, 99)
 
+TOGETHER = {  # k, s, n, t, o, i
+    "linear": (1, 1, 8, 1, 3, 4),
+    "shared": (1, 1, 8, 2, 3, 3),
+    "groups": (2, 2, 8, 1, 4, 3),
+    "half": (1, 1, 4, 1, 3, 4),
+    "narrow": (1, 1, 8, 1, 1, 4),
+    "wide": (1, 1, 8, 1, 6, 5),
+}
+"""Blocks of which some are iterated on together: those with one position and as many examples."""
+
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)

@@ -174,15 +174,7 @@ def test_stacked_blocks_have_the_triplets_of_each():
 
 # ----------------------------------------------------------------------------------- blocks that are iterated together
 
-SIZES = {  # k, s, n, t, o, i
-    "linear": (1, 1, 8, 1, 3, 4),
-    "shared": (1, 1, 8, 2, 3, 3),
-    "groups": (2, 2, 8, 1, 4, 3),
-    "half": (1, 1, 4, 1, 3, 4),
-    "narrow": (1, 1, 8, 1, 1, 4),
-    "wide": (1, 1, 8, 1, 6, 5),
-}
-TAPS = {key: drawn.tap("dense", sizes)[0] for key, sizes in SIZES.items()}
+TAPS = {key: drawn.tap("dense", sizes)[0] for key, sizes in drawn.TOGETHER.items()}
 
 
 def test_in_one_list_are_blocks_of_one_position_and_as_many_examples():

@@ -7,23 +7,16 @@ from torch.utils import _pytree as pytree
 from fisherfn import rearrangement
 from fisherfn.taps import ChunkedTap, Tap
 from fisherfn.types import Shape
+from tests.drawn import TOGETHER
 from tests.methods.kronecker import ITERATIVE, TIGHT, as_installed, taps_of  # noqa: F401
 from tests.oracles import close
 
 EVERY = pytest.mark.parametrize("method", ITERATIVE)
-SIZES = {  # k, s, n, t, o, i
-    "linear": (1, 1, 8, 1, 3, 4),
-    "shared": (1, 1, 8, 2, 3, 3),
-    "groups": (2, 2, 8, 1, 4, 3),
-    "half": (1, 1, 4, 1, 3, 4),
-    "narrow": (1, 1, 8, 1, 1, 4),
-    "wide": (1, 1, 8, 1, 6, 5),
-}
 
 
 def drawn():
     """A tap of each size."""
-    return {key: Tap(*taps_of(sizes, seed)) for seed, (key, sizes) in enumerate(SIZES.items())}
+    return {key: Tap(*taps_of(sizes, seed)) for seed, (key, sizes) in enumerate(TOGETHER.items())}
 
 
 def updated(method, taps, before=None, rho=0.0):
