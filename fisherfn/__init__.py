@@ -1,6 +1,6 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
-from fisherfn import errors, likelihoods, optim, tree
+from fisherfn import distributed, errors, likelihoods, optim, tree
 from fisherfn.adapt import Adapted, Adaptive, AdaptiveState, Cadence, QuadraticModel, adaptive, kl_clip, quadratic_model
 from fisherfn.base import Method
 from fisherfn.compiled import compile
@@ -12,7 +12,7 @@ from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
-from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
+from fisherfn.stats import ImplicitFisher, Layout, Stats, functional, join
 from fisherfn.taps import Tap
 from fisherfn.types import Info
 
@@ -45,11 +45,13 @@ __all__ = [
     "check",
     "compile",
     "deflation",
+    "distributed",
     "dropout_seeds",
     "ekfac",
     "errors",
     "exact",
     "functional",
+    "join",
     "kfac",
     "kfac_corrected",
     "kl_clip",

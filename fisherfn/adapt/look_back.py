@@ -31,9 +31,10 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, ng: NaturalGradient, stats: Stats, batch: Batch, alive: Tensor) -> Seen:
         """Return the measurements of a batch."""
-        losses = ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
-        n = losses.shape[0]
-        return cls(losses.mean(), losses.var(correction=0) / max(n - 1, 1), alive)
+        here = stats.first(stats.examples)  # none, on a process without examples
+        losses = ng.likelihood.nll(stats.outputs, pair(batch)[1]).double() if here else stats.outputs.new_zeros(0)
+        mean, variance = stats.moments(losses)
+        return cls(mean, variance / max(stats.examples - 1, 1), alive)
 
     def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
         """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""

@@ -128,6 +128,12 @@ def quadratic_model(
     )
 
 
+def without_examples(directions: Sequence[Tree], losses: Float[Tensor, " n"]) -> QuadraticModel:
+    """Return the quadratic model of no examples; `losses` is empty."""
+    gram = _gram(directions)
+    return QuadraticModel(torch.zeros_like(gram[0]), torch.zeros_like(gram), gram, losses)
+
+
 def tangents(
     outputs_of: Callable[[Tree], Tensor], params: Tree, directions: Sequence[Tree]
 ) -> tuple[Float[Tensor, "n *o"], Float[Tensor, "d n *o"]]:

@@ -49,12 +49,21 @@ def in_chunks(
 
 
 def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
-    """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this.
+    """Return `independent`, and raise if it is false.
 
     Raises:
         LikelihoodError: the losses differ. Under `torch.vmap` or in a trace, where values cannot be read, the returned
             mask is false instead.
     """
+    mask = independent(likelihood, outputs, y, size)
+    if torch._C._functorch.maybe_current_level() is None and get_proxy_mode() is None and not bool(mask):
+        error, text = BATCH_CHECKS["chunks"]
+        raise error(f"{text}.")
+    return mask
+
+
+def independent(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
+    """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this."""
 
     def nll(part: slice) -> Tensor:
         found: Tensor = likelihood.nll(outputs[part], tree.map(lambda leaf: leaf[part], y))
@@ -66,9 +75,6 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
     sizes = torch.where(finite, joined.abs() + alone.abs(), 0.0)
     same = ~finite | ((joined - alone).abs() <= torch.finfo(joined.dtype).eps ** 0.5 * sizes.amax())
     mask: Tensor = same.all()
-    if torch._C._functorch.maybe_current_level() is None and get_proxy_mode() is None and not bool(mask):
-        error, text = BATCH_CHECKS["chunks"]
-        raise error(f"{text}.")
     return mask
 
 

@@ -15,6 +15,7 @@ from fisherfn import rows, tree
 from fisherfn.errors import StructureError
 from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.processes import OneProcess
 from fisherfn.taps import LazyTap, Sizes, Tap
 from fisherfn.types import Matrix, PyTree, Tree
 
@@ -31,7 +32,7 @@ class LayerStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stats:
+class Stats(OneProcess):
     """Loss, gradient and curvature statistics of one batch. A pytree; the layout is its static part."""
 
     loss: Float[Tensor, ""]
@@ -45,7 +46,7 @@ class Stats:
     """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
 
     @property
-    def examples(self) -> int:
+    def examples(self) -> int:  # type: ignore[override]
         """The number of examples, N."""
         block = self.layout.blocks[0]
         return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
