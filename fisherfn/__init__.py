@@ -1,6 +1,6 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
-from fisherfn import errors, likelihoods, optim, tree
+from fisherfn import errors, likelihoods, members, optim, tree
 from fisherfn.adapt import Adapted, Adaptive, AdaptiveState, Cadence, QuadraticModel, adaptive, kl_clip, quadratic_model
 from fisherfn.base import Method
 from fisherfn.compiled import compile
@@ -56,6 +56,7 @@ __all__ = [
     "kpsvd",
     "lanczos",
     "likelihoods",
+    "members",
     "natural_gradient",
     "optim",
     "quadratic_model",
