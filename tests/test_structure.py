@@ -36,9 +36,10 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "calls", "operators", "members", "products", "rows", "state", "taps", "per_example"],
+        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "per_example"],
         Floor("ground", 0),
     ),
+    "members": Floor("ground", 0),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
     **dict.fromkeys(["gradients"], Floor("method", 1.2)),
     **dict.fromkeys(["lowrank", "rearrangement"], Floor("method", 1.4)),

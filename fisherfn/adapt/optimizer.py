@@ -208,10 +208,10 @@ class Adaptive:
         lr, momentum = self.lr, self.momentum
         if self.rule == "clip":
             lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
-        rate = None if lr is None else torch.as_tensor(lr, dtype=like.dtype, device=like.device) * lr_scale * state.shrink
+        rate = None if lr is None else torch.as_tensor(lr, dtype=like.dtype).to(like) * lr_scale * state.shrink
         if rate is not None and self.kl_bound is not None:
             rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
-        return rate, None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype, device=like.device)
+        return rate, None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype).to(like)
 
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
@@ -245,7 +245,8 @@ class Adaptive:
         fixed = self.rule == "clip" or self.momentum is not None
         rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
         update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
-        if isinstance(self.weight_decay, Tensor) or self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
+        # decoupled: not part of the model, and ρ was measured before it
+        if isinstance(self.weight_decay, Tensor) or self.weight_decay:
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)

@@ -37,7 +37,9 @@ def parse_grid(Config: type[TrainConfig], argv: Sequence[str]) -> tuple[TrainCon
         known = names.get(name.replace("-", "_"))
         if known is None and name != "config":
             near = nearest(name, names, cutoff=0.5)
-            hint = f"; did you mean --{near}?" if near else "; see --help for those of a sweep, and the trainer's --help"
+            hint = (
+                f"; did you mean --{near}?" if near else "; see --help for those of a sweep, and the trainer's --help"
+            )
             raise ConfigError(f"unknown option --{name}{hint}")
         if value is None or "," not in value or name == "config":
             base += [f"--{name}"] if value is None else [f"--{name}", value]
@@ -67,7 +69,9 @@ def configured(config: TrainConfig, row: Mapping[str, Any]) -> TrainConfig:
 
 def described(row: Mapping[str, Any]) -> str:
     """Return a row in words, such as "lr 0.1, seed 2"."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+    )
 
 
 def slice_of(count: int, part: tuple[int, int] | None) -> list[int]:

@@ -119,7 +119,9 @@ class Group:
         tasks = [problem.task_of(row) for row in self.members]
         dtype, count = torch.promote_types(like.dtype, torch.float32), len(self.members)
         swept = {
-            name: torch.tensor([float(problem.rows[row][name]) for row in self.members], dtype=dtype, device=like.device)
+            name: torch.tensor(
+                [float(problem.rows[row][name]) for row in self.members], dtype=dtype, device=like.device
+            )
             for name in problem.swept
         }
         params = ff.members.stack([task.params for task in tasks])
@@ -243,8 +245,8 @@ class Group:
             alone = [each if dim is None else ff.members.take(each, 0) if ff.tree.leaves(each) else each
                      for each, dim in zip(everything, dims, strict=True)]  # fmt: skip
             return ff.tree.map(lambda leaf: leaf.unsqueeze(0), one(*alone))
-        dims = tuple(dim if ff.tree.leaves(each) else None for each, dim in zip(everything, dims, strict=True))
-        new: Stepped = torch.vmap(one, in_dims=dims)(*everything)
+        filled = tuple(dim if ff.tree.leaves(each) else None for each, dim in zip(everything, dims, strict=True))
+        new: Stepped = torch.vmap(one, in_dims=filled)(*everything)
         return ff.tree.map(lambda leaf: leaf.contiguous(), new)  # the strides, too, are those of the next step
 
     def _one(
@@ -265,55 +267,6 @@ class Group:
         except ff.FisherfnError as error:
             self.reasons[row] = f"{type(error).__name__}: {error}"
         self.reasons.setdefault(row, "steps failed their checks")
-
-    # -------------------------------------------------------------------------------------------------- evaluation
-
-    @torch.no_grad()
-    def measure(self, at: Snapshot) -> list[dict[str, float]]:
-        """Return the metrics of every member: losses and accuracies on its own training and test set."""
-        parts = {part: self._evaluate(at, part) for part in ("train", "test")}
-        lines = []
-        for place in range(len(self.members)):
-            line: dict[str, float] = {"epoch": at.epoch, "step": at.step}
-            for part, (losses, _) in parts.items():
-                line[f"{part}_loss"] = float(losses[place])
-            for part, (_, right) in parts.items():
-                line |= {} if right is None else {f"{part}_accuracy": float(right[place])}
-            share = at.seconds / len(self.members)
-            lines.append(line | {"seconds": share, "skipped": int(at.skipped[place]), "active": int(at.active[place])})
-        return lines
-
-    def _evaluate(self, at: Snapshot, part: str) -> tuple[Tensor, Tensor | None]:
-        problem = self.problem
-        losses = torch.zeros(len(self.members), dtype=torch.float64)
-        right = torch.zeros_like(losses)
-        by_data: dict[int, list[int]] = {}
-        for place, row in enumerate(self.members):
-            split = getattr(problem.task_of(row), part)
-            by_data.setdefault(id(split[0]), []).append(place)
-        for places in by_data.values():
-            x, y = getattr(problem.task_of(self.members[places[0]]), part)
-            some = ff.members.take((at.params, at.context), places)
-            size = max(16, (2048 if x.ndim == 2 else 256) // len(places))
-            for a, b in zip(x.split(size), y.split(size), strict=True):
-                found = self._predicted(some, a, b)
-                losses[places] += found[0].double().cpu()
-                right[places] += found[1].double().cpu()
-            losses[places] /= x.shape[0] * problem.task.per_output
-            right[places] /= x.shape[0]
-        return losses, None if problem.task.train[1].is_floating_point() else right
-
-    def _predicted(self, some: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        task = self.problem.task
-
-        def one(params: Tree, context: Tree) -> tuple[Tensor, Tensor]:
-            outputs, _ = task.predict(params, x, context)
-            nll = task.likelihood.nll(outputs, y).double().sum()
-            return nll, torch.zeros_like(nll) if y.is_floating_point() else (outputs.argmax(-1) == y).sum()
-
-        params, context = some
-        found: tuple[Tensor, Tensor] = torch.vmap(one, in_dims=(0, 0 if context else None))(params, context)
-        return found
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 import fisherfn as ff
 from common import loop
+from common.sweep.evaluation import measure
 from common.sweep.group import Group, Problem
 from common.train_config import TrainConfig
 from common.trainer import make_optimizer, optimizer_with
@@ -88,7 +89,7 @@ def test_a_member_is_its_single_run(optim, numbers, kind):
     given = FIXED if numbers == "fixed" else {"lr": 0.1} if numbers == "first-order" else {}
     shared, rows = config(optim, **given), ROWS[numbers]
     group, at = grouped(shared, rows, kind)
-    lines = group.measure(at)
+    lines = measure(group, at)
     assert at.step == STEPS and at.active.all()
     for member, row in enumerate(rows):
         single = alone(shared, row, kind)
@@ -122,7 +123,7 @@ def test_a_member_that_diverges_is_frozen_and_leaves_the_others_bit_for_bit(opti
     assert list(group.reasons) == [2] and "NonFiniteError" in group.reasons[2]
     frozen = ff.members.take(ill.params, 2)
     torch.testing.assert_close(frozen, task(2, "xavier_uniform", "plain", True).params, equal_nan=True)
-    assert [line["active"] for line in group.measure(ill)] == [1, 1, 0, 1]
+    assert [line["active"] for line in measure(group, ill)] == [1, 1, 0, 1]
 
 
 def test_one_member_runs_without_vmap_and_is_the_same():
