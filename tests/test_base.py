@@ -199,7 +199,7 @@ ANOTHER = {
     "deflation": {"floor": 0.5},
     "kfac_cor": {"diagonal_above": 3},
     "lanczos": {"damping_form": "eigen"},
-    "kl_optimal": {"relative_damping": 0.1},
+    "kl_optimal": {"relative_damping": 0.5},
     "twolevel_kfac": {"coarse": "spectral"},
     "exactNG": {"structure": "block"},
 }

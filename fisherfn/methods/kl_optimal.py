@@ -42,7 +42,7 @@ from fisherfn.rearrangement.matrices import matrix_map
 from fisherfn.taps import AnyTap
 
 ITERATIONS = 4
-RELATIVE_DAMPING = 1e-3
+RELATIVE_DAMPING = 0.1
 
 
 @dataclass(frozen=True)

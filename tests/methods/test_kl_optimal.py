@@ -89,7 +89,7 @@ def test_every_sweep_lowers_the_divergence():
 
 @pytest.mark.parametrize("damping", [1e-6, 1.0])
 def test_a_block_that_is_one_product_is_recovered_whatever_its_rank(damping):
-    """All pairs of three inputs and two output-gradients, in five and four dimensions."""
+    """The examples are all pairs of three inputs and two output-gradients, in five and four dimensions."""
     a, g = normal(3, 5, seed=1), normal(2, 4, seed=2)
     rows = [(x, y) for x in a for y in g]
     taps = (
