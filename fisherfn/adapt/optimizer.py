@@ -126,7 +126,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        seen = Seen.of(self.ng, stats, batch, alive(nat))
+        seen = Seen.of(stats, alive(nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state

@@ -110,7 +110,8 @@ def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
     plain = {
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain
     }
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain)
+    losses = torch.cat([chunk.losses for chunk in chunks])
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses)
 
 
 def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
