@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from fisherfn.errors import StructureError
@@ -100,13 +102,27 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 
     If shapes differ (leaves whose shape follows the batch), `y` is replaced by zeros of the shape of `x`.
     """
+    _same_structure(x, y)
+    return choose(mask, lambda: x, lambda: y)
+
+
+def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]) -> T:
+    """Return `select(mask, x(), y())`; where the mask can be read, only the chosen tree is computed, and none copied."""
+    if is_concrete(mask) and mask.device.type == "cpu":  # reading from a GPU would wait for it
+        return x() if mask else map(lambda a, b: b if a.shape == b.shape else torch.zeros_like(a), x(), y())
 
     def chosen(a: Any, b: Any) -> Any:
         if a is b:
             return a
         return torch.where(mask, a, b if a.shape == b.shape else torch.zeros_like(a))
 
-    return map(chosen, x, y)
+    return map(chosen, x(), y())
+
+
+def is_concrete(x: Tensor) -> bool:
+    """Return True if the value of a tensor can be read: not in a transform of torch.func, and not in a trace."""
+    traced = get_proxy_mode() is not None or torch.compiler.is_compiling()
+    return type(x) is Tensor and maybe_current_level() is None and not traced
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:
