@@ -184,6 +184,13 @@ class Tap(_Fields, AnyTap):
         """Return the tap with `a` as a tensor; one-hot rows stay indices."""
         return self if self.one_hot else Tap(rows.dense(self.a), self.g)
 
+    def copied(self) -> Tap:
+        """Return the plain tap in memory of its own: its rows may be the batch, which the caller may overwrite."""
+        a, g = self.plain()
+        return Tap(
+            replace(a, index=a.index.clone()) if isinstance(a, rows.OneHot) else rows.dense(a).clone(), g.clone()
+        )
+
 
 class LazyTap(AnyTap, ABC):
     """A tap that is computed on demand; a subclass computes the `part` of some examples."""

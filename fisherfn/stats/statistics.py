@@ -43,8 +43,8 @@ class Stats:
     layout: Layout
     plain: Tree = field(default_factory=dict)
     """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
-    losses: Float[Tensor, " n"] | tuple[()] = ()
-    """The negative log-likelihood of each example."""
+    losses: Tensor = field(default_factory=lambda: torch.full((1,), torch.nan))
+    """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
 
     @property
     def examples(self) -> int:
