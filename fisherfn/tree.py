@@ -107,7 +107,7 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 
 
 def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]) -> T:
-    """Return `select(mask, x(), y())`; where the mask can be read, only the chosen tree is computed, and none copied."""
+    """Return `select(mask, x(), y())`; if the mask can be read, only one tree is computed, and none copied."""
     if is_concrete(mask) and mask.device.type == "cpu":  # reading from a GPU would wait for it
         return x() if mask else map(lambda a, b: b if a.shape == b.shape else torch.zeros_like(a), x(), y())
 
