@@ -16,7 +16,7 @@ from fisherfn.errors import expect, expect_number
 from fisherfn.methods import named
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
-from fisherfn.types import Info, Model, PyTree, Tree
+from fisherfn.types import Info, Model, PyTree, Tree, at_least_single
 from fisherfn.views import Views
 
 
@@ -42,7 +42,7 @@ class NaturalGradient(Views):
         expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
         expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         like = next(iter(params.values()))
-        dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+        dtype, device = at_least_single(like.dtype), like.device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
         factors, inverses = self.method.init(self.layout.block_shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)

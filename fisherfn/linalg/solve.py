@@ -61,8 +61,8 @@ def spread(values: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:
     """Return `M + shift · I` for each matrix of the batch."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return matrix + shift[:, None, None] * eye
+    diagonal_of = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix.diagonal_scatter(diagonal_of + shift[:, None], dim1=-2, dim2=-1)
 
 
 class Spectrum(NamedTuple):
