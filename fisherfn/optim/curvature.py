@@ -128,10 +128,10 @@ class Curvature(Copies):
         assert self._adaptive is not None and self._rest is not None
         if self._options.compile:  # a number would be a part of the graph
             lr_scale = tree.map(lambda scale: torch.tensor(scale, dtype=torch.float64), lr_scale)
-        return self._step(
+        return self._step(  # type: ignore[no-any-return]
             ng, adaptive(ng, **self._adaptive).step, self._rest, (x, y), chunk_size=self._options.chunk_size,
             lr_scale=lr_scale,
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
 
     def _step(self, ng: NaturalGradient, step: Callable[..., Any], state: Any, batch: Any, **more: Any) -> Any:
         """Run a step of this natural gradient, compiled if so chosen: once per shape of the inputs."""
