@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fisherfn as ff
+from tests.methods.protocol import TRAINED
 
 
 def shallow():
@@ -15,7 +16,7 @@ def shallow():
     return model, params, context, batch
 
 
-@pytest.mark.parametrize("method", ff.METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_compiled_step_is_the_step(method):
     model, params, context, batch = shallow()
     ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Categorical(), method=method, context=context)
