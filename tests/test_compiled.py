@@ -33,7 +33,7 @@ def test_a_compiled_step_is_the_step(method):
 
 @pytest.mark.parametrize("method", ["ekfac", "lanczos"])
 def test_the_next_step_is_of_the_same_kind(method, monkeypatch):
-    """Eigenvectors have columns in order, and views of a stack have gaps: another trace would cost a minute."""
+    """Eigenvectors have columns in order, and views of a stack have gaps: another trace would take a minute."""
     traced = []
     monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(options) or graph)
     model, params, context, batch = shallow()
