@@ -111,12 +111,17 @@ def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]
     if is_concrete(mask) and mask.device.type == "cpu":  # reading from a GPU would wait for it
         return x() if mask else map(lambda a, b: b if a.shape == b.shape else torch.zeros_like(a), x(), y())
 
+    once: dict[tuple[int, int], Tensor] = {}  # two leaves that are one tensor stay one
+
     def chosen(a: Any, b: Any) -> Any:
         if a is b:
             return a
-        return torch.where(mask, a, b if a.shape == b.shape else torch.zeros_like(a))
+        if (id(a), id(b)) not in once:
+            once[id(a), id(b)] = torch.where(mask, a, b if a.shape == b.shape else torch.zeros_like(a))
+        return once[id(a), id(b)]
 
-    return map(chosen, x(), y())
+    yes, no = x(), y()
+    return map(chosen, yes, no)
 
 
 def is_concrete(x: Tensor) -> bool:

@@ -31,6 +31,20 @@ def test_a_compiled_step_is_the_step(method):
         state = expected[1]
 
 
+@pytest.mark.parametrize("method", ["ekfac", "lanczos"])
+def test_the_next_step_is_of_the_same_kind(method, monkeypatch):
+    """Eigenvectors have columns in order, and views of a stack have gaps: another trace would take a minute."""
+    traced = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(options) or graph)
+    model, params, context, batch = shallow()
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Categorical(), method=method, context=context)
+    compiled, state = ff.compile(ng.step), ng.init(params, damping=0.1)
+    for seed in range(3):
+        noise = ng.noise(batch, torch.Generator().manual_seed(seed))
+        _, state, _ = compiled(params, state, batch, noise=noise, context=context)
+    assert len(traced) == 1
+
+
 def test_calls_of_one_kind_share_a_trace():
     traced = []
 

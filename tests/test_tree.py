@@ -161,3 +161,11 @@ def test_leaves_of_another_shape_become_zeros():
 @pytest.mark.parametrize("scale", [-0.5, torch.tensor(-0.5)])
 def test_a_sum_with_a_scale(scale):
     assert ff.tree.add({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])}, scale=scale)["w"].tolist() == [0.5, 0]
+
+
+def test_two_leaves_that_are_one_tensor_stay_one():
+    one, other = torch.ones(3), torch.zeros(3)
+    found = torch.vmap(lambda mask: ff.tree.select(mask, (one, one), (other, other)))(torch.tensor([True]))
+    traced = make_fx(lambda mask: ff.tree.select(mask, (one, one), (other, other)))(torch.tensor(True))
+    assert found[0].tolist() == found[1].tolist() == [[1, 1, 1]]
+    assert sum(node.target is torch.ops.aten.where.self for node in traced.graph.nodes) == 1

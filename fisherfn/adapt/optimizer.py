@@ -77,12 +77,14 @@ class Adaptive:
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
-        return AdaptiveState(
+        state = AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)).clone(),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)),
             zero.bool(),
             () if self.average is None else params, torch.zeros_like(curvature.count),
         )  # fmt: skip
+        # no tensor twice, and none of the caller's: a compiled step would need another graph for the first step
+        return tree.map(torch.clone, state)
 
     def step(
         self,
