@@ -8,6 +8,7 @@ from fisherfn.conjugate_gradients import conjugate_gradients
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
 from fisherfn.influence import example_gradients, influence_scores
+from fisherfn.laplace import Laplace, LaplaceState, laplace
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import (
     METHODS,
@@ -46,6 +47,8 @@ __all__ = [
     "Gaussian",
     "ImplicitFisher",
     "Info",
+    "Laplace",
+    "LaplaceState",
     "Layout",
     "Likelihood",
     "Method",
@@ -72,6 +75,7 @@ __all__ = [
     "kl_optimal",
     "kpsvd",
     "lanczos",
+    "laplace",
     "likelihoods",
     "natural_gradient",
     "optim",

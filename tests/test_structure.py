@@ -60,7 +60,7 @@ FLOORS = {
     "stats": Floor("stats", 3),
     **dict.fromkeys(["views", "dataset", "influence"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
-    "adapt": Floor("roof", 6),
+    **dict.fromkeys(["adapt", "laplace"], Floor("roof", 6)),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }
