@@ -6,7 +6,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F7   optim                                             the shell for other people's loops, on the roof
     F6   adapt                                             how far a step goes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
-    F4   views                                             what a state says
+    F4   views, dataset                                    what a state says; factors of many batches
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
@@ -36,7 +36,19 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "per_example"],
+        [
+            "types",
+            "tree",
+            "errors",
+            "calls",
+            "operators",
+            "conjugate_gradients",
+            "products",
+            "rows",
+            "state",
+            "taps",
+            "per_example",
+        ],
         Floor("ground", 0),
     ),
     "members": Floor("ground", 0),
@@ -48,9 +60,9 @@ FLOORS = {
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
-    "views": Floor("roof", 4),
+    **dict.fromkeys(["views", "dataset", "influence"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
-    "adapt": Floor("roof", 6),
+    **dict.fromkeys(["adapt", "laplace"], Floor("roof", 6)),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }

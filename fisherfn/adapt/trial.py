@@ -79,4 +79,4 @@ def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> T
     """Return −α nat + μ δ₀."""
     if previous is None:
         return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-    return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
+    return tree.map(lambda d, v: torch.addcmul(d * -rate.to(d.dtype), v, momentum.to(v.dtype)), nat, previous)

@@ -65,7 +65,7 @@ Watch = Callable[[Snapshot], None]
 
 
 class Problem:
-    """All runs of a sweep: their tasks, the shared natural gradient, and the reasons for which runs were frozen."""
+    """The runs of a sweep: their configurations and tasks, and the natural gradient that they share."""
 
     def __init__(
         self, config: TrainConfig, rows: Sequence[Mapping[str, Any]], make_task: MakeTask, *, shared_data: bool = False
