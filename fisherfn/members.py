@@ -119,7 +119,13 @@ def select(mask: Bool[Tensor, " members"], new: T, old: PyTree) -> T:
     """
     if mask.shape != (size(new),):
         raise ShapeError(f"the mask has the shape {tuple(mask.shape)}, but there are {size(new)} members.")
-    return torch.vmap(tree.select)(mask, new, old)
+
+    def chosen(a: Tensor, b: Tensor) -> Tensor:
+        # a leaf whose shape follows the batch is empty before the first step, as in `tree.select`
+        before = b if a.shape == b.shape else torch.zeros_like(a)
+        return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.ndim - 1)), a, before)
+
+    return tree.map(chosen, new, old)
 
 
 def sound(info: Info) -> Shaped[Tensor, " members"]:

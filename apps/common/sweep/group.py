@@ -189,12 +189,14 @@ class Group:
         sound = torch.zeros_like(at.active)
         for new, of in moved:
             sound = torch.where(of, ff.members.sound(new.info), sound)
-            params, state, context = ff.members.select(
-                of, (new.params, new.state, new.context), (params, state, context)
-            )
-        params, state, context = ff.members.select(
-            sound & at.active, (params, state, context), (at.params, at.state, at.context)
-        )
+        counts = sound & at.active
+        if len(moved) == 1 and bool(counts.all()):
+            params, state, context = new.params, new.state, new.context
+        else:
+            for new, of in moved:
+                params, state, context = ff.members.select(
+                    of & counts, (new.params, new.state, new.context), (params, state, context)
+                )
         failed = torch.where(sound, 0, at.failed + 1)
         ends = at.active & (failed >= patience)
         for place in ends.nonzero().flatten().tolist():
@@ -242,7 +244,7 @@ class Group:
         one = partial(self._one, update=update, invert=invert)
         everything = (given, params, state, context, drops, batch, labels)
         if len(self.members) == 1:  # without vmap, whose overhead a single model would pay for nothing
-            alone = [each if dim is None else ff.members.take(each, 0) if ff.tree.leaves(each) else each
+            alone = [each if dim is None else ff.tree.map(lambda leaf: leaf[0], each)
                      for each, dim in zip(everything, dims, strict=True)]  # fmt: skip
             return ff.tree.map(lambda leaf: leaf.unsqueeze(0), one(*alone))
         filled = tuple(dim if ff.tree.leaves(each) else None for each, dim in zip(everything, dims, strict=True))
