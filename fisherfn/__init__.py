@@ -1,7 +1,22 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
 from fisherfn import errors, likelihoods, optim, tree
-from fisherfn.adapt import Adapted, Adaptive, AdaptiveState, Cadence, QuadraticModel, adaptive, kl_clip, quadratic_model
+from fisherfn.adapt import (
+    Adapted,
+    Adaptive,
+    AdaptiveState,
+    Cadence,
+    LineSearch,
+    QuadraticModel,
+    Spring,
+    SpringState,
+    adaptive,
+    kl_clip,
+    line_search,
+    norm_clip,
+    quadratic_model,
+    spring,
+)
 from fisherfn.base import Method
 from fisherfn.compiled import compile
 from fisherfn.errors import FisherfnError, check
@@ -14,6 +29,7 @@ from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
 from fisherfn.taps import Tap
+from fisherfn.terms import Term, TermSum, sum_of_terms
 from fisherfn.types import Info
 
 __version__ = "0.1.0"
@@ -35,12 +51,17 @@ __all__ = [
     "Info",
     "Layout",
     "Likelihood",
+    "LineSearch",
     "Method",
     "NaturalGradient",
     "QuadraticModel",
+    "Spring",
+    "SpringState",
     "State",
     "Stats",
     "Tap",
+    "Term",
+    "TermSum",
     "adaptive",
     "check",
     "compile",
@@ -56,9 +77,13 @@ __all__ = [
     "kpsvd",
     "lanczos",
     "likelihoods",
+    "line_search",
     "natural_gradient",
+    "norm_clip",
     "optim",
     "quadratic_model",
+    "spring",
+    "sum_of_terms",
     "tree",
     "two_level",
 ]

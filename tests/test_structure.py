@@ -35,7 +35,7 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "per_example"],
+        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "joined", "per_example"],
         Floor("ground", 0),
     ),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
@@ -46,8 +46,9 @@ FLOORS = {
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
-    "views": Floor("roof", 4),
+    **dict.fromkeys(["views", "merged"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
+    "terms": Floor("roof", 5.5),
     "adapt": Floor("roof", 6),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
