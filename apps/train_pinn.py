@@ -98,12 +98,12 @@ def run(config: PinnConfig) -> Path:
         params = {n: p.to(config.device) for n, p in initial(widths_of(config.model or ""), config.seed).items()}
         settings = Settings(config.damping or 0.0, config.momentum or 0.0, config.lr, config.grid)
         optimizer = optimizer_of(config.optim, posed, params, settings)
-        at = Progress(0, 0.0, params, optimizer.init(params))
+        start = Progress(0, 0.0, params, optimizer.init(params))
         if config.resume:
-            at = restored(results, at, config.device)
+            start = restored(results, start, config.device)
         if not config.quiet:
             print(f"{PROBLEMS[config.data].title}\n{config.model} net, {size_of(params):,} parameters; {config.optim}")
-        for at in steps(config, optimizer, at):
+        for at in steps(config, optimizer, start):
             if at.step % config.record_every == 0 or at.step in (1, config.num_steps):
                 loss = float(optimizer.ng.loss(at.params, posed.batch))  # type: ignore[attr-defined]
                 error = posed.error(at.params)

@@ -21,6 +21,7 @@ from fisherfn.base import Method
 from fisherfn.compiled import compile
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
+from fisherfn.free_constant import centred
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
 from fisherfn.natgrad import NaturalGradient, natural_gradient
@@ -63,6 +64,7 @@ __all__ = [
     "Term",
     "TermSum",
     "adaptive",
+    "centred",
     "check",
     "compile",
     "deflation",

@@ -58,7 +58,7 @@ class JoinedTap(AnyTap):
         taps = [_with_positions(part, t) for part in self._scaled(part.whole() for part in self.parts)]
         inputs = [tap.a for tap in taps]
         if all(isinstance(a, rows.OneHot) for a in inputs):
-            index = torch.cat([a.index for a in inputs], 1)  # type: ignore[union-attr]
+            index = torch.cat([a.index for a in inputs], 1)  # type: ignore[union-attr, misc]
             a: rows.Rows = replace(inputs[0], index=index)  # type: ignore[type-var]
         else:
             a = torch.cat([rows.dense(a) for a in inputs], 1)

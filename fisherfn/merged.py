@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -87,11 +87,12 @@ def _common(layouts: Layouts, params: Tree, names: tuple[str, ...]) -> list[Bloc
     return [_fallback(name, params[name], f"{' and '.join(kinds)} in different terms") for name in names]
 
 
-def _touching(layout: Layout, names: tuple[str, ...]) -> list[Block]:
-    return [block for block in layout.blocks if set(block.names) & set(names)]
+def _touching(layout: Layout, names: tuple[str, ...]) -> tuple[Block, ...]:
+    return tuple(block for block in layout.blocks if set(block.names) & set(names))
 
 
-def _serves(whole: Block, blocks: list[Block]) -> bool:
+@lru_cache(maxsize=4096)  # asked for each tap of each step
+def _serves(whole: Block, blocks: tuple[Block, ...]) -> bool:
     """Return True if the taps of a term's blocks are taps of this one, or are so with a column of zeros."""
     if len(blocks) != 1 or blocks[0].weight != whole.weight:
         return False
@@ -104,7 +105,7 @@ def _serves(whole: Block, blocks: list[Block]) -> bool:
 
 def _same_order(block: Block, whole: Block) -> bool:
     """Return True if two blocks read the weight as the same matrix."""
-    numbers = torch.arange(whole.weight_shape.numel()).reshape(whole.weight_shape)
+    numbers = torch.arange(whole.weight_shape.numel(), dtype=torch.float64).reshape(whole.weight_shape)
     return torch.equal(block.family.to_matrix(numbers, block.config), whole.family.to_matrix(numbers, whole.config))
 
 
@@ -142,13 +143,13 @@ class SumStats(Stats):
         """The number of examples of all terms."""
         return sum(stats.examples for stats in self.terms.values())
 
-    def lazy_tap(self, key: str) -> Any:
+    def lazy_tap(self, key: str) -> AnyTap:
         """Return the block's tap: the examples of all terms, scaled so that its Fisher is the weighted sum."""
         taps = {name: self._term_tap(name, key, Stats.lazy_tap) for name in self.terms}
         samples = max(stats.layers[stats.layout.blocks[0].key].grads[0].shape[0] for stats in self.terms.values())
         return JoinedTap(tuple(taps.values()), tuple(self._share(name) ** 0.5 for name in taps), samples)
 
-    def lazy_loss_tap(self, key: str) -> Any:
+    def lazy_loss_tap(self, key: str) -> AnyTap:
         """Return the block's tap for the targets of all terms, whose mean over examples is the gradient."""
         taps = {name: self._term_tap(name, key, Stats.lazy_loss_tap) for name in self.terms}
         return JoinedTap(tuple(taps.values()), tuple(self._share(name) for name in taps), 1)

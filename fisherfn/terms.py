@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -76,8 +77,8 @@ class TermSum(NaturalGradient):
         self._check_terms(batch)
         collected = {}
         for name, term in self.terms.items():
-            mine = {"context": (context or {}).get(name), "noise": (noise or {}).get(name)}
-            collected[name] = _in_term(name, lambda t=term, n=name, m=mine: t.stats(params, batch[n], **m, **options))
+            mine: dict[str, Any] = {"context": (context or {}).get(name), "noise": (noise or {}).get(name)}
+            collected[name] = _in_term(name, partial(term.stats, params, batch[name], **mine, **options))
         return SumStats.of(collected, dict(self.weights), self.layout)
 
     def loss(self, params: Tree, batch: Any, *, context: PyTree = None) -> Tensor:
@@ -135,7 +136,7 @@ def sum_of_terms(
     if not sum(term.weight for term in terms.values()) > 0:
         raise HyperparameterError("the weights of all terms are zero: the loss would be constant.")
     method = named(method)
-    built = {name: _in_term(name, lambda t=term: _alone(t, params, method)) for name, term in terms.items()}
+    built = {name: _in_term(name, partial(_alone, term, params, method)) for name, term in terms.items()}
     layout = merged({name: ng.layout for name, ng in built.items()}, params, unused)
     first = next(iter(built.values()))
     weights = {name: float(term.weight) for name, term in terms.items()}

@@ -35,7 +35,20 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "joined", "per_example"],
+        [
+            "types",
+            "tree",
+            "errors",
+            "calls",
+            "operators",
+            "products",
+            "rows",
+            "state",
+            "taps",
+            "joined",
+            "per_example",
+            "free_constant",
+        ],
         Floor("ground", 0),
     ),
     **dict.fromkeys(["linalg"], Floor("method", 1)),

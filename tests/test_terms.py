@@ -200,8 +200,6 @@ def test_bad_terms_and_batches_raise_errors_that_name_them():
     terms = terms_of(batch)
     with pytest.raises(StructureError, match="needs a term"):
         ff.sum_of_terms({}, params)
-    with pytest.raises(StructureError, match=r"ff\.Term"):
-        ff.sum_of_terms({"inside": slopes}, params)
     with pytest.raises(HyperparameterError, match="weight of term 'edge'"):
         ff.sum_of_terms(terms_of(batch, weights=(1.0, -1.0)), params)
     with pytest.raises(HyperparameterError, match="constant"):
@@ -226,3 +224,9 @@ def test_bad_terms_and_batches_raise_errors_that_name_them():
         ng.model(params, points(3))
     with pytest.raises(StructureError, match="line_search"):
         ff.adaptive(ng)
+
+
+@pytest.mark.parametrize("terms", [{"inside": slopes}, slopes])
+def test_what_is_no_term_is_refused(terms):
+    with pytest.raises(StructureError, match=r"ff\.Term"):
+        ff.sum_of_terms(terms, problem()[0])

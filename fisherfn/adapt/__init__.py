@@ -1,4 +1,4 @@
-"""Step size, momentum and damping: the KL bound, the quadratic model, cadences, line search, SPRING, and the optimizer without tuning."""
+"""Step size, momentum and damping: KL bound, quadratic model, line search, SPRING, the optimizer without tuning."""
 
 from fisherfn.adapt.build import adaptive
 from fisherfn.adapt.cadence import Cadence, Due

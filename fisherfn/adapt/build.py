@@ -55,7 +55,9 @@ def adaptive(
     """
     expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
     if isinstance(ng, TermSum):
-        raise StructureError("adaptive steps take one batch: for a sum of terms use ff.line_search or ff.quadratic_model.")
+        raise StructureError(
+            "adaptive steps take one batch: for a sum of terms use ff.line_search or ff.quadratic_model."
+        )
     given = {"lr": lr, "momentum": momentum, "damping": damping}
     numbers = {name: _number(name, value) for name, value in given.items()}
     rules = {

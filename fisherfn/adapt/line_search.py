@@ -60,9 +60,9 @@ def line_search(
     expect(direction, dict, "direction", "pass the tree that ng.step or ng.precondition returned")
     if not sizes:
         raise HyperparameterError("a line search needs a step size: pass sizes=(1.0, 0.5, 0.25), for example.")
-    for size in sizes:
-        expect_number("a step size", size, lambda v: v >= 0, "must be >= 0")
-    losses = torch.stack([loss(tree.add(params, direction, scale=-size)) for size in sizes])
+    for each in sizes:
+        expect_number("a step size", each, lambda v: v >= 0, "must be >= 0")
+    losses = torch.stack([loss(tree.add(params, direction, scale=-each)) for each in sizes])
     finite = torch.isfinite(losses)
     best = torch.where(finite, losses, torch.inf).argmin()
     found = finite.any()

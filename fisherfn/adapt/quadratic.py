@@ -111,6 +111,8 @@ def quadratic_model(
     for direction in directions:
         expect(direction, dict, "a direction", "pass trees like params, as ng.step returns them")
     if isinstance(ng, TermSum):
+        expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")
+        assert isinstance(batch, Mapping)
         models = {
             name: quadratic_model(term, params, batch[name], directions, context=(context or {}).get(name))
             for name, term in ng.terms.items()

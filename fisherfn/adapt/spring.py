@@ -4,8 +4,9 @@ With r the residuals, J their Jacobian, both divided by √N, and φ the previou
 
 $$\zeta = r - J \mu\varphi, \qquad \varphi \leftarrow \mu\varphi + J^\top (J J^\top + \lambda I)^{-1} \zeta .$$
 
-The new direction is the minimiser of $\tfrac12 \|J\varphi' - r\|^2 + \tfrac\lambda2 \|\varphi' - \mu\varphi\|^2$: where the
-batch says nothing, it keeps μφ. Setting the derivative to zero, with $F = J^\top J$ and $\nabla = J^\top r$,
+The new direction minimises $\tfrac12 \|J\varphi' - r\|^2 + \tfrac\lambda2 \|\varphi' - \mu\varphi\|^2$: it equals μφ
+in all directions of which the batch says nothing. Setting the derivative to zero, with $F = J^\top J$ and
+$\nabla = J^\top r$,
 
 $$\varphi \leftarrow (F + \lambda I)^{-1} (\nabla + \lambda\mu\varphi),$$
 
@@ -96,7 +97,7 @@ def spring(ng: NaturalGradient, *, momentum: float | Tensor = 0.9) -> Spring:
 
 
 def norm_clip(direction: Tree, *, lr: float | Tensor, norm: float | Tensor) -> Tree:
-    r"""Scale a direction so that the step `lr * direction` is not longer than `norm`: $\min(1, C / (\eta \|\varphi\|))$.
+    r"""Scale a direction by $\min(1, C / (\eta \|\varphi\|))$, so that its step is not longer than `norm`.
 
     Args:
         direction: a tree like params.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import hessian, jacrev, vmap
 
+import study_pinn
 import train_pinn
 from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
@@ -116,3 +117,21 @@ def test_the_results_are_printed_as_a_table(small, tmp_path, capsys):
 def test_wrong_options_are_errors_in_one_line(tmp_path, argv, message):
     with pytest.raises(ConfigError, match=message):
         train_pinn.run(read(train_pinn.PinnConfig, [*argv, "--result_dir", str(tmp_path)]))
+
+
+def test_the_study_runs_what_is_missing_and_its_table_has_the_published_rows(small, tmp_path, capsys, monkeypatch):
+    def config(steps):
+        argv = ["--problems", "POISSON_2D", "--optims", "exact,adam", "--steps", str(steps)]
+        return read(study_pinn.StudyConfig, [*argv, "--result_dir", str(tmp_path)])
+
+    first = study_pinn.main(config(1))["POISSON_2D"]
+    assert [list(steps) for steps in first.values()] == [[1], [1]]
+    again = study_pinn.main(config(10))["POISSON_2D"]
+    assert list(again["exact"]) == [1, 10] and again["adam"][1] == first["adam"][1]
+    monkeypatch.setattr(study_pinn, "run", None)  # nothing is missing
+    study_pinn.main(config(10))
+    printed = capsys.readouterr().out
+    assert "| POISSON_2D | *published: ENGD per layer* |  | 5.5e-03 | 2.7e-05 | 2.1e-07 | |" in printed
+    assert (tmp_path / "train_pinn" / "pinn.png").exists()
+    missing = study_pinn.main(dataclasses.replace(config(0), result_dir=str(tmp_path / "none")))
+    assert missing == {"POISSON_2D": {"exact": {}, "adam": {}}}

@@ -1,7 +1,7 @@
 """Tanh nets that carry derivatives along: value, first derivatives and one second-order operator in one pass.
 
-The derivatives follow the chain rule layer by layer (forward mode, as in the forward Laplacian of Li et al. 2023). Every
-weight multiplies the value and its derivatives in ordinary linear layers: they are *shared positions* of one layer, of
+The derivatives follow the chain rule layer by layer (forward mode, as in the forward Laplacian of Li et al. 2023).
+Every weight multiplies value and derivatives in ordinary linear layers: they are *shared positions* of one layer, of
 which only the value receives the bias. This is how K-FAC is defined for such nets (Dangel, Müller & Zeinhofer 2024).
 
 n point, d coordinate, i input and o output of a layer.

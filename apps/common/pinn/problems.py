@@ -61,14 +61,17 @@ def heat_residual(params: Tree, x: Tensor) -> Tensor:
 
 
 def product_of_sines(x: Tensor) -> Tensor:
+    """Return Π sin(πx_i)."""
     return torch.sin(math.pi * x).prod(-1, keepdim=True)
 
 
 def sum_of_cosines(x: Tensor) -> Tensor:
+    """Return Σ cos(πx_i)."""
     return torch.cos(math.pi * x).sum(-1, keepdim=True)
 
 
 def decaying_sine(x: Tensor) -> Tensor:
+    """Return exp(−π²t/4) sin(πx) at points (t, x)."""
     return torch.exp(-(math.pi**2) * x[:, :1] / 4) * torch.sin(math.pi * x[:, 1:])
 
 
