@@ -106,7 +106,7 @@ def silent_tap(shape: Shape, examples: int, like: Tensor) -> Tap:
 
 
 def _scaled(tap: Tap, factor: float, samples: int) -> Tap:
-    """Return the tap with its output-gradients times a factor, and samples of zeros up to this number."""
+    """Return the tap with scaled output-gradients, and samples of zeros up to this number."""
     missing = samples - tap.g.shape[1]
     g = tap.g * factor
     return Tap(tap.a, F.pad(g, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else g)
