@@ -19,11 +19,24 @@ from fisherfn.adapt import (
 )
 from fisherfn.base import Method
 from fisherfn.compiled import compile
+from fisherfn.conjugate_gradients import conjugate_gradients
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
 from fisherfn.free_constant import centred
+from fisherfn.influence import example_gradients, influence_scores
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from fisherfn.methods import METHODS, deflation, ekfac, exact, kfac, kfac_corrected, kpsvd, lanczos, two_level
+from fisherfn.methods import (
+    METHODS,
+    deflation,
+    ekfac,
+    exact,
+    kfac,
+    kfac_corrected,
+    kl_optimal,
+    kpsvd,
+    lanczos,
+    two_level,
+)
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
@@ -67,15 +80,19 @@ __all__ = [
     "centred",
     "check",
     "compile",
+    "conjugate_gradients",
     "deflation",
     "dropout_seeds",
     "ekfac",
     "errors",
     "exact",
+    "example_gradients",
     "functional",
+    "influence_scores",
     "kfac",
     "kfac_corrected",
     "kl_clip",
+    "kl_optimal",
     "kpsvd",
     "lanczos",
     "likelihoods",

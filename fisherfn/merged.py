@@ -136,7 +136,9 @@ class SumStats(Stats):
         for stats in terms.values():
             checks |= {name: mask & checks.get(name, mask) for name, mask in stats.checks.items()}
         context = {name: stats.context for name, stats in terms.items()} if layout.has_context else ()
-        return cls(loss, outputs, context, {}, checks, layout, {}, terms, weights)
+        n = sum(stats.examples for stats in terms.values())
+        losses = torch.cat([weights[name] * n / stats.examples * stats.losses for name, stats in terms.items()])
+        return cls(loss, outputs, context, {}, checks, layout, {}, losses, terms, weights)
 
     @property
     def examples(self) -> int:
@@ -194,13 +196,13 @@ def _as_fallback(whole: Block, block: Block, tap: AnyTap) -> AnyTap:
 
 
 def _flatten(stats: SumStats) -> tuple[list[Any], Any]:
-    leaves = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.terms]
-    return leaves, (stats.layout, tuple(stats.weights.items()))
+    leaves = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
+    return [*leaves, stats.terms], (stats.layout, tuple(stats.weights.items()))
 
 
 def _unflatten(children: list[Any], facts: Any) -> SumStats:
-    loss, outputs, context, layers, checks, plain, terms = children
-    return SumStats(loss, outputs, context, layers, checks, facts[0], plain, terms, dict(facts[1]))
+    loss, outputs, context, layers, checks, plain, losses, terms = children
+    return SumStats(loss, outputs, context, layers, checks, facts[0], plain, losses, terms, dict(facts[1]))
 
 
 tree.register(SumStats, _flatten, _unflatten)

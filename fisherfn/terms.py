@@ -96,6 +96,12 @@ class TermSum(NaturalGradient):
         sampled = {name: term for name, term in self.terms.items() if term.fisher_kind == "mc"}
         return {name: term.noise(batch[name], generator, samples=samples) for name, term in sampled.items()}
 
+    def fit(self, params: Tree, loader: Any, **options: Any) -> NoReturn:
+        """Raise `StructureError`: batches of a sum of terms need not have its proportions of examples."""
+        raise StructureError(
+            "a sum of terms is fitted to one batch per term: pass ng.stats(params, batch) to ng.update."
+        )
+
     def for_shape(self, params: Tree, x: PyTree, *, context: PyTree = None) -> NoReturn:
         """Raise `StructureError`: the examples of a term keep their shape."""
         raise StructureError("a sum of terms keeps the shapes of its examples: build another one with sum_of_terms.")

@@ -6,7 +6,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F7   optim                                             the shell for other people's loops, on the roof
     F6   adapt                                             how far a step goes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
-    F4   views                                             what a state says
+    F4   views, dataset                                    what a state says; factors of many batches
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
@@ -41,6 +41,7 @@ FLOORS = {
             "errors",
             "calls",
             "operators",
+            "conjugate_gradients",
             "products",
             "rows",
             "state",
@@ -48,6 +49,7 @@ FLOORS = {
             "joined",
             "per_example",
             "free_constant",
+            "per_example",
         ],
         Floor("ground", 0),
     ),
@@ -60,6 +62,7 @@ FLOORS = {
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
     **dict.fromkeys(["views", "merged"], Floor("roof", 4)),
+    **dict.fromkeys(["views", "dataset", "influence"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
     "adapt": Floor("roof", 6),

@@ -83,6 +83,7 @@ def test_loss_gradient_fisher_and_step_are_those_of_stacked_jacobians(inside):
     stats = ng.stats(params, batch)
     close(stats.loss, loss)
     close(ng.loss(params, batch), loss)
+    close(stats.losses.mean(), loss)
     close(flat(stats.grads), grad)
     close(ng.fisher(stats).dense(), fisher)
     close(ng.fisher(stats).trace(), fisher.trace())
@@ -218,6 +219,8 @@ def test_bad_terms_and_batches_raise_errors_that_name_them():
         ng.stats(params, {"inside": batch["inside"]})
     with pytest.raises(StructureError, match="keeps the shapes"):
         ng.for_shape(params, points(3))
+    with pytest.raises(StructureError, match="one batch per term"):
+        ng.fit(params, [batch])
     with pytest.raises(StructureError, match="implicit"):
         ng.implicit_fisher(params, points(3))
     with pytest.raises(StructureError, match="no single model"):

@@ -1,7 +1,7 @@
 """The ground state of a quantum spin chain: a restricted Boltzmann machine trained by SPRING with the centred Fisher.
 
-H = −Σ σᶻᵢσᶻᵢ₊₁ − g Σ σˣᵢ on a ring. The net gives log ψ of each of the 2¹⁰ spin configurations, which are all used, with
-the weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ, the gradient of the energy is twice their
+H = −Σ σᶻᵢσᶻᵢ₊₁ − g Σ σˣᵢ on a ring. The net gives log ψ of each of the 2¹⁰ spin configurations. All are used, with the
+weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ. The gradient of the energy is twice their
 covariance with the local energies. The picture shows the relative error of the energy against exact diagonalisation.
 """
 
@@ -30,10 +30,12 @@ class LocalEnergy:
     """
 
     def nll(self, outputs, targets):
+        """Return N p (E − Ē) log ψ, whose gradient has the mean Cov(O, E)."""
         weights, energies = targets.unbind(-1)
         return weights * energies * outputs[:, 0]
 
     def fisher_sqrt(self, outputs):
+        """Return one column of ones: the Fisher of an example is O Oᵀ."""
         return torch.ones_like(outputs).unsqueeze(0)
 
     def observed(self, outputs, targets):
@@ -99,7 +101,11 @@ def main(out: Path, small: bool = False) -> dict:
             print(f"g = {field}, {name}: error {found[-1]:.1e} after {steps} steps, below 1e-4 after {within}")
             axis.semilogy(found, line, color=colour, label=f"g = {field}" if momentum else None)
     axis.axhline(1e-4, color="0.6", lw=0.8)
-    axis.set(xlabel="step", ylabel="relative error of the energy", title=f"{spins} spins (dotted: without momentum)")
+    axis.set(
+        xlabel="step",
+        ylabel="relative error of the energy",
+        title=f"{spins} spins, SPRING (dotted: μ = 0)",
+    )
     axis.legend()
     figure.savefig(out / "ising.png", dpi=110)
     plt.close(figure)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.state import AdaptiveState
-from fisherfn.natgrad import NaturalGradient
-from fisherfn.stats import Batch, Stats, pair
+from fisherfn.stats import Stats
 from fisherfn.types import Tree
 
 SIGMAS, TOLERANCE = 4.0, 0.02
@@ -29,9 +28,9 @@ class Seen(NamedTuple):
     alive: Tensor
 
     @classmethod
-    def of(cls, ng: NaturalGradient, stats: Stats, batch: Batch, alive: Tensor) -> Seen:
-        """Return the measurements of a batch."""
-        losses = ng.likelihood.nll(stats.outputs, pair(batch)[1]).double()
+    def of(cls, stats: Stats, alive: Tensor) -> Seen:
+        """Return the measurements from the statistics of a batch."""
+        losses = stats.losses.double()
         n = losses.shape[0]
         return cls(losses.mean(), losses.var(correction=0) / max(n - 1, 1), alive)
 

@@ -77,12 +77,14 @@ class Adaptive:
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
-        return AdaptiveState(
+        state = AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)).clone(),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)),
             zero.bool(),
             () if self.average is None else params, torch.zeros_like(curvature.count),
         )  # fmt: skip
+        # no tensor twice, and none of the caller's: a compiled step would need another graph for the first step
+        return tree.map(torch.clone, state)
 
     def step(
         self,
@@ -126,7 +128,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        seen = Seen.of(self.ng, stats, batch, alive(nat))
+        seen = Seen.of(stats, alive(nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state
@@ -238,13 +240,18 @@ class Adaptive:
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 
-        # each line is one pass over the parameters, the largest tensors of a step
-        undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
-        result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
+        result = tree.choose(
+            accepted,
+            lambda: tried.params,
+            lambda: tree.choose(back, lambda: tree.add(params, state.update, scale=-1), lambda: params),
+        )
         # a fixed momentum would repeat a bad δ₀, so it is dropped; a free momentum is left to the model
-        fixed = self.rule == "clip" or self.momentum is not None
-        rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
-        update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
+        drops = rejected if self.rule == "clip" or self.momentum is not None else back
+        update = tree.choose(
+            accepted,
+            lambda: tried.update,
+            lambda: tree.choose(drops, lambda: tree.zeros_like(state.update), lambda: state.update),
+        )
         if self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)

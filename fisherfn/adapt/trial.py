@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,4 +78,4 @@ def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> T
     """Return −α nat + μ δ₀."""
     if previous is None:
         return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-    return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
+    return tree.map(lambda d, v: torch.addcmul(d * -rate.to(d.dtype), v, momentum.to(v.dtype)), nat, previous)

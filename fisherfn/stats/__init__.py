@@ -2,7 +2,7 @@
 
 from fisherfn.stats.batch import FISHERS, Batch, pair
 from fisherfn.stats.build import build
-from fisherfn.stats.chunks import window
+from fisherfn.stats.chunks import join, window
 from fisherfn.stats.collector import Collector, FisherKind, known_likelihood
 from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
@@ -21,6 +21,7 @@ __all__ = [
     "Stats",
     "build",
     "functional",
+    "join",
     "known_likelihood",
     "pair",
     "run",

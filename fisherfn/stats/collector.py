@@ -34,7 +34,7 @@ from fisherfn.stats.labels import fisher_cotangents, loss_cotangent, require
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.runs import example_gradients, pull_all, tapped_run
 from fisherfn.stats.statistics import LayerStats, Stats
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.types import Model, PyTree, Tree, at_least_single
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
@@ -171,7 +171,7 @@ class Collector:
         samples = self.samples if samples is None else samples
         check_samples(samples)
         shape = torch.Size((given.examples, samples, *self.layout.output_shape))
-        dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
+        dtype = at_least_single(self.layout.output_dtype)
         return draw(self.likelihood, shape, generator, dtype).to(tree.leaves(given.x)[0].device)
 
     @border()
@@ -205,7 +205,7 @@ class Collector:
         checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
-        return Stats(loss, outputs, new_context, layers, checks, layout, plain)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll)
 
     def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
         valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)

@@ -16,7 +16,7 @@ from fisherfn.errors import StructureError
 from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.taps import AnyTap, LazyTap, Sizes, Tap
-from fisherfn.types import Matrix, PyTree, Tree
+from fisherfn.types import Matrix, PyTree, Tree, at_least_single
 
 
 class LayerStats(NamedTuple):
@@ -43,6 +43,8 @@ class Stats:
     layout: Layout
     plain: Tree = field(default_factory=dict)
     """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
+    losses: Tensor = field(default_factory=lambda: torch.full((1,), torch.nan))
+    """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
 
     @property
     def examples(self) -> int:
@@ -100,12 +102,13 @@ class Stats:
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
-    return [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain], stats.layout
+    fields = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
+    return fields, stats.layout
 
 
 def _unflatten(children: list[Any], layout: Layout) -> Stats:
-    loss, outputs, context, layers, checks, plain = children
-    return Stats(loss, outputs, context, layers, checks, layout, plain)
+    loss, outputs, context, layers, checks, plain, losses = children
+    return Stats(loss, outputs, context, layers, checks, layout, plain, losses)
 
 
 tree.register(Stats, _flatten, _unflatten)
@@ -113,7 +116,7 @@ tree.register(Stats, _flatten, _unflatten)
 
 def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Matrix:
     """Compute `1/N Σ_n Σ_t g aᵀ` for one sample, in the fastest way the layer has, at least in float32."""
-    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    dtype = at_least_single(grads[0].dtype)
     grads = [g.to(dtype) for g in grads]
     backward = block.family.weight_gradient
     if backward is None:
