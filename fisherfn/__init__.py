@@ -24,6 +24,7 @@ from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
 from fisherfn.free_constant import centred
 from fisherfn.influence import example_gradients, influence_scores
+from fisherfn.laplace import Laplace, LaplaceState, laplace
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fisherfn.methods import (
     METHODS,
@@ -63,6 +64,8 @@ __all__ = [
     "Gaussian",
     "ImplicitFisher",
     "Info",
+    "Laplace",
+    "LaplaceState",
     "Layout",
     "Likelihood",
     "LineSearch",
@@ -95,6 +98,7 @@ __all__ = [
     "kl_optimal",
     "kpsvd",
     "lanczos",
+    "laplace",
     "likelihoods",
     "line_search",
     "natural_gradient",
