@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
+import fisherfn as ff
 from tests.examples import DOCS, load
 
 gallery = load("all")
@@ -77,6 +78,21 @@ def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_da
         assert priors[0] < prior < priors[-1], name
         known, unknown = (laplace["grid"].abs() - 2.5).abs() < 1, laplace["grid"].abs() < 0.3
         assert found["deviation"][unknown[:, 0]].min() > 2 * found["deviation"][known[:, 0]].max(), name
+
+
+def test_influence_scores_are_those_of_dense_matrices(results):
+    """The exact scores solve with the dense Fisher, and predict the retrained models better than gradients alone."""
+    for name, found in results("influence").items():
+        ng, params, train, queries = (found[key] for key in ("ng", "params", "train", "queries"))
+        decay = {"regression on a table": 0.03, "classifier of digits": 0.01}[name]
+        gradients = [
+            torch.cat([leaf.flatten(1) for leaf in ff.example_gradients(ng.stats(params, data)).values()], 1)
+            for data in (queries, train)
+        ]
+        F = ng.fisher(ng.stats(params, train)).dense()
+        expected = gradients[0] @ torch.linalg.solve(F + decay * torch.eye(len(F), dtype=F.dtype), gradients[1].mT)
+        torch.testing.assert_close(found["scores"]["exact Fisher (CG)"]["scores"], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["scores"]["gradients alone"]["scores"], gradients[0] @ gradients[1].mT)
 
 
 def test_damping_moves_only_where_the_rule_may_move_it(results):
