@@ -80,6 +80,16 @@ def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_da
         assert found["deviation"][unknown[:, 0]].min() > 2 * found["deviation"][known[:, 0]].max(), name
 
 
+def test_every_method_finds_a_prior_and_one_per_block_is_no_worse(results):
+    laplace = results("laplace")
+    for name, one in laplace["posteriors"].items():
+        shared, per_block = one["evidence"]
+        assert shared <= per_block + 1e-2 and one["deviation"] > 0, name
+        assert all(value > 0 for value in one["prior"].values()), name
+    grid = laplace["found"]["K-FAC"]["evidence"].max()
+    assert laplace["posteriors"]["kfac"]["evidence"][0] >= grid - 1e-6, "the fixed point is at least as good as a grid"
+
+
 def test_influence_scores_are_those_of_dense_matrices(results):
     """The exact scores solve with the dense Fisher, and predict the retrained models better than gradients alone."""
     for name, found in results("influence").items():
