@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, pair, run, window
@@ -69,10 +70,8 @@ class Examples(NamedTuple):
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""
         sizes = [0.5**k for k in range(GRID)]
-        losses = [self.losses(tree.add(params, nat, scale=-size)).double().mean() for size in sizes]
-        means = torch.stack(losses)
-        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
-        return -means.new_tensor(sizes)[best].reshape(1)
+        found = line_search(lambda p: self.losses(p).double().mean(), params, nat, sizes=sizes)
+        return -found.size.reshape(1)
 
 
 def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
