@@ -44,7 +44,7 @@ def main(out: Path, small: bool = False) -> dict:
         }
         pairs = tasks(seed)[: 2 if small else 5]
         for name, fisher in FISHERS.items():
-            found[name].append(in_turn(model, start, pairs, fisher, steps=20 if small else 200))
+            found[name].append(in_turn(model, start, pairs, fisher, steps=5 if small else 200))
     accuracy = {name: torch.stack(each).mean(0) for name, each in found.items()}  # [strength, task trained, task]
     for name, each in accuracy.items():
         final = each[:, -1].mean(-1)
