@@ -1,12 +1,28 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
 from fisherfn import errors, likelihoods, members, optim, tree
-from fisherfn.adapt import Adapted, Adaptive, AdaptiveState, Cadence, QuadraticModel, adaptive, kl_clip, quadratic_model
+from fisherfn.adapt import (
+    Adapted,
+    Adaptive,
+    AdaptiveState,
+    Cadence,
+    LineSearch,
+    QuadraticModel,
+    Spring,
+    SpringState,
+    adaptive,
+    kl_clip,
+    line_search,
+    norm_clip,
+    quadratic_model,
+    spring,
+)
 from fisherfn.base import Method
 from fisherfn.compiled import compile
 from fisherfn.conjugate_gradients import conjugate_gradients
 from fisherfn.errors import FisherfnError, check
 from fisherfn.fisher import Fisher
+from fisherfn.free_constant import centred
 from fisherfn.influence import example_gradients, influence_scores
 from fisherfn.laplace import Laplace, LaplaceState, laplace
 from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -28,6 +44,7 @@ from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
 from fisherfn.taps import Tap
+from fisherfn.terms import Term, TermSum, sum_of_terms
 from fisherfn.types import Info
 
 __version__ = "0.1.0"
@@ -51,13 +68,19 @@ __all__ = [
     "LaplaceState",
     "Layout",
     "Likelihood",
+    "LineSearch",
     "Method",
     "NaturalGradient",
     "QuadraticModel",
+    "Spring",
+    "SpringState",
     "State",
     "Stats",
     "Tap",
+    "Term",
+    "TermSum",
     "adaptive",
+    "centred",
     "check",
     "compile",
     "conjugate_gradients",
@@ -77,10 +100,14 @@ __all__ = [
     "lanczos",
     "laplace",
     "likelihoods",
+    "line_search",
     "members",
     "natural_gradient",
+    "norm_clip",
     "optim",
     "quadratic_model",
+    "spring",
+    "sum_of_terms",
     "tree",
     "two_level",
 ]

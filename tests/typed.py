@@ -53,6 +53,25 @@ TESTS = (
     "tests/stats/test_chunks.py",
     "tests/stats/test_functional.py",
     "tests/stats/test_implicit.py",
+    *(
+        f"tests/test_terms.py::{name}"
+        for name in (
+            "test_loss",
+            "test_a_",
+            "test_one",
+            "test_kron",
+            "test_chunks",
+            "test_sampled",
+            "test_the_",
+            "test_many",
+            "test_stat",
+            "test_bad",
+        )
+    ),
+    "tests/test_centred.py",
+    "tests/adapt/test_line_search.py::test_it_takes_the_size",
+    "tests/adapt/test_spring.py::test_three_steps",
+    "tests/adapt/test_spring.py::test_a_direction_is_clipped",
     "tests/test_base.py",
     "tests/test_gradients.py",
     "tests/test_lowrank.py",

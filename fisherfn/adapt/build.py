@@ -10,6 +10,7 @@ from fisherfn.adapt.optimizer import KL_BOUND, RULES, Adaptive, Rule
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.likelihoods import Categorical
 from fisherfn.natgrad import NaturalGradient
+from fisherfn.terms import TermSum
 
 
 def adaptive(
@@ -57,6 +58,10 @@ def adaptive(
     Source: Martens & Grosse 2015, sections 6 and 7.
     """
     expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
+    if isinstance(ng, TermSum):
+        raise StructureError(
+            "adaptive steps take one batch: for a sum of terms use ff.line_search or ff.quadratic_model."
+        )
     given = {"lr": lr, "momentum": momentum, "damping": damping}
     numbers = {name: _number(name, value) for name, value in given.items()}
     rules = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, pair, run, window
@@ -69,14 +71,13 @@ class Examples(NamedTuple):
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""
         sizes = [0.5**k for k in range(GRID)]
-        losses = [self.losses(tree.add(params, nat, scale=-size)).double().mean() for size in sizes]
-        means = torch.stack(losses)
-        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
-        return -means.new_tensor(sizes)[best].reshape(1)
+        found = line_search(lambda p: self.losses(p).double().mean(), params, nat, sizes=sizes)
+        return -found.size.reshape(1)
 
 
 def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
     """Return −α nat + μ δ₀."""
+    scale, weight = (cache(lambda dtype, number=number: number.to(dtype)) for number in (-rate, momentum))
     if previous is None:
-        return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-    return tree.map(lambda d, v: torch.addcmul(d * -rate.to(d.dtype), v, momentum.to(v.dtype)), nat, previous)
+        return tree.map(lambda d: d * scale(d.dtype), nat)
+    return tree.map(lambda d, v: torch.addcmul(d * scale(d.dtype), v, weight(v.dtype)), nat, previous)

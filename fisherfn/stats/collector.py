@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
@@ -27,6 +28,7 @@ from fisherfn.stats.batch import (
 from fisherfn.stats.border import border
 from fisherfn.stats.build import build
 from fisherfn.stats.chunks import in_chunks
+from fisherfn.stats.functional import run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent, require
 from fisherfn.stats.layout import Layout
@@ -131,6 +133,13 @@ class Collector:
             return part(given.x, given.y, noise, given.context)
         expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
         return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
+
+    def loss(self, params: Tree, batch: Batch, *, context: PyTree = None) -> Float[Tensor, ""]:
+        """Return the mean negative log-likelihood of a batch, for a line search or an evaluation."""
+        self.layout.validate(params)
+        given = checked(self.layout, batch, context)
+        outputs, _ = run(self.model, params, given.x, given.context)
+        return self.likelihood.nll(outputs, given.y).mean()  # type: ignore[no-any-return]
 
     def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
         """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.

@@ -15,7 +15,7 @@ from fisherfn import rows, tree
 from fisherfn.errors import StructureError
 from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
-from fisherfn.taps import LazyTap, Sizes, Tap
+from fisherfn.taps import AnyTap, LazyTap, Sizes, Tap
 from fisherfn.types import Matrix, PyTree, Tree, at_least_single
 
 
@@ -75,7 +75,7 @@ class Stats:
         """Return the block's tap for the data's targets: one sample, whose mean over examples is the gradient."""
         return self.lazy_loss_tap(key).whole().plain()
 
-    def lazy_tap(self, key: str) -> LazyTap:
+    def lazy_tap(self, key: str) -> AnyTap:
         """Return `tap(key)` computed on demand for a slice of examples, with `a` in its structured form."""
         stats = self.layers[key]
         if not stats.grads:
@@ -86,11 +86,11 @@ class Stats:
         return lazy(self.layout.block(key), stats.inputs, stats.grads)
 
     @property
-    def lazy_taps(self) -> dict[str, LazyTap]:
+    def lazy_taps(self) -> dict[str, AnyTap]:
         """The lazy tap of every block for the sampled labels, computed on demand for a slice of examples."""
         return {block.key: self.lazy_tap(block.key) for block in self.layout.blocks}
 
-    def lazy_loss_tap(self, key: str) -> LazyTap:
+    def lazy_loss_tap(self, key: str) -> AnyTap:
         """Return `loss_tap(key)` computed on demand for a slice of examples."""
         stats = self.layers[key]
         return lazy(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
