@@ -3,9 +3,9 @@
 `python apps/approximation_error.py --data CURVES` trains the CURVES autoencoder. At every `--every`-th step it
 measures, for every layer and method, the relative Frobenius error ‖F − F̂‖ / ‖F‖ on the sampled Fisher F of that
 step's batch; and at every `--spectra_every`-th step, because these cost more, the relative error of F̂'s leading
-eigenvalues and the angle in degrees between the method's step and the exact block natural gradient at the same λ. Each
-method starts from the same statistics, of one batch without averages. `result.json` has all numbers; tables of
-the means over the last half of the run and two pictures summarise them.
+eigenvalues, the KL divergence of the damped blocks, and the angle in degrees between the method's step and the exact
+block natural gradient at the same λ. Each method starts from the same statistics, of one batch without averages.
+`result.json` has all numbers; tables of the means over the last half of the run and two pictures summarise them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, t
 
 FOLDER = "approximation_error"
 
-METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "ekfac")
+METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "kl_optimal", "ekfac")
 """Methods that approximate the block of a layer."""
 
 NAMES = LABELS | {GRADIENT: "plain gradient"}
@@ -50,6 +50,7 @@ COLUMNS = 8192
 TITLES = {
     "error": "Relative Frobenius error ‖F − F̂‖ / ‖F‖",
     "eigenvalues": "Relative ℓ2 error of the {eigenvalues} leading eigenvalues",
+    "divergence": "KL divergence in nats from the exact block, both damped, λ = {damping:g}",
     "angle": "Degrees between the step and the exact block natural gradient, λ = {damping:g}",
 }
 
@@ -207,7 +208,7 @@ def report(folder: Path, config: ErrorConfig, shapes: dict[str, tuple[int, int, 
     groups = [(title, curves(records, quantity, layers)) for quantity, title in measured.items()]
     curve_grid(groups[:1], folder / "errors.png", log=[True], strokes=STROKES)
     if groups[1:]:
-        curve_grid(groups[1:], folder / "spectra.png", log=[True, False], strokes=STROKES)
+        curve_grid(groups[1:], folder / "spectra.png", log=[True, True, False], strokes=STROKES)
     print(f"\nresult.json and the pictures are in {folder}.")
 
 

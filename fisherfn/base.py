@@ -51,6 +51,9 @@ class Method(ABC):
     name: ClassVar[str]
     """The name in `ff.METHODS`."""
 
+    fit_passes: ClassVar[int] = 0
+    """Passes over a data set after which averages over its batches are the factors of all examples; 0: never."""
+
     @property
     def inverse_kind(self) -> Kind:
         """Return how `precondition` depends on the gradient: "symmetric", "general" (linear only) or "nonlinear"."""
@@ -84,6 +87,10 @@ class Method(ABC):
     @abstractmethod
     def overlap(self, factors: PyTree, taps: Mapping[str, AnyTap]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (⟨F, F̂⟩, ‖F̂‖²) of every block, with F the sampled Fisher of the taps."""
+
+    def between_passes(self, factors: PyTree) -> PyTree:
+        """Return the factors with which another pass over the same data starts."""
+        return factors
 
     def trace(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, ""] | None:
         """Return the trace of F̂; None: only its dense matrix gives it."""
@@ -173,6 +180,14 @@ class LayerMethod(Method):
     def logdet_block(self, inverse: PyTree, shape: Shape) -> Float[Tensor, ""]:
         """Return the log-determinant of the inverse."""
         return log_determinant(self._dense(partial(self.apply, inverse), shape, inverse)).sum()
+
+    def cross_block(self, inverse: PyTree, tap: AnyTap) -> tuple[Tensor, Tensor]:
+        """Return `tr(P F) = 1/N Σ ⟨W, P W⟩` and `tr P` of a damped inverse P."""
+        k, _, n, _, o, i = tap.sizes
+        act = partial(self.apply, inverse)
+        parts = (example_matrices(part).flatten(0, 1) for part in matrix_windows(tap))
+        cross = added((W * torch.vmap(act)(W)).sum() for W in parts)
+        return cross / n, self._dense(act, Shape(k, o, i), inverse).diagonal(dim1=-2, dim2=-1).sum()
 
     # on all blocks ---------------------------------------------------------------------------------------------------
 

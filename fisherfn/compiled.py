@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from fisherfn import tree
-from fisherfn.errors import NoiseError, StructureError
+from fisherfn.errors import MissingPackageError, NoiseError, StructureError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +57,7 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
     Raises:
         NoiseError: an argument is a generator, which a graph cannot use.
         StructureError: an argument cannot be hashed, or the function reads the values of tensors.
+        MissingPackageError: there is no C++ compiler.
 
     >>> double = compile(lambda tree, *, times: {name: times * leaf for name, leaf in tree.items()}, backend="eager")
     >>> double({"w": torch.ones(2)}, times=2)
@@ -73,12 +74,25 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
             if _look_up(graphs, kind) is None:
                 graphs[kind] = _traced(fn, (args, kwargs), tensors, options)
             graph = graphs[kind]
-            made = graph.run(*tensors)
+            made = _run(graph, tensors)
         sources: dict[type, Sequence[Tensor]] = {_Given: tensors, _Made: made}
         leaves = [sources[type(leaf)][leaf.place] if type(leaf) in sources else leaf for leaf in graph.leaves]
         return tree.replace_leaves(graph.like, leaves)  # type: ignore[no-any-return]
 
     return compiled
+
+
+def _run(graph: _Graph, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run a graph; the first run compiles it."""
+    try:
+        return graph.run(*tensors)
+    except RuntimeError as error:
+        if "compiler" not in str(error).lower() or "found" not in str(error):
+            raise
+        raise MissingPackageError(
+            "torch found no C++ compiler, which a compiled step needs: install one (g++ or clang++; another one by the "
+            'environment variable CXX), or run uncompiled. backend="eager" runs the trace without compiling it.'
+        ) from error
 
 
 def _look_up(graphs: dict[Hashable, _Graph], kind: Hashable) -> _Graph | None:
@@ -116,7 +130,8 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
             else:
                 leaves.append(leaf)
         like.append(tree.map(lambda leaf: None, result))
-        return list(made.values())
+        # rows in order, as in an initial state: with other strides the next call would be of another kind
+        return [leaf.contiguous() if leaf.ndim <= 3 else leaf for leaf in made.values()]
 
     try:
         graph = make_fx(flat)(*tensors)
@@ -127,4 +142,6 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
             "a compiled function reads the value of a tensor (an `if`, float() or .item()); a graph cannot depend on "
             "values. Use tensor operations (torch.where), or read the value outside, as ff.check(info) does."
         ) from error
+    if options.get("backend") == "eager":  # tracing the trace again would take twice as long as the first time
+        return _Graph(graph, leaves, like[0])
     return _Graph(torch.compile(graph, dynamic=False, fullgraph=True, **options), leaves, like[0])

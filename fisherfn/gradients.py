@@ -54,8 +54,8 @@ def _sandwiched(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
         return Product(W, ())
     m, o, i = a.shape[1], g.shape[2], a.shape[2]
     if m * (o + i) < o * i:
-        return Product(W, ((g @ g_hat.mT) * (a @ a_hat.mT)).sum() / n**2)
-    return Product(W, ((g @ W) * a).sum() / n)
+        return Product(W, (products.matmul(g, g_hat.mT) * products.matmul(a, a_hat.mT)).sum() / n**2)
+    return Product(W, (products.matmul(g, W) * a).sum() / n)
 
 
 def _rotated(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import dataset, tree
 from fisherfn.base import Estimated, Method
-from fisherfn.errors import expect_number
+from fisherfn.errors import expect, expect_number
 from fisherfn.methods import named
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
-from fisherfn.types import Info, Model, PyTree, Tree
+from fisherfn.types import Info, Model, PyTree, Tree, at_least_single
 from fisherfn.views import Views
 
 
@@ -42,7 +42,7 @@ class NaturalGradient(Views):
         expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
         expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         like = next(iter(params.values()))
-        dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+        dtype, device = at_least_single(like.dtype), like.device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
         factors, inverses = self.method.init(self.layout.block_shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)
@@ -72,6 +72,58 @@ class NaturalGradient(Views):
         new, result = self._inverted(state)
         info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
         return _all_ok(info, new, state), info
+
+    def fit(
+        self,
+        params: Tree,
+        loader: Iterable[Batch],
+        *,
+        damping: float | Tensor = 1e-3,
+        fisher: FisherKind | None = None,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        context: PyTree = None,
+        chunk_size: int | None = None,
+    ) -> tuple[State, Info]:
+        """Return a state with the factors of a whole data set and their inverses.
+
+        The factors equal those of one large batch, however the examples are split (`fisherfn.dataset`): K-FAC reads
+        the data once, E-KFAC twice; for other methods the raw statistics of all batches are in memory together.
+        `info.loss` is the mean loss. If any check of a batch fails, the state is empty. `ng.update` adds batches.
+
+        Args:
+            params: the parameters.
+            loader: the batches, each `(x, y)`: a list, a DataLoader.
+            damping: see `init`.
+            fisher: see `stats`.
+            samples: see `stats`.
+            generator: see `stats`; a second pass samples the same labels.
+            context: see `stats`; the same for every batch.
+            chunk_size: see `stats`.
+
+        Raises:
+            EmptyBatchError: the data set has no batch, or a batch has no examples.
+            StructureError: an iterator that can only be read once, for a method that needs two passes.
+        """
+        expect(loader, Iterable, "loader", "pass the batches (x, y) as a list or a DataLoader")
+        empty = self.init(params, damping=damping)
+        start = None if generator is None else generator.get_state()
+
+        def collect(batch: Batch) -> Stats:
+            return self.stats(
+                params, batch, fisher=fisher, samples=samples, generator=generator, context=context,
+                chunk_size=chunk_size,
+            )  # fmt: skip
+
+        def restart() -> None:
+            if generator is not None and start is not None:
+                generator.set_state(start)
+
+        empty = empty._replace(ema=torch.ones_like(empty.ema))
+        state, info = dataset.fit(self.method, empty, loader, collect, restart)
+        state, result = self._inverted(state)
+        info = self._info(info.checks | {"factorisation": result.ok}, loss=info.loss, diagnostics=result.diagnostics)
+        return _all_ok(info, state, empty), info
 
     def step(
         self,

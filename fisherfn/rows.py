@@ -131,7 +131,7 @@ def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
     """Return `a M`, row by row."""
     k, n, t, _ = sizes(a)
     if isinstance(a, Tensor):  # flat: a broadcast product would read M once per example
-        return (a.flatten(1, 2) @ M).reshape(k, n, t, M.shape[-1])
+        return products.matmul(a.flatten(1, 2), M).reshape(k, n, t, M.shape[-1])
     if isinstance(a, OneHot):
         padded = torch.cat([M, M.new_zeros(k, 1, M.shape[-1])], 1)
         index = a.index.reshape(k, n * t, 1).expand(-1, -1, M.shape[-1])
@@ -143,10 +143,14 @@ def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
     return out
 
 
-def outer(g: Float[Tensor, "k n t o"], a: Rows) -> Float[Tensor, "k o i"]:
-    """Return `Σ_nt g aᵀ`."""
+def outer(g: Float[Tensor, "k n t o"], a: Rows, factor: float = 1.0) -> Float[Tensor, "k o i"]:
+    """Return `factor · Σ_nt g aᵀ`."""
     if isinstance(a, Tensor):
-        return g.flatten(1, 2).mT @ a.flatten(1, 2)
+        return products.product(g.flatten(1, 2).mT, a.flatten(1, 2), factor)
+    return factor * _outer_of_structure(g, a)
+
+
+def _outer_of_structure(g: Float[Tensor, "k n t o"], a: OneHot | Phases) -> Float[Tensor, "k o i"]:
     k, n, t, i = sizes(a)
     o = g.shape[-1]
     if isinstance(a, OneHot):
@@ -253,6 +257,11 @@ def gram(a: Rows, b: Rows | None = None) -> Float[Tensor, "k m p"]:
         index = a.index.flatten(1).unsqueeze(-1)
         return ((index == b.index.flatten(1).unsqueeze(-2)) & (index < a.width)).to(a.dtype)
     return dense(a).flatten(1, 2) @ dense(b).flatten(1, 2).mT
+
+
+def copied(a: Rows) -> Rows:
+    """Return the rows in memory of their own, one-hot ones as indices."""
+    return OneHot(a.index.clone(), a.width, a.dtype) if isinstance(a, OneHot) else dense(a).clone()
 
 
 def window(a: Rows, examples: slice) -> Rows:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherfn import rows, tree
 from fisherfn.errors import EmptyBatchError
-from fisherfn.types import PyTree
+from fisherfn.types import PyTree, at_least_single
 
 T = TypeVar("T", bound="AnyTap")
 
@@ -90,7 +90,7 @@ class AnyTap:
 
     def precise(self: T) -> T:
         """Return the tap at least in float32."""
-        return self.to(torch.promote_types(self.dtype, torch.float32))
+        return self.to(at_least_single(self.dtype))
 
     @property
     def local(self) -> AnyTap:
@@ -117,23 +117,25 @@ class AnyTap:
         quick = None if summed or diagonal else self.quick_input_moment()
         if quick is not None:
             return quick
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = at_least_single(self.dtype)
         parts = (rows.cast(part.a, dtype) for part in self.windows())
         return added((rows.total_moment if summed else rows.moment)(a, diagonal) for a in parts)  # type: ignore[no-any-return]
 
     def output_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k o *o"]:
         """Return `Σ_snt g gᵀ`, at least in float32; `limit` and `summed` as for `input_moment`."""
         g = self.outputs()
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = g.to(at_least_single(g.dtype))
         if summed:
             g = g.sum(3, keepdim=True)
         return rows.moment(g.flatten(1, 2), self.sizes.o > limit)  # samples are additional rows
 
     def mean_gradient(self) -> Float[Tensor, "k o i"]:
         """Return `1/N Σ_n Σ_t g aᵀ` of a loss tap (one sample): the gradient of the mean loss, at least in float32."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        sums = (rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype)) for part in self.windows())
-        return added(sums) / self.sizes.n  # type: ignore[no-any-return]
+        dtype = at_least_single(self.dtype)
+        factor = 1 / self.sizes.n
+        return added(  # type: ignore[no-any-return]
+            rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype), factor) for part in self.windows()
+        )
 
 
 class _Fields(NamedTuple):
@@ -190,6 +192,11 @@ class Tap(_Fields, AnyTap):
     def plain(self) -> Tap:
         """Return the tap with `a` as a tensor; one-hot rows stay indices."""
         return self if self.one_hot else Tap(rows.dense(self.a), self.g)
+
+    def copied(self) -> Tap:
+        """Return the plain tap in memory of its own: its rows may be the batch, which the caller may overwrite."""
+        a, g = self.plain()
+        return Tap(rows.copied(a), g.clone())
 
 
 class LazyTap(AnyTap, ABC):

@@ -6,8 +6,10 @@ Index legend, used in every file: k group, s sample, n example, t shared positio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -22,6 +24,12 @@ Model: TypeAlias = Callable[..., Any]
 
 Matrix: TypeAlias = Float[Tensor, "k o i"]
 """The parameters (or gradient, or step) of a layer: one matrix per group, with the bias as last column."""
+
+
+@cache
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums of this type are computed: itself, or float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Shape(NamedTuple):

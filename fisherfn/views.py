@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Method, Preconditioned
+from fisherfn.base import LayerMethod, Method, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.gradients import tap_is_cheaper
+from fisherfn.lowrank import eigenvalues
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State
 from fisherfn.stats import Block, Collector, Stats
@@ -93,6 +94,31 @@ class Views(Collector):
         taps = {key: tap.to(torch.float64) for key, tap in stats.lazy_taps.items()}
         overlaps = self.method.overlap(tree.map(_double, state.factors), taps)
         return {key: relative_error(taps[key], *overlaps[key]) for key in taps}
+
+    def fisher_divergence(self, state: State, stats: Stats) -> dict[str, Tensor]:
+        r"""Return $\mathrm{KL}(\mathcal N(0, F_l + \lambda I) \| \mathcal N(0, P_l^{-1}))$ of each block, in nats.
+
+        P is the damped inverse of the last `invert`, and λ is its damping. The divergence is exact and in float64; F is
+        never formed.
+
+        Raises:
+            StructureError: the method has no block of its own for each layer (exact, two-level).
+            TooLargeError: both a block and its Gram matrix have more than 16384 rows.
+        """
+        self._check_state(state)
+        self._check_stats(stats)
+        method = self.method
+        if not isinstance(method, LayerMethod):
+            raise StructureError(f"{method.name} couples the layers: it has no divergence per block.")
+        λ, inverses = state.damping.double(), tree.map(_double, state.inverses)
+        found = {}
+        for key, tap in stats.lazy_taps.items():
+            exact, shape = tap.to(torch.float64), self.layout.block_shapes[key]
+            cross, trace = method.cross_block(inverses[key], exact)
+            spectrum = eigenvalues({key: exact}) + λ
+            logdets = method.logdet_block(inverses[key], shape) + spectrum.log().sum()
+            found[key] = (cross + λ * trace - logdets - len(spectrum)) / 2
+        return found
 
     def fisher(self, stats: Stats, structure: Structure | str = "full") -> Fisher:
         """Return the sampled Fisher of these statistics as an operator on trees like params."""

@@ -199,6 +199,7 @@ ANOTHER = {
     "deflation": {"floor": 0.5},
     "kfac_cor": {"diagonal_above": 3},
     "lanczos": {"damping_form": "eigen"},
+    "kl_optimal": {"relative_damping": 0.5},
     "twolevel_kfac": {"coarse": "spectral"},
     "exactNG": {"structure": "block"},
 }
@@ -206,6 +207,7 @@ REFUSED = {
     "sharing": "none",
     "damping_form": "none",
     "iterations": 0,
+    "relative_damping": 0.0,
     "floor": 0.0,
     "diagonal_above": -1,
     "coarse": "none",

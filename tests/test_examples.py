@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
+import fisherfn as ff
 from tests.examples import DOCS, load
 
 gallery = load("all")
@@ -77,6 +78,48 @@ def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_da
         assert priors[0] < prior < priors[-1], name
         known, unknown = (laplace["grid"].abs() - 2.5).abs() < 1, laplace["grid"].abs() < 0.3
         assert found["deviation"][unknown[:, 0]].min() > 2 * found["deviation"][known[:, 0]].max(), name
+
+
+def test_every_method_finds_a_prior_and_one_per_block_is_no_worse(results):
+    laplace = results("laplace")
+    for name, one in laplace["posteriors"].items():
+        shared, per_block = one["evidence"]
+        assert shared <= per_block + 1e-2 and one["deviation"] > 0, name
+        assert all(value > 0 for value in one["prior"].values()), name
+    grid = laplace["found"]["K-FAC"]["evidence"].max()
+    assert laplace["posteriors"]["kfac"]["evidence"][0] >= grid - 1e-6, "the fixed point is at least as good as a grid"
+
+
+def test_penalties_are_quadratic_forms_of_the_fisher_and_none_is_the_same_for_all_strengths(results):
+    accuracy, continual = results("continual")["accuracy"], load("continual")
+    assert (accuracy["no penalty"] == accuracy["no penalty"][:1]).all()
+    assert not (accuracy["K-FAC"] == accuracy["no penalty"]).all()
+    rng = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(2, 3, generator=rng).double()}
+    batch = torch.randn(20, 3, generator=rng).double(), torch.arange(20) % 2
+    model = lambda params, x: x @ params["w"].T  # noqa: E731
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Categorical(), fisher="type2")
+    F, v = ng.fisher(ng.stats(params, batch)).dense(), {"w": torch.randn(2, 3, generator=rng).double()}
+    wanted = {"diagonal": F.diag().diag(), "full Fisher": F}
+    for name, matrix in wanted.items():
+        measure, product = continual.FISHERS[name](model, params, batch[0])
+        found = product(measure(params, batch), v)["w"].flatten()
+        torch.testing.assert_close(found, matrix @ v["w"].flatten())
+
+
+def test_influence_scores_are_those_of_dense_matrices(results):
+    """The exact scores solve with the dense Fisher, and predict the retrained models better than gradients alone."""
+    for name, found in results("influence").items():
+        ng, params, train, queries = (found[key] for key in ("ng", "params", "train", "queries"))
+        decay = {"regression on a table": 0.03, "classifier of digits": 0.01}[name]
+        gradients = [
+            torch.cat([leaf.flatten(1) for leaf in ff.example_gradients(ng.stats(params, data)).values()], 1)
+            for data in (queries, train)
+        ]
+        F = ng.fisher(ng.stats(params, train)).dense()
+        expected = gradients[0] @ torch.linalg.solve(F + decay * torch.eye(len(F), dtype=F.dtype), gradients[1].mT)
+        torch.testing.assert_close(found["scores"]["exact Fisher (CG)"]["scores"], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["scores"]["gradients alone"]["scores"], gradients[0] @ gradients[1].mT)
 
 
 def test_damping_moves_only_where_the_rule_may_move_it(results):

@@ -44,6 +44,31 @@ def test_the_gradient_of_nll(name, shape):
     close(ours, theirs)
 
 
+SCORED = [pair for pair in PAIRS if hasattr(LIKELIHOODS[pair.values[0]][0](), "score")]
+
+
+@pytest.mark.parametrize(("name", "shape"), SCORED)
+def test_the_score_is_the_gradient_of_nll(name, shape):
+    likelihood, outputs = LIKELIHOODS[name][0](), outputs_of(name, shape)
+    targets = targets_of(name, outputs)
+    close(likelihood.score(outputs, targets), torch.func.grad(lambda f: likelihood.nll(f, targets).sum())(outputs))
+
+
+def test_the_score_of_a_clamped_probability_is_zero():
+    outputs, targets = torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.0, 0.5]])
+    assert ff.Bernoulli(logits=False).score(outputs, targets).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_target_that_is_no_probability_makes_the_loss_of_its_example_nan(wrong, logits):
+    likelihood, targets = ff.Bernoulli(logits=logits), torch.rand(3, 2, 2)
+    assert likelihood.valid(targets, targets)
+    targets[1, 0, 1] = wrong
+    assert torch.isnan(likelihood.nll(torch.full((3, 2, 2), 0.5), targets)).tolist() == [False, True, False]
+    assert not likelihood.valid(targets, targets)
+
+
 @pytest.mark.parametrize(("name", "shape"), PAIRS)
 def test_fisher_sqrt_squares_to_the_output_fisher(name, shape):
     """Σ_c s_c s_cᵀ = E_y[∂² NLL / ∂f²], example by example."""

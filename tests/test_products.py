@@ -23,3 +23,11 @@ def test_a_product_with_itself_in_panels_is_the_product(width, rows):
     expected = torch.einsum("kmi,kmj->kij", flat, flat)
     close(products.square(flat), expected)
     close(torch.vmap(products.square)(torch.stack([flat, 2 * flat]))[1], 4 * expected)
+
+
+@pytest.mark.parametrize(
+    "x, y", [((2, 3, 4), (2, 4, 5)), ((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((1, 3, 4), (2, 4, 5))]
+)
+def test_products_of_matrices_and_of_batches_of_them(x, y):
+    x, y = normal(*x), normal(*y, seed=1)
+    close(products.matmul(x, y), torch.einsum("...mj,...ji->...mi", x, y))

@@ -6,7 +6,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F7   optim                                             the shell for other people's loops, on the roof
     F6   adapt, distributed                                how far a step goes, and several processes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
-    F4   views                                             what a state says
+    F4   views, dataset                                    what a state says; factors of many batches
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
@@ -14,6 +14,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          gradients
          linalg
     F0   types, tree, errors, calls, operators, state      the ground, which both towers stand on
+         members, products, rows, taps, per_example
 """
 
 import ast
@@ -35,9 +36,24 @@ class Floor(NamedTuple):
 
 FLOORS = {
     **dict.fromkeys(
-        ["types", "tree", "errors", "calls", "operators", "products", "rows", "state", "taps", "per_example"],
+        [
+            "types",
+            "tree",
+            "errors",
+            "calls",
+            "operators",
+            "conjugate_gradients",
+            "products",
+            "rows",
+            "state",
+            "taps",
+            "joined",
+            "per_example",
+            "free_constant",
+        ],
         Floor("ground", 0),
     ),
+    "members": Floor("ground", 0),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
     **dict.fromkeys(["gradients"], Floor("method", 1.2)),
     **dict.fromkeys(["lowrank", "rearrangement"], Floor("method", 1.4)),
@@ -46,14 +62,14 @@ FLOORS = {
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
-    "views": Floor("roof", 4),
+    **dict.fromkeys(["views", "dataset", "influence", "merged"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
-    "adapt": Floor("roof", 6),
-    "distributed": Floor("roof", 6),
+    "terms": Floor("roof", 5.5),
+    **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }
-PUBLIC_MODULES = {"distributed", "errors", "tree", "likelihoods", "optim"}
+PUBLIC_MODULES = {"distributed", "errors", "tree", "likelihoods", "members", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
 OPTIONAL = {"fisherfn/operators.py": "scipy"}  # imported by the call that needs it, with an error that says so
 # at the top of the repository: what is installed, built or made by running things

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fisherfn as ff
 from fisherfn.tree import split
@@ -125,3 +126,46 @@ def test_sums_of_half_precision_do_not_overflow():
     assert ff.tree.finite(half) and ff.tree.finite_each(half)["w"] and ff.tree.finite_inputs(half)
     half["w"][3] = torch.inf
     assert not ff.tree.finite(half) and not ff.tree.finite_each(half)["w"] and not ff.tree.finite_inputs(half)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found_in_the_inputs(number):
+    x = {"a": torch.randn(3, 4), "b": torch.zeros(0, 2)}
+    assert ff.tree.finite_inputs(x)
+    x["a"][1, 2] = number
+    assert not ff.tree.finite_inputs(x)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_choice_is_the_same_whether_the_mask_can_be_read_or_not(mask):
+    """Under vmap and in a trace the mask has no value; a tree that is not chosen may contain NaN."""
+    x, y = {"w": torch.full((3,), 1.0 if mask else torch.nan)}, {"w": torch.full((3,), torch.nan if mask else 2.0)}
+    mask = torch.tensor(mask)
+    read = ff.tree.select(mask, x, y)["w"]
+    batched = torch.vmap(lambda m: ff.tree.select(m, x, y)["w"])(mask.reshape(1))[0]
+    traced = make_fx(lambda m: ff.tree.select(m, x, y)["w"])(~mask)(mask)  # traced with the other value
+    assert torch.equal(read, batched) and torch.equal(read, traced)
+
+
+def test_a_mask_that_can_be_read_copies_nothing_and_computes_one_side():
+    x, y = {"w": torch.ones(3)}, {"w": torch.zeros(3)}
+    assert ff.tree.select(torch.tensor(True), x, y)["w"] is x["w"]
+    assert ff.tree.choose(torch.tensor(True), lambda: x, lambda: pytest.fail("computed")) is x
+
+
+def test_leaves_of_another_shape_become_zeros():
+    x, y = {"w": torch.ones(3)}, {"w": torch.ones(2)}
+    assert ff.tree.select(torch.tensor(False), x, y)["w"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [-0.5, torch.tensor(-0.5)])
+def test_a_sum_with_a_scale(scale):
+    assert ff.tree.add({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])}, scale=scale)["w"].tolist() == [0.5, 0]
+
+
+def test_two_leaves_that_are_one_tensor_stay_one():
+    one, other = torch.ones(3), torch.zeros(3)
+    found = torch.vmap(lambda mask: ff.tree.select(mask, (one, one), (other, other)))(torch.tensor([True]))
+    traced = make_fx(lambda mask: ff.tree.select(mask, (one, one), (other, other)))(torch.tensor(True))
+    assert found[0].tolist() == found[1].tolist() == [[1, 1, 1]]
+    assert sum(node.target is torch.ops.aten.where.self for node in traced.graph.nodes) == 1

@@ -31,8 +31,8 @@ KEPT = ("checkpoint.1.pt",)
 """Older checkpoints, newest first, for the case that the last one is damaged."""
 
 MAY_CHANGE = {
-    "num_epochs", "data_path", "download", "device", "compile", "num_workers", "quiet", "overwrite", "resume",
-    "result_dir", "result_name", "save_every", "tensorboard", "verbose",
+    "num_epochs", "num_steps", "data_path", "download", "device", "compile", "num_workers", "quiet", "overwrite",
+    "resume", "result_dir", "result_name", "save_every", "tensorboard", "verbose",
 }  # fmt: skip
 """Options that may differ in a resumed run; the others define the result."""
 

@@ -1,4 +1,4 @@
-r"""Errors of a method's Fisher, layer by layer: distance to the sampled Fisher, leading eigenvalues, angle of the step.
+r"""Errors of a method's Fisher, layer by layer: Frobenius distance, leading eigenvalues, KL divergence, angle of steps.
 
 An approximation is known by its action on matrices, $W \mapsto \hat F W$ with W `[k o i]`; its matrix is formed only
 where it is small. k group, o output, i input.
@@ -96,7 +96,9 @@ def of_method(ng: ff.NaturalGradient, state: ff.State, stats: ff.Stats, exact: E
         nat = ng.layout.matrices(ng.precondition(inverted, stats.grads))
         lines = {key: eigenvalue_error(ng, state, nat[key], key, true) for key, true in exact.eigenvalues.items()}
         angles = {key: angle(nat[key], true) for key, true in exact.nat.items()}
-        values |= {"eigenvalues": sound(info, lines), "angle": sound(info, sound(more, angles))}
+        nats = {key: float(value) for key, value in ng.fisher_divergence(inverted, stats).items()}
+        values |= {"eigenvalues": sound(info, lines)}
+        values |= {name: sound(info, sound(more, of)) for name, of in (("divergence", nats), ("angle", angles))}
     return values
 
 

@@ -33,6 +33,7 @@ LABELS = {
     "deflation": "Deflation",
     "kfac_cor": "K-FAC corrected",
     "lanczos": "Lanczos",
+    "kl_optimal": "KL-optimal",
     "twolevel_kfac": "two-level K-FAC",
     "exactNG": "exact NG",
 }

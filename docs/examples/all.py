@@ -9,7 +9,17 @@ import matplotlib
 
 HERE = Path(__file__).parent
 PICTURES = HERE.parent / "images" / "gallery"
-EXAMPLES = ("fisher_blocks", "spectra", "training_curves", "ensemble_sweep", "custom_loop", "physics", "laplace")
+EXAMPLES = (
+    "fisher_blocks",
+    "spectra",
+    "training_curves",
+    "ensemble_sweep",
+    "custom_loop",
+    "physics",
+    "laplace",
+    "influence",
+    "continual",
+)
 
 
 def load(name: str):

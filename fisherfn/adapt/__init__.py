@@ -1,11 +1,13 @@
-"""Step size, momentum and damping: the KL bound, the quadratic model, cadences, and the optimizer without tuning."""
+"""Step size, momentum and damping: KL bound, quadratic model, line search, SPRING, the optimizer without tuning."""
 
 from fisherfn.adapt.build import adaptive
 from fisherfn.adapt.cadence import Cadence, Due
 from fisherfn.adapt.clip import clip_factor, kl_clip
 from fisherfn.adapt.damping import adapted_damping, reduction_ratio
+from fisherfn.adapt.line_search import LineSearch, line_search
 from fisherfn.adapt.optimizer import START, Adaptive
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.adapt.spring import Spring, SpringState, norm_clip, spring
 from fisherfn.adapt.state import Adapted, AdaptiveState
 
 __all__ = [
@@ -15,11 +17,17 @@ __all__ = [
     "AdaptiveState",
     "Cadence",
     "Due",
+    "LineSearch",
     "QuadraticModel",
+    "Spring",
+    "SpringState",
     "adapted_damping",
     "adaptive",
     "clip_factor",
     "kl_clip",
+    "line_search",
+    "norm_clip",
     "quadratic_model",
     "reduction_ratio",
+    "spring",
 ]

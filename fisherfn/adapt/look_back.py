@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.state import AdaptiveState
-from fisherfn.natgrad import NaturalGradient
-from fisherfn.stats import Batch, Stats, pair
+from fisherfn.stats import Stats
 from fisherfn.types import Tree
 
 SIGMAS, TOLERANCE = 4.0, 0.02
@@ -29,12 +28,9 @@ class Seen(NamedTuple):
     alive: Tensor
 
     @classmethod
-    def of(cls, ng: NaturalGradient, stats: Stats, batch: Batch, alive: Tensor) -> Seen:
-        """Return the measurements of a batch."""
-        here = stats.first(stats.examples)  # none, on a process without examples
-        losses = ng.likelihood.nll(stats.outputs, pair(batch)[1]).double() if here else stats.outputs.new_zeros(0)
-        mean, variance = stats.moments(losses)
-        return cls(mean, variance / max(stats.examples - 1, 1), alive)
+    def of(cls, stats: Stats, alive: Tensor) -> Seen:
+        """Return the measurements from the statistics of a batch."""
+        return cls(*stats.measured(), alive)
 
     def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
         """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""

@@ -61,13 +61,13 @@ class Adaptive:
     """An optimizer for a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
 
     ng: NaturalGradient
-    lr: float | None
-    momentum: float | None
-    damping: float | None
+    lr: float | Tensor | None
+    momentum: float | Tensor | None
+    damping: float | Tensor | None
     rule: Rule
-    kl_bound: float | None
-    ema: float
-    weight_decay: float
+    kl_bound: float | Tensor | None
+    ema: float | Tensor
+    weight_decay: float | Tensor
     model_examples: int | None
     average: float | None
     look_back: bool
@@ -77,12 +77,14 @@ class Adaptive:
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
-        return AdaptiveState(
+        state = AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)).clone(),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)),
             zero.bool(),
             () if self.average is None else params, torch.zeros_like(curvature.count),
         )  # fmt: skip
+        # no tensor twice, and none of the caller's: a compiled step would need another graph for the first step
+        return tree.map(torch.clone, state)
 
     def step(
         self,
@@ -126,7 +128,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        seen = Seen.of(self.ng, stats, batch, alive(nat))
+        seen = Seen.of(stats, alive(nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
         before = state
@@ -208,10 +210,10 @@ class Adaptive:
         lr, momentum = self.lr, self.momentum
         if self.rule == "clip":
             lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
-        rate = None if lr is None else like.new_tensor(lr) * lr_scale * state.shrink
+        rate = None if lr is None else torch.as_tensor(lr, dtype=like.dtype).to(like) * lr_scale * state.shrink
         if rate is not None and self.kl_bound is not None:
             rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
-        return rate, None if momentum is None else like.new_tensor(momentum)
+        return rate, None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype).to(like)
 
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
@@ -238,14 +240,20 @@ class Adaptive:
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 
-        # each line is one pass over the parameters, the largest tensors of a step
-        undone = tree.map(lambda v: torch.where(back, v, 0.0), state.update)
-        result = tree.map(lambda p, v, new: torch.where(accepted, new, p - v), params, undone, tried.params)
+        result = tree.choose(
+            accepted,
+            lambda: tried.params,
+            lambda: tree.choose(back, lambda: tree.add(params, state.update, scale=-1), lambda: params),
+        )
         # a fixed momentum would repeat a bad δ₀, so it is dropped; a free momentum is left to the model
-        fixed = self.rule == "clip" or self.momentum is not None
-        rest = tree.map(lambda v: torch.where(rejected, v, 0.0), state.update) if fixed else undone
-        update = tree.map(lambda v, u, new: torch.where(accepted, new, v - u), state.update, rest, tried.update)
-        if self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
+        drops = rejected if self.rule == "clip" or self.momentum is not None else back
+        update = tree.choose(
+            accepted,
+            lambda: tried.update,
+            lambda: tree.choose(drops, lambda: tree.zeros_like(state.update), lambda: state.update),
+        )
+        # decoupled: not part of the model, and ρ was measured before it
+        if isinstance(self.weight_decay, Tensor) or self.weight_decay:
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)

@@ -25,7 +25,7 @@ Indices: n example; i and j direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ from fisherfn.errors import StructureError, expect
 from fisherfn.likelihoods import output_fisher
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, pair, run
+from fisherfn.terms import TermSum
 from fisherfn.types import PyTree, Tree
 
 PARALLEL = 1e-6
@@ -97,7 +98,7 @@ def quadratic_model(
     Args:
         ng: model and likelihood.
         params: the parameters at which the model is computed.
-        batch: inputs and targets.
+        batch: inputs and targets; for a sum of terms one such pair per term.
         directions: trees like params.
         context: the context, for models with one.
 
@@ -105,11 +106,19 @@ def quadratic_model(
         StructureError: no direction, or one that does not have the structure of params.
         LikelihoodError: a plain callable that cannot be differentiated twice.
     """
-    x, y = pair(batch)
     if not directions:
         raise StructureError("a quadratic model needs a direction: pass [nat] or [nat, previous_update].")
     for direction in directions:
         expect(direction, dict, "a direction", "pass trees like params, as ng.step returns them")
+    if isinstance(ng, TermSum):
+        expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")
+        assert isinstance(batch, Mapping)
+        models = {
+            name: quadratic_model(term, params, batch[name], directions, context=(context or {}).get(name))
+            for name, term in ng.terms.items()
+        }
+        return _sum(models, ng.weights)
+    x, y = pair(batch)
     outputs, moves = tangents(lambda p: run(ng.model, p, x, () if context is None else context)[0], params, directions)
 
     def nll(f: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +141,17 @@ def without_examples(directions: Sequence[Tree], losses: Float[Tensor, " n"]) ->
     """Return the quadratic model of no examples; `losses` is empty."""
     gram = _gram(directions)
     return QuadraticModel(torch.zeros_like(gram[0]), torch.zeros_like(gram), gram, losses)
+
+
+def _sum(models: Mapping[str, QuadraticModel], weights: Mapping[str, float]) -> QuadraticModel:
+    """Return the model of a sum of terms; the mean of its losses is the loss."""
+    n = sum(len(model.losses) for model in models.values())
+    return QuadraticModel(
+        slope=torch.stack([weights[name] * model.slope for name, model in models.items()]).sum(0),
+        curvature=torch.stack([weights[name] * model.curvature for name, model in models.items()]).sum(0),
+        gram=next(iter(models.values())).gram,
+        losses=torch.cat([model.losses * (weights[name] * n / len(model.losses)) for name, model in models.items()]),
+    )
 
 
 def tangents(

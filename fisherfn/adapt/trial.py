@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, Stats, pair, run, window
@@ -54,11 +56,12 @@ class Examples(NamedTuple):
         They are all if the net mixes them (batch norm in training mode).
         """
         x, y = pair(batch)
-        n = stats.examples
+        here = tree.leaves(x)[0].shape[0]
+        n = stats.total(here)
         wanted = max(n // PART, LEAST) if wanted is None else wanted
         if ng.layout.couples or wanted >= n:
-            return cls(ng, (x, y), context, stats, stats.first(n))
-        held = stats.first(wanted)
+            return cls(ng, (x, y), context, stats, here)
+        held = stats.first(wanted, here)
         part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))
         context = None if context is None else window(ng.layout, context, slice(0, held))
         return cls(ng, part, context, stats, held)
@@ -89,14 +92,13 @@ class Examples(NamedTuple):
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""
         sizes = [0.5**k for k in range(GRID)]
-        losses = [self.losses(tree.add(params, nat, scale=-size)).double() for size in sizes]
-        means = torch.stack(self.means(*losses))
-        best = torch.where(torch.isfinite(means), means, torch.inf).argmin()
-        return -means.new_tensor(sizes)[best].reshape(1)
+        found = line_search(lambda p: self.means(self.losses(p).double())[0], params, nat, sizes=sizes)
+        return -found.size.reshape(1)
 
 
 def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
     """Return −α nat + μ δ₀."""
+    scale, weight = (cache(lambda dtype, number=number: number.to(dtype)) for number in (-rate, momentum))
     if previous is None:
-        return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-    return tree.map(lambda d, v: d * -rate.to(d.dtype) + momentum.to(v.dtype) * v, nat, previous)
+        return tree.map(lambda d: d * scale(d.dtype), nat)
+    return tree.map(lambda d, v: torch.addcmul(d * scale(d.dtype), v, weight(v.dtype)), nat, previous)

@@ -35,9 +35,14 @@ class ReducedStats(Stats):
         """The number of examples of the global batch, N."""
         return self.shard.total
 
-    def first(self, wanted: int) -> int:
+    def total(self, here: int) -> int:
+        """Return the number of examples of the global batch."""
+        del here
+        return self.shard.total
+
+    def first(self, wanted: int, here: int) -> int:
         """Return how many of the first `wanted` examples of the global batch are on this rank."""
-        return max(0, min(wanted - self.shard.start, self.shard.own))
+        return max(0, min(wanted - self.shard.start, here))
 
     def mean(self, value: PyTree, examples: int) -> PyTree:
         """Return the mean over the examples of all ranks, given the mean over `examples` ones here, in one message."""
@@ -47,16 +52,16 @@ class ReducedStats(Stats):
         means = [total / count for total in sums]
         return tree.replace_leaves(value, [m.to(leaf) for m, leaf in zip(means, tree.leaves(value), strict=True)])
 
-    def moments(self, losses: Float[Tensor, " n"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return mean and variance over the global batch of the losses of this rank's examples."""
-        mine = losses.double()
+    def measured(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the mean of the losses of the global batch, and its squared standard error."""
+        mine = self.losses.double()
         own = mine.mean() if self.shard.own else mine.sum()
         squares = (mine - own).square().sum()
         _, table = self.ranks.total_and_table("scalars", [], torch.stack([own, squares]))
         counts = table.new_tensor(self.shard.counts)
         mean = (counts * table[:, 0]).sum() / self.examples
         variance = (table[:, 1] + counts * (table[:, 0] - mean).square()).sum() / self.examples
-        return mean, variance
+        return mean, variance / max(self.examples - 1, 1)
 
     def gradient(self, key: str) -> Matrix:
         """Return the gradient of the mean loss over all ranks for one block, as its matrix."""
@@ -102,10 +107,10 @@ def reduced(stats: Stats, ranks: Ranks, shard: Shard) -> ReducedStats:
     mean = (counts * table[:, 0]).sum() / shard.total
     masks = {name: (table[:, at] == 1).all() for at, name in enumerate(stats.checks, start=1)}
     matrices, plain = dict(zip(grads, sums, strict=False)), dict(zip(stats.plain, sums[len(grads) :], strict=True))
-    outputs = stats.outputs if own else stats.outputs[:0]
+    outputs, losses = (stats.outputs, stats.losses) if own else (stats.outputs[:0], stats.losses[:0])
     return ReducedStats(
         mean.to(stats.loss), outputs, stats.context, stats.layers, masks, stats.layout,
-        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, matrices, ranks, shard,
+        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses, matrices, ranks, shard,
     )  # fmt: skip
 
 
@@ -116,15 +121,17 @@ def stand_in(values: PyTree) -> PyTree:
 
 def _flatten(stats: ReducedStats) -> tuple[list[Any], tuple[Layout, Ranks, Shard]]:
     children = [
-        stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.matrices
+        stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses, stats.matrices
     ]  # fmt: skip
     return children, (stats.layout, stats.ranks, stats.shard)
 
 
 def _unflatten(children: list[Any], static: tuple[Layout, Ranks, Shard]) -> ReducedStats:
-    loss, outputs, context, layers, checks, plain, matrices = children
+    loss, outputs, context, layers, checks, plain, losses, matrices = children
     layout, ranks, shard = static
-    return ReducedStats(loss, outputs, context, layers, checks, layout, cast(Tree, plain), matrices, ranks, shard)
+    return ReducedStats(
+        loss, outputs, context, layers, checks, layout, cast(Tree, plain), losses, matrices, ranks, shard
+    )
 
 
 tree.register(ReducedStats, _flatten, _unflatten)

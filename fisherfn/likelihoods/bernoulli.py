@@ -35,7 +35,16 @@ class Bernoulli:
         else:
             p = self._inside(outputs)
             nll = -(targets * p.log() + (1 - targets) * torch.log1p(-p))
-        return sum_over_outputs(torch.where((targets >= 0) & (targets <= 1), nll, math.nan))
+        return torch.where(self._valid_each(targets), sum_over_outputs(nll), math.nan)
+
+    def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
+        r"""Return the gradient of `nll` in the outputs: $p - y$ for logits, $(p - y) / (p(1-p))$ for probabilities."""
+        check_shape(targets, outputs.shape, "Bernoulli", "a target for each output")
+        targets = targets.to(outputs.dtype)
+        if self.logits:
+            return outputs.sigmoid() - targets
+        p = self._inside(outputs)
+        return torch.where(p == outputs, (p - targets) / (p * (1 - p)), 0.0)  # clamped outputs have no gradient
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return one where `noise < p`, with noise uniform in [0, 1)."""
@@ -55,7 +64,13 @@ class Bernoulli:
         return v * variance if self.logits else v / variance
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
-        return ((targets >= 0) & (targets <= 1)).all()
+        return self._valid_each(targets).all()
+
+    @staticmethod
+    def _valid_each(targets: Float[Tensor, "n *d"]) -> Bool[Tensor, " n"]:
+        """Return whether all targets of an example lie in [0, 1]: NaN is the smallest and the largest."""
+        flat = targets.reshape(targets.shape[0], -1)
+        return (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
 
     def _inside(self, p: Tensor) -> Tensor:
         eps = torch.finfo(p.dtype).eps

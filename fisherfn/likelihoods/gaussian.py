@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.errors import HyperparameterError
 from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
 
@@ -33,6 +34,12 @@ class Gaussian:
         check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
         return sum_over_outputs((targets - outputs).square()) / (2 * self.variance)
 
+    def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
+        r"""Return the gradient of `nll` in the outputs, $(f - y) / \sigma^2$."""
+        check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
+        difference = outputs - targets
+        return difference if self.variance == 1 else difference / self.variance
+
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return `outputs + σ · noise`, with standard normal noise."""
         return outputs + math.sqrt(self.variance) * noise
@@ -49,4 +56,4 @@ class Gaussian:
         return v / self.variance
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
-        return torch.isfinite(targets).all()
+        return tree.finite_inputs(targets)

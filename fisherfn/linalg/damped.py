@@ -80,6 +80,12 @@ def logdet(inverse: Inverse) -> Float[Tensor, ""]:
     return inverse.scale.log().sum() + 2 * volume.sum()
 
 
+def trace(inverse: Rotated) -> Float[Tensor, ""]:
+    """Return the trace of an inverse that is diagonal in a basis, orthonormal or not."""
+    G, A = (Q.square() if kron.is_diagonal(Q) else Q.square().sum(-2) for Q in (inverse.QG, inverse.QA))
+    return (G.unsqueeze(-1) * inverse.scale * A.unsqueeze(-2)).sum()
+
+
 def _logdet(F: Factor, absolute: bool = False) -> Float[Tensor, " k"]:
     if kron.is_diagonal(F):
         return (F.abs() if absolute else F).log().sum(-1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherfn import products
 from fisherfn.types import Shape
 
 Factor: TypeAlias = Tensor
@@ -103,12 +104,12 @@ def matvec(G: Factor, A: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k 
 
 def left(G: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
     """Return `G W`."""
-    return G.unsqueeze(-1) * W if is_diagonal(G) else G @ W
+    return G.unsqueeze(-1) * W if is_diagonal(G) else products.matmul(G, W)
 
 
 def right(W: Float[Tensor, "k o i"], A: Factor) -> Float[Tensor, "k o i"]:
     """Return `W A`."""
-    return W * A.unsqueeze(-2) if is_diagonal(A) else W @ A
+    return W * A.unsqueeze(-2) if is_diagonal(A) else products.matmul(W, A)
 
 
 def transpose(F: Factor) -> Factor:

@@ -39,7 +39,7 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     pivots += pivots == 0  # of a failed factorisation: torch would raise for all that are inverted together
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor).mT  # symmetric: its transpose is itself, with rows in order
     return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
 
 
@@ -61,8 +61,8 @@ def spread(values: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
 
 def add_diagonal(matrix: Float[Tensor, "k d d"], shift: Float[Tensor, "k"]) -> Float[Tensor, "k d d"]:
     """Return `M + shift · I` for each matrix of the batch."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return matrix + shift[:, None, None] * eye
+    diagonal_of = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix.diagonal_scatter(diagonal_of + shift[:, None], dim1=-2, dim2=-1)
 
 
 class Spectrum(NamedTuple):

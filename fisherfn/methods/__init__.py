@@ -9,6 +9,7 @@ from fisherfn.methods.ekfac import ekfac
 from fisherfn.methods.exact import exact
 from fisherfn.methods.kfac import kfac
 from fisherfn.methods.kfac_corrected import kfac_corrected
+from fisherfn.methods.kl_optimal import kl_optimal
 from fisherfn.methods.kpsvd import kpsvd
 from fisherfn.methods.lanczos import lanczos
 from fisherfn.methods.two_level import two_level
@@ -20,6 +21,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "deflation": deflation,
     "kfac_cor": kfac_corrected,
     "lanczos": lanczos,
+    "kl_optimal": kl_optimal,
     "twolevel_kfac": two_level,
     "exactNG": exact,
 }
@@ -44,4 +46,16 @@ def named(method: Method | str) -> Method:
     return method
 
 
-__all__ = ["METHODS", "deflation", "ekfac", "exact", "kfac", "kfac_corrected", "kpsvd", "lanczos", "named", "two_level"]
+__all__ = [
+    "METHODS",
+    "deflation",
+    "ekfac",
+    "exact",
+    "kfac",
+    "kfac_corrected",
+    "kl_optimal",
+    "kpsvd",
+    "lanczos",
+    "named",
+    "two_level",
+]

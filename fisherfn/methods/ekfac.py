@@ -25,15 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
 from fisherfn.base import Diagnostics, factorwise
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
 from fisherfn.methods.kfac import moments
-from fisherfn.methods.kronecker import DampingForm, KroneckerMethod
-from fisherfn.per_example import squares
-from fisherfn.taps import AnyTap, Tap
+from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
+from fisherfn.taps import AnyTap
 from fisherfn.types import Matrix, Shape
 
 
@@ -52,6 +50,7 @@ class EKFAC(KroneckerMethod):
     """E-KFAC: the eigenvectors of K-FAC with the best eigenvalues. Built by `ff.ekfac`, which has the arguments."""
 
     name = "ekfac"
+    fit_passes = 2
 
     def init_block(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
@@ -75,6 +74,13 @@ class EKFAC(KroneckerMethod):
         new = tap.mean(partial(diagonal, QA=QA, QG=QG))
         scale = torch.lerp(new, moved(old, QA, QG), rho.to(new.dtype))
         return Factors(A, G, QA, QG, scale), {}
+
+    def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
+        """Replace the basis by that of the moments; the second pass measures the eigenvalues in it."""
+        return {
+            key: each._replace(QA=psd_eigh(each.A).vectors, QG=psd_eigh(each.G).vectors)
+            for key, each in factors.items()
+        }
 
     def invert_block(self, factors: Factors, damping: Float[Tensor, ""]) -> tuple[damped.Rotated, Tensor, Diagnostics]:
         """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
@@ -116,19 +122,6 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
         HyperparameterError: a negative width.
     """
     return EKFAC(damping_form, diagonal_above)
-
-
-def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
-    """Return `1/N Σ (Q_Gᵀ W Q_A)²`, the diagonal of the sampled block in a basis."""
-    parts = []
-    for part in tap.windows():
-        a, g = part.precise()
-        if not kron.is_diagonal(QA):  # a diagonal's eigenvectors are the standard basis
-            a = rows.times(a, QA)
-        if not kron.is_diagonal(QG):
-            g = g @ QG[:, None, None]
-        parts.append(squares(Tap(a, g)))
-    return torch.stack(parts).sum(0) / tap.sizes.n
 
 
 def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:

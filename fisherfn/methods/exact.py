@@ -165,7 +165,7 @@ def compact(tap: AnyTap) -> Tap:
     """
     _, s, _, t, o, i = tap.sizes
     if s > 1 or o * i >= t * (o + i) or tap.one_hot:
-        return tap.whole().plain()
+        return tap.whole().copied()
     return _as_rows(tap)
 
 

@@ -31,6 +31,7 @@ class KFAC(OneTerm):
     """K-FAC: one Kronecker product of second moments per block. Built by `ff.kfac`, which has the arguments."""
 
     name = "kfac"
+    fit_passes = 1
     sharing: Sharing | str = "expand"
 
     def __post_init__(self) -> None:

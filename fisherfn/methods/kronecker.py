@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import gradients, rearrangement
+from fisherfn import gradients, rearrangement, rows
 from fisherfn.base import Diagnostics, LayerMethod, Updated
 from fisherfn.errors import HyperparameterError, expect_number, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
 from fisherfn.linalg.golub_kahan import Deflated, LinearMap, Triplet, by_block
-from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
+from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair, Sum
+from fisherfn.per_example import squares
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Product, PyTree, Shape
 
@@ -69,6 +70,28 @@ class KroneckerMethod(LayerMethod):
         """Return the log-determinant of the inverse, from its factors."""
         del shape
         return damped.logdet(inverse)
+
+    def cross_block(self, inverse: damped.Inverse, tap: AnyTap) -> tuple[Tensor, Tensor]:
+        """Return `tr(P F)` and `tr P` of a damped inverse P, without forming either."""
+        if isinstance(inverse, Pair):
+            return rearrangement.overlap([inverse], tap)[0], kron.trace([inverse])
+        return (diagonal(tap, inverse.QA, inverse.QG) * inverse.scale).sum(), damped.trace(inverse)
+
+
+def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
+    """Return `1/N Σ (Q_Gᵀ W Q_A)²`, the diagonal of the sampled block in a basis."""
+    parts = []
+    for part in tap.windows():
+        a, g = part.precise()
+        if not kron.is_diagonal(QA):
+            a = rows.times(a, QA)
+        if not kron.is_diagonal(QG):
+            g = g @ QG[:, None, None]
+        parts.append(squares(Tap(a, g)))
+    total = torch.stack(parts).sum(0) / tap.sizes.n
+    # the basis of a diagonal is a diagonal: that of `eigh` is the identity, that of a pencil is not
+    total = total * QA.square().unsqueeze(-2) if kron.is_diagonal(QA) else total
+    return total * QG.square().unsqueeze(-1) if kron.is_diagonal(QG) else total
 
 
 class KroneckerSum(KroneckerMethod):

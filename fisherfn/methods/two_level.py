@@ -139,7 +139,7 @@ class TwoLevel(Method):
             return fine._replace(factors=factors._replace(fine=fine.factors))
         cast = {key: tap.to(factors.taps[key].dtype) for key, tap in taps.items()}
         by_rows = self.coarse == "tselepidis"  # its sums need the rows themselves
-        new = {key: tap.whole().plain() if by_rows else compact(tap) for key, tap in cast.items()}
+        new = {key: tap.whole().copied() if by_rows else compact(tap) for key, tap in cast.items()}
         ok = {key: sound & tree.finite(new[key]) for key, sound in fine.ok.items()}
         return Estimated(Factors(fine.factors, new, factors.shapes), ok, fine.diagnostics)
 

@@ -53,7 +53,7 @@ class Copies:
 
     def _unbound(self) -> dict[str, Any]:
         ng = None if self.ng is None else _Unbound.of(self.ng)
-        return {**vars(self), "_passes": [], "_by_kind": {}, "ng": ng}
+        return {**vars(self), "_passes": [], "_by_kind": {}, "_steps_of": {}, "ng": ng}
 
 
 class _Unbound(NamedTuple):

@@ -49,6 +49,7 @@ class Curvature(Copies):
         self._saved: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._by_kind: dict[Any, NaturalGradient] = {}
+        self._steps_of: dict[int, Callable[..., Any]] = {}
 
     def build(self, x: PyTree) -> NaturalGradient:
         """Find the layers with these inputs, once per example shape and mode of the net; the state is shared."""
@@ -125,11 +126,26 @@ class Curvature(Copies):
         x, y = pair(batch)
         ng, x = self.build(x), _inputs(x)
         assert self._adaptive is not None and self._rest is not None
+        if self._options.compile:  # a number would be a part of the graph
+            lr_scale = tree.map(lambda scale: torch.tensor(scale, dtype=torch.float64), lr_scale)
+        return self._step(  # type: ignore[no-any-return]
+            ng, adaptive(ng, **self._adaptive).step, self._rest, (x, y), chunk_size=self._options.chunk_size,
+            lr_scale=lr_scale,
+        )  # fmt: skip
+
+    def _step(self, ng: NaturalGradient, step: Callable[..., Any], state: Any, batch: Any, **more: Any) -> Any:
+        """Run a step of this natural gradient, compiled if so chosen: once per shape of the inputs."""
+        if id(ng) not in self._steps_of:
+            self._steps_of[id(ng)] = self._options.compiled(step)
         with self.network.alone_in_autocast():
-            context = self.network.context(x, self._generator)
-            return adaptive(ng, **self._adaptive).step(
-                self.network.values(), self._rest, (x, y), update=self.updates, invert=self.inverts,
-                generator=self._generator, context=context, chunk_size=self._options.chunk_size, lr_scale=lr_scale,
+            context = self.network.context(batch[0], self._generator)
+            random: dict[str, Any] = {"generator": self._generator}
+            if self._options.compile:  # a graph cannot sample
+                samples = self.updates and self._options.fisher == "mc"
+                random = {"noise": ng.noise(batch, self._generator) if samples else None}
+            return self._steps_of[id(ng)](
+                self.network.values(), state, batch, update=self.updates, invert=self.inverts, context=context,
+                **random, **more,
             )  # fmt: skip
 
     def _measured(self, ng: NaturalGradient) -> Callable[[State], Tensor] | None:
@@ -142,12 +158,7 @@ class Curvature(Copies):
         """Compute the natural gradient of a batch, with gradient and curvature from one forward pass."""
         x, y = pair(batch)
         ng, x = self.build(x), _inputs(x)
-        with self.network.alone_in_autocast():
-            context = self.network.context(x, self._generator)
-            return ng.step(
-                self.network.values(), self.state, (x, y), update=self.updates, invert=self.inverts, inner=inner,
-                generator=self._generator, context=context, chunk_size=self._options.chunk_size,
-            )  # fmt: skip
+        return self._step(ng, ng.step, self.state, (x, y), inner=inner, chunk_size=self._options.chunk_size)  # type: ignore[no-any-return]
 
     def of_gradients(self, grads: Tree, stats: Stats | None, *, inner: bool) -> Outcome:
         """Compute the natural gradient from an existing gradient, and from statistics if they are due."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fisherfn.adapt import Cadence
 from fisherfn.base import Method
+from fisherfn.compiled import compile
 from fisherfn.errors import HyperparameterError, expect_number, unknown
 from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.stats import FISHERS
 from fisherfn.types import Model, PyTree, Tree
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Options:
     generator: torch.Generator | int
     scaler: torch.amp.GradScaler | None
     uncovered: str = "fallback"
+    compile: bool | dict[str, Any] = False
 
     def __post_init__(self) -> None:
         """Check the options, as far as possible without the net."""
@@ -47,6 +52,8 @@ class Options:
             raise unknown("fisher", self.fisher, FISHERS)
         if self.uncovered not in ("fallback", "gradient"):
             raise unknown("uncovered", self.uncovered, ("fallback", "gradient"))
+        if not isinstance(self.compile, (bool, dict)):
+            raise HyperparameterError(f"compile is True, False or options of torch.compile, got {self.compile!r}.")
         if isinstance(self.damping, str) and self.damping != "auto":
             raise HyperparameterError(f'damping is a number or "auto", got {self.damping!r}.')
         if not isinstance(self.damping, str):
@@ -73,6 +80,12 @@ class Options:
             default.update if update is None else (update, update),
             default.invert if invert is None else (invert, invert),
         )
+
+    def compiled(self, step: F) -> F:
+        """Return a step, compiled if so chosen."""
+        if not self.compile:
+            return step
+        return compile(step, **(self.compile if isinstance(self.compile, dict) else {}))  # type: ignore[return-value]
 
     def random(self) -> torch.Generator:
         """Return the given generator, or a new one with the given seed."""

@@ -156,7 +156,7 @@ def _part(layout: Layout, each: Pass, total: int) -> Stats:
     factor = (total if each.reduction == "mean" else 1) / each.scale
     layers = {block.key: _layer(block, each, factor) for block in layout.blocks}
     nothing = torch.full((), torch.nan)  # neither the loss nor the outputs are known
-    return Stats(nothing, nothing.reshape(1), (), layers, {}, layout)
+    return Stats(nothing, nothing.reshape(1), (), layers, {}, layout, losses=nothing.reshape(1))
 
 
 def _layer(block: Block, each: Pass, factor: float) -> LayerStats:

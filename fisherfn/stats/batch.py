@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect,
 from fisherfn.stats.layout import Layout
 from fisherfn.types import PyTree
 
-Batch: TypeAlias = Sequence[Any]
-"""Inputs and targets: a tuple, or a list as data loaders return it."""
+Batch: TypeAlias = Sequence[Any] | Mapping[str, Any]
+"""Inputs and targets: a tuple, or a list as data loaders return it; for a sum of terms, a dict of them by term."""
 
 FISHERS = ("mc", "type2", "empirical")
 

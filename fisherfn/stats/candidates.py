@@ -48,7 +48,8 @@ def candidates(
             why |= dict.fromkeys({name, *biases}, str(reason))
             continue
         why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
-        bias = next((r.bias for r in records if r.bias is not None and r.bias not in claimed), None)
+        # a bias that the outputs do not depend on, as that of the last layer under a derivative, is not in params
+        bias = next((r.bias for r in records if r.bias in params and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()
         uses = tuple(
             _use(record, other.copies is not None, bias, place, params[name].dtype, kinds[0])

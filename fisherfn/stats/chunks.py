@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fisherfn import tree
 from fisherfn.errors import BATCH_CHECKS, EmptyBatchError, StructureError
@@ -56,7 +55,7 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
             mask is false instead.
     """
     mask = independent(likelihood, outputs, y, size)
-    if torch._C._functorch.maybe_current_level() is None and get_proxy_mode() is None and not bool(mask):
+    if tree.is_concrete(mask) and not mask:
         error, text = BATCH_CHECKS["chunks"]
         raise error(f"{text}.")
     return mask
@@ -131,7 +130,8 @@ def join(chunks: Sequence[Stats]) -> Stats:
     plain = {
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain
     }
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain)
+    losses = torch.cat([chunk.losses for chunk in chunks])
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses)
 
 
 def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:

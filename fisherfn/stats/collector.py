@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
@@ -27,12 +28,13 @@ from fisherfn.stats.batch import (
 from fisherfn.stats.border import border
 from fisherfn.stats.build import build
 from fisherfn.stats.chunks import in_chunks
+from fisherfn.stats.functional import run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.labels import fisher_cotangents, loss_cotangent, require
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.runs import example_gradients, pull_all, tapped_run
 from fisherfn.stats.statistics import LayerStats, Stats
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.types import Model, PyTree, Tree, at_least_single
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
@@ -132,6 +134,13 @@ class Collector:
         expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
         return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
 
+    def loss(self, params: Tree, batch: Batch, *, context: PyTree = None) -> Float[Tensor, ""]:
+        """Return the mean negative log-likelihood of a batch, for a line search or an evaluation."""
+        self.layout.validate(params)
+        given = checked(self.layout, batch, context)
+        outputs, _ = run(self.model, params, given.x, given.context)
+        return self.likelihood.nll(outputs, given.y).mean()  # type: ignore[no-any-return]
+
     def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
         """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.
 
@@ -162,7 +171,7 @@ class Collector:
         samples = self.samples if samples is None else samples
         check_samples(samples)
         shape = torch.Size((given.examples, samples, *self.layout.output_shape))
-        dtype = torch.promote_types(self.layout.output_dtype, torch.float32)
+        dtype = at_least_single(self.layout.output_dtype)
         return draw(self.likelihood, shape, generator, dtype).to(tree.leaves(given.x)[0].device)
 
     @border()
@@ -196,7 +205,7 @@ class Collector:
         checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
-        return Stats(loss, outputs, new_context, layers, checks, layout, plain)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll)
 
     def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
         valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)

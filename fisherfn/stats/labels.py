@@ -6,6 +6,7 @@ The columns are scaled so that the Fisher is `1/N Σ_n Σ_s` of their outer prod
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,17 +20,26 @@ def loss_cotangent(
     likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree
 ) -> tuple[Float[Tensor, "n *d"], Float[Tensor, " n"]]:
     """Return `∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
+    score = getattr(likelihood, "score", None)
+    if score is not None:
+        return score(outputs, targets), _losses(likelihood, outputs, targets)
 
     def total(f: Tensor) -> tuple[Tensor, Tensor]:
-        nll = likelihood.nll(f, targets)  # type: ignore[attr-defined]
-        if nll.shape != f.shape[:1]:
-            raise ShapeError(
-                f"the likelihood gave shape {tuple(nll.shape)} for {f.shape[0]} examples; nll must return [N], "
-                "summed over output dimensions and not averaged over examples."
-            )
-        return nll.sum(), nll
+        losses = _losses(likelihood, f, targets)
+        return losses.sum(), losses
 
     return torch.func.grad(total, has_aux=True)(outputs)  # type: ignore[no-any-return]
+
+
+def _losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
+    """Return the negative log-likelihood of each example; raise unless there is one number per example."""
+    nll: Tensor = likelihood.nll(outputs, targets)
+    if nll.shape != outputs.shape[:1]:
+        raise ShapeError(
+            f"the likelihood gave shape {tuple(nll.shape)} for {outputs.shape[0]} examples; nll must return [N], "
+            "summed over output dimensions and not averaged over examples."
+        )
+    return nll
 
 
 def fisher_cotangents(
@@ -62,8 +72,10 @@ def _equal_cotangents(
             "pass generator=torch.Generator() or noise=ng.noise(batch, generator)."
         )
     draws = noise.shape[1]
-    columns = [loss_cotangent(likelihood, outputs, sample(outputs, noise[:, s]))[0] for s in range(draws)]  # type: ignore[operator]
-    return torch.stack(columns) / math.sqrt(draws)
+    labels = (sample(outputs, noise[:, s]) for s in range(draws))  # type: ignore[operator]
+    score = getattr(likelihood, "score", None) or (lambda f, y: loss_cotangent(likelihood, f, y)[0])
+    columns = [score(outputs, each) for each in labels]
+    return columns[0].unsqueeze(0) if draws == 1 else torch.stack(columns) / math.sqrt(draws)
 
 
 def require(likelihood: object, method: str, fisher: str) -> object:

@@ -111,8 +111,8 @@ class Block:
         """Invert `matrix`: return the block's part of a tree like params."""
         if self.bias is None:
             return {self.weight: self.family.from_matrix(matrix, self.config)}
-        weight = self.family.from_matrix(matrix[..., :-1], self.config)
-        return {self.weight: weight, self.bias: matrix[..., -1].reshape(self.bias_shape)}
+        weight, bias = matrix.split((matrix.shape[-1] - 1, 1), -1)
+        return {self.weight: self.family.from_matrix(weight, self.config), self.bias: bias.reshape(self.bias_shape)}
 
 
 @dataclass(frozen=True)

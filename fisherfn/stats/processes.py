@@ -11,17 +11,23 @@ from fisherfn.types import PyTree
 class OneProcess:
     """Averages of a batch that this process holds as a whole. Data-parallel statistics replace them by messages."""
 
-    examples: int
+    losses: Tensor
 
-    def first(self, wanted: int) -> int:
-        """Return how many of the first `wanted` examples of the batch this process holds: here all of them."""
-        return min(wanted, self.examples)
+    def total(self, here: int) -> int:
+        """Return the number of examples of the batch, given the number of those in this process: here the same."""
+        return here
+
+    def first(self, wanted: int, here: int) -> int:
+        """Return how many of the first `wanted` examples of the batch are among the `here` ones of this process."""
+        return min(wanted, here)
 
     def mean(self, value: PyTree, examples: int) -> PyTree:
         """Return the mean over the examples of all processes, given the mean over `examples` ones here."""
         del examples
         return value
 
-    def moments(self, losses: Float[Tensor, " n"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return mean and variance over the whole batch, given the losses of the examples that this process holds."""
-        return losses.mean(), losses.var(correction=0)
+    def measured(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the mean of the losses of the whole batch, and its squared standard error."""
+        losses = self.losses.double()
+        n = losses.shape[0]
+        return losses.mean(), losses.var(correction=0) / max(n - 1, 1)

@@ -7,6 +7,7 @@ formed. Parameters without a layer get per-example gradients by `vmap`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,8 @@ def tapped_run(
 
     plain = [name for name, _ in layout.uncovered]
     like, uses = tree.leaves(params)[0], (use for block in layout.layers for use in block.uses)
-    zeros = [like.new_zeros((), dtype=use.dtype).expand(use.full_shape(examples)) for use in uses]
+    zero = cache(lambda dtype: like.new_zeros((), dtype=dtype))
+    zeros = [zero(use.dtype).expand(use.full_shape(examples)) for use in uses]
     primals = (*zeros, *(params[name] for name in plain))
     outputs, pull, (inputs, new_context) = vjp(forward, *primals, has_aux=True)  # type: ignore[misc]
 

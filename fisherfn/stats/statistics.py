@@ -16,8 +16,8 @@ from fisherfn.errors import StructureError
 from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.processes import OneProcess
-from fisherfn.taps import LazyTap, Sizes, Tap
-from fisherfn.types import Matrix, PyTree, Tree
+from fisherfn.taps import AnyTap, LazyTap, Sizes, Tap
+from fisherfn.types import Matrix, PyTree, Tree, at_least_single
 
 
 class LayerStats(NamedTuple):
@@ -44,6 +44,8 @@ class Stats(OneProcess):
     layout: Layout
     plain: Tree = field(default_factory=dict)
     """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
+    losses: Tensor = field(default_factory=lambda: torch.full((1,), torch.nan))
+    """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
 
     @property
     def examples(self) -> int:  # type: ignore[override]
@@ -74,7 +76,7 @@ class Stats(OneProcess):
         """Return the block's tap for the data's targets: one sample, whose mean over examples is the gradient."""
         return self.lazy_loss_tap(key).whole().plain()
 
-    def lazy_tap(self, key: str) -> LazyTap:
+    def lazy_tap(self, key: str) -> AnyTap:
         """Return `tap(key)` computed on demand for a slice of examples, with `a` in its structured form."""
         stats = self.layers[key]
         if not stats.grads:
@@ -85,11 +87,11 @@ class Stats(OneProcess):
         return lazy(self.layout.block(key), stats.inputs, stats.grads)
 
     @property
-    def lazy_taps(self) -> dict[str, LazyTap]:
+    def lazy_taps(self) -> dict[str, AnyTap]:
         """The lazy tap of every block for the sampled labels, computed on demand for a slice of examples."""
         return {block.key: self.lazy_tap(block.key) for block in self.layout.blocks}
 
-    def lazy_loss_tap(self, key: str) -> LazyTap:
+    def lazy_loss_tap(self, key: str) -> AnyTap:
         """Return `loss_tap(key)` computed on demand for a slice of examples."""
         stats = self.layers[key]
         return lazy(self.layout.block(key), stats.inputs, tuple(g.unsqueeze(0) for g in stats.loss_grads))
@@ -101,12 +103,13 @@ class Stats(OneProcess):
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
-    return [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain], stats.layout
+    fields = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
+    return fields, stats.layout
 
 
 def _unflatten(children: list[Any], layout: Layout) -> Stats:
-    loss, outputs, context, layers, checks, plain = children
-    return Stats(loss, outputs, context, layers, checks, layout, plain)
+    loss, outputs, context, layers, checks, plain, losses = children
+    return Stats(loss, outputs, context, layers, checks, layout, plain, losses)
 
 
 tree.register(Stats, _flatten, _unflatten)
@@ -114,7 +117,7 @@ tree.register(Stats, _flatten, _unflatten)
 
 def gradient(block: Block, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Matrix:
     """Compute `1/N Σ_n Σ_t g aᵀ` for one sample, in the fastest way the layer has, at least in float32."""
-    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    dtype = at_least_single(grads[0].dtype)
     grads = [g.to(dtype) for g in grads]
     backward = block.family.weight_gradient
     if backward is None:

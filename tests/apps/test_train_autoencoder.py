@@ -15,6 +15,7 @@ from common.models import AUTOENCODERS
 from common.results import read_metrics
 from common.train_config import AUTOENCODER_DATA, AutoencoderConfig
 from common.trainer import make_task, run
+from tests.methods.protocol import TRAINED
 
 
 def configured(*more: str) -> AutoencoderConfig:
@@ -22,7 +23,7 @@ def configured(*more: str) -> AutoencoderConfig:
     return read(AutoencoderConfig, [*common, "--update_every", "2", "--invert_every", "3", *more])
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+@pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
 def test_every_optimizer_trains_resumes_and_leaves_a_whole_result(own, optim):
     common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))

@@ -16,6 +16,7 @@ from common.models import CNNS
 from common.results import read_metrics
 from common.train_config import CNN_DATA, CnnConfig
 from common.trainer import make_task, run
+from tests.methods.protocol import TRAINED
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def configured(*more: str) -> CnnConfig:
     return read(CnnConfig, [*common, *lr, "--update_every", "2", "--invert_every", "3", *more])
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+@pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
 def test_every_optimizer_trains_resumes_and_leaves_a_whole_result(own, optim):
     common = ("--model", "own:convolutional", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))

@@ -20,6 +20,7 @@ from common.results import read_metrics
 from common.runs import watched
 from common.train_config import TrainConfig
 from common.trainer import make_task, natural_gradient, run
+from tests.methods.protocol import TRAINED
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ def quiet_run(*more: str) -> Path:
     return run(configured(*more))
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+@pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
 @pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
 def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
     folder = quiet_run("--model", model, "--optim", optim, "--result_name", "x", "--damping", "1", "--kl_bound", "0.1")
@@ -50,7 +51,7 @@ def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
     assert read_metrics(run(again))[-1]["train_loss"] == metrics[-1]["train_loss"]
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", *ff.METHODS])
+@pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
 def test_resumed_is_the_straight_run(own, optim):
     common = ("--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = quiet_run(*common, "--result_name", "straight")

@@ -22,6 +22,9 @@ IDS = [
 ]
 """Names of the nets in the zoo that every method meets."""
 
+TRAINED = [name for name in ff.METHODS if name != "kl_optimal"]
+"""The methods of whole training runs and compiled steps, which are slow: kpsvd stands for kl_optimal (same state)."""
+
 PROBLEMS = pytest.mark.parametrize("id", IDS)
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 

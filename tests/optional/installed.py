@@ -8,8 +8,8 @@ import pytest
 from common.zoo import nets
 
 
-def need(name, extra="optional"):
-    """The package, or a skipped module."""
+def need(name, extra="optional", how=None):
+    """The package, or a skipped module; `how` says how to install it, if not by an extra."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages warn of when imported is theirs
         try:
@@ -17,7 +17,6 @@ def need(name, extra="optional"):
                 nets.torchvision()
             return importlib.import_module(name)
         except ImportError:
-            reason = (
-                f"{name} is not installed: pip install -c constraints.txt -c constraints-optional.txt -e '.[{extra}]'"
-            )
+            how = how or f"pip install -c constraints.txt -c constraints-optional.txt -e '.[{extra}]'"
+            reason = f"{name} is not installed: {how}"
             pytest.skip(reason, allow_module_level=True)

@@ -11,7 +11,7 @@ from approximation_error import METHODS
 from common import spectra
 from tests import zoo
 
-QUANTITIES = {"error", "eigenvalues", "angle"}
+QUANTITIES = {"error", "eigenvalues", "divergence", "angle"}
 DAMPING = 0.1
 
 
@@ -71,6 +71,8 @@ def test_errors_eigenvalues_and_angles_are_those_of_the_dense_matrices(id, count
             distances = [(F - approximate).norm() / F.norm(), (found - true).norm() / true.norm()]
             measured = [values["error"][key][name], values["eigenvalues"][key][name]]
             assert measured == pytest.approx([float(d) for d in distances], rel=1e-6, abs=1e-7)
+            kl = float(ng.fisher_divergence(state, stats)[key])
+            assert values["divergence"][key][name] == pytest.approx(kl, rel=1e-6)
             assert cosine_of(values, key, name) == pytest.approx(cosine(vec(step[key]), exact[key]), abs=1e-8)
 
 
@@ -98,7 +100,8 @@ def test_a_block_without_curvature_has_no_numbers_and_the_others_do(monkeypatch)
     params = {name: leaf * (name != f"{last}.weight") for name, leaf in problem.params.items()}
     _, values = compared(problem, nets_of(problem), params=params)
     for quantity in QUANTITIES:
-        assert all(math.isnan(number) for number in values[quantity][first].values())
+        missing = math.isfinite if quantity == "divergence" else math.isnan
+        assert all(map(missing, values[quantity][first].values()))
         assert all(math.isfinite(number) for number in values[quantity][last].values())
 
 
@@ -116,7 +119,7 @@ def failing(method, part):
 def test_a_method_that_was_not_ok_has_no_numbers_and_the_others_do():
     problem = zoo.pick("mlp-categorical")
     nets = nets_of(problem, ("kfac", "ekfac"))
-    for part, lost in (("update", {"error", "eigenvalues", "angle"}), ("invert", {"angle"})):
+    for part, lost in (("update", QUANTITIES), ("invert", {"divergence", "angle"})):
         method = failing(nets["kfac"].method, part)
         _, values = compared(problem, nets | {"kfac": dataclasses.replace(nets["kfac"], method=method)})
         for quantity, layers in values.items():

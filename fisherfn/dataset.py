@@ -1,0 +1,97 @@
+"""Factors of a whole data set from its batches: the same as those of one large batch, however the examples are split.
+
+Every example counts once. A method whose factors are means over examples is averaged batch by batch in one pass
+(K-FAC). E-KFAC needs two passes: the first one gives the basis, the second one the eigenvalues in it. The factors of
+the other methods are no means, so the raw statistics of all batches are joined, and the memory grows with the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.base import Estimated, Method
+from fisherfn.errors import EmptyBatchError, StructureError
+from fisherfn.state import State
+from fisherfn.stats import Batch, Stats, join
+from fisherfn.taps import AnyTap, ChunkedTap
+from fisherfn.types import Info
+
+AT_ONCE = 2048
+"""Largest number of examples that are multiplied with each other: two matrices of 32 MiB per block in float64."""
+
+
+def fit(
+    method: Method, empty: State, loader: Iterable[Batch], collect: Callable[[Any], Stats], restart: Callable[[], None]
+) -> tuple[State, Info]:
+    """Return the state after all batches, and their mean loss and masks.
+
+    Args:
+        method: the method whose factors are computed.
+        empty: the state before the first batch; its average must count all examples equally (`ema` of 1).
+        loader: the batches.
+        collect: the statistics of a batch.
+        restart: called before each pass, so that a pass samples the same labels as the one before it.
+
+    Raises:
+        EmptyBatchError: the data set has no batch.
+        StructureError: an iterator that can only be read once, where two passes are needed.
+    """
+    passes = max(1, method.fit_passes)
+    if passes > 1 and iter(loader) is loader:
+        raise StructureError(
+            f"{method.name} reads the data set {passes} times: pass a list of batches or a DataLoader, not an iterator."
+        )
+    state, info = empty, Info()
+    for number in range(passes):
+        restart()
+        stats = (collect(batch) for batch in loader)
+        start = empty._replace(factors=method.between_passes(state.factors) if number else empty.factors)
+        state, info = _one_pass(method, start, stats if method.fit_passes else _joined(stats))
+    return state, info
+
+
+def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[State, Info]:
+    """Average the factors over the parts, each counted by its examples."""
+    total, loss, checks = 0, torch.zeros(()), None
+    for stats in parts:
+        counted, rho = state.counted(float(stats.examples))
+        result = method.update(state.factors, _taps(stats), rho, inverting=not method.fit_passes)
+        state = counted._replace(factors=result.factors)
+        total += stats.examples
+        loss = loss + (stats.loss - loss) * (stats.examples / total)
+        checks = _both(checks, stats, result)
+    if checks is None:
+        raise EmptyBatchError("the data set has no batch: the mean over its examples does not exist.")
+    return state, Info(loss=loss, checks=checks)
+
+
+def _taps(stats: Stats) -> dict[str, AnyTap]:
+    """Return the taps, those of many examples in chunks: no matrix of all pairs of examples is then formed."""
+    if stats.examples <= AT_ONCE:
+        return dict(stats.lazy_taps)
+    return {key: ChunkedTap(tap, AT_ONCE) for key, tap in stats.lazy_taps.items()}
+
+
+def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:
+    """Yield one batch with the statistics of all parts, or nothing if there is no part."""
+    found = [(part.examples, part) for part in parts]
+    if found:
+        yield join(found)
+
+
+def _both(before: dict[str, Any] | None, stats: Stats, result: Estimated) -> dict[str, Any]:
+    """Return masks that are true if those of earlier batches and of this one are."""
+    new: dict[str, Any] = {**stats.checks, "statistics": result.ok}
+    if before is None:
+        return new
+    return {name: _and(before[name], mask) for name, mask in new.items()}
+
+
+def _and(one: Any, other: Any) -> Any:
+    if isinstance(one, Tensor):
+        return one & other
+    return {key: one[key] & mask for key, mask in other.items()}

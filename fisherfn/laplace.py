@@ -1,0 +1,296 @@
+r"""The Laplace approximation: a Gaussian posterior over parameters from a method's Fisher, with a prior per block.
+
+Around trained parameters θ, with N examples and the prior $\mathcal N(0, \delta_l^{-1} I)$ on block l,
+
+$$p(\theta \mid D) \approx \mathcal N\bigl(\theta,\; [N (\hat F_l + \lambda_l I)]^{-1}\bigr),
+\qquad \lambda_l = \delta_l / N,$$
+
+so the covariance is the damped inverse that preconditions steps, divided by N. The log marginal likelihood is
+
+$$\log p(D \mid \delta) \approx -N L(\theta) - \tfrac12 \sum_l \bigl[\delta_l \|\theta_l\|^2
++ \log\det N(\hat F_l + \lambda_l I) - P_l \log \delta_l\bigr],$$
+
+with L the mean negative log-likelihood and P_l the number of entries. It is differentiable in δ. Constants that the
+likelihood leaves out, such as $\log \sqrt{2\pi}\sigma$, are left out here too.
+
+MacKay 1992, *A practical Bayesian framework for backpropagation networks*; Ritter, Botev & Barber 2018, *A scalable
+Laplace approximation for neural networks*; Immer et al. 2021, *Scalable marginal likelihood estimation for model
+selection in deep learning*.
+
+n example, c and d outputs, k group, o output, i input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+from fisherfn import tree
+from fisherfn.errors import EmptyBatchError, HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.linalg import damped
+from fisherfn.linalg.damped import Rotated
+from fisherfn.methods.kronecker import KroneckerMethod
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.state import State
+from fisherfn.stats import Batch, run
+from fisherfn.types import Info, PyTree, Tree
+
+Prior = float | Tensor | Mapping[str, float | Tensor]
+"""The precision δ of the prior: one for all blocks, or one per block key."""
+
+
+class LaplaceState(NamedTuple):
+    """A posterior as a pytree of tensors.
+
+    Attributes:
+        params: the mean.
+        prior: precision δ of the prior of each block.
+        curvature: the state of the method, whose factors are means over all examples so far.
+        loss: mean negative log-likelihood of these examples.
+        examples: their number N.
+    """
+
+    params: Tree
+    prior: dict[str, Tensor]
+    curvature: State
+    loss: Float[Tensor, ""]
+    examples: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """A Laplace approximation as pure functions of its state. Built by `ff.laplace`.
+
+    Attributes:
+        ng: model, likelihood and method.
+    """
+
+    ng: NaturalGradient
+
+    def init(self, params: Tree, *, prior: Prior = 1.0) -> LaplaceState:
+        """Return the posterior before any example, which is the prior moved to the parameters.
+
+        Args:
+            params: trained parameters, the mean of the posterior.
+            prior: precision δ > 0, one number or one per block key of `ng.layout`.
+
+        Raises:
+            HyperparameterError: a precision that is not positive.
+            UnknownNameError: no block has this key.
+            StructureError: a block without a precision.
+        """
+        curvature = self.ng.init(params, damping=1.0)
+        curvature = curvature._replace(ema=torch.ones_like(curvature.ema))
+        zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
+        return LaplaceState(params, self._priors(prior, zero), curvature, zero, zero)
+
+    def update(
+        self, state: LaplaceState, batch: Batch, *, generator: torch.Generator | None = None, context: PyTree = None
+    ) -> tuple[LaplaceState, Info]:
+        """Add the examples of a batch; if any check fails, return the input state.
+
+        E-KFAC and the methods that join statistics need all data at once: use `fit`.
+        """
+        _check(state)
+        stats = self.ng.stats(state.params, batch, generator=generator, context=context)
+        curvature, info = self.ng.update(state.curvature, stats)
+        total = state.examples + stats.examples
+        loss = state.loss + (stats.loss.double() - state.loss) * (stats.examples / total)
+        new = state._replace(curvature=curvature, loss=loss, examples=total)
+        return tree.select(torch.stack(list(info.ok.values())).all(), new, state), info
+
+    def fit(
+        self,
+        params: Tree,
+        loader: Iterable[Batch],
+        *,
+        prior: Prior = 1.0,
+        generator: torch.Generator | None = None,
+        context: PyTree = None,
+    ) -> tuple[LaplaceState, Info]:
+        """Return the posterior of a whole data set, by `ng.fit`: the batches do not matter.
+
+        Raises:
+            EmptyBatchError: the data set has no batch.
+        """
+        state = self.init(params, prior=prior)
+        curvature, info = self.ng.fit(params, loader, damping=1.0, generator=generator, context=context)
+        examples = (curvature.examples * curvature.count).double()
+        return state._replace(curvature=curvature, loss=info.loss.double(), examples=examples), info
+
+    def sample(self, state: LaplaceState, generator: torch.Generator, *, samples: int = 1) -> Tree:
+        """Return parameters sampled from the posterior, a tree like params with the samples as first axis.
+
+        Raises:
+            HyperparameterError: fewer than one sample.
+            StructureError: no generator.
+        """
+        _check(state)
+        expect(generator, torch.Generator, "generator", "pass a torch.Generator")
+        expect_number("samples", samples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        roots = {}
+        for key, inverse in self._inverses(state).items():
+            shape = (samples, *inverse.scale.shape)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+            noise = noise.to(inverse.scale.device) * inverse.scale.sqrt() / _root(state)
+            roots[key] = vmap(lambda W, inverse=inverse: damped.rotated_back(inverse, W))(noise)
+        layout = self.ng.layout
+        deviations = vmap(lambda one: layout.cast(layout.tree(one)))(roots)
+        return {name: state.params[name] + deviation for name, deviation in deviations.items()}
+
+    # the evidence ----------------------------------------------------------------------------------------------------
+
+    def log_marginal_likelihood(self, state: LaplaceState, prior: Prior | None = None) -> Float[Tensor, ""]:
+        """Return log p(D | δ) in float64, differentiable in the prior.
+
+        Args:
+            state: the posterior.
+            prior: another precision δ; None: that of the state.
+
+        Raises:
+            EmptyBatchError: the state has seen no example.
+            HyperparameterError: a precision that is not positive.
+        """
+        _check(state)
+        _check_seen(state)
+        state = state if prior is None else state._replace(prior=self._priors(prior, state.examples))
+        mean, N = self._blocks(state.params), state.examples
+        terms = []
+        for key, inverse in self._inverses(state).items():
+            δ, size = state.prior[key], mean[key].numel()
+            occam = size * (N.log() - δ.log()) - damped.logdet(inverse)
+            terms.append(δ * mean[key].square().sum() + occam)
+        return -N * state.loss - torch.stack(terms).sum() / 2
+
+    def choose_prior(self, state: LaplaceState, *, per_block: bool = True, iterations: int = 50) -> LaplaceState:
+        r"""Return the state with the prior that maximises the evidence, by MacKay's fixed point.
+
+        $\delta \leftarrow \gamma / \|\theta\|^2$, where $\gamma = P - \lambda\, \mathrm{tr} (\hat F + \lambda I)^{-1}$
+        is the number of parameters that the data determine.
+
+        Args:
+            state: the posterior.
+            per_block: one precision per block; False: one for all.
+            iterations: number of updates.
+
+        Raises:
+            HyperparameterError: fewer than one iteration.
+            EmptyBatchError: the state has seen no example.
+        """
+        _check(state)
+        _check_seen(state)
+        expect_number("iterations", iterations, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        mean = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
+        for _ in range(iterations):
+            determined = {}
+            for key, inverse in self._inverses(state).items():
+                λ = state.prior[key] / state.examples
+                determined[key] = inverse.scale.numel() - λ * damped.trace(inverse)
+            if per_block:
+                prior = {key: determined[key] / mean[key] for key in mean}
+            else:
+                one = torch.stack(list(determined.values())).sum() / torch.stack(list(mean.values())).sum()
+                prior = dict.fromkeys(mean, one)
+            state = state._replace(prior=prior)
+        return state
+
+    # predictions -----------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, state: LaplaceState, x: PyTree, *, context: PyTree = None, chunk_size: int | None = None
+    ) -> tuple[Tensor, Float[Tensor, "n c d"]]:
+        """Return the outputs of the model and their covariances under the posterior, with the model linearised in θ.
+
+        The noise of the likelihood is not included. `chunk_size` limits the examples whose Jacobians are in memory.
+        """
+        _check(state)
+        inverses, layout = self._inverses(state), self.ng.layout
+        context = () if context is None else context
+
+        def outputs(params: Tree, one: PyTree) -> Tensor:
+            found, _ = run(self.ng.model, params, tree.map(lambda leaf: leaf.unsqueeze(0), one), context)
+            return found[0].flatten()  # type: ignore[no-any-return]
+
+        def of_one(one: PyTree) -> tuple[Tensor, Tensor]:
+            J = jacrev(outputs)(state.params, one)
+            rows = vmap(layout.matrices)({name: leaf.double() for name, leaf in J.items()})
+            covariance = torch.zeros((), dtype=torch.float64, device=state.examples.device)
+            for key, inverse in inverses.items():
+                images = vmap(lambda W, inverse=inverse: damped.apply(inverse, W))(rows[key])
+                covariance = covariance + rows[key].flatten(1) @ images.flatten(1).mT
+            return outputs(state.params, one), covariance / state.examples.clamp(min=1)
+
+        found: tuple[Tensor, Tensor] = vmap(of_one, chunk_size=chunk_size)(x)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _inverses(self, state: LaplaceState) -> dict[str, Rotated]:
+        """Return `(F̂ + δ/N)⁻¹` of every block, in float64; before the first example N counts as 1."""
+        method: Any = self.ng.method
+        factors = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state.curvature.factors)
+        N = state.examples.clamp(min=1)
+        return {key: method.invert_block(factors[key], state.prior[key] / N)[0] for key in factors}
+
+    def _blocks(self, params: Tree) -> dict[str, Tensor]:
+        return {key: W.double() for key, W in self.ng.layout.matrices(params).items()}
+
+    def _priors(self, prior: Prior, like: Tensor) -> dict[str, Tensor]:
+        """Return one precision per block."""
+        keys = [block.key for block in self.ng.layout.blocks]
+        given = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(keys, prior)
+        for key in given:
+            if key not in keys:
+                raise unknown("block", key, keys)
+        missing = [key for key in keys if key not in given]
+        if missing:
+            raise StructureError(f"no prior precision for {', '.join(map(repr, missing))}: give one per block.")
+        for key, δ in given.items():
+            expect_number(f"prior precision of {key!r}", δ, lambda v: v > 0, "must be positive")
+        return {key: torch.as_tensor(given[key], dtype=like.dtype, device=like.device) for key in keys}
+
+
+def laplace(ng: NaturalGradient) -> Laplace:
+    """Build a Laplace approximation: pure functions `init`, `update` (or `fit`) and `sample`, evidence and predictions.
+
+    Args:
+        ng: a natural gradient with a Kronecker method and `damping_form="eigen"`, which adds exactly the prior.
+
+    Raises:
+        StructureError: not a natural gradient, a method without Kronecker factors, or parameters in no block.
+        HyperparameterError: factored damping, which is not a prior.
+    """
+    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient(…) returned")
+    method = ng.method
+    if not isinstance(method, KroneckerMethod):
+        raise StructureError(
+            f"{method.name} has no Kronecker factors to sample from: use kfac, ekfac, kpsvd or another block method."
+        )
+    if method.damping_form != "eigen":
+        raise HyperparameterError(
+            f"the prior adds δ I to the precision, and factored damping adds another matrix: use {method.name} with "
+            'damping_form="eigen".'
+        )
+    if ng.layout.uncovered:
+        raise StructureError('some parameters are in no block: build with uncovered="fallback".')
+    return Laplace(ng)
+
+
+def _root(state: LaplaceState) -> Tensor:
+    return state.examples.clamp(min=1).sqrt()
+
+
+def _check(state: LaplaceState) -> None:
+    expect(state, LaplaceState, "state", "pass what posterior.init, posterior.update or posterior.fit returned")
+
+
+def _check_seen(state: LaplaceState) -> None:
+    """Raise if the state is known to have seen no example; inside a transform the result is then not finite."""
+    if torch._C._functorch.maybe_current_level() is None and not bool(state.examples > 0):
+        raise EmptyBatchError("the posterior has seen no example: call posterior.update or posterior.fit first.")

@@ -1,0 +1,137 @@
+"""Physics-informed nets: derivatives by autograd, equations by their solutions, runs and resumed runs."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.func import hessian, jacrev, vmap
+
+import study_pinn
+import train_pinn
+from common.checkpoints import load_checkpoint
+from common.config import ConfigError, read
+from common.pinn import nets, optimizers, problems
+from common.results import read_metrics
+
+
+def points(n, d, seed=0):
+    return torch.rand(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_net_carries_its_derivatives():
+    params, x = nets.initial([3, 6, 5, 2], 0), points(7, 3)
+    coefficients = [1.0, 0.0, 0.5]
+
+    def at(point):
+        return nets.value(params, point.unsqueeze(0)).squeeze(0)
+
+    found = nets.derivatives(params, x, coefficients)
+    torch.testing.assert_close(found.value, nets.value(params, x))
+    torch.testing.assert_close(found.first, vmap(jacrev(at))(x).transpose(1, 2))
+    second = vmap(hessian(at))(x).diagonal(dim1=-2, dim2=-1) @ torch.tensor(coefficients, dtype=x.dtype)
+    torch.testing.assert_close(found.second, second, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_the_solution_solves_the_equation_and_the_boundary_points_are_on_its_faces(name):
+    problem = problems.PROBLEMS[name]
+    x = points(5, problem.dimensions)
+
+    def solution(point):
+        return problem.solution(point.unsqueeze(0)).squeeze()
+
+    first, second = vmap(jacrev(solution))(x), vmap(hessian(solution))(x).diagonal(dim1=-2, dim2=-1)
+    left = first[:, 0] - second[:, 1] / 4 if name == "HEAT" else -second.sum(1)
+    torch.testing.assert_close(left, problem.right(x).squeeze(1), rtol=1e-9, atol=1e-9)
+    (inside, right), (edge, values) = problems.Posed(problem, 0).batch.values()
+    assert (len(inside), len(edge)) == (problem.interior, problem.boundary)
+    torch.testing.assert_close(right, problem.right(inside))
+    torch.testing.assert_close(values, problem.solution(edge))
+    on = torch.stack([edge[:, axis] == side for axis, side in problem.faces])
+    assert (on.sum(0) == 1).all() and (on.sum(1) == problem.boundary // len(problem.faces)).all()
+    if name == "HEAT":
+        assert (edge[:, 0] < 1).all()
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_every_residual_is_that_of_its_equation(name):
+    problem = problems.PROBLEMS[name]
+    params, x = nets.initial([problem.dimensions, 5, 1], 1), points(4, problem.dimensions)
+
+    def u(point):
+        return nets.value(params, point.unsqueeze(0)).squeeze()
+
+    first, second = vmap(jacrev(u))(x), vmap(hessian(u))(x).diagonal(dim1=-2, dim2=-1)
+    left = first[:, 0] - second[:, 1] / 4 if name == "HEAT" else -second.sum(1)
+    torch.testing.assert_close(problem.residual(params, x).squeeze(1), left, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The first problem with few points."""
+    few = dataclasses.replace(problems.PROBLEMS["POISSON_2D"], interior=40, boundary=12)
+    monkeypatch.setitem(problems.PROBLEMS, "POISSON_2D", few)
+
+
+def trained(tmp_path, name, *more, steps=6, optim="exact"):
+    options = ["--model", "2-8-1", "--optim", optim, "--num_steps", str(steps), "--record_every", "1", "--quiet"]
+    argv = [*options, "--grid", "12", "--result_dir", str(tmp_path), "--result_name", name, *more]
+    return train_pinn.run(read(train_pinn.PinnConfig, argv))
+
+
+@pytest.mark.parametrize("optim", optimizers.DEFAULTS)
+def test_every_optimizer_lowers_the_loss_and_a_resumed_run_is_the_straight_one(small, tmp_path, optim):
+    straight = trained(tmp_path, "straight", optim=optim)
+    losses = [each["loss"] for each in read_metrics(straight)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    trained(tmp_path, "parts", steps=3, optim=optim)
+    parts = trained(tmp_path, "parts", "--resume", optim=optim)
+    one, two = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in (straight, parts))
+    assert one.keys() == two.keys()
+    for path in one:
+        torch.testing.assert_close(two[path], one[path], rtol=1e-12, atol=1e-14)
+
+
+def test_a_fixed_learning_rate_replaces_the_line_search(small, tmp_path):
+    folder = trained(tmp_path, "spring", "--lr", "0.05", "--damping", "1e-4", optim="spring", steps=3)
+    assert [each["epoch"] for each in read_metrics(folder)] == [1, 2, 3]
+
+
+def test_the_results_are_printed_as_a_table(small, tmp_path, capsys):
+    argv = ["--model", "2-4-1", "--num_steps", "2", "--result_dir", str(tmp_path)]
+    train_pinn.run(read(train_pinn.PinnConfig, argv))
+    printed = capsys.readouterr().out
+    assert "17 parameters; exact" in printed and "rel. error" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "3-8-1"], "must have 2 inputs and 1 output"),
+        (["--model", "two"], "widths such as 2-64-1"),
+        (["--momentum", "1"], "momentum must be"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--optim", "exat"], "did you mean exact"),
+    ],
+)
+def test_wrong_options_are_errors_in_one_line(tmp_path, argv, message):
+    with pytest.raises(ConfigError, match=message):
+        train_pinn.run(read(train_pinn.PinnConfig, [*argv, "--result_dir", str(tmp_path)]))
+
+
+def test_the_study_runs_what_is_missing_and_its_table_has_the_published_rows(small, tmp_path, capsys, monkeypatch):
+    def config(steps):
+        argv = ["--problems", "POISSON_2D", "--optims", "exact,adam", "--steps", str(steps)]
+        return read(study_pinn.StudyConfig, [*argv, "--result_dir", str(tmp_path)])
+
+    first = study_pinn.main(config(1))["POISSON_2D"]
+    assert [list(steps) for steps in first.values()] == [[1], [1]]
+    again = study_pinn.main(config(10))["POISSON_2D"]
+    assert list(again["exact"]) == [1, 10] and again["adam"][1] == first["adam"][1]
+    monkeypatch.setattr(study_pinn, "run", None)  # nothing is missing
+    study_pinn.main(config(10))
+    printed = capsys.readouterr().out
+    assert "| POISSON_2D | *published: ENGD per layer* |  | 5.5e-03 | 2.7e-05 | 2.1e-07 | |" in printed
+    assert (tmp_path / "train_pinn" / "pinn.png").exists()
+    missing = study_pinn.main(dataclasses.replace(config(0), result_dir=str(tmp_path / "none")))
+    assert missing == {"POISSON_2D": {"exact": {}, "adam": {}}}

@@ -1,0 +1,134 @@
+"""The Laplace approximation against dense normal distributions, in float64."""
+
+import pytest
+import torch
+from torch.func import grad, jacrev
+
+import fisherfn as ff
+from fisherfn import tree
+from tests import zoo
+from tests.oracles import close, vec
+
+METHODS = {name: ff.METHODS[name] for name in ("kfac", "ekfac", "kpsvd", "kl_optimal", "lanczos")}
+
+
+def fitted(id="mlp-categorical", method="kfac", prior=0.7):
+    """Return problem, posterior and its state."""
+    problem = zoo.pick(id)
+    posterior = ff.laplace(problem.build(method=METHODS[method](damping_form="eigen"), fisher="type2"))
+    state, info = posterior.fit(problem.params, [problem.batch], prior=prior)
+    ff.check(info)
+    return problem, posterior, state
+
+
+def precision(problem, posterior, state, prior):
+    """Return the dense precision `N (F̂ + δ/N I)`, the inverse of the matrix of a step at this damping."""
+    ng, N = posterior.ng, len(problem.x)
+    inverted, _ = ng.invert(state.curvature._replace(damping=torch.tensor(prior / N, dtype=zoo.DTYPE)))
+    return N * torch.linalg.inv(ng.inverse(inverted).dense())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evidence_and_predictions_are_those_of_the_dense_posterior(method):
+    problem, posterior, state = fitted(method=method)
+    H, θ, N = precision(problem, posterior, state, 0.7), vec(problem.params), len(problem.x)
+    loss = posterior.ng.stats(problem.params, problem.batch).loss
+    log_prior = 0.5 * (len(θ) * torch.tensor(0.7, dtype=zoo.DTYPE).log() - 0.7 * θ @ θ)
+    close(posterior.log_marginal_likelihood(state), -N * loss + log_prior - 0.5 * torch.slogdet(H)[1])
+    J = jacrev(problem.model)(problem.params, problem.x)
+    flat = torch.cat([leaf.flatten(2) for leaf in J.values()], 2)
+    outputs, covariances = posterior.predict(state, problem.x)
+    close(outputs, problem.model(problem.params, problem.x))
+    close(covariances, flat @ torch.linalg.inv(H) @ flat.mT, tol=1e-7)
+    close(posterior.predict(state, problem.x, chunk_size=2)[1], covariances)
+
+
+def test_a_prior_per_block_is_a_diagonal_of_blocks():
+    problem, posterior, state = fitted()
+    keys = [block.key for block in posterior.ng.layout.blocks]
+    prior = {key: 0.2 * (n + 1) for n, key in enumerate(keys)}
+    N, θ = len(problem.x), posterior.ng.layout.matrices(problem.params)
+    state = posterior.init(problem.params, prior=prior)._replace(
+        curvature=state.curvature, loss=state.loss, examples=state.examples
+    )
+    expected = -N * state.loss
+    for key, factors in state.curvature.factors.items():
+        F = torch.kron(factors.G[0].contiguous(), factors.A[0].contiguous())
+        H = N * F + prior[key] * torch.eye(len(F), dtype=F.dtype)
+        square = prior[key] * θ[key].square().sum()
+        expected = expected - 0.5 * (square + torch.slogdet(H / prior[key])[1])
+    close(posterior.log_marginal_likelihood(state), expected)
+    close(posterior.log_marginal_likelihood(fitted()[2], prior), expected)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_the_chosen_prior_is_where_the_slope_of_the_evidence_vanishes(method):
+    problem, posterior, state = fitted(method=method)
+
+    def evidence(logs):
+        return posterior.log_marginal_likelihood(state, {key: value.exp() for key, value in logs.items()})
+
+    logs = {key: value.log() for key, value in state.prior.items()}
+    slopes, step = grad(evidence)(logs), 1e-5
+    for key in logs:
+        up, down = (evidence(logs | {key: logs[key] + s}) for s in (step, -step))
+        close(slopes[key], (up - down) / (2 * step), tol=1e-6)
+        assert abs(slopes[key]) > 1e-3
+    chosen = posterior.choose_prior(state, iterations=500)
+    for slope in grad(evidence)({key: value.log() for key, value in chosen.prior.items()}).values():
+        assert abs(slope) < 1e-5
+    one = posterior.choose_prior(state, per_block=False, iterations=500)
+    assert len({float(value) for value in one.prior.values()}) == 1
+    values = [float(posterior.log_marginal_likelihood(each)) for each in (state, one, chosen)]
+    assert values[0] < values[1] < values[2]
+
+
+@pytest.mark.parametrize("method", ["kfac", "lanczos"])
+def test_samples_have_the_mean_and_the_covariance_of_the_posterior(method):
+    """The covariance of 40,000 samples in the basis where that of the posterior is the identity."""
+    problem, posterior, state = fitted(method=method)
+    L = torch.linalg.cholesky(precision(problem, posterior, state, 0.7))
+    samples = posterior.sample(state, zoo.generator(), samples=40_000)
+    flat = torch.cat([(leaf - problem.params[name]).flatten(1) for name, leaf in samples.items()], 1) @ L
+    eye = torch.eye(len(L), dtype=zoo.DTYPE)
+    assert flat.mean(0).abs().max() < 0.03
+    assert (flat.mT @ flat / len(flat) - eye).abs().max() < 0.05
+    again = posterior.sample(state, zoo.generator(), samples=40_000)
+    assert all(torch.equal(samples[name], again[name]) for name in samples)
+
+
+def test_updates_over_batches_are_one_fit():
+    problem, posterior, whole = fitted()
+    state = posterior.init(problem.params, prior=0.7)
+    for part in (slice(0, 2), slice(2, 3), slice(3, None)):
+        state, info = posterior.update(state, tree.map(lambda leaf, part=part: leaf[part], problem.batch))
+        ff.check(info)
+    close(state.examples, whole.examples)
+    close(state.loss, whole.loss)
+    close(posterior.log_marginal_likelihood(state), posterior.log_marginal_likelihood(whole))
+
+
+def test_a_bad_batch_leaves_the_posterior_as_it_was():
+    problem, posterior, state = fitted()
+    after, info = posterior.update(state, (problem.x * torch.nan, problem.y))
+    assert not any(bool(ok) for ok in info.ok.values())
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(state), strict=True))
+
+
+def test_what_is_no_posterior_is_refused():
+    problem, posterior, state = fitted()
+    for method, error in ((ff.exact(), ff.errors.StructureError), (ff.kfac(), ff.errors.HyperparameterError)):
+        with pytest.raises(error, match="eigen" if error is ff.errors.HyperparameterError else "Kronecker"):
+            ff.laplace(problem.build(method=method))
+    for prior in (0.0, -1.0, {"nothing": 1.0}, {}):
+        with pytest.raises(ff.errors.FisherfnError, match=r"positive|nothing|no prior"):
+            posterior.init(problem.params, prior=prior)
+    for call in (posterior.log_marginal_likelihood, posterior.choose_prior):
+        with pytest.raises(ff.errors.EmptyBatchError, match="no example"):
+            call(posterior.init(problem.params))
+    with pytest.raises(ff.errors.EmptyBatchError):
+        posterior.fit(problem.params, [])
+    with pytest.raises(ff.errors.HyperparameterError):
+        posterior.sample(state, zoo.generator(), samples=0)
+    with pytest.raises(ff.errors.HyperparameterError):
+        posterior.choose_prior(state, iterations=0)

@@ -1,0 +1,235 @@
+"""A sum of terms: loss, gradient, Fisher and steps from dense per-example Jacobians, with plain autograd."""
+
+import pytest
+import torch
+from torch.func import jacrev, vmap
+from torch.nn.functional import linear
+
+import fisherfn as ff
+from fisherfn.errors import (
+    EmptyBatchError,
+    HyperparameterError,
+    NoiseError,
+    ShapeError,
+    StructureError,
+    UnusedParameterError,
+)
+
+NAMES = ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+def net(params, x):
+    return linear(torch.tanh(linear(x, params["0.weight"], params["0.bias"])), params["1.weight"], params["1.bias"])
+
+
+def slopes(params, x):
+    """The derivative by the first input, carried through the layers: the last bias does not appear."""
+    h, along = linear(x, params["0.weight"], params["0.bias"]), x.new_tensor([1.0, 0.0, 0.0]).expand_as(x)
+    return linear((1 - torch.tanh(h) ** 2) * linear(along, params["0.weight"]), params["1.weight"])
+
+
+def by_transform(params, x):
+    """The same by torch's own transform, inside which no layer is seen."""
+    return vmap(jacrev(lambda point: net(params, point.unsqueeze(0)).squeeze(0)))(x)[..., 0]
+
+
+def scaled_biases(params, x):
+    """A term that reads one parameter only."""
+    return params["0.bias"] * x[:, :4]
+
+
+def points(n, width=3, seed=0):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem():
+    g = torch.Generator().manual_seed(1)
+    shapes = ((4, 3), (4,), (2, 4), (2,))
+    params = {name: torch.randn(s, generator=g, dtype=torch.float64) for name, s in zip(NAMES, shapes, strict=True)}
+    batch = {"inside": (points(7), points(7, 2, 3)), "edge": (points(5, seed=2), points(5, 2, 4))}
+    return params, batch
+
+
+def terms_of(batch, inside=slopes, edge=net, weights=(1.0, 2.5)):
+    models = {"inside": (inside, weights[0]), "edge": (edge, weights[1])}
+    return {n: ff.Term(m, batch[n][0], ff.Gaussian(), weight=w) for n, (m, w) in models.items()}
+
+
+def flat(tree):
+    return torch.cat([tree[name].reshape(-1) for name in NAMES])
+
+
+def dense(params, batch, models, weights):
+    """The loss, its gradient and the Fisher of the sum, one row of a Jacobian per output of an example."""
+    loss, grad, fisher = 0.0, 0.0, 0.0
+    for (x, y), model, weight in zip(batch.values(), models, weights, strict=True):
+        residual = model(params, x) - y
+        J = jacrev(model)(params, x)
+        rows = torch.cat([J[name].reshape(residual.numel(), -1) for name in NAMES], -1)
+        loss = loss + weight * 0.5 * residual.square().sum() / len(x)
+        grad = grad + weight * rows.T @ residual.reshape(-1) / len(x)
+        fisher = fisher + weight * rows.T @ rows / len(x)
+    return loss, grad, fisher
+
+
+MODELS = pytest.mark.parametrize("inside", [slopes, by_transform], ids=["layers", "fallbacks"])
+
+
+@MODELS
+def test_loss_gradient_fisher_and_step_are_those_of_stacked_jacobians(inside):
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch, inside), params, method="exact")
+    loss, grad, fisher = dense(params, batch, (inside, net), (1.0, 2.5))
+    stats = ng.stats(params, batch)
+    close(stats.loss, loss)
+    close(ng.loss(params, batch), loss)
+    close(stats.losses.mean(), loss)
+    close(flat(stats.grads), grad)
+    close(ng.fisher(stats).dense(), fisher)
+    close(ng.fisher(stats).trace(), fisher.trace())
+    nat, state, info = ng.step(params, ng.init(params, damping=0.1), batch, inner=True)
+    ff.check(info)
+    expected = torch.linalg.solve(fisher + 0.1 * torch.eye(len(fisher), dtype=fisher.dtype), grad)
+    close(flat(nat), expected)
+    close(info.inner, grad @ expected)
+    close(ng.trace(state), fisher.trace())
+
+
+def close(found, expected, tol=1e-9):
+    torch.testing.assert_close(found, expected, rtol=tol, atol=tol)
+
+
+def test_a_weight_without_bias_in_one_term_is_one_layer_and_mixed_kinds_are_fallbacks():
+    params, batch = problem()
+    blocks = {b.key: b.kind for b in ff.sum_of_terms(terms_of(batch), params, method="exact").layout.blocks}
+    assert blocks == {"0": "linear", "1": "linear"}
+    mixed = ff.sum_of_terms(terms_of(batch, by_transform), params, method="exact").layout
+    assert {b.key: b.kind for b in mixed.blocks} == dict.fromkeys(NAMES, "fallback")
+    assert "in different terms" in str(mixed)
+
+
+def test_one_block_per_layer_is_the_block_diagonal_of_the_sum():
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch), params, method=ff.exact("block"))
+    _, grad, fisher = dense(params, batch, (slopes, net), (1.0, 2.5))
+    nat, _, _ = ng.step(params, ng.init(params, damping=0.1), batch)
+    mask = torch.block_diag(torch.ones(16, 16), torch.ones(10, 10)).double()
+    system = fisher * mask + 0.1 * torch.eye(26, dtype=fisher.dtype)
+    close(flat(nat), torch.linalg.solve(system, grad))
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "kpsvd"])
+def test_kronecker_methods_take_the_examples_of_all_terms_as_one_batch(method):
+    """Two terms with the model of one, weighted by their examples, are that one model on all examples."""
+    params, batch = problem()
+    whole = tuple(torch.cat(parts) for parts in zip(*batch.values(), strict=True))
+    weights = [len(x) / len(whole[0]) for x, _ in batch.values()]
+    ng = ff.sum_of_terms(terms_of(batch, net, net, weights), params, method=method)
+    alone = ff.natural_gradient(net, params, whole[0], likelihood=ff.Gaussian(), method=method, fisher="type2")
+    steps = [each.step(params, each.init(params, damping=0.1), b)[0] for each, b in ((ng, batch), (alone, whole))]
+    close(flat(steps[0]), flat(steps[1]))
+
+
+def test_a_term_may_read_a_few_parameters_and_no_term_need_have_a_weight():
+    params, batch = problem()
+    batch["edge"] = (points(5, 4), points(5, 4, 4))
+    ng = ff.sum_of_terms(terms_of(batch, net, scaled_biases, (0.0, 1.0)), params, method="exact")
+    loss, grad, fisher = dense(params, batch, (net, scaled_biases), (0.0, 1.0))
+    stats = ng.stats(params, batch)
+    close(stats.loss, loss)
+    close(flat(stats.grads), grad)
+    close(ng.fisher(stats).dense(), fisher)
+
+
+def test_chunks_and_windows_are_the_whole():
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch), params, method="exact")
+    whole, chunked = ng.stats(params, batch), ng.stats(params, batch, chunk_size=2)
+    close(ng.fisher(chunked).dense(), ng.fisher(whole).dense())
+    tap = whole.lazy_tap("0")
+    parts = [tap.window(slice(start, start + 5)).whole() for start in (0, 5, 10)]
+    assert [part.sizes.n for part in parts] == [5, 5, 2]
+    close(sum(part.input_moment(99) for part in parts), tap.input_moment(99))
+    close(torch.cat([part.g for part in parts[:2]], 2), tap.outputs()[:, :, :10])
+
+
+def test_sampled_labels_come_from_the_noise_of_each_term():
+    params, batch = problem()
+    terms = {n: t._replace(fisher="mc", samples=2 + (n == "edge")) for n, t in terms_of(batch).items()}
+    ng = ff.sum_of_terms(terms, params, method="exact")
+    noise = ng.noise(batch, torch.Generator().manual_seed(5))
+    drawn = ng.stats(params, batch, generator=torch.Generator().manual_seed(5))
+    close(ng.fisher(ng.stats(params, batch, noise=noise)).dense(), ng.fisher(drawn).dense())
+    with pytest.raises(NoiseError, match="term 'inside'"):
+        ng.stats(params, batch)
+
+
+def test_the_quadratic_model_is_that_of_the_dense_fisher():
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch), params, method="kfac")
+    loss, grad, fisher = dense(params, batch, (slopes, net), (1.0, 2.5))
+    along = {name: torch.ones_like(p) for name, p in params.items()}
+    model = ff.quadratic_model(ng, params, batch, [along])
+    d = flat(along)
+    close(model.value(torch.tensor([0.3], dtype=torch.float64)), 0.045 * d @ fisher @ d + 0.3 * grad @ d)
+    close(model.losses.mean(), loss)
+
+
+def test_many_nets_at_once_are_each_alone():
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch), params, method="exact")
+    nets = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+
+    def step(params):
+        return ng.step(params, ng.init(params, damping=0.1), batch)[0]
+
+    together = vmap(step)(nets)
+    for i in range(2):
+        close(flat({n: p[i] for n, p in together.items()}), flat(step({n: p[i] for n, p in nets.items()})), 1e-8)
+
+
+def test_statistics_of_a_sum_are_a_tree():
+    params, batch = problem()
+    ng = ff.sum_of_terms(terms_of(batch), params, method="exact")
+    stats = ng.stats(params, batch)
+    doubled = ff.tree.map(lambda leaf: leaf, stats)
+    close(flat(doubled.grads), flat(stats.grads))
+
+
+def test_bad_terms_and_batches_raise_errors_that_name_them():
+    params, batch = problem()
+    terms = terms_of(batch)
+    with pytest.raises(StructureError, match="needs a term"):
+        ff.sum_of_terms({}, params)
+    with pytest.raises(HyperparameterError, match="weight of term 'edge'"):
+        ff.sum_of_terms(terms_of(batch, weights=(1.0, -1.0)), params)
+    with pytest.raises(HyperparameterError, match="constant"):
+        ff.sum_of_terms(terms_of(batch, weights=(0.0, 0.0)), params)
+    with pytest.raises(ShapeError, match="term 'edge'"):
+        ff.sum_of_terms(terms | {"edge": terms["edge"]._replace(x=torch.zeros(0, 3).double())}, params)
+    extra = params | {"2.bias": torch.zeros(3, dtype=torch.float64)}
+    with pytest.raises(UnusedParameterError, match=r"2\.bias"):
+        ff.sum_of_terms(terms, extra)
+    assert ff.sum_of_terms(terms, extra, unused="ignore").layout.unused == ("2.bias",)
+    ng = ff.sum_of_terms(terms, params)
+    empty = batch | {"edge": (torch.zeros(0, 3).double(), torch.zeros(0, 2).double())}
+    with pytest.raises(EmptyBatchError, match="term 'edge'"):
+        ng.stats(params, empty)
+    with pytest.raises(StructureError, match=r"no entry for terms \['edge'\]"):
+        ng.stats(params, {"inside": batch["inside"]})
+    with pytest.raises(StructureError, match="keeps the shapes"):
+        ng.for_shape(params, points(3))
+    with pytest.raises(StructureError, match="one batch per term"):
+        ng.fit(params, [batch])
+    with pytest.raises(StructureError, match="implicit"):
+        ng.implicit_fisher(params, points(3))
+    with pytest.raises(StructureError, match="no single model"):
+        ng.model(params, points(3))
+    with pytest.raises(StructureError, match="line_search"):
+        ff.adaptive(ng)
+
+
+@pytest.mark.parametrize("terms", [{"inside": slopes}, slopes])
+def test_what_is_no_term_is_refused(terms):
+    with pytest.raises(StructureError, match=r"ff\.Term"):
+        ff.sum_of_terms(terms, problem()[0])
