@@ -31,7 +31,7 @@ class ReducedStats(Stats):
     shard: Shard = Shard(0, (0,))
 
     @property
-    def examples(self) -> int:  # type: ignore[override]
+    def examples(self) -> int:
         """The number of examples of the global batch, N."""
         return self.shard.total
 
@@ -67,7 +67,7 @@ class ReducedStats(Stats):
         """Return the gradient of the mean loss over all ranks for one block, as its matrix."""
         return self.matrices[key]
 
-    def lazy_tap(self, key: str) -> ReducedTap:  # type: ignore[override]
+    def lazy_tap(self, key: str) -> ReducedTap:
         """Return the tap of a block for the sampled labels of the global batch."""
         if not self.layers[key].grads:
             raise StructureError(
@@ -76,7 +76,7 @@ class ReducedStats(Stats):
             )
         return self._sampled.tap(key)
 
-    def lazy_loss_tap(self, key: str) -> ReducedTap:  # type: ignore[override]
+    def lazy_loss_tap(self, key: str) -> ReducedTap:
         """Return the tap of a block for the targets of the global batch."""
         return self._observed.tap(key)
 

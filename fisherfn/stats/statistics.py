@@ -48,7 +48,7 @@ class Stats(OneProcess):
     """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
 
     @property
-    def examples(self) -> int:  # type: ignore[override]
+    def examples(self) -> int:
         """The number of examples, N."""
         block = self.layout.blocks[0]
         return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
