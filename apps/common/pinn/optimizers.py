@@ -155,7 +155,7 @@ def _entry(name: str, entry: Any) -> Any:
 DEFAULTS = {
     "exact": Settings(1e-10, 0.0, None),
     "exact_block": Settings(1e-10, 0.0, None),
-    "spring": Settings(1e-8, 0.9, None),
+    "spring": Settings(1e-10, 0.9, None),
     "kfac": Settings(1e-6, 0.0, None),
     "adam": Settings(0.0, 0.0, 1e-3),
     "lbfgs": Settings(0.0, 0.0, 1.0),
