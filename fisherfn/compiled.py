@@ -142,4 +142,6 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
             "a compiled function reads the value of a tensor (an `if`, float() or .item()); a graph cannot depend on "
             "values. Use tensor operations (torch.where), or read the value outside, as ff.check(info) does."
         ) from error
+    if options.get("backend") == "eager":  # tracing the trace again would take twice as long as the first time
+        return _Graph(graph, leaves, like[0])
     return _Graph(torch.compile(graph, dynamic=False, fullgraph=True, **options), leaves, like[0])

@@ -259,6 +259,11 @@ def gram(a: Rows, b: Rows | None = None) -> Float[Tensor, "k m p"]:
     return dense(a).flatten(1, 2) @ dense(b).flatten(1, 2).mT
 
 
+def copied(a: Rows) -> Rows:
+    """Return the rows in memory of their own, one-hot ones as indices."""
+    return OneHot(a.index.clone(), a.width, a.dtype) if isinstance(a, OneHot) else dense(a).clone()
+
+
 def window(a: Rows, examples: slice) -> Rows:
     """Return some of the examples."""
     if isinstance(a, Tensor):

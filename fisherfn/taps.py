@@ -187,9 +187,7 @@ class Tap(_Fields, AnyTap):
     def copied(self) -> Tap:
         """Return the plain tap in memory of its own: its rows may be the batch, which the caller may overwrite."""
         a, g = self.plain()
-        return Tap(
-            replace(a, index=a.index.clone()) if isinstance(a, rows.OneHot) else rows.dense(a).clone(), g.clone()
-        )
+        return Tap(rows.copied(a), g.clone())
 
 
 class LazyTap(AnyTap, ABC):

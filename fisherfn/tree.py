@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -83,7 +81,7 @@ def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
     """
-    return functools.reduce(operator.add, dots(x, y))
+    return torch.stack(dots(x, y)).sum()
 
 
 def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
@@ -133,8 +131,8 @@ def is_concrete(x: Tensor) -> bool:
 def finite(x: PyTree) -> Shaped[Tensor, ""]:
     """Return a 0-d mask that is true if every leaf is finite (by sums, which read each leaf once)."""
     # half-precision sums overflow long before their terms
-    masks = [torch.isfinite(leaf.sum(dtype=at_least_single(leaf.dtype))) for leaf in leaves(x)]
-    return torch.stack(masks).all() if masks else torch.tensor(True)
+    sums = [leaf.sum(dtype=at_least_single(leaf.dtype)) for leaf in leaves(x)]
+    return torch.isfinite(torch.stack(sums)).all() if sums else torch.tensor(True)
 
 
 def finite_inputs(x: PyTree) -> Shaped[Tensor, ""]:

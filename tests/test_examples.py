@@ -80,6 +80,33 @@ def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_da
         assert found["deviation"][unknown[:, 0]].min() > 2 * found["deviation"][known[:, 0]].max(), name
 
 
+def test_every_method_finds_a_prior_and_one_per_block_is_no_worse(results):
+    laplace = results("laplace")
+    for name, one in laplace["posteriors"].items():
+        shared, per_block = one["evidence"]
+        assert shared <= per_block + 1e-2 and one["deviation"] > 0, name
+        assert all(value > 0 for value in one["prior"].values()), name
+    grid = laplace["found"]["K-FAC"]["evidence"].max()
+    assert laplace["posteriors"]["kfac"]["evidence"][0] >= grid - 1e-6, "the fixed point is at least as good as a grid"
+
+
+def test_penalties_are_quadratic_forms_of_the_fisher_and_none_is_the_same_for_all_strengths(results):
+    accuracy, continual = results("continual")["accuracy"], load("continual")
+    assert (accuracy["no penalty"] == accuracy["no penalty"][:1]).all()
+    assert not (accuracy["K-FAC"] == accuracy["no penalty"]).all()
+    rng = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(2, 3, generator=rng).double()}
+    batch = torch.randn(20, 3, generator=rng).double(), torch.arange(20) % 2
+    model = lambda params, x: x @ params["w"].T  # noqa: E731
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Categorical(), fisher="type2")
+    F, v = ng.fisher(ng.stats(params, batch)).dense(), {"w": torch.randn(2, 3, generator=rng).double()}
+    wanted = {"diagonal": F.diag().diag(), "full Fisher": F}
+    for name, matrix in wanted.items():
+        measure, product = continual.FISHERS[name](model, params, batch[0])
+        found = product(measure(params, batch), v)["w"].flatten()
+        torch.testing.assert_close(found, matrix @ v["w"].flatten())
+
+
 def test_influence_scores_are_those_of_dense_matrices(results):
     """The exact scores solve with the dense Fisher, and predict the retrained models better than gradients alone."""
     for name, found in results("influence").items():

@@ -19,6 +19,7 @@ EXAMPLES = (
     "laplace",
     "influence",
     "ising",
+    "continual",
 )
 
 

@@ -2,9 +2,11 @@
 
 With a Gaussian prior of precision δ and N examples the posterior around the trained parameters has the precision
 N F + δ I = N (F + λ I), λ = δ/N: a damped Fisher. Its log-determinant gives the evidence of a prior, its inverse the
-variance of a prediction, and a state of K-FAC has both without forming a matrix.
+variance of a prediction, and a state of K-FAC has both without forming a matrix. `ff.laplace` does the same for every
+Kronecker method, with a prior per block that maximises the evidence.
 """
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -16,6 +18,14 @@ from torch.func import functional_call, jacrev, vmap
 import fisherfn as ff
 
 NOISE = 0.2  # standard deviation, known here
+LABELS = {
+    "kfac": "K-FAC",
+    "kl_optimal": "KL-optimal",
+    "ekfac": "E-KFAC",
+    "kfac_cor": "K-FAC corrected",
+    "lanczos": "Lanczos",
+    "kpsvd": "KPSVD",
+}
 PRIORS = torch.logspace(-3, 3, 61).double()  # δ
 
 
@@ -62,8 +72,31 @@ def main(out: Path, small: bool = False) -> dict:
         variance = vmap(lambda j: ff.tree.dot(j, solve(j)) / len(x))(J)  # noqa: B023
         found[name] = {"evidence": evidence, "prior": prior, "deviation": variance.sqrt(), "curvature": curvature}
         print(f"{name:12} prior precision {prior:.2g}, log evidence {evidence.max():.1f}")
-    draw(out / "laplace.png", (x, y), grid, model(params, grid), found)
-    return {"found": found, "params": params, "grid": grid, "jacobian": J, "loss": stats.loss, "examples": len(x)}
+    posteriors = {name: posterior_of(ng, name, params, (x, y), grid) for name in list(LABELS)[: 2 if small else None]}
+    draw(out / "laplace.png", (x, y), grid, model(params, grid), found, posteriors)
+    return {
+        "posteriors": posteriors,
+        "found": found,
+        "params": params,
+        "grid": grid,
+        "jacobian": J,
+        "loss": stats.loss,
+        "examples": len(x),
+    }
+
+
+def posterior_of(ng, name: str, params, data, grid):
+    """Fit the posterior of a method, with one prior for all blocks and with one per block."""
+    method = ff.METHODS[name](damping_form="eigen")
+    posterior = ff.laplace(dataclasses.replace(ng, method=method))
+    state, info = posterior.fit(params, list(zip(*(leaf.split(32) for leaf in data), strict=True)))
+    ff.check(info)
+    one, per_block = (posterior.choose_prior(state, per_block=each) for each in (False, True))
+    evidence = [float(posterior.log_marginal_likelihood(each)) for each in (one, per_block)]
+    gap = grid[grid[:, 0].abs() < 0.5]
+    deviation = float(posterior.predict(per_block, gap)[1].mean().sqrt())
+    print(f"{name:12} log evidence {evidence[0]:.1f}, prior per block {evidence[1]:.1f}; deviation {deviation:.2f}")
+    return {"evidence": evidence, "prior": per_block.prior, "deviation": deviation}
 
 
 def train(ng, params, batch, prior: float, steps: int):
@@ -87,9 +120,9 @@ def log_evidence(curvature, loss, params, examples: int, prior):
     return fit + size / 2 * prior.log() - log_precision / 2
 
 
-def draw(file: Path, data, grid, mean, found) -> None:
-    """Data, fit and two deviations of each posterior; the evidence of every prior."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=[1, 1, 0.8])
+def draw(file: Path, data, grid, mean, found, posteriors) -> None:
+    """Data, fit and two deviations of each posterior; the evidence of every prior and of every method."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=[1, 1, 0.8, 0.9])
     x, mean = grid[:, 0].numpy(), mean[:, 0].numpy()
     for axis, (name, one), color in zip(axes, found.items(), ("#E69F00", "#0072B2"), strict=False):
         total = (one["deviation"] ** 2 + NOISE**2).sqrt().numpy()
@@ -102,6 +135,13 @@ def draw(file: Path, data, grid, mean, found) -> None:
     axes[0].legend(loc="lower right")
     axes[2].set(title="Evidence", xlabel="prior precision δ", ylabel="log evidence, from its maximum", ylim=(-60, 3))
     axes[2].legend()
+    rows = {LABELS[name]: one["evidence"] for name, one in posteriors.items()}
+    for index, (label, marker) in enumerate((("one prior", "o"), ("one per block", "x"))):
+        axes[3].plot([values[index] for values in rows.values()], list(rows), marker, color="#009E73", label=label)
+    axes[3].plot(float(found["exact Fisher"]["evidence"].max()), "exact Fisher", "o", color="#0072B2")
+    axes[3].set(title="Evidence by method", xlabel="log evidence")
+    axes[3].grid(axis="y", alpha=0.3)
+    axes[3].legend(loc="center right")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

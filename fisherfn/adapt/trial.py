@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ class Examples(NamedTuple):
 
 def along(nat: Tree, previous: Tree | None, rate: Tensor, momentum: Tensor) -> Tree:
     """Return −α nat + μ δ₀."""
+    scale, weight = (cache(lambda dtype, number=number: number.to(dtype)) for number in (-rate, momentum))
     if previous is None:
-        return tree.map(lambda d: d * -rate.to(d.dtype), nat)
-    return tree.map(lambda d, v: torch.addcmul(d * -rate.to(d.dtype), v, momentum.to(v.dtype)), nat, previous)
+        return tree.map(lambda d: d * scale(d.dtype), nat)
+    return tree.map(lambda d, v: torch.addcmul(d * scale(d.dtype), v, weight(v.dtype)), nat, previous)

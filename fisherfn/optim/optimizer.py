@@ -102,8 +102,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
             uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
                 gradients; with "gradient" their part of a step is the plain gradient, and `watch` works too.
-            compile: True compiles steps with a batch (`ff.compile`), which takes 20 to 80 seconds per kind of step; a dict
-                has options of torch.compile.
+            compile: True compiles steps with a batch (`ff.compile`), which takes 20 to 80 seconds per kind of step; a
+                dict has options of torch.compile.
             on_bad: treatment of a step that fails a check: "raise" the typed error, or "skip" at most ten in a row.
 
         Raises:
