@@ -17,7 +17,11 @@ from fisherfn.base import Estimated, Method
 from fisherfn.errors import EmptyBatchError, StructureError
 from fisherfn.state import State
 from fisherfn.stats import Batch, Stats, join
+from fisherfn.taps import AnyTap, ChunkedTap
 from fisherfn.types import Info
+
+AT_ONCE = 2048
+"""Largest number of examples that are multiplied with each other: two matrices of 32 MiB per block in float64."""
 
 
 def fit(
@@ -55,7 +59,7 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
     total, loss, checks = 0, torch.zeros(()), None
     for stats in parts:
         counted, rho = state.counted(float(stats.examples))
-        result = method.update(state.factors, stats.lazy_taps, rho, inverting=not method.fit_passes)
+        result = method.update(state.factors, _taps(stats), rho, inverting=not method.fit_passes)
         state = counted._replace(factors=result.factors)
         total += stats.examples
         loss = loss + (stats.loss - loss) * (stats.examples / total)
@@ -63,6 +67,13 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
     if checks is None:
         raise EmptyBatchError("the data set has no batch: the mean over its examples does not exist.")
     return state, Info(loss=loss, checks=checks)
+
+
+def _taps(stats: Stats) -> dict[str, AnyTap]:
+    """Return the taps, those of many examples in chunks: no matrix of all pairs of examples is then formed."""
+    if stats.examples <= AT_ONCE:
+        return dict(stats.lazy_taps)
+    return {key: ChunkedTap(tap, AT_ONCE) for key, tap in stats.lazy_taps.items()}
 
 
 def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:

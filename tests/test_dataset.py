@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fisherfn as ff
-from fisherfn import tree
+from fisherfn import dataset, tree
 from tests import zoo
 from tests.oracles import close, vec
 
@@ -93,6 +93,25 @@ def test_what_cannot_be_fitted_is_refused():
             ng.fit(problem.params, [tree.map(lambda leaf: leaf[:0], problem.batch)])
     with pytest.raises(ff.errors.StructureError, match="2 times"):
         problem.build(method="ekfac", fisher="type2").fit(problem.params, iter([problem.batch]))
+
+
+def test_joined_statistics_of_many_examples_are_processed_in_chunks(monkeypatch):
+    """A method that iterates is given enough steps to converge, in whichever way it multiplies."""
+    problem = zoo.pick("mlp-categorical")
+    for method in (ff.kpsvd(iterations=10), ff.exact(), ff.kl_optimal()):
+        monkeypatch.setattr(dataset, "AT_ONCE", 2048)
+        ng = problem.build(method=method, fisher="type2")
+        v = zoo.random_tree(problem.params)
+        whole, _ = ng.fit(problem.params, split(problem.batch, 2, len(problem.x) - 2), damping=0.1)
+        monkeypatch.setattr(dataset, "AT_ONCE", 2)
+        chunked, _ = ng.fit(problem.params, split(problem.batch, 2, len(problem.x) - 2), damping=0.1)
+        close(ng.matvec(chunked, v), ng.matvec(whole, v), tol=1e-7)
+
+
+def test_a_method_of_one_pass_keeps_its_factors_between_passes():
+    problem = zoo.pick("mlp-categorical")
+    state = problem.build(method="kfac").init(problem.params)
+    assert ff.kfac().between_passes(state.factors) is state.factors
 
 
 def test_a_bad_batch_is_a_mask_and_the_state_is_empty():

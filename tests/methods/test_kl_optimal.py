@@ -58,6 +58,9 @@ def test_the_factors_are_those_of_the_formula(sizes, damping):
     taps = taps_of(sizes)
     factors, _ = fitted(ff.kl_optimal(iterations=3, relative_damping=damping), taps)
     close(kron_oracles.kron(factors.A[0], factors.G[0]), flip_flop(dense_block(taps), 3, 4, 3, damping))
+    empty = Pair(torch.zeros_like(factors.A), torch.zeros_like(factors.G))
+    alone = ff.kl_optimal(iterations=3, relative_damping=damping).estimate(Tap(*taps), empty)
+    close(alone.A, factors.A)
     close(factors.A.diagonal(dim1=-2, dim2=-1).mean(), factors.G.diagonal(dim1=-2, dim2=-1).mean())
     for M in (*factors.A, *factors.G):
         close(M, M.mT)
