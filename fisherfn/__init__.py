@@ -1,6 +1,6 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
-from fisherfn import errors, likelihoods, optim, tree
+from fisherfn import errors, likelihoods, members, optim, tree
 from fisherfn.adapt import (
     Adapted,
     Adaptive,
@@ -101,6 +101,7 @@ __all__ = [
     "laplace",
     "likelihoods",
     "line_search",
+    "members",
     "natural_gradient",
     "norm_clip",
     "optim",

@@ -14,6 +14,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          gradients
          linalg
     F0   types, tree, errors, calls, operators, state      the ground, which both towers stand on
+         members, products, rows, taps, per_example
 """
 
 import ast
@@ -52,6 +53,7 @@ FLOORS = {
         ],
         Floor("ground", 0),
     ),
+    "members": Floor("ground", 0),
     **dict.fromkeys(["linalg"], Floor("method", 1)),
     **dict.fromkeys(["gradients"], Floor("method", 1.2)),
     **dict.fromkeys(["lowrank", "rearrangement"], Floor("method", 1.4)),
@@ -67,7 +69,7 @@ FLOORS = {
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }
-PUBLIC_MODULES = {"errors", "tree", "likelihoods", "optim"}
+PUBLIC_MODULES = {"errors", "tree", "likelihoods", "members", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
 OPTIONAL = {"fisherfn/operators.py": "scipy"}  # imported by the call that needs it, with an error that says so
 # at the top of the repository: what is installed, built or made by running things

@@ -75,6 +75,7 @@ TESTS = (
     "tests/test_base.py",
     "tests/test_gradients.py",
     "tests/test_lowrank.py",
+    "tests/test_members.py",
     "tests/test_per_example.py",
     "tests/test_products.py",
     "tests/test_rearrangement.py",

@@ -12,6 +12,7 @@ All of them share these conventions:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,21 +45,32 @@ class Optimizer(NamedTuple):
         init: params -> the empty state.
         draw: (batch, generator) -> the noise of the step, `()` if it needs none; the only use of randomness.
         step: (params, state, batch, context, noise, index) -> `Stepped`; `index` counts steps from 0 on the host.
+        move: (params, state, batch, context, noise, update, invert) -> `Stepped`: the step itself, without a branch on
+            a value, so that it can be vmapped over models and numbers.
+        cadence: refreshes of the step `index`, for `move`.
+        again: state -> a mask, true if the next step refreshes statistics and inverses in any case.
     """
 
     init: Callable[[Tree], Any]
     draw: Callable[[Batch, torch.Generator], Any]
     step: Callable[[Tree, Any, Batch, Any, Any, int], Stepped]
+    move: Callable[[Tree, Any, Batch, Any, Any, bool, bool], Stepped] | None = None
+    cadence: Callable[[int], tuple[bool, bool]] = lambda index: (False, False)
+    again: Callable[[Any], Tensor] | None = None
+
+
+Number = float | Tensor
+"""A hyperparameter; a tensor may be batched under `torch.vmap`."""
 
 
 def sgd(
     model: Any,
     likelihood: ff.Likelihood,
     *,
-    lr: float,
-    momentum: float = 0.9,
+    lr: Number,
+    momentum: Number = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: Number = 0.0,
     penalty: Penalty | None = None,
     compile: bool = False,
 ) -> Optimizer:
@@ -85,10 +97,10 @@ def adam(
     model: Any,
     likelihood: ff.Likelihood,
     *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: Number,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     penalty: Penalty | None = None,
     compile: bool = False,
 ) -> Optimizer:
@@ -121,12 +133,12 @@ class NaturalState(NamedTuple):
 def natural(
     ng: ff.NaturalGradient,
     *,
-    lr: float,
-    damping: float,
-    kl_bound: float | None = 0.1,
-    momentum: float = 0.9,
-    ema: float = 0.95,
-    weight_decay: float = 0.0,
+    lr: Number,
+    damping: Number,
+    kl_bound: Number | None = 0.1,
+    momentum: Number = 0.9,
+    ema: Number = 0.95,
+    weight_decay: Number = 0.0,
     cadence: ff.Cadence = ff.Cadence.fixed(5, 10),  # noqa: B008  # immutable
     fisher_batch_size: int | None = None,
     penalty: Penalty | None = None,
@@ -171,7 +183,7 @@ def natural(
             part = _head(batch, fisher_batch_size)
             stats = ng.stats(params, part, noise=labels, context=_head_context(context, len(part[0])))
         nat, curvature, info = ng.step_from(
-            state.curvature, grads, stats if update else None, invert=invert, inner=bool(kl_bound)
+            state.curvature, grads, stats if update else None, invert=invert, inner=_given(kl_bound)
         )
         if penalty is not None:  # an infinite penalty may have a finite gradient
             curvature = ff.tree.select(seen.checks["loss"], curvature, state.curvature)
@@ -179,14 +191,18 @@ def natural(
         velocity = follow(nat, info.inner, state.velocity)
         return Stepped(_move(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info)
 
+    def flagged(
+        params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, update: bool, invert: bool
+    ) -> Stepped:
+        return move(params, state, batch, context, _labels(noise, update), update, invert)
+
     moved = ff.compile(move) if compile else move
 
     def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         update, invert = cadence(index)
-        labels = noise if isinstance(noise, Tensor) and update else None
-        return moved(params, state, batch, context, labels, update, invert)
+        return moved(params, state, batch, context, _labels(noise, update), update, invert)
 
-    return Optimizer(init, draw, step)
+    return Optimizer(init, draw, step, flagged, cadence)
 
 
 def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) -> Optimizer:
@@ -194,6 +210,13 @@ def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) ->
 
     After a rejected step, statistics and inverses are refreshed at once.
     """
+
+    def stepped(step: Any, params: Tree, state: ff.AdaptiveState, batch: Batch, context: Any, noise: Any,
+                update: bool, invert: bool) -> Stepped:  # fmt: skip
+        labels = _labels(noise, update)
+        new, state, info = step(params, state, batch[:2], update=update, invert=invert, noise=labels, context=context)
+        return Stepped(new, state, info.context, info)
+
     moved = ff.compile(opt.step) if compile else opt.step
 
     def draw(batch: Batch, generator: torch.Generator) -> Any:
@@ -202,11 +225,9 @@ def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) ->
     def step(params: Tree, state: ff.AdaptiveState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         again = bool(state.rejected)
         update, invert = (flag or again for flag in cadence(index))
-        labels = noise if isinstance(noise, Tensor) and update else None
-        new, state, info = moved(params, state, batch[:2], update=update, invert=invert, noise=labels, context=context)
-        return Stepped(new, state, info.context, info)
+        return stepped(moved, params, state, batch, context, noise, update, invert)
 
-    return Optimizer(opt.init, draw, step)
+    return Optimizer(opt.init, draw, step, partial(stepped, opt.step), cadence, lambda state: state.rejected)
 
 
 class ImplicitState(NamedTuple):
@@ -219,11 +240,11 @@ class ImplicitState(NamedTuple):
 def implicit(
     ng: ff.NaturalGradient,
     *,
-    lr: float,
-    damping: float,
-    kl_bound: float | None = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    lr: Number,
+    damping: Number,
+    kl_bound: Number | None = 0.1,
+    momentum: Number = 0.9,
+    weight_decay: Number = 0.0,
     iterations: int = 20,
     compile: bool = False,
 ) -> Optimizer:
@@ -251,16 +272,32 @@ def implicit(
 def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compile: bool) -> Optimizer:
     """Build an optimizer without randomness, whose steps are all of one kind."""
     moved = ff.compile(move) if compile else move
-    return Optimizer(
-        init, _no_draw, lambda params, state, batch, context, noise, index: moved(params, state, batch, context)
-    )
+
+    def step(params: Tree, state: Any, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
+        return moved(params, state, batch, context)
+
+    def flagged(
+        params: Tree, state: Any, batch: Batch, context: Any, noise: Any, update: bool, invert: bool
+    ) -> Stepped:
+        return move(params, state, batch, context)
+
+    return Optimizer(init, _no_draw, step, flagged)
 
 
-def _clipped_momentum(lr: float, kl_bound: float | None, momentum: float) -> Callable[[Tree, Any, Tree], Tree]:
+def _given(number: Number | None) -> bool:
+    """Return True unless a number is None or 0; the value of a tensor is not read."""
+    return isinstance(number, Tensor) or bool(number)
+
+
+def _labels(noise: Any, update: bool) -> Tensor | None:
+    return noise if isinstance(noise, Tensor) and update else None
+
+
+def _clipped_momentum(lr: Number, kl_bound: Number | None, momentum: Number) -> Callable[[Tree, Any, Tree], Tree]:
     """Return a function (nat, ⟨∇, nat⟩, velocity) -> `μ v + clip(nat)`."""
 
     def follow(nat: Tree, inner: Any, velocity: Tree) -> Tree:
-        bounded = ff.kl_clip(nat, inner, lr=lr, kl_bound=kl_bound) if kl_bound else nat
+        bounded = ff.kl_clip(nat, inner, lr=lr, kl_bound=kl_bound) if _given(kl_bound) else nat
         return ff.tree.add(bounded, velocity, scale=momentum)
 
     return follow
@@ -297,8 +334,8 @@ def _gradient(
     return grads, ff.Info(loss=value, ok=checks, checks=checks, context=new_context)
 
 
-def _move(params: Tree, direction: Tree, lr: float, weight_decay: float) -> Tree:
-    if weight_decay:
+def _move(params: Tree, direction: Tree, lr: Number, weight_decay: Number) -> Tree:
+    if _given(weight_decay):
         direction = ff.tree.add(direction, params, scale=weight_decay)
     return ff.tree.add(params, direction, scale=-lr)
 

@@ -175,12 +175,21 @@ def watched(
     results: Results, save_every: int | None, signals: list[int], step: int, at: Callable[[], Snapshot]
 ) -> None:
     """Save after a step if a checkpoint is due, and end the run if a signal asks for it."""
-    if signals or (save_every and step % save_every == 0):
-        save(results, at())
-    if signals:
-        name = signal.Signals(signals[0]).name
-        print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
-        raise Stopped(signals[0])
+    watched_saver(save_every, signals)(step, lambda: save(results, at()))
+
+
+def watched_saver(save_every: int | None, signals: list[int]) -> Callable[[int, Callable[[], None]], None]:
+    """Return a function of the step and a saving function, which saves or ends the run as `watched` does."""
+
+    def after(step: int, save: Callable[[], None]) -> None:
+        if signals or (save_every and step % save_every == 0):
+            save()
+        if signals:
+            name = signal.Signals(signals[0]).name
+            print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
+            raise Stopped(signals[0])
+
+    return after
 
 
 @contextlib.contextmanager

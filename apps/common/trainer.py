@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,40 +77,59 @@ def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x:
     return False
 
 
+NUMBERS = ("lr", "momentum", "weight_decay", "beta_1", "beta_2", "damping", "kl_bound", "ema")
+"""The options that enter a step as numbers, so that one vmapped step can have a value per model."""
+
+
 def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
     """Return the optimizer that `--optim` names, for this task."""
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
-    if config.optim == "sgd":
-        momentum = _number(config.momentum)
-        momentum = FIXED["momentum"] if momentum is None else momentum
-        return optimizers.sgd(
-            task.model, task.likelihood, lr=_tuned(config.lr, "lr"), momentum=momentum, nesterov=config.nesterov,
-            weight_decay=config.weight_decay, compile=config.compile,
-        )  # fmt: skip
-    if config.optim == "adam":
-        return optimizers.adam(
-            task.model, task.likelihood, lr=_tuned(config.lr, "lr"), betas=(config.beta_1, config.beta_2),
-            weight_decay=config.weight_decay, compile=config.compile,
-        )  # fmt: skip
-    ng = natural_gradient(config, task)
-    given = {name: _number(getattr(config, name)) for name in FIXED}
-    fixed: dict[str, Any] = {name: FIXED[name] if value is None else value for name, value in given.items()}
+    ng = natural_gradient(config, task) if config.optim in ff.METHODS else None
+    return optimizer_with(config, task, ng, numbers(config))
+
+
+def numbers(config: TrainConfig) -> dict[str, float]:
+    """Return the options among `NUMBERS` that have a value."""
+    found = {name: _number(getattr(config, name)) for name in NUMBERS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def optimizer_with(
+    config: TrainConfig, task: Task, ng: ff.NaturalGradient | None, given: Mapping[str, Any]
+) -> optimizers.Optimizer:
+    """Return the optimizer with these numbers, which may be tensors that are batched under `torch.vmap`.
+
+    Args:
+        config: all other settings.
+        task: the model.
+        ng: the natural gradient; None for sgd and adam.
+        given: values of `NUMBERS`; a natural gradient chooses those of lr, momentum and damping that are missing.
+    """
+    shared: dict[str, Any] = {"weight_decay": given["weight_decay"], "compile": config.compile}
+    if ng is None:
+        lr = _tuned(given.get("lr"), "lr")
+        if config.optim == "sgd":
+            momentum = given.get("momentum", FIXED["momentum"])
+            return optimizers.sgd(
+                task.model, task.likelihood, lr=lr, momentum=momentum, nesterov=config.nesterov, **shared
+            )
+        betas = (given["beta_1"], given["beta_2"])
+        return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, **shared)
+    fixed: dict[str, Any] = {name: given.get(name, value) for name, value in FIXED.items()}
     if config.cg_steps is not None:
-        return optimizers.implicit(
-            ng, **fixed, weight_decay=config.weight_decay, iterations=config.cg_steps, compile=config.compile
-        )
-    if all(given[name] is not None for name in ("lr", "damping", "kl_bound")):
+        return optimizers.implicit(ng, **fixed, iterations=config.cg_steps, **shared)
+    if all(name in given for name in ("lr", "damping", "kl_bound")):
         return optimizers.natural(
-            ng, **fixed, ema=config.ema, weight_decay=config.weight_decay, cadence=cadence(config),
-            fisher_batch_size=config.fisher_batch_size, compile=config.compile,
-        )  # fmt: skip
+            ng, **fixed, ema=given["ema"], cadence=cadence(config), fisher_batch_size=config.fisher_batch_size, **shared
+        )
     if config.fisher_batch_size is not None:
         raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and kl_bound, too")
-    kl_bound = given.pop("kl_bound")
-    auto: dict[str, Any] = {name: "auto" if value is None else value for name, value in given.items()}
-    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound or None, ema=config.ema, weight_decay=config.weight_decay)
+    kl_bound = given.get("kl_bound")
+    kl_bound = kl_bound if isinstance(kl_bound, Tensor) else kl_bound or None
+    auto: dict[str, Any] = {name: given.get(name, "auto") for name in ("lr", "momentum", "damping")}
+    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound, ema=given["ema"], weight_decay=given["weight_decay"])
     return optimizers.adaptive(adaptive, cadence(config), compile=config.compile)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fisherfn.adapt.optimizer import KL_BOUND, RULES, Adaptive, Rule
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.likelihoods import Categorical
@@ -14,13 +16,13 @@ from fisherfn.terms import TermSum
 def adaptive(
     ng: NaturalGradient,
     *,
-    lr: float | str = "auto",
-    momentum: float | str = "auto",
-    damping: float | str = "auto",
+    lr: float | Tensor | str = "auto",
+    momentum: float | Tensor | str = "auto",
+    damping: float | Tensor | str = "auto",
     rule: Rule | str = "auto",
-    kl_bound: float | None = None,
-    ema: float = 0.95,
-    weight_decay: float = 0.0,
+    kl_bound: float | Tensor | None = None,
+    ema: float | Tensor = 0.95,
+    weight_decay: float | Tensor = 0.0,
     model_examples: int | None = None,
     average: float | None = None,
     look_back: bool = True,
@@ -46,6 +48,8 @@ def adaptive(
         look_back: whether a step is undone if the loss of the next batch is too high. Switch it off if the loss also
             changes for other reasons (a second player, another data set), or if batches use different parts of
             the net in turn.
+
+    Numbers may also be 0-d tensors, batched under `torch.vmap` for a sweep; their values are not checked.
 
     Raises:
         HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".
@@ -91,7 +95,7 @@ def adaptive(
     )  # fmt: skip
 
 
-def _number(name: str, value: float | str | None) -> Any:
+def _number(name: str, value: float | Tensor | str | None) -> Any:
     """Return a number, or None for "auto"."""
     if isinstance(value, str):
         if value != "auto":
@@ -102,9 +106,11 @@ def _number(name: str, value: float | str | None) -> Any:
     return value
 
 
-def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: float | None) -> Any:
+def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: float | Tensor | None) -> Any:
     if rule != "auto":
-        if rule == "line_search" and (numbers["lr"] is not None or numbers["momentum"] not in (None, 0)):
+        momentum = numbers["momentum"]
+        none = momentum is None or (not isinstance(momentum, Tensor) and momentum == 0)
+        if rule == "line_search" and (numbers["lr"] is not None or not none):
             raise StructureError('the rule "line_search" finds the learning rate and has no momentum: leave both out.')
         return rule
     if kl_bound is not None:

@@ -61,13 +61,13 @@ class Adaptive:
     """An optimizer for a natural gradient, made by `ff.adaptive`; its attributes are that function's arguments."""
 
     ng: NaturalGradient
-    lr: float | None
-    momentum: float | None
-    damping: float | None
+    lr: float | Tensor | None
+    momentum: float | Tensor | None
+    damping: float | Tensor | None
     rule: Rule
-    kl_bound: float | None
-    ema: float
-    weight_decay: float
+    kl_bound: float | Tensor | None
+    ema: float | Tensor
+    weight_decay: float | Tensor
     model_examples: int | None
     average: float | None
     look_back: bool
@@ -210,10 +210,10 @@ class Adaptive:
         lr, momentum = self.lr, self.momentum
         if self.rule == "clip":
             lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
-        rate = None if lr is None else like.new_tensor(lr) * lr_scale * state.shrink
+        rate = None if lr is None else torch.as_tensor(lr, dtype=like.dtype).to(like) * lr_scale * state.shrink
         if rate is not None and self.kl_bound is not None:
             rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
-        return rate, None if momentum is None else like.new_tensor(momentum)
+        return rate, None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype).to(like)
 
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
@@ -252,7 +252,8 @@ class Adaptive:
             lambda: tried.update,
             lambda: tree.choose(drops, lambda: tree.zeros_like(state.update), lambda: state.update),
         )
-        if self.weight_decay:  # decoupled: not part of the model, and ρ was measured before it
+        # decoupled: not part of the model, and ρ was measured before it
+        if isinstance(self.weight_decay, Tensor) or self.weight_decay:
             shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)

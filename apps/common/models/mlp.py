@@ -14,7 +14,7 @@ from common.models.initialisation import built
 
 def autoencoder(data: Data, *, hidden: Sequence[int]) -> nn.Module:
     """Return a net with ReLU after every layer except the last; the code layer has one, too."""
-    return built(lambda: _chain([pixels(data), *hidden, pixels(data)], lambda width: nn.ReLU()))
+    return built(lambda: chain([pixels(data), *hidden, pixels(data)], lambda width: nn.ReLU()))
 
 
 def linear_code(data: Data, *, encoder: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Module:
@@ -25,20 +25,21 @@ def linear_code(data: Data, *, encoder: Sequence[int], activation: Callable[[], 
     code = encoder[-1]
     hidden = [*encoder, *reversed(encoder[:-1])]
     widths = [pixels(data), *hidden, pixels(data)]
-    return built(lambda: _chain(widths, lambda width: nn.Identity() if width == code else activation()))
+    return built(lambda: chain(widths, lambda width: nn.Identity() if width == code else activation()))
 
 
 def deep_linear(data: Data, *, hidden: Sequence[int]) -> nn.Module:
     """Build linear layers with batch norm and without activations: a deep linear map."""
-    return built(lambda: _chain([pixels(data), *hidden, classes(data)], nn.BatchNorm1d))
+    return built(lambda: chain([pixels(data), *hidden, classes(data)], nn.BatchNorm1d))
 
 
 def tanh_net(data: Data, *, hidden: Sequence[int]) -> nn.Module:
     """Build a net with tanh after every layer except the last."""
-    return built(lambda: _chain([pixels(data), *hidden, classes(data)], lambda width: nn.Tanh()))
+    return built(lambda: chain([pixels(data), *hidden, classes(data)], lambda width: nn.Tanh()))
 
 
-def _chain(widths: Sequence[int], between: Callable[[int], nn.Module]) -> nn.Sequential:
+def chain(widths: Sequence[int], between: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Return linear layers of these widths with a module between them, by the width it follows."""
     pairs = zip(widths, widths[1:], strict=False)
     layers = [layer for fan_in, fan_out in pairs for layer in (nn.Linear(fan_in, fan_out), between(fan_out))]
     return nn.Sequential(*(layer for layer in layers[:-1] if not isinstance(layer, nn.Identity)))  # it ends in logits

@@ -1,0 +1,100 @@
+"""The number of models that share a step, chosen by measured time and memory.
+
+Vmapping saves the overhead of many small calls, and costs memory traffic. For small nets a large group is fastest, for
+wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until a larger group is slower per model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fisherfn as ff
+from common.loop import generator_of
+from common.sweep.group import Group, Problem, Snapshot
+
+SHARE = 0.5
+"""Share of the free memory that a group may use."""
+
+WORKING = 4
+"""Memory of a step relative to the states and batches of its members: a step holds old and new ones and products."""
+
+HORIZON = 1000
+"""Steps over which the cost of refreshes is averaged."""
+
+
+class Measured(NamedTuple):
+    """The cost of a group: seconds per step and member, averaged over the cadence, and bytes of its snapshot."""
+
+    members: int
+    seconds: float
+    bytes: int
+
+
+def choose(problem: Problem, rows: Sequence[int], steps: int) -> tuple[int, list[Measured]]:
+    """Return the best number of models per group, and all measurements.
+
+    Args:
+        problem: the runs.
+        rows: the runs of this process.
+        steps: length of a run.
+    """
+    found: list[Measured] = []
+    size = 1
+    while True:
+        group = Group(problem, rows[:size])
+        at = group.start()
+        memory = size_of(at)
+        if found and memory * WORKING > SHARE * free_memory(at):
+            break
+        found.append(Measured(len(group.members), cost(group, at, steps) / len(group.members), memory))
+        slower = len(found) > 1 and found[-1].seconds > min(each.seconds for each in found[:-1])
+        if slower or size >= len(rows):
+            break
+        size = min(2 * size, len(rows))
+    return min(found, key=lambda each: each.seconds).members, found
+
+
+def cost(group: Group, at: Snapshot, steps: int, repeat: int = 2) -> float:
+    """Return the seconds per step of a group, averaged over the refreshes of a run of this length."""
+    cadence = group.problem.optimizer.cadence
+    dues = [tuple(cadence(step)) for step in range(max(1, min(steps, HORIZON)))]
+    batch = next(group.batches(0, 0))
+    draws = [generator_of(seed, 0, stream=1) for seed in group.seeds]
+    at = group.step(at, batch, draws)  # fills the state
+    total = 0.0
+    for due in sorted(set(dues), reverse=True):
+        index = dues.index(due)
+        group.step(at._replace(step=index), batch, draws)
+        best = min(_timed(group, at._replace(step=index), batch, draws) for _ in range(repeat))
+        total += best * dues.count(due) / len(dues)
+    return total
+
+
+def size_of(at: Snapshot) -> int:
+    """Return the bytes of a group's snapshot."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in ff.tree.leaves((at.params, at.state, at.context)))
+
+
+def free_memory(at: Snapshot) -> float:
+    """Return the free bytes of the device of a group; infinite if the system does not say."""
+    device = at.active.device
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float("inf")
+
+
+def _timed(group: Group, at: Snapshot, batch: tuple[torch.Tensor, torch.Tensor], draws: list[torch.Generator]) -> float:
+    start = time.perf_counter()
+    group.step(at, batch, draws)
+    if at.active.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,223 @@
+"""Train a whole grid of settings at once: `python apps/sweep.py --app train_mlp --optim kfac --lr 1,0.1 --seed 0,1,2`.
+
+Options of the trainer that have several values, separated by commas, span a grid. Every combination is a run; the runs
+of a group share each step (`torch.vmap`), and each ends as its single run would. The result folder has `table.csv`,
+`sweep.png`, and the configurations of the best runs, `best.yml` (training loss) and `best_test.yml`, which the trainer
+reads: `python apps/train_mlp.py --config results/sweep/NAME/best.yml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.config import POSITIVE, Check, ConfigError, option, option_names, parse
+from common.data import load
+from common.loop import Task
+from common.results import ResultExistsError
+from common.runs import check_device, reported, stopped, watched_saver
+from common.sweep import auto, report, stages
+from common.sweep.grid import Values, configured, parse_grid, rows, slice_of
+from common.sweep.group import Problem
+from common.train_config import APPS, TrainConfig
+from common.trainer import Supervised, make_task
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The settings of a sweep; all other options are those of the trainer."""
+
+    app: str = option("train_mlp", "trainer", choices=APPS)
+    models_at_once: int | Literal["auto"] = option(
+        "auto", "models that share a step; auto: by measured time and memory", check=POSITIVE
+    )
+    data_order: Literal["own", "shared"] = option(
+        "own", "own: data and order follow each run's seed, as in single runs; shared: those of the first seed for all"
+    )
+    halving: int | None = option(
+        None, "successive halving: keep one run in so many, and train it so many times as long",
+        check=Check(">= 2", lambda value: value >= 2),
+    )  # fmt: skip
+    population: int | None = option(
+        None, "population-based training: after so many epochs the best quarter replaces the worst", check=POSITIVE
+    )
+    by: Literal["train_loss", "test_loss"] = option("train_loss", "metric that ranks runs")
+    slice: str | None = option(
+        None,
+        "i/n: the i-th of n parts, counted from 0; env: from Slurm's or torchrun's variables; merge: join all parts",
+    )
+    result_dir: str = option("results", "folder for all results")
+    result_name: str | None = option(None, "name of the result folder; null: from data and optimizer")
+    overwrite: bool = option(False, "replace an existing result of that name")
+    resume: bool = option(False, "continue an existing sweep")
+    save_every: int | None = option(None, "steps between checkpoints within an epoch; null: none", check=POSITIVE)
+    quiet: bool = option(False, "print only the table")
+
+    def __post_init__(self) -> None:
+        if self.halving and self.population:
+            raise ConfigError("halving and population exclude each other: give only one")
+        if self.overwrite and self.resume:
+            raise ConfigError("overwrite and resume exclude each other: give only one")
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments of the sweep and those of the trainer."""
+    own, rest, mine = list[str](), list[str](), False
+    names = {*option_names(SweepConfig), "help"}
+    for token in argv:
+        if token.startswith("--"):
+            mine = token[2:].partition("=")[0].replace("-", "_") in names
+        (own if mine or token == "-h" else rest).append(token)
+    return own, rest
+
+
+def part_of(text: str | None) -> tuple[int, int] | None:
+    """Return (i, n) of a slice."""
+    if text is None or text == "merge":
+        return None
+    if text == "env":
+        pairs = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE"))
+        found = next((pair for pair in pairs if all(name in os.environ for name in pair)), None)
+        if found is None:
+            raise ConfigError("slice env needs SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE")
+        text = "/".join(os.environ[name] for name in found)
+    first, bar, count = text.partition("/")
+    if not (bar and first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise ConfigError(f"slice must be i/n with 0 <= i < n, or env, or merge; got {text}")
+    return int(first), int(count)
+
+
+def main(argv: list[str]) -> Path:
+    """Run a sweep, or a part of it, and return its result folder."""
+    own, rest = split(argv)
+    sweep = parse(SweepConfig, own, description=__doc__)
+    try:
+        config, values = parse_grid(APPS[sweep.app], rest)
+        part = part_of(sweep.slice)
+    except ConfigError as error:
+        print(f"sweep.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    name = sweep.result_name or f"{config.data}-{config.optim}".replace(":", "-")
+    whole = Path(sweep.result_dir) / "sweep" / name
+    config = dataclasses.replace(config, result_name=None, quiet=True)
+    if sweep.slice == "merge":
+        return merge(whole, config, values, sweep)
+    folder = whole if part is None else whole / f"slice-{part[0]}-of-{part[1]}"
+    grid = rows(values)
+    mine = slice_of(len(grid), part)
+    if not mine:
+        raise ConfigError(f"this slice has no runs: the grid has only {len(grid)}")
+    check_device(config.device)
+    names = ("app", "halving", "population", "by", "data_order")
+    settings: dict[str, object] = {"argv": rest, "slice": part, **{each: getattr(sweep, each) for each in names}}
+    opened(folder, sweep, settings)
+    config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
+    examples = problem.task.train[0].shape[0]
+    steps = config.num_epochs * math.ceil(examples / config.batch_size)
+    size = group_size(folder, problem, mine, steps, sweep)
+    say(sweep, f"{len(mine)} runs of {steps} steps, {size} at once")
+    plan = planned(len(mine), config.num_epochs, sweep)
+    with stopped() as signals:
+        saver = watched_saver(sweep.save_every, signals)
+
+        def record(lines: list[dict[str, object]]) -> None:
+            stages.append(folder / "metrics.jsonl", lines)
+            finite = [line[sweep.by] for line in lines if line["active"]]
+            best = f"best {sweep.by} {min(finite):.5f}" if finite else "none is left"  # type: ignore[type-var]
+            say(sweep, f"runs {lines[0]['run']}…{lines[-1]['run']}  epoch {lines[0]['epoch']:3}  {best}")
+
+        stages.Sweep(problem, mine, plan, size, folder / "checkpoints", sweep.by, record, saver, config.seed).run()
+    print(report.write(folder, config, values, grid, stages.read(folder / "metrics.jsonl"), sweep.by))
+    print(f"Everything is in {folder}: table.csv, sweep.png, best.yml, best_test.yml and metrics.jsonl.")
+    return folder
+
+
+def make_problem(config: TrainConfig, grid: list[dict[str, object]], shared: bool) -> tuple[TrainConfig, Problem]:
+    """Return the completed configuration and the runs, each with the data of its seed."""
+
+    @functools.cache
+    def data(seed: int):  # type: ignore[no-untyped-def]
+        return load(config.data, data_path=config.data_path, seed=seed, download=config.download)
+
+    def task(each: TrainConfig) -> Task:
+        return make_task(each, data(first.seed if shared else each.seed))[0]
+
+    first = configured(config, grid[0])
+    completed = Supervised.completed(first, data(first.seed))
+    return completed, Problem(completed, grid, task, shared_data=shared)
+
+
+def planned(members: int, epochs: int, sweep: SweepConfig) -> list[stages.Stage]:
+    """Return the stages."""
+    if sweep.halving:
+        return stages.halving(members, epochs, sweep.halving)
+    if sweep.population:
+        return stages.population(members, epochs, sweep.population)
+    return [stages.Stage(epochs)]
+
+
+def opened(folder: Path, sweep: SweepConfig, settings: dict[str, object]) -> None:
+    """Prepare the result folder; a resumed sweep must have the same settings."""
+    file = folder / "sweep.json"
+    if sweep.overwrite and file.exists():
+        shutil.rmtree(folder)
+    if sweep.resume:
+        if not file.exists():
+            raise ConfigError(f"there is no sweep in {folder} to resume")
+        before = stages.read_json(file)
+        settings = stages.plain(settings)
+        changed = [name for name in settings if before["settings"].get(name) != settings[name]]
+        if changed:
+            raise ConfigError(f"the sweep in {folder} was started with another {changed[0]}: repeat its command")
+        return
+    if file.exists():
+        raise ResultExistsError(f"{folder} exists already: give --overwrite, --resume, or another --result_name")
+    stages.write_json(file, {"settings": settings})
+
+
+def group_size(folder: Path, problem: Problem, mine: list[int], steps: int, sweep: SweepConfig) -> int:
+    """Return the number of models per group; a resumed sweep keeps it, because it may change the last bits."""
+    file = folder / "sweep.json"
+    content = stages.read_json(file)
+    if "models_at_once" not in content:
+        content["models_at_once"] = sweep.models_at_once
+        if sweep.models_at_once == "auto":
+            content["models_at_once"], found = auto.choose(problem, mine, steps)
+            content["measured"] = [each._asdict() for each in found]
+            for each in found:
+                say(sweep, f"{each.members:4} at once: {1e3 * each.seconds:.2f} ms per step and model")
+        stages.write_json(file, content)
+    return int(content["models_at_once"])
+
+
+def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig) -> Path:
+    """Write the results of all slices as those of one sweep."""
+    parts = sorted(whole.glob("slice-*-of-*/metrics.jsonl"))
+    if not parts:
+        raise ConfigError(f"there are no slices in {whole}: start them with --slice i/n")
+    lines = [line for path in parts for line in stages.read(path)]
+    grid = rows(values)
+    missing = sorted(set(range(len(grid))) - {line["run"] for line in lines})
+    config, _ = make_problem(config, grid[:1], shared=False)
+    print(report.write(whole, config, values, grid, lines, sweep.by))
+    if missing:
+        print(f"{len(missing)} of {len(grid)} runs are missing: {', '.join(map(str, missing[:10]))}", file=sys.stderr)
+    return whole
+
+
+def say(sweep: SweepConfig, text: str) -> None:
+    """Print a line, unless the sweep is quiet."""
+    if not sweep.quiet:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    with reported():
+        main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""Sweeps from the command line: grid, groups, results, resume, selection between stages, slices, errors."""
+
+import csv
+import math
+
+import pytest
+import torch
+import yaml
+
+import sweep
+from common.checkpoints import load_checkpoint
+from common.config import read
+from common.sweep import auto, report, stages
+from common.sweep.grid import parse_grid, rows, slice_of
+from common.train_config import TrainConfig
+
+BASE = ["--data", "own:load", "--num_epochs", "2", "--batch_size", "8", "--optim", "kfac", "--quiet"]
+FIXED = ["--damping", "0.1", "--kl_bound", "0.01", "--lr", "0.3,0.1"]
+
+
+def table(folder):
+    return list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+
+
+def numbers(folder):
+    """The table without times."""
+    return [{name: cell for name, cell in row.items() if name != "seconds"} for row in table(folder)]
+
+
+def test_a_sweep_writes_table_picture_and_configurations_that_the_trainer_reads(own, capsys):
+    folder = sweep.main([*BASE, *FIXED, "--seed", "0,1", "--models_at_once", "3"])
+    assert folder.as_posix() == "results/sweep/own-load-kfac"
+    found = table(folder)
+    assert {(row["lr"], row["seed"]) for row in found} == {("0.3", "0"), ("0.3", "1"), ("0.1", "0"), ("0.1", "1")}
+    losses = [float(row["train_loss"]) for row in found]
+    assert losses == sorted(losses) and len(set(losses)) == 4 and all(row["epoch"] == "2" for row in found)
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    best = read(TrainConfig, ["--config", str(folder / "best.yml")])
+    assert (best.lr, best.seed) == (float(found[0]["lr"]), int(found[0]["seed"])) and best.model == "own:build"
+    by_test = yaml.safe_load((folder / "best_test.yml").read_text())
+    lowest = min(found, key=lambda row: float(row["test_loss"]))
+    assert (by_test["lr"], by_test["seed"]) == (float(lowest["lr"]), int(lowest["seed"]))
+    assert "train_loss" in capsys.readouterr().out
+    lines = stages.read(folder / "metrics.jsonl")
+    assert [(line["run"], line["epoch"]) for line in lines] == [(r, e) for r in range(4) for e in range(3)]
+    with pytest.raises(Exception, match="--overwrite, --resume"):
+        sweep.main([*BASE, *FIXED])
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["--population", "1"], ["--halving", "2"]], ids=["grid", "population", "halving"]
+)
+def test_a_killed_sweep_goes_on_bit_for_bit(own, monkeypatch, given):
+    argv = [*BASE, "--ema", "0.9,0.8", "--seed", "0,1", "--models_at_once", "2", *given]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    steps = []
+
+    def killed(save_every, signals):
+        def after(step, save):
+            steps.append(step)
+            if len(steps) in (3, 9):  # without saving: the last checkpoint is that of an earlier step
+                raise RuntimeError("killed")
+            if step % 2 == 0:
+                save()
+
+        return after
+
+    monkeypatch.setattr(sweep, "watched_saver", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        sweep.main([*argv, "--result_name", "part"])
+    with pytest.raises(RuntimeError, match="killed"):
+        sweep.main([*argv, "--result_name", "part", "--resume"])
+    part = sweep.main([*argv, "--result_name", "part", "--resume"])
+    assert numbers(part) == numbers(whole)
+    saved = sorted(path.name for path in (whole / "checkpoints").glob("*.pt"))
+    assert saved and saved == sorted(path.name for path in (part / "checkpoints").glob("*.pt"))
+    for name in saved:
+        one, other = (load_checkpoint(folder / "checkpoints" / name)[0] for folder in (part, whole))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    with pytest.raises(Exception, match="another argv"):
+        sweep.main([*argv, "--result_name", "part", "--resume", "--lr", "0.5"])
+
+
+def test_halving_keeps_the_best_and_finds_that_of_the_whole_grid_for_less(own):
+    argv = [*BASE, "--optim", "sgd", "--lr", "1e-9,1e-8,1e-7,1e-6,1e-5,1e-4,3e-4,0.03,1e3", "--models_at_once", "9"]
+    argv = [*argv, "--num_epochs", "9"]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    halved = sweep.main([*argv, "--result_name", "halved", "--halving", "3"])
+    assert table(halved)[0]["lr"] == table(whole)[0]["lr"]
+    epochs = [sum(int(row["epoch"]) for row in table(folder)) for folder in (whole, halved)]
+    assert epochs == [81, 6 * 1 + 2 * 3 + 9]
+    assert epochs[1] <= epochs[0] / 3
+    assert (halved / "best.yml").read_text().count("lr: ") == 1
+
+
+def test_stages():
+    assert stages.halving(27, 27, 3) == [(1, "keep", 9), (3, "keep", 3), (9, "keep", 1), (27, "", 0)]
+    assert stages.halving(10, 4, 2) == [(1, "keep", 5), (2, "keep", 3), (4, "", 0)]
+    assert stages.halving(2, 5, 3) == [(5, "", 0)]
+    assert stages.population(8, 5, 2) == [(2, "copy", 2), (4, "copy", 2), (5, "", 0)]
+
+
+def test_a_population_copies_the_best_over_the_worst_and_perturbs_its_numbers(own):
+    argv = [*BASE, "--optim", "sgd", "--lr", "1e-7,1e-6,0.1,0.3", "--population", "1", "--models_at_once", "4"]
+    folder = sweep.main(argv)
+    lines = {(line["run"], line["epoch"]): line for line in stages.read(folder / "metrics.jsonl")}
+    assert lines[0, 1]["lr"] == pytest.approx(1e-7)
+    best = min((line for line in lines.values() if line["epoch"] == 1), key=lambda line: line["train_loss"])
+    assert min(abs(lines[0, 2]["lr"] / best["lr"] - factor) for factor in stages.PERTURBED) < 1e-5
+    assert lines[0, 2]["train_loss"] < 0.9 * lines[1, 2]["train_loss"]
+    assert "lr: 1.0e-07" not in (folder / "best.yml").read_text()
+
+
+def test_a_run_that_diverges_is_reported_and_the_others_finish(own):
+    folder = sweep.main([*BASE, "--optim", "sgd", "--lr", "0.1,1e38", "--models_at_once", "2"])
+    good, bad = table(folder)
+    assert (good["lr"], bad["lr"], bad["epoch"]) == ("0.1", "1e+38", "2")
+    assert "NonFiniteError" in bad["stopped"] and not good["stopped"]
+    assert yaml.safe_load((folder / "best.yml").read_text())["lr"] == 0.1
+
+
+def test_slices_together_are_the_whole_sweep(own, monkeypatch, capsys):
+    argv = [*BASE, *FIXED, "--seed", "0,1,2", "--models_at_once", "2"]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    sweep.main([*argv, "--slice", "0/2"])
+    sweep.main([*argv, "--slice", "merge"])
+    assert "3 of 6 runs are missing: 1, 3, 5" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    sweep.main([*argv, "--slice", "env"])
+    merged = sweep.main([*argv, "--slice", "merge"])
+    for one, other in zip(numbers(merged), numbers(whole), strict=True):
+        assert one["run"] == other["run"] and float(one["train_loss"]) == pytest.approx(float(other["train_loss"]))
+    assert (merged / "best.yml").read_text() == (whole / "best.yml").read_text()
+    assert slice_of(5, (1, 2)) == [1, 3]
+
+
+def test_shared_data_is_that_of_the_first_seed(own):
+    folder = sweep.main([*BASE, *FIXED, "--seed", "3,4", "--data_order", "shared", "--models_at_once", "4"])
+    own_order = sweep.main([*BASE, *FIXED, "--seed", "3,4", "--models_at_once", "4", "--result_name", "own"])
+    shared, each = ({row["run"]: float(row["train_loss"]) for row in table(f)} for f in (folder, own_order))
+    assert shared["0"] == pytest.approx(each["0"]) and shared["1"] != pytest.approx(each["1"])
+
+
+def test_auto_takes_the_fastest_group_and_stops_where_larger_ones_are_slower(own, monkeypatch):
+    config, problem = sweep.make_problem(*reversed_grid("--lr", "1,2,3,4,5,6,7,8,9"), shared=False)
+    per_model = {1: 8.0, 2: 5.0, 4: 3.0, 8: 4.0}
+    monkeypatch.setattr(auto, "cost", lambda group, at, steps: len(group.members) * per_model[len(group.members)])
+    size, found = auto.choose(problem, range(9), 10)
+    assert size == 4 and [each.members for each in found] == [1, 2, 4, 8]
+    monkeypatch.setattr(auto, "free_memory", lambda at: 2.5 * auto.WORKING / auto.SHARE * found[0].bytes)
+    assert auto.choose(problem, range(9), 10)[0] == 2
+    assert auto.free_memory is not None and config.optim == "kfac"
+
+
+def test_auto_measures(own):
+    folder = sweep.main([*BASE, *FIXED])
+    content = stages.read_json(folder / "sweep.json")
+    assert content["models_at_once"] in (1, 2)
+    assert [each["members"] for each in content["measured"]] == [1, 2]
+    assert all(each["seconds"] > 0 and each["bytes"] > 0 for each in content["measured"])
+
+
+def reversed_grid(*argv):
+    config, values = parse_grid(TrainConfig, [*BASE[:-1], "--damping", "0.1", "--kl_bound", "0.01", *argv])
+    return config, rows(values)
+
+
+ERRORS = {
+    "an empty grid: give several values": [],
+    "an empty grid: lr has no value": ["--lr", ","],
+    "lr has an empty value": ["--lr", "0.1,,0.2"],
+    "lr has the value 0.1 twice": ["--lr", "0.1,0.1"],
+    "unknown option --dampin; did you mean --damping?": ["--dampin", "1,2"],
+    "unknown option --model_at_once; did you mean": ["--model_at_once", "3", "--lr", "1,2"],
+    "batch_size cannot be swept, because it changes a shape": ["--batch_size", "8,16"],
+    "optim cannot be swept, because it changes the operations": ["--optim", "kfac,ekfac"],
+    "lr must be > 0, got -1": ["--lr", "0.1,-1"],
+    "lr must be": ["--lr", "0.1,fast"],
+    "lr cannot be swept over numbers together with auto": ["--lr", "auto,0.1"],
+    "separate values by commas": ["--lr", "0.1,", "0.2"],
+    "slice must be i/n": ["--lr", "0.1,0.2", "--slice", "2/2"],
+    "slice env needs": ["--lr", "0.1,0.2", "--slice", "env"],
+    "halving must be >= 2": ["--lr", "0.1,0.2", "--halving", "1"],
+    "halving and population exclude": ["--lr", "0.1,0.2", "--halving", "2", "--population", "1"],
+    "app must be one of": ["--app", "train_gam", "--lr", "0.1,0.2"],
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_teach(own, capsys, message):
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main([*BASE, *ERRORS[message]])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (own / "results").exists()
+
+
+def test_the_best_of_none(tmp_path):
+    line = {"run": 0, "epoch": 1, "train_loss": math.nan, "active": 0}
+    assert report.best([line], "train_loss") is None
