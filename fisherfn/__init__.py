@@ -1,6 +1,6 @@
 """fisherfn: natural gradients and curvature for PyTorch, as pure functions on `torch.func`."""
 
-from fisherfn import errors, likelihoods, members, optim, tree
+from fisherfn import distributed, errors, likelihoods, members, optim, tree
 from fisherfn.adapt import (
     Adapted,
     Adaptive,
@@ -42,7 +42,7 @@ from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
-from fisherfn.stats import ImplicitFisher, Layout, Stats, functional
+from fisherfn.stats import ImplicitFisher, Layout, Stats, functional, join
 from fisherfn.taps import Tap
 from fisherfn.terms import Term, TermSum, sum_of_terms
 from fisherfn.types import Info
@@ -85,6 +85,7 @@ __all__ = [
     "compile",
     "conjugate_gradients",
     "deflation",
+    "distributed",
     "dropout_seeds",
     "ekfac",
     "errors",
@@ -92,6 +93,7 @@ __all__ = [
     "example_gradients",
     "functional",
     "influence_scores",
+    "join",
     "kfac",
     "kfac_corrected",
     "kl_clip",

@@ -78,7 +78,7 @@ def _taps(stats: Stats) -> dict[str, AnyTap]:
 
 def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:
     """Yield one batch with the statistics of all parts, or nothing if there is no part."""
-    found = [(part.examples, part) for part in parts]
+    found = list(parts)
     if found:
         yield join(found)
 

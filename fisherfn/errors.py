@@ -68,6 +68,10 @@ class TargetError(FisherfnError, ValueError):
     """Targets have the wrong type, or are outside the likelihood's range."""
 
 
+class RankError(FisherfnError, RuntimeError):
+    """The ranks of a data-parallel run disagree, or one of them does not answer. Every rank raises it."""
+
+
 class NonFiniteError(FisherfnError, ArithmeticError):
     """Inputs, loss, statistics or step contain NaN or infinity."""
 

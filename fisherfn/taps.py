@@ -92,9 +92,18 @@ class AnyTap:
         """Return the tap at least in float32."""
         return self.to(at_least_single(self.dtype))
 
+    @property
+    def local(self) -> AnyTap:
+        """Return the tap of the examples that this process holds: here all."""
+        return self
+
     def mean(self, moment: Callable[[AnyTap], PyTree]) -> PyTree:
         """Compute a mean over all examples; `moment` returns the mean over the examples of the tap that it is given."""
         return moment(self)
+
+    def each(self, compute: Callable[[AnyTap], Tensor]) -> Tensor:
+        """Return `compute(tap)`, a tensor `[S, N, …]` with one entry per example, for all examples."""
+        return compute(self)
 
     def input_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k i *i"]:
         """Return `Σ_nt a aᵀ`, at least in float32.

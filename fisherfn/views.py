@@ -150,10 +150,14 @@ class Views(Collector):
         if its is not self.layout and (its.shapes, its.block_shapes) != (self.layout.shapes, self.layout.block_shapes):
             raise StructureError("the statistics are of another net: collect them with this ng.stats(params, batch).")
 
+    def _gradients(self, stats: Stats) -> Mapping[str, Tensor | Tap]:
+        """Return the gradient of each block, in the form that is cheapest to precondition."""
+        return {block.key: cheapest_gradient(stats, block) for block in self.layout.blocks}
+
     def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
         gradients: Mapping[str, Tensor | Tap]
         if isinstance(grads, Stats):
-            gradients = {block.key: cheapest_gradient(grads, block) for block in self.layout.blocks}
+            gradients = self._gradients(grads)
         else:
             gradients = self.layout.matrices(grads)
         product = self.method.precondition(state.inverses, gradients, inner)

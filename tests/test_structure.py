@@ -4,7 +4,7 @@ From the top (a file may import from lower floors of its own tower, and from the
 
     __init__             public names only
     F7   optim                                             the shell for other people's loops, on the roof
-    F6   adapt                                             how far a step goes, on the roof
+    F6   adapt, distributed                                how far a step goes, and several processes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
     F4   views, dataset                                    what a state says; factors of many batches
                                       F3s  stats
@@ -65,11 +65,11 @@ FLOORS = {
     **dict.fromkeys(["views", "dataset", "influence", "merged"], Floor("roof", 4)),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
-    **dict.fromkeys(["adapt", "laplace"], Floor("roof", 6)),
+    **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }
-PUBLIC_MODULES = {"errors", "tree", "likelihoods", "members", "optim"}
+PUBLIC_MODULES = {"distributed", "errors", "tree", "likelihoods", "members", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
 OPTIONAL = {"fisherfn/operators.py": "scipy"}  # imported by the call that needs it, with an error that says so
 # at the top of the repository: what is installed, built or made by running things

@@ -16,6 +16,7 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "fisherfn"
 TESTS = (
+    "tests/distributed/test_alone.py",
     "tests/layers/test_copied.py",
     "tests/layers/test_einsum.py",
     "tests/methods/test_all.py::test_saved_and_resumed_is_the_straight_run[language-exactNG",

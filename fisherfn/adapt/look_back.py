@@ -30,9 +30,7 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, stats: Stats, alive: Tensor) -> Seen:
         """Return the measurements from the statistics of a batch."""
-        losses = stats.losses.double()
-        n = losses.shape[0]
-        return cls(losses.mean(), losses.var(correction=0) / max(n - 1, 1), alive)
+        return cls(*stats.measured(), alive)
 
     def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
         """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""

@@ -41,7 +41,7 @@ from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.state import State
-from fisherfn.stats import Batch, Stats, pair
+from fisherfn.stats import Batch, Stats
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
@@ -141,7 +141,10 @@ class Adaptive:
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
         back = seen.undoes(state, stats) if self.look_back else torch.zeros_like(state.rejected)
-        tried = self._try(params, state, curvature, nat, info, batch, context, lr_scale)
+        # along the direction of a line search the loss need not fall on a part of the batch
+        wanted = stats.examples if self.rule == "line_search" else self.model_examples
+        examples = Examples.of(self.ng, batch, context, wanted, stats)
+        tried = self._try(params, state, curvature, nat, info, examples, lr_scale)
         return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
@@ -176,14 +179,10 @@ class Adaptive:
         curvature: State,
         nat: Tree,
         info: Info,
-        batch: Batch,
-        context: PyTree,
+        examples: Examples,
         lr_scale: float | Tensor,
     ) -> Tried:
         """Choose a step and take it on trial."""
-        # along the direction of a line search the loss need not fall on a part of the batch
-        wanted = tree.leaves(pair(batch)[0])[0].shape[0] if self.rule == "line_search" else self.model_examples
-        examples = Examples.of(self.ng, batch, context, wanted)
         rate, momentum = self._given(state, info, lr_scale)
         if rate is not None and momentum is not None:
             update = along(nat, state.update, rate, momentum)
@@ -201,8 +200,9 @@ class Adaptive:
             rate, momentum = -weights[0], weights[1]
             update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
-        change = (examples.losses(new).double() - model.losses.double()).mean()
-        return Tried(new, update, rate, momentum, model.value(weights), change, model.losses.double().mean())
+        before = model.losses.double()
+        change, loss = examples.means(examples.losses(new).double() - before, before)
+        return Tried(new, update, rate, momentum, model.value(weights), change, loss)
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""

@@ -137,6 +137,12 @@ def quadratic_model(
     )
 
 
+def without_examples(directions: Sequence[Tree], losses: Float[Tensor, " n"]) -> QuadraticModel:
+    """Return the quadratic model of no examples; `losses` is empty."""
+    gram = _gram(directions)
+    return QuadraticModel(torch.zeros_like(gram[0]), torch.zeros_like(gram), gram, losses)
+
+
 def _sum(models: Mapping[str, QuadraticModel], weights: Mapping[str, float]) -> QuadraticModel:
     """Return the model of a sum of terms; the mean of its losses is the loss."""
     n = sum(len(model.losses) for model in models.values())

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.line_search import line_search
-from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model
+from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.stats import Batch, pair, run, window
+from fisherfn.stats import Batch, Stats, pair, run, window
 from fisherfn.types import PyTree, Tree
 
 PART, LEAST = 8, 32
@@ -37,41 +37,62 @@ class Tried(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """The examples of a trial, with their context: the same dropout before and after the step."""
+    """The examples of a trial, with their context: the same dropout before and after the step.
+
+    If the batch is spread over processes, each tries the examples that it holds, and all average: `stats.mean`.
+    """
 
     ng: NaturalGradient
     batch: Batch
     context: PyTree
+    stats: Stats
+    held: int
+    """Number of the examples that this process holds."""
 
     @classmethod
-    def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None) -> Examples:
-        """Return the first `wanted` examples of a batch; None for an eighth, at least 32.
+    def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
+        """Return the first `wanted` examples of a batch with these statistics; None for an eighth, at least 32.
 
         They are all if the net mixes them (batch norm in training mode).
         """
         x, y = pair(batch)
-        n = tree.leaves(x)[0].shape[0]
+        here = tree.leaves(x)[0].shape[0]
+        n = stats.total(here)
         wanted = max(n // PART, LEAST) if wanted is None else wanted
         if ng.layout.couples or wanted >= n:
-            return cls(ng, (x, y), context)
-        part = tree.map(lambda leaf: leaf[:wanted] if leaf.ndim else leaf, (x, y))
-        return cls(ng, part, None if context is None else window(ng.layout, context, slice(0, wanted)))
+            return cls(ng, (x, y), context, stats, here)
+        held = stats.first(wanted, here)
+        part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))
+        context = None if context is None else window(ng.layout, context, slice(0, held))
+        return cls(ng, part, context, stats, held)
 
     def losses(self, params: Tree) -> Float[Tensor, " n"]:
-        """Return the loss of each example."""
+        """Return the loss of each example that this process holds."""
+        if not self.held:
+            return self.stats.loss.new_zeros(0)
         x, y = self.batch
         outputs, _ = run(self.ng.model, params, x, () if self.context is None else self.context)
         losses: Tensor = self.ng.likelihood.nll(outputs, y)
         return losses
 
     def model(self, params: Tree, directions: Sequence[Tree]) -> QuadraticModel:
-        """Return the quadratic model along some directions."""
-        return quadratic_model(self.ng, params, self.batch, directions, context=self.context)
+        """Return the quadratic model along some directions, with the losses of the examples that are here."""
+        if self.held:
+            model = quadratic_model(self.ng, params, self.batch, directions, context=self.context)
+        else:
+            model = without_examples(directions, self.losses(params))
+        slope, curvature = self.stats.mean((model.slope, model.curvature), self.held)
+        return model._replace(slope=slope, curvature=curvature)
+
+    def means(self, *losses: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
+        """Return the means over all examples of quantities that each process has for its own."""
+        here = tuple(each.mean() if self.held else each.sum() for each in losses)
+        return self.stats.mean(here, self.held)  # type: ignore[no-any-return]
 
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""
         sizes = [0.5**k for k in range(GRID)]
-        found = line_search(lambda p: self.losses(p).double().mean(), params, nat, sizes=sizes)
+        found = line_search(lambda p: self.means(self.losses(p).double())[0], params, nat, sizes=sizes)
         return -found.size.reshape(1)
 
 

@@ -17,7 +17,7 @@ from fisherfn.layers.matmul import MATMUL, is_transpose, untransposed
 from fisherfn.layers.norm import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from fisherfn.layers.routed import Orders, as_experts
 from fisherfn.layers.tied import KINDS as TIED_KINDS
-from fisherfn.layers.tied import TIED, balance, swapped_columns, swapped_rows
+from fisherfn.layers.tied import TIED, balance, ratio, squares, swapped_columns, swapped_rows
 
 _NORMS = (BATCH_NORM, INSTANCE_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM)
 _ALL = (LINEAR, MATMUL, EINSUM, CONV, CONV_TRANSPOSE, *_NORMS, EMBEDDING, TIED, ELEMENTWISE, COPIED, FALLBACK)
@@ -55,7 +55,9 @@ __all__ = [
     "as_experts",
     "works_in_place",
     "per_example",
+    "ratio",
     "spreads",
+    "squares",
     "swapped_columns",
     "swapped_rows",
     "untransposed",

@@ -49,10 +49,18 @@ def swapped_columns(h: Float[Tensor, "1 n t e"], draws: int, scale: Tensor | flo
 
 def balance(h: Float[Tensor, "..."], g: Float[Tensor, "s ..."]) -> Float[Tensor, ""]:
     """Return the scale c: the output layer's inputs h / c get the mean square of the embedding's output-gradients g."""
-    squares = h.square().mean(), g.square().sum(0).mean()
-    usable = (squares[0] > 0) & (squares[1] > 0)
-    ratio = torch.where(usable, squares[0] / torch.where(usable, squares[1], 1.0), 1.0)
-    return ratio.sqrt()
+    return ratio(*squares(h, g))
+
+
+def squares(h: Float[Tensor, "..."], g: Float[Tensor, "s ..."]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the mean squares of the output layer's inputs and of the embedding's output-gradients, summed over s."""
+    return h.square().mean(), g.square().sum(0).mean()
+
+
+def ratio(inputs: Float[Tensor, ""], grads: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the scale of two mean squares; 1 if one of them is zero."""
+    usable = (inputs > 0) & (grads > 0)
+    return torch.where(usable, inputs / torch.where(usable, grads, 1.0), 1.0).sqrt()
 
 
 def to_matrix(weight: Float[Tensor, "v e"], config: Any) -> Float[Tensor, "1 e v"]:

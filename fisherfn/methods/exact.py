@@ -172,7 +172,7 @@ def compact(tap: AnyTap) -> Tap:
 def _as_rows(tap: AnyTap) -> Tap:
     """Return the per-example gradients as the rows of a tap with one output, `g = 1`."""
     k, s, n, _, o, i = tap.sizes
-    W = example_matrices(tap).reshape(1, s * n, 1, k * o * i)
+    W = tap.each(example_matrices).reshape(1, s * n, 1, k * o * i)
     return Tap(W, W.new_ones(1, 1, s * n, 1, 1))
 
 

@@ -107,7 +107,7 @@ def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
             "a step after each of them, or pad them to one length."
         )
     layout = layouts[0]
-    return join([(n, _part(layout, each, sum(sizes))) for n, each in zip(sizes, passes, strict=True)])
+    return join([_part(layout, each, sum(sizes)) for each in passes])
 
 
 def _as_seen(layout: Layout, each: Pass) -> Layout:

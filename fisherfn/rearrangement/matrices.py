@@ -102,7 +102,8 @@ class MatrixMap(LinearMap):
     @cached_property
     def _kept(self) -> list[Any] | None:
         """Return all pieces if they are small enough to be kept during the iterations."""
-        return list(self.pieces(self.tap)) if self.tap.at_once and self.size() <= KEPT else None
+        mine = self.tap.local
+        return list(self.pieces(mine)) if mine.at_once and self.size() <= KEPT else None
 
 
 class FactoredMap(MatrixMap):
@@ -114,7 +115,7 @@ class FactoredMap(MatrixMap):
 
     def size(self) -> int:
         """Return the size of all rows."""
-        k, s, n, t, o, i = self.tap.sizes
+        k, s, n, t, o, i = self.tap.local.sizes
         return k * n * t * (i + s * o)
 
     def left_piece(self, piece: Tap, V: Factor) -> Factor:
@@ -150,7 +151,7 @@ class ExampleMatrixMap(MatrixMap):
 
     def size(self) -> int:
         """Return the size of all W."""
-        k, s, n, _, o, i = self.tap.sizes
+        k, s, n, _, o, i = self.tap.local.sizes
         return k * s * n * o * i
 
     def left_piece(self, piece: Float[Tensor, "k o m i"], V: Factor) -> Factor:

@@ -2,12 +2,12 @@
 
 from fisherfn.stats.batch import FISHERS, Batch, pair
 from fisherfn.stats.build import build
-from fisherfn.stats.chunks import join, window
+from fisherfn.stats.chunks import independent, join, window
 from fisherfn.stats.collector import Collector, FisherKind, known_likelihood
 from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.layout import Block, Layout
-from fisherfn.stats.statistics import LayerStats, Stats
+from fisherfn.stats.statistics import LayerStats, Stats, lazy
 
 __all__ = [
     "FISHERS",
@@ -21,8 +21,10 @@ __all__ = [
     "Stats",
     "build",
     "functional",
+    "independent",
     "join",
     "known_likelihood",
+    "lazy",
     "pair",
     "run",
     "window",

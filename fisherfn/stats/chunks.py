@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import BATCH_CHECKS
+from fisherfn.errors import BATCH_CHECKS, EmptyBatchError, StructureError
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import PyTree
@@ -33,27 +33,36 @@ def in_chunks(
         LikelihoodError: the loss couples the examples of different chunks.
     """
     examples = tree.leaves(x)[0].shape[0]
-    parts: list[tuple[int, Stats]] = []
+    parts: list[Stats] = []
     for start in range(0, examples, size):
         chunk = slice(start, start + size)
         x_c, y_c = tree.map(lambda leaf, c=chunk: leaf[c], (x, y))
         noise_c = None if noise is None else noise[chunk]
         stats = part(x_c, y_c, noise_c, window(layout, context, chunk))
-        parts.append((min(size, examples - start), stats))
+        parts.append(stats)
         # running statistics continue from chunk to chunk; noise per example keeps its place
         context = _carry(layout, context, stats.context)
     joined = join(parts)
     joined.checks["chunks"] = _separate(likelihood, joined.outputs, y, size)
-    return replace(joined, context=_join_contexts(layout, [stats.context for _, stats in parts]))
+    return replace(joined, context=_join_contexts(layout, [stats.context for stats in parts]))
 
 
 def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
-    """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this.
+    """Return `independent`, and raise if it is false.
 
     Raises:
         LikelihoodError: the losses differ. Under `torch.vmap` or in a trace, where values cannot be read, the returned
             mask is false instead.
     """
+    mask = independent(likelihood, outputs, y, size)
+    if tree.is_concrete(mask) and not mask:
+        error, text = BATCH_CHECKS["chunks"]
+        raise error(f"{text}.")
+    return mask
+
+
+def independent(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tensor, ""]:
+    """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this."""
 
     def nll(part: slice) -> Tensor:
         found: Tensor = likelihood.nll(outputs[part], tree.map(lambda leaf: leaf[part], y))
@@ -65,9 +74,6 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
     sizes = torch.where(finite, joined.abs() + alone.abs(), 0.0)
     same = ~finite | ((joined - alone).abs() <= torch.finfo(joined.dtype).eps ** 0.5 * sizes.amax())
     mask: Tensor = same.all()
-    if tree.is_concrete(mask) and not mask:
-        error, text = BATCH_CHECKS["chunks"]
-        raise error(f"{text}.")
     return mask
 
 
@@ -92,10 +98,25 @@ def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
     return tree.replace_leaves(parts[-1], leaves)
 
 
-def join(parts: Sequence[tuple[int, Stats]]) -> Stats:
-    """Join the statistics of chunks, each given with its number of examples, into those of the whole batch."""
-    chunks = [chunk for _, chunk in parts]
+def join(chunks: Sequence[Stats]) -> Stats:
+    """Join the statistics of parts of a batch, of any sizes, into those of the whole batch.
+
+    The context is that of the last part.
+
+    Raises:
+        EmptyBatchError: there is no part.
+        StructureError: the parts are of different nets or kinds.
+    """
+    if not chunks:
+        raise EmptyBatchError("there are no statistics to join: pass what ng.stats returned for each microbatch.")
     first = chunks[0]
+    kinds = {(type(chunk), chunk.layout.shapes, tuple(chunk.checks)) for chunk in chunks}
+    if kinds - {(Stats, first.layout.shapes, tuple(first.checks))}:
+        raise StructureError(
+            "the statistics are of different nets or kinds, or reduced over ranks already: join what one ng.stats "
+            "returned; on several ranks ng.local.stats, and then pass the result to ng.reduced."
+        )
+    parts = [(chunk.examples, chunk) for chunk in chunks]
     total = sum(size for size, _ in parts)
     loss = torch.stack([size / total * chunk.loss for size, chunk in parts]).sum()
     layers = {

@@ -15,6 +15,7 @@ from fisherfn import rows, tree
 from fisherfn.errors import StructureError
 from fisherfn.layers import balance, swapped_columns, swapped_rows
 from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.processes import OneProcess
 from fisherfn.taps import AnyTap, LazyTap, Sizes, Tap
 from fisherfn.types import Matrix, PyTree, Tree, at_least_single
 
@@ -31,7 +32,7 @@ class LayerStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stats:
+class Stats(OneProcess):
     """Loss, gradient and curvature statistics of one batch. A pytree; the layout is its static part."""
 
     loss: Float[Tensor, ""]

@@ -1,0 +1,7 @@
+"""More than one process: data-parallel statistics and shared-out inversions on `torch.distributed`."""
+
+from fisherfn.distributed.natgrad import DataParallel, data_parallel
+from fisherfn.distributed.ranks import Ranks, Shard
+from fisherfn.distributed.stats import ReducedStats
+
+__all__ = ["DataParallel", "Ranks", "ReducedStats", "Shard", "data_parallel"]

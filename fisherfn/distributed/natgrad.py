@@ -1,0 +1,212 @@
+"""The data-parallel natural gradient: the calls of `NaturalGradient`, for a batch that is spread over ranks.
+
+A step sends, in order: the agreement (a few whole numbers per rank), the gradient with all scalars, in steps that
+update the moments of all blocks, and in steps that invert the inverses, each from its owner. Parameters and state are
+equal on all ranks, and nothing else is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.base import LayerMethod, Method
+from fisherfn.distributed.agreement import agreed, fingerprint, nothing, of_tensors
+from fisherfn.distributed.owners import Owned
+from fisherfn.distributed.ranks import Ranks, Shard
+from fisherfn.distributed.stats import ReducedStats, reduced, stand_in
+from fisherfn.errors import EmptyBatchError, StructureError, expect
+from fisherfn.methods.two_level import TwoLevel
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.state import State
+from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
+from fisherfn.stats.batch import Checked, check_fisher, checked
+from fisherfn.types import PyTree, Tree
+
+
+@dataclass(frozen=True)
+class DataParallel(NaturalGradient):
+    """A natural gradient whose batches are spread over ranks. Made by `data_parallel`.
+
+    Attributes:
+        ranks: the group, and how messages are sent through it.
+    """
+
+    ranks: Ranks
+
+    def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
+        """Return the empty state; see `NaturalGradient.init`.
+
+        Raises:
+            RankError: the parameters, the damping or the average differ between ranks.
+        """
+        facts = {"the initial parameters": of_tensors(params), "damping and ema": (float(damping), float(ema))}
+        agreed(self.ranks, facts, nothing)
+        return super().init(params, damping=damping, ema=ema)
+
+    def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
+        """Return this rank's part of the noise of the global batch; all ranks pass generators in the same state."""
+        expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
+        given = Checked(*pair(batch), (), _count(pair(batch)[0]))
+        shard = self._agreed({"the generator": of_tensors({"state": generator.get_state()})}, lambda: given.examples)
+        return self._noise_for(shard, given, generator, samples)
+
+    def stats(
+        self,
+        params: Tree,
+        batch: Batch,
+        *,
+        fisher: FisherKind | None = None,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        context: PyTree = None,
+        chunk_size: int | None = None,
+        curvature: bool = True,
+    ) -> ReducedStats:
+        """Return loss, gradient and curvature statistics of the global batch; `batch` is this rank's part.
+
+        Parts may have different numbers of examples, also none. Labels are sampled for the global batch and sliced, so
+        generators must be in the same state on all ranks; `noise` and entries of the context per example are this
+        rank's. See `NaturalGradient.stats`.
+
+        Raises:
+            RankError: on every rank, if the ranks disagree or the call failed on one of them.
+        """
+        kind = self.fisher_kind if fisher is None else fisher
+        sampled = curvature and kind == "mc"
+        facts = {
+            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None),
+            "the generator": of_tensors({"state": generator.get_state()}) if sampled and generator is not None else 0,
+        }
+        shard = self._agreed(facts, partial(self._count, params, batch, kind, context))
+        if shard.own == 0:
+            batch, context = stand_in(pair(batch)), self._stand_in_context(context)
+            noise = None if noise is None else stand_in(noise)
+        if sampled and noise is None and generator is not None:
+            given = Checked(*pair(batch), (), max(shard.own, 1))
+            noise = self._noise_for(shard, given, generator, samples)
+        found = super().stats(
+            params, batch, fisher=fisher, samples=samples, noise=noise, context=context, chunk_size=chunk_size,
+            curvature=curvature,
+        )  # fmt: skip
+        found.checks["chunks"] = self._independent(found, pair(batch)[1], shard)
+        return reduced(found, self.ranks, shard)
+
+    def reduced(self, stats: Stats) -> ReducedStats:
+        """Return the statistics of the global batch, given those of this rank, as `ff.join` returns them."""
+        expect(stats, Stats, "stats", "pass what ng.local.stats(params, batch) or ff.join returned")
+        sampled = bool(next(iter(stats.layers.values())).grads)
+        shard = self._agreed({"the kind of statistics": sampled}, lambda: stats.examples)
+        return reduced(stats, self.ranks, shard)
+
+    @property
+    def local(self) -> NaturalGradient:
+        """Return the natural gradient of this rank alone, for statistics that `reduced` takes."""
+        return NaturalGradient(*(getattr(self, field.name) for field in fields(NaturalGradient)))
+
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _gradients(self, stats: Stats) -> Mapping[str, Any]:
+        return stats.matrices if isinstance(stats, ReducedStats) else super()._gradients(stats)
+
+    def _agreed(self, facts: Mapping[str, object], check: Callable[[], int]) -> Shard:
+        facts = {"model, method or likelihood": self._identity, "the batch": 0, **facts}
+        return agreed(self.ranks, facts, check)
+
+    @property
+    def _identity(self) -> int:
+        return identity(self)
+
+    def _count(self, params: Tree, batch: Batch, kind: str, context: PyTree) -> int:
+        """Return the number of this rank's examples, once all that can be checked before the run fits."""
+        self.layout.validate(params)
+        check_fisher(kind)
+        try:
+            return checked(self.layout, batch, context).examples
+        except EmptyBatchError:
+            return 0
+
+    def _noise_for(self, shard: Shard, given: Checked, generator: torch.Generator, samples: int | None) -> Tensor:
+        """Return this rank's slice of the noise of the global batch."""
+        whole = self._drawn(given._replace(examples=shard.total), generator, samples)
+        return whole[shard.start : shard.start + shard.own] if shard.own else whole[:1]
+
+    def _stand_in_context(self, context: PyTree) -> PyTree:
+        if context is None:
+            return None
+        pairs = zip(tree.leaves(context), self.layout.by_example(context), strict=True)
+        return tree.replace_leaves(context, [stand_in(leaf) if mine else leaf for leaf, mine in pairs])
+
+    def _independent(self, stats: Stats, targets: PyTree, shard: Shard) -> Tensor:
+        """Return False if the likelihood couples examples, whose global loss no rank can compute."""
+        if shard.own < 2 or self.ranks.size == 1:
+            return stats.loss.new_ones((), dtype=torch.bool)
+        return independent(self.likelihood, stats.outputs, targets, shard.own // 2)
+
+
+def data_parallel(
+    ng: NaturalGradient,
+    *,
+    group: Any = None,
+    share_inversions: bool = True,
+    observe: Callable[[str, int], None] | None = None,
+) -> DataParallel:
+    """Return a natural gradient with the same calls, whose batches are spread over the ranks of a process group.
+
+    Every rank passes its part of the batch, of any size; the result is that of one process with the whole batch, in
+    order of rank. Parameters and state are equal on all ranks.
+
+    Args:
+        ng: the natural gradient, built alike on every rank.
+        group: a group of `torch.distributed`; None for all ranks.
+        share_inversions: whether each block is inverted by one rank only. False: every rank inverts all blocks, which
+            sends nothing.
+        observe: called with the purpose and the payload in bytes of each message, for measurements.
+
+    Raises:
+        StructureError: there is no process group, or the net couples the examples of a batch (batch norm).
+        RankError: the models, methods or likelihoods of the ranks differ.
+    """
+    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
+    if isinstance(ng, DataParallel):
+        raise StructureError("this natural gradient is data-parallel already: pass the one of ff.natural_gradient.")
+    ranks = Ranks(group, observe)
+    if ng.layout.couples and ranks.size > 1:
+        raise StructureError(
+            "the net couples the examples of a batch (batch norm in training mode), and each rank would normalise by "
+            "its own examples only: the result would depend on the number of ranks. Use layer or group norm, or batch "
+            "norm in evaluation mode."
+        )
+    agreed(ranks, {"model, method or likelihood": identity(ng), "share_inversions": share_inversions}, nothing)
+    method = shared(ng.method, ng, ranks) if share_inversions and ranks.size > 1 else ng.method
+    return DataParallel(ng.model, ng.layout, ng.likelihood, ng.fisher_kind, ng.samples, method, ranks)
+
+
+def shared(method: Method, ng: NaturalGradient, ranks: Ranks) -> Method:
+    """Return the method with shared-out inversions; a method that solves one system is left as it is."""
+    if isinstance(method, TwoLevel):
+        return replace(method, fine=shared(method.fine, ng, ranks))
+    return Owned(method, ng.layout.block_shapes, ranks) if isinstance(method, LayerMethod) else method
+
+
+def identity(ng: NaturalGradient) -> int:
+    """Return the fingerprint of the blocks, method and likelihood of a natural gradient."""
+    method = ng.method
+    if isinstance(method, TwoLevel) and isinstance(method.fine, Owned):
+        method = replace(method, fine=method.fine.inner)
+    method = method.inner if isinstance(method, Owned) else method
+    layout = ng.layout
+    blocks = [(block.key, block.names, block.kind, tuple(block.shape)) for block in layout.blocks]
+    shapes = (layout.shapes, layout.dtypes, layout.input_shapes, layout.output_shape)
+    return fingerprint((blocks, shapes, method, type(ng.likelihood).__name__, ng.fisher_kind, ng.samples))
+
+
+def _count(x: PyTree) -> int:
+    return int(tree.leaves(x)[0].shape[0])

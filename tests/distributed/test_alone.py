@@ -1,0 +1,104 @@
+"""A group of one rank: the data-parallel calls are those of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fisherfn as ff
+from fisherfn import errors as E
+from fisherfn.distributed import Ranks, data_parallel
+from fisherfn.distributed.natgrad import shared
+from fisherfn.distributed.ranks import Shard
+from fisherfn.distributed.stats import stand_in
+from tests import zoo
+from tests.distributed import equal
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def close(found, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "exactNG", "twolevel_kfac"])
+@pytest.mark.parametrize("id", ["language", "conv-groups"])
+def test_one_rank_takes_the_step_of_one_process(id, method):
+    problem, x, y = equal.batch(id, 4)
+    ng = problem.build(method=method)
+    expected = equal.trained(ng, problem.params, x, y, "step", steps=2)
+    close(equal.trained(data_parallel(ng), problem.params, x, y, "step", steps=2), expected)
+
+
+def test_adaptive_steps_and_all_views_are_those_of_one_process():
+    problem, x, y = equal.batch()
+    ng, messages = problem.build(method="exactNG"), []
+    alone = data_parallel(ng, observe=lambda what, size: messages.append(what))
+    close(
+        equal.trained(alone, problem.params, x, y, "adaptive", 2),
+        equal.trained(ng, problem.params, x, y, "adaptive", 2),
+    )
+    assert "scalars" in messages
+    noise = alone.noise((x, y), zoo.generator(0))
+    stats, same = alone.stats(problem.params, (x, y), noise=noise), ng.stats(problem.params, (x, y), noise=noise)
+    again = alone.reduced(ff.join([alone.local.stats(problem.params, (x, y), noise=noise)]))
+    again = ff.tree.map(lambda leaf: leaf, again)
+    for found in (stats, again):
+        close(found.grads, same.grads)
+        for key in found.layers:
+            close({"g": found.lazy_tap(key).outputs()}, {"g": same.lazy_tap(key).outputs()})
+            close({"W": found.lazy_loss_tap(key).mean_gradient()}, {"W": same.gradient(key)})
+            close(
+                {"g": found.lazy_tap(key).window(slice(1, 2)).outputs()}, {"g": same.lazy_tap(key).outputs()[:, :, 1:2]}
+            )
+
+
+def test_shared_out_inversions_are_the_methods_own():
+    problem, x, y = equal.batch()
+    for method in (ff.ekfac(), ff.two_level(ff.kfac())):
+        ng = problem.build(method=method)
+        stats = ng.stats(problem.params, (x, y), generator=zoo.generator(0))
+        both = [ng.method, shared(ng.method, ng, Ranks())]
+        shapes = ng.layout.block_shapes
+        states = [each.init(shapes, torch.float64, torch.device("cpu"), torch.tensor(0.1)) for each in both]
+        new = [each.update(s[0], stats.lazy_taps, torch.tensor(0.0)) for each, s in zip(both, states, strict=True)]
+        inverses = [each.invert(n.factors, torch.tensor(0.1)) for each, n in zip(both, new, strict=True)]
+        gradients = {key: stats.gradient(key) for key in shapes}
+        mine, its = (each.precondition(i.factors, gradients, True) for each, i in zip(both, inverses, strict=True))
+        close(its.matrices, mine.matrices)
+        close(both[1].matvec(new[1].factors, gradients), both[0].matvec(new[0].factors, gradients))
+        assert both[1].name == both[0].name and both[1].inverse_kind == both[0].inverse_kind
+        close({"t": both[1].trace(new[1].factors, shapes)}, {"t": both[0].trace(new[0].factors, shapes)})
+        close({"t": both[1].eigenvalues(new[1].factors, shapes)}, {"t": both[0].eigenvalues(new[0].factors, shapes)})
+        assert all(both[1].overlap(new[1].factors, stats.lazy_taps))
+        if method.name == "ekfac":
+            logdets = [each.logdet(i.factors, shapes) for each, i in zip(both, inverses, strict=True)]
+            close({"d": logdets[1]}, {"d": logdets[0]})
+
+
+def test_failures_are_typed():
+    problem, x, y = equal.batch()
+    ng = data_parallel(problem.build(method="kfac"))
+    with pytest.raises(E.RankError, match="ShapeError"):
+        ng.stats(problem.params, (x[:, :-1], y), generator=zoo.generator(0))
+    with pytest.raises(E.EmptyBatchError, match="no rank"):
+        ng.stats(problem.params, (x[:0], y[:0]), generator=zoo.generator(0))
+    with pytest.raises(E.EmptyBatchError, match="nothing|no statistics"):
+        ff.join([])
+    with pytest.raises(E.StructureError, match="already"):
+        ff.join([ng.stats(problem.params, (x, y), generator=zoo.generator(0))])
+    with pytest.raises(E.RankError, match="rank 0 of 1"), Ranks()._answered("test"):
+        raise RuntimeError("closed")
+
+
+def test_a_shard_knows_its_place():
+    shard = Shard(1, (3, 0, 2))
+    assert (shard.start, shard.own, shard.total) == (3, 0, 5)
+    assert not shard.weighted(torch.full((2,), torch.nan)).any()
+    assert stand_in((torch.ones(0, 3), torch.ones(0)))[0].shape == (1, 3)
