@@ -108,7 +108,7 @@ def draw(file: Path, found: dict[str, Any]) -> None:
     """Draw the errors by steps, with the published ones as points."""
     figure, axes = plt.subplots(1, len(found), figsize=(5.4 * len(found), 4.2), layout="constrained", squeeze=False)
     for axis, (data, by_optim) in zip(axes[0], found.items(), strict=True):
-        for optim, steps in by_optim.items():
+        for optim, steps in ((optim, steps) for optim, steps in by_optim.items() if steps):
             errors = [each["error"] for each in steps.values()]
             axis.loglog(list(steps), errors, color=COLOURS[optim], label=NAMES[optim])
         last = max((step for steps in by_optim.values() for step in steps), default=0)

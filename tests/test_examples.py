@@ -174,6 +174,12 @@ def test_the_exact_natural_gradient_solves_the_heat_equation_in_fewer_steps(resu
     assert errors["exact NG"] < errors["Adam"]
 
 
+def test_the_energy_of_the_chain_reaches_that_of_exact_diagonalisation(results):
+    for (field, name), errors in results("ising")["errors"].items():
+        assert min(errors) > -1e-9, (field, name)  # no state has less energy than the ground state
+        assert errors[-1] < 1e-4 < errors[0], (field, name)
+
+
 def test_every_example_has_its_picture_and_its_page_and_the_index_shows_them():
     index = (DOCS / "gallery" / "index.md").read_text(encoding="utf-8")
     for name in gallery.EXAMPLES:

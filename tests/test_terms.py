@@ -233,3 +233,22 @@ def test_bad_terms_and_batches_raise_errors_that_name_them():
 def test_what_is_no_term_is_refused(terms):
     with pytest.raises(StructureError, match=r"ff\.Term"):
         ff.sum_of_terms(terms, problem()[0])
+
+
+def test_the_bias_of_a_call_that_the_outputs_do_not_depend_on_is_unused():
+    """The second-order part of a net passes no bias on, though the last layer's call for the value has one."""
+    params, batch = problem()
+
+    def value_and_slope(params, x):
+        h, along = linear(x, params["0.weight"], params["0.bias"]), x.new_tensor([1.0, 0.0, 0.0]).expand_as(x)
+        linear(torch.tanh(h), params["1.weight"], params["1.bias"])
+        return linear((1 - torch.tanh(h) ** 2) * linear(along, params["0.weight"]), params["1.weight"])
+
+    alone = ff.natural_gradient(
+        value_and_slope, params, batch["inside"][0], likelihood=ff.Gaussian(), method="exact", unused="ignore"
+    )
+    assert alone.layout.unused == ("1.bias",)
+    ng = ff.sum_of_terms(terms_of(batch, value_and_slope), params, method="exact")
+    _, grad, fisher = dense(params, batch, (slopes, net), (1.0, 2.5))
+    close(flat(ng.stats(params, batch).grads), grad)
+    close(ng.fisher(ng.stats(params, batch)).dense(), fisher)

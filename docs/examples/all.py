@@ -18,6 +18,7 @@ EXAMPLES = (
     "physics",
     "laplace",
     "influence",
+    "ising",
     "continual",
 )
 

@@ -90,7 +90,7 @@ def train(spins, field, momentum, steps):
 
 def main(out: Path, small: bool = False) -> dict:
     """Train at three fields, print the errors, draw `ising.png`."""
-    spins, steps = (4, 60) if small else (10, 100)
+    spins, steps = (4, 40) if small else (10, 100)
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     errors = {}
     for field, colour in FIELDS.items():

@@ -155,8 +155,8 @@ def _entry(name: str, entry: Any) -> Any:
 DEFAULTS = {
     "exact": Settings(1e-10, 0.0, None),
     "exact_block": Settings(1e-10, 0.0, None),
-    "spring": Settings(1e-8, 0.9, None),
-    "kfac": Settings(1e-6, 0.0, None),
+    "spring": Settings(1e-10, 0.9, None),
+    "kfac": Settings(1e-1, 0.0, None),
     "adam": Settings(0.0, 0.0, 1e-3),
     "lbfgs": Settings(0.0, 0.0, 1.0),
 }
@@ -175,5 +175,5 @@ def optimizer_of(name: str, posed: Posed, params: Tree, settings: Settings) -> O
         return Torch(posed, params, lambda leaves: torch.optim.Adam(leaves, lr=settings.lr or 1e-3))
     return Torch(
         posed, params,
-        lambda leaves: torch.optim.LBFGS(leaves, lr=settings.lr or 1.0, max_iter=1, line_search_fn="strong_wolfe"),
+        lambda leaves: torch.optim.LBFGS(leaves, lr=settings.lr or 1.0, line_search_fn="strong_wolfe"),
     )  # fmt: skip
