@@ -12,7 +12,7 @@ from common import loop
 from common.sweep.evaluation import measure
 from common.sweep.group import Group, Problem
 from common.train_config import TrainConfig
-from common.trainer import make_optimizer, optimizer_with
+from common.trainer import numbers, optimizer_with
 
 STEPS, BATCH = 20, 6
 FIXED = {"lr": 0.3, "damping": 0.05, "kl_bound": 0.01}
@@ -54,11 +54,12 @@ def grouped(config, rows, kind="plain", bad=(), epochs=STEPS // 5):
     return group, at
 
 
-def alone(config, row, kind, epochs=STEPS // 5):
+def alone(config, row, kind, ng, epochs=STEPS // 5):
+    """The last epoch of a single run, with the trainer's loop; the net and its layout are the group's."""
     config = dataclasses.replace(config, **row)
     its = task(config.seed, config.init_params, kind)
     settings = loop.Settings(epochs, config.batch_size, config.seed, progress=False)
-    optimizer = make_optimizer(config, its)
+    optimizer = optimizer_with(config, its, ng, numbers(config))
     *_, last = loop.train(its, optimizer, loop.start(its, optimizer), settings)
     return last
 
@@ -84,15 +85,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("optim", "numbers", "kind"), CASES, ids=lambda part: part)
-def test_a_member_is_its_single_run(optim, numbers, kind):
-    given = FIXED if numbers == "fixed" else {"lr": 0.1} if numbers == "first-order" else {}
-    shared, rows = config(optim, **given), ROWS[numbers]
+@pytest.mark.parametrize(("optim", "given", "kind"), CASES, ids=lambda part: part)
+def test_a_member_is_its_single_run(optim, given, kind):
+    options = {"fixed": FIXED, "first-order": {"lr": 0.1}, "adaptive": {}}
+    shared, rows = config(optim, **options[given]), ROWS[given]
     group, at = grouped(shared, rows, kind)
     lines = measure(group, at)
     assert at.step == STEPS and at.active.all()
     for member, row in enumerate(rows):
-        single = alone(shared, row, kind)
+        single = alone(shared, row, kind, group.problem.ng)
         found = ff.members.take((at.params, at.context), member)
         torch.testing.assert_close(found, (single.snapshot.params, single.snapshot.context), rtol=1e-10, atol=1e-10)
         for name in ("train_loss", "test_loss", "skipped"):
@@ -103,10 +104,13 @@ def test_a_member_is_its_single_run(optim, numbers, kind):
 def test_a_seed_for_all_is_the_single_run_too():
     """Batches, labels and dropout seeds are then shared, without an axis of members."""
     shared, rows = config("kfac", **FIXED), [{"momentum": 0.9}, {"momentum": 0.5}, {"momentum": 0.0}]
-    _, at = grouped(shared, rows, "norm")
+    group, at = grouped(shared, rows, "norm")
     for member, row in enumerate(rows):
         torch.testing.assert_close(
-            ff.members.take(at.params, member), alone(shared, row, "norm").snapshot.params, rtol=1e-10, atol=1e-10
+            ff.members.take(at.params, member),
+            alone(shared, row, "norm", group.problem.ng).snapshot.params,
+            rtol=1e-10,
+            atol=1e-10,
         )
 
 
@@ -128,8 +132,8 @@ def test_a_member_that_diverges_is_frozen_and_leaves_the_others_bit_for_bit(opti
 
 def test_one_member_runs_without_vmap_and_is_the_same():
     shared, rows = config("kfac", **FIXED), [{"lr": 0.3}]
-    _, at = grouped(shared, rows, "norm")
-    single = alone(shared, rows[0], "norm").snapshot
+    group, at = grouped(shared, rows, "norm")
+    single = alone(shared, rows[0], "norm", group.problem.ng).snapshot
     torch.testing.assert_close(ff.members.take(at.params, 0), single.params, rtol=1e-10, atol=1e-10)
 
 
