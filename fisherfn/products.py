@@ -17,7 +17,7 @@ WIDE = 256
 """Width from which a product of many rows with themselves is split into blocks."""
 
 
-def matmul(x: Float[Tensor, "*k m j"], y: Float[Tensor, "*k j i"]) -> Float[Tensor, "*k m i"]:
+def matmul(x: Float[Tensor, "... m j"], y: Float[Tensor, "... j i"]) -> Float[Tensor, "... m i"]:
     """Return `x y`; for two batches of matrices in one call, where `@` takes six."""
     return torch.bmm(x, y) if x.ndim == y.ndim == 3 and x.shape[0] == y.shape[0] else x @ y
 

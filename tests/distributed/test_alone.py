@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import fisherfn as ff
 from fisherfn import errors as E
+from fisherfn.adapt.quadratic import without_examples
 from fisherfn.distributed import Ranks, data_parallel
 from fisherfn.distributed.natgrad import shared
 from fisherfn.distributed.ranks import Shard
@@ -102,3 +103,29 @@ def test_a_shard_knows_its_place():
     assert (shard.start, shard.own, shard.total) == (3, 0, 5)
     assert not shard.weighted(torch.full((2,), torch.nan)).any()
     assert stand_in((torch.ones(0, 3), torch.ones(0)))[0].shape == (1, 3)
+
+
+def test_a_tap_of_a_group_has_the_type_and_the_windows_of_one_process():
+    problem, x, y = equal.batch()
+    ng = problem.build(method="kfac")
+    alone = data_parallel(ng)
+    noise = alone.noise((x, y), zoo.generator(0))
+    stats, same = alone.stats(problem.params, (x, y), noise=noise), ng.stats(problem.params, (x, y), noise=noise)
+    assert [stats.first(wanted, len(x)) for wanted in (2, len(x), 100)] == [2, len(x), len(x)]
+    for key in stats.layers:
+        found, expected = stats.lazy_tap(key), same.lazy_tap(key)
+        assert found.dtype == expected.dtype
+        close(
+            {str(at): part.g for at, part in enumerate(found.windows())},
+            {str(at): part.g for at, part in enumerate(expected.windows())},
+        )
+
+
+def test_a_rank_without_examples_adds_nothing_to_the_quadratic_model():
+    problem, x, y = equal.batch()
+    ng = data_parallel(problem.build(method="kfac"))
+    directions = [zoo.random_tree(problem.params, seed) for seed in (1, 2)]
+    model = without_examples(directions, torch.zeros(0))
+    assert not model.slope.any() and not model.curvature.any() and len(model.losses) == 0
+    close({"gram": model.gram[0, 1]}, {"gram": ff.tree.dot(*directions)})
+    assert ng._stand_in_context(None) is None
