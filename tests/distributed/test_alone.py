@@ -129,3 +129,15 @@ def test_a_rank_without_examples_adds_nothing_to_the_quadratic_model():
     assert not model.slope.any() and not model.curvature.any() and len(model.losses) == 0
     close({"gram": model.gram[0, 1]}, {"gram": ff.tree.dot(*directions)})
     assert ng._stand_in_context(None) is None
+
+
+def test_step_sizes_of_the_quadratic_model_are_those_of_one_process():
+    """For classes the default rule is the KL bound, whose steps do not depend on the scale of the model."""
+    problem, x, y = equal.batch()
+    found = []
+    for ng in (problem.build(method="kfac"), data_parallel(problem.build(method="kfac"))):
+        opt = ff.adaptive(ng, rule="model")
+        state = opt.init(problem.params)
+        _, _, info = opt.step(problem.params, state, (x, y), generator=zoo.generator(0))
+        found.append(info.adapted._asdict())
+    close(found[1], found[0])
