@@ -34,7 +34,9 @@ def batch(id: str = PROBLEM, n: int = 16):
 def trained(ng, params, x, y, how: str, steps: int = STEPS):
     """The parameters after some steps, with inverses of every second one."""
     random = torch.Generator().manual_seed(0)
-    opt = ff.adaptive(ng) if how == "adaptive" else None
+    # the default for classes is the KL bound; K-FAC stands for steps whose sizes come from the quadratic model
+    rule = "model" if ng.method.name == "kfac" else "auto"
+    opt = ff.adaptive(ng, rule=rule) if how == "adaptive" else None
     state = ng.init(params, damping=0.1) if opt is None else opt.init(params)
     for k in range(steps):
         cadence = {"update": k % 4 != 3, "invert": k % 2 == 0, "generator": random}
