@@ -1,6 +1,7 @@
 """Compiled steps of the drop-in optimizer: the same run, one trace per kind of step, copies, errors that teach."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -40,19 +41,24 @@ def test_a_compiled_optimizer_makes_the_steps_of_a_plain_one(settings):
 def test_each_kind_of_step_is_traced_once_and_a_scheduler_changes_no_kind(monkeypatch):
     traced = []
     monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(options) or graph)
-    net, opt = optimizer(True, **FIXED)
-    for batch in batches(8):
+    net, opt = optimizer(True)
+    for batch in batches(4):
         opt.param_groups[0]["lr"] *= 0.9
         opt.step(batch)
     assert len(traced) == 2 and "backend" not in traced[0]  # with a refresh, and without
 
 
-def test_a_copy_traces_for_the_copied_net():
+def pickled(both):
+    return pickle.loads(pickle.dumps(both))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_traces_for_the_copied_net(copied):
     net, opt = optimizer(EAGER, **FIXED)
     run(net, opt, batches(2))
-    other, copied = copy.deepcopy((net, opt))
+    other, twin = copied((net, opt))
     expected = run(net, opt, batches(2))
-    found = run(other, copied, batches(2))
+    found = run(other, twin, batches(2))
     assert found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in found[1])
 
 
