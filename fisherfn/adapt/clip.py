@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number
+from fisherfn.likelihoods import Categorical
+from fisherfn.natgrad import NaturalGradient
 from fisherfn.types import Tree
+
+KL_BOUND = 1e-3
+"""The default κ, in nats per label."""
 
 
 def kl_clip(
@@ -64,3 +70,13 @@ def clip_factor(inner: Tensor, *, lr: float | Tensor, kl_bound: Any) -> Tensor:
     length = inner.abs() * lr**2
     ratio: Tensor = kl_bound / length.clamp(min=torch.finfo(length.dtype).tiny)
     return ratio.sqrt().clamp(max=1.0)
+
+
+def default_kl_bound(ng: NaturalGradient) -> float:
+    """Return the default κ, in nats per example: 1e-3 for each label of an example.
+
+    A sequence or an image with a class at each position has as many labels as positions, and their divergences add up.
+    A bound of 1e-3 for 64 positions together would make each step an eighth as long.
+    """
+    classes = isinstance(ng.likelihood, Categorical)
+    return KL_BOUND * (math.prod(ng.layout.output_shape[:-1]) if classes else 1)

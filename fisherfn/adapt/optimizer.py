@@ -52,7 +52,7 @@ START, FLOOR = 20.0, 1.0
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
-LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
+LEARNING_RATE, MOMENTUM = 1.0, 0.9
 """The values of "auto" for the rule "clip"."""
 
 

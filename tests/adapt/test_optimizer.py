@@ -83,6 +83,19 @@ def test_classes_take_the_clip_and_images_the_model():
     assert ff.adaptive(built(mlp(), "exactNG")).rule == "line_search"
 
 
+def test_a_sequence_makes_the_step_that_its_positions_make_as_examples():
+    """The loss, F̂, the automatic damping and the automatic KL bound grow with the number of positions alike."""
+    flat = mlp(ff.Categorical(), examples=40)
+    long = flat._replace(x=flat.x.reshape(8, 5, 3), y=flat.y.reshape(8, 5))
+    steps = []
+    for problem in (flat, long):
+        opt = ff.adaptive(built(problem, fisher="type2"))
+        new, _, info = opt.step(problem.params, opt.init(problem.params), (problem.x, problem.y))
+        assert info.adapted.learning_rate < 1  # within the bound
+        steps.append(ff.tree.add(new, problem.params, scale=-1))
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=0)
+
+
 def test_the_clip_is_that_of_kl_clip_with_momentum():
     problem = mlp(ff.Categorical(), examples=40)
     ng = built(problem)
