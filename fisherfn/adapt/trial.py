@@ -20,12 +20,27 @@ from fisherfn.types import PyTree, Tree
 PART, LEAST = 8, 32
 """The quadratic model is that of the first N / PART examples, but of at least so many."""
 
+SIGMAS = 2.0
+"""Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted."""
+
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
 
 
 class Tried(NamedTuple):
-    """A step before it is accepted: the new parameters, the predicted and the actual change of the loss."""
+    """A step before it is accepted.
+
+    Attributes:
+        params: the new parameters.
+        update: δ.
+        learning_rate: α.
+        momentum: μ.
+        predicted: change of the loss that the quadratic model predicts.
+        actual: change of the loss.
+        error: standard error of `actual` as an estimate for other examples.
+        before: loss before the step.
+        fitted: whether the step was fitted to these examples, by the model or a search.
+    """
 
     params: Tree
     update: Tree
@@ -33,7 +48,18 @@ class Tried(NamedTuple):
     momentum: Tensor
     predicted: Tensor
     actual: Tensor
+    error: Tensor
     before: Tensor
+    fitted: bool
+
+    @property
+    def tolerance(self) -> Tensor:
+        """Return the increase of the loss up to which the step is accepted.
+
+        A step fitted to its examples lowers their loss unless the model is wrong. One of given length need not: for
+        noisy labels the loss of 32 examples often increases while that of the whole batch decreases.
+        """
+        return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
 
 
 class Examples(NamedTuple):
@@ -48,6 +74,8 @@ class Examples(NamedTuple):
     stats: Stats
     held: int
     """Number of the examples that this process holds."""
+    count: int
+    """Number of the examples, on all processes."""
 
     @classmethod
     def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
@@ -60,11 +88,11 @@ class Examples(NamedTuple):
         n = stats.total(here)
         wanted = max(n // PART, LEAST) if wanted is None else wanted
         if ng.layout.couples or wanted >= n:
-            return cls(ng, (x, y), context, stats, here)
+            return cls(ng, (x, y), context, stats, here, n)
         held = stats.first(wanted, here)
         part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))
         context = None if context is None else window(ng.layout, context, slice(0, held))
-        return cls(ng, part, context, stats, held)
+        return cls(ng, part, context, stats, held, wanted)
 
     def losses(self, params: Tree) -> Float[Tensor, " n"]:
         """Return the loss of each example that this process holds."""
@@ -88,6 +116,13 @@ class Examples(NamedTuple):
         """Return the means over all examples of quantities that each process has for its own."""
         here = tuple(each.mean() if self.held else each.sum() for each in losses)
         return self.stats.mean(here, self.held)  # type: ignore[no-any-return]
+
+    def change(self, new: Tree, before: Float[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean change of the loss, its standard error, and the mean loss before."""
+        before = before.double()
+        each = self.losses(new).double() - before
+        change, square, loss = self.means(each, each.square(), before)
+        return change, ((square - change.square()).clamp(min=0) / self.count).sqrt(), loss
 
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""

@@ -142,6 +142,23 @@ def test_a_step_that_raises_the_loss_is_rejected_and_doubles_lambda():
     assert float(after.shrink) == 0.5, "halved by this rejection alone"
 
 
+@pytest.mark.parametrize(("ones", "rejected"), [(17, False), (22, True)])
+def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, rejected):
+    """The step goes towards class 0, against the labels of a few more than half of the 32 examples of the trial."""
+    start = {"w": torch.zeros(2, 1, dtype=torch.float64)}
+    x = torch.ones(256, 1, dtype=torch.float64)
+    y = torch.zeros(256, dtype=torch.int64)
+    y[:ones] = 1
+    problem = Problem(lambda p, x: x @ p["w"].T, start, x, y, ff.Categorical())
+    mean = (ones - 16) / 16  # of the changes ±1 of the logit, with variance 1 − mean²
+    assert rejected == (mean > 2 * ((1 - mean**2) / 32) ** 0.5)
+    _, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
+    assert bool(info.adapted.rejected) == rejected
+    assert info.adapted.reduction_ratio < 0  # their loss increased
+    # a step that the model fits to these examples lowers their loss
+    assert not steps(problem, ff.adaptive(built(problem), rule="model"), 1)[2][0].adapted.rejected
+
+
 def test_a_given_damping_is_left_alone_by_good_steps():
     problem = mlp(examples=80)
     _, state, infos = steps(problem, ff.adaptive(built(problem), damping=0.3), 8)
