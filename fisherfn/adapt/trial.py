@@ -21,7 +21,11 @@ PART, LEAST = 8, 32
 """The quadratic model is that of the first N / PART examples, but of at least so many."""
 
 SIGMAS = 2.0
-"""Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted."""
+"""Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
+
+If the steps have no effect but noise, 2 % of them are then rejected. Each doubles λ, and good steps let it decay by 5 %.
+With more than 7 % rejections λ would grow without end.
+"""
 
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
@@ -56,7 +60,7 @@ class Tried(NamedTuple):
     def tolerance(self) -> Tensor:
         """Return the increase of the loss up to which the step is accepted.
 
-        A step fitted to its examples lowers their loss unless the model is wrong. One of given length need not: for
+        A step fitted to its examples lowers their loss unless the model is wrong. One of given length need not: with
         noisy labels the loss of 32 examples often increases while that of the whole batch decreases.
         """
         return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
