@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.labels import labels_per_example
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number
-from fisherfn.likelihoods import Categorical
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.types import Tree
 
@@ -75,8 +74,6 @@ def clip_factor(inner: Tensor, *, lr: float | Tensor, kl_bound: Any) -> Tensor:
 def default_kl_bound(ng: NaturalGradient) -> float:
     """Return the default κ, in nats per example: 1e-3 for each label of an example.
 
-    A sequence or an image with a class at each position has as many labels as positions, and their divergences add up.
-    A bound of 1e-3 for 64 positions together would make each step an eighth as long.
+    A bound of 1e-3 for the 64 positions of a sequence together would make each step an eighth as long.
     """
-    classes = isinstance(ng.likelihood, Categorical)
-    return KL_BOUND * (math.prod(ng.layout.output_shape[:-1]) if classes else 1)
+    return KL_BOUND * labels_per_example(ng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -11,14 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.labels import labels_per_example
 from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, Stats, pair, run, window
 from fisherfn.types import PyTree, Tree
 
-PART, LEAST = 8, 32
-"""The quadratic model is that of the first N / PART examples, but of at least so many."""
+PART, LABELS, EXAMPLES = 8, 32, 8
+"""The quadratic model is that of the first N / PART examples, but of at least so many labels and examples."""
 
 SIGMAS = 2.0
 """Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
@@ -83,14 +85,16 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
-        """Return the first `wanted` examples of a batch with these statistics; None for an eighth, at least 32.
+        """Return the first `wanted` examples of a batch with these statistics.
 
+        None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more.
         They are all if the net mixes them (batch norm in training mode).
         """
         x, y = pair(batch)
         here = tree.leaves(x)[0].shape[0]
         n = stats.total(here)
-        wanted = max(n // PART, LEAST) if wanted is None else wanted
+        if wanted is None:
+            wanted = max(n // PART, EXAMPLES, math.ceil(LABELS / labels_per_example(ng)))
         if ng.layout.couples or wanted >= n:
             return cls(ng, (x, y), context, stats, here, n)
         held = stats.first(wanted, here)

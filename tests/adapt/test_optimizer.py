@@ -159,6 +159,20 @@ def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, reje
     assert not steps(problem, ff.adaptive(built(problem), rule="model"), 1)[2][0].adapted.rejected
 
 
+@pytest.mark.parametrize(
+    ("examples", "positions", "expected"), [(20, 1, 20), (80, 1, 32), (320, 1, 40), (20, 2, 16), (20, 9, 8), (80, 9, 10)]
+)
+def test_the_model_has_an_eighth_of_the_batch_and_enough_labels(examples, positions, expected):
+    flat = mlp(ff.Categorical(), examples=examples * positions)
+    shape = (examples,) if positions == 1 else (examples, positions)
+    problem = flat._replace(x=flat.x.reshape(*shape, 3), y=flat.y.reshape(shape))
+    opt = ff.adaptive(built(problem), damping=0.1)
+    found, same = (steps(problem, each, 1)[2][0].adapted for each in (opt, replace(opt, model_examples=expected)))
+    assert torch.equal(found.reduction_ratio, same.reduction_ratio)
+    other = steps(problem, replace(opt, model_examples=expected - 1), 1)[2][0].adapted
+    assert not torch.equal(found.reduction_ratio, other.reduction_ratio)
+
+
 def test_a_given_damping_is_left_alone_by_good_steps():
     problem = mlp(examples=80)
     _, state, infos = steps(problem, ff.adaptive(built(problem), damping=0.3), 8)
