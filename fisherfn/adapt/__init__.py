@@ -24,6 +24,7 @@ __all__ = [
     "adapted_damping",
     "adaptive",
     "clip_factor",
+    "default_kl_bound",
     "kl_clip",
     "line_search",
     "norm_clip",

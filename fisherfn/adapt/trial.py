@@ -25,8 +25,8 @@ PART, LABELS, EXAMPLES = 8, 32, 8
 SIGMAS = 2.0
 """Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
 
-If the steps have no effect but noise, 2 % of them are then rejected. Each doubles λ, and good steps let it decay by 5 %.
-With more than 7 % rejections λ would grow without end.
+If the steps have no effect but noise, 2 % of them are then rejected. Each rejection doubles λ, and each good step
+lowers it by 5 %: with more than 7 % rejections λ would grow without end.
 """
 
 GRID = 16
@@ -80,7 +80,7 @@ class Examples(NamedTuple):
     stats: Stats
     held: int
     """Number of the examples that this process holds."""
-    count: int
+    size: int
     """Number of the examples, on all processes."""
 
     @classmethod
@@ -130,7 +130,7 @@ class Examples(NamedTuple):
         before = before.double()
         each = self.losses(new).double() - before
         change, square, loss = self.means(each, each.square(), before)
-        return change, ((square - change.square()).clamp(min=0) / self.count).sqrt(), loss
+        return change, ((square - change.square()).clamp(min=0) / self.size).sqrt(), loss
 
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""

@@ -160,7 +160,8 @@ def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, reje
 
 
 @pytest.mark.parametrize(
-    ("examples", "positions", "expected"), [(20, 1, 20), (80, 1, 32), (320, 1, 40), (20, 2, 16), (20, 9, 8), (80, 9, 10)]
+    ("examples", "positions", "expected"),
+    [(20, 1, 20), (80, 1, 32), (320, 1, 40), (20, 2, 16), (20, 9, 8), (80, 9, 10)],
 )
 def test_the_model_has_an_eighth_of_the_batch_and_enough_labels(examples, positions, expected):
     flat = mlp(ff.Categorical(), examples=examples * positions)
