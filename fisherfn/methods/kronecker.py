@@ -86,7 +86,7 @@ def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
         if not kron.is_diagonal(QA):
             a = rows.times(a, QA)
         if not kron.is_diagonal(QG):
-            g = g @ QG[:, None, None]
+            g = rows.times_each(g, QG)
         parts.append(squares(Tap(a, g)))
     total = torch.stack(parts).sum(0) / tap.sizes.n
     # the basis of a diagonal is a diagonal: that of `eigh` is the identity, that of a pencil is not
