@@ -50,6 +50,7 @@ FLOORS = {
             "joined",
             "per_example",
             "free_constant",
+            "shares",
         ],
         Floor("ground", 0),
     ),
@@ -66,6 +67,7 @@ FLOORS = {
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
     **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),
+    "staggered": Floor("roof", 6.5),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }

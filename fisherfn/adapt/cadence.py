@@ -18,7 +18,7 @@ class Due(NamedTuple):
     """The refreshes of one step, passed as `ng.step(..., **due._asdict())`."""
 
     update: bool
-    invert: bool
+    invert: bool | frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -81,16 +81,16 @@ def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Te
     r"""Compute eigenvalues (ascending) and eigenvectors of finite symmetric matrices, in their own precision.
 
     In float32, LAPACK's divide and conquer fails, with an error or with NaN, for many valid matrices of low rank with
-    rows of zeros, such as the factors of layers with dead units. So it gets the matrix $HMH$ with the reflection
-    $H = I - 2 v v^\top$ along a generic v. It has the same eigenvalues, no row of zeros, and the eigenvectors $HQ$; both
-    products cost O(d²) per matrix or vector. If LAPACK fails all the same, the decomposition is repeated in float64,
-    which takes twice as long; a compiled step cannot repeat it, and refuses NaN by its masks.
+    rows of zeros, such as the factors of layers with dead units. So it gets the matrix $HMH$, with the reflection
+    $H = I - 2 v v^\top$ along a generic v. This matrix has the same eigenvalues, no row of zeros, and the eigenvectors
+    $HQ$; a product with H takes O(d²). If LAPACK fails all the same, the decomposition is repeated in float64, which
+    takes twice as long. A compiled step cannot repeat it; its masks refuse NaN.
     """
     if matrix.dtype == torch.float64:
         return torch.linalg.eigh(matrix)  # type: ignore[no-any-return]
     try:
         values, vectors = _reflected_eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _eigh64(matrix)
     readable = tree.is_concrete(vectors) and vectors.device.type == "cpu"
     return _eigh64(matrix) if readable and not torch.isfinite(vectors.sum()) else (values, vectors)

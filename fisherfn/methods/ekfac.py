@@ -52,6 +52,7 @@ class EKFAC(KroneckerMethod):
 
     name = "ekfac"
     fit_passes = 2
+    inverts_updated = True
 
     def init_block(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor

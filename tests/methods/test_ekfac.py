@@ -171,7 +171,7 @@ def test_a_step_without_invert_moves_the_scalings_in_the_old_basis():
 
 
 def test_eigenvalues_are_transferred_as_the_diagonal_of_the_old_operator():
-    """By definition, on dense matrices, at every precision; what is numerical noise may be zero."""
+    """The definition, on dense matrices of two groups."""
     problem = given(*taps_of((2, 1, 6, 1, 4, 5)))
     _, one, _ = fit(problem.run, problem.params, FAMILY["ekfac"]())
     _, two, _ = fit(given(*taps_of((2, 1, 6, 1, 4, 5), seed=3)).run, problem.params, FAMILY["ekfac"]())
