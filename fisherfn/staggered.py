@@ -11,11 +11,18 @@ E-KFAC finds its eigenvectors in updates, so its blocks are dealt to the steps w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fisherfn.adapt import Due
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.shares import costs, owners
+
+
+class DueBlocks(NamedTuple):
+    """The refreshes of one step, passed as `ng.step(..., **due._asdict())`: statistics, and the blocks to invert."""
+
+    update: bool
+    invert: bool | frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,9 @@ class Staggered:
     update_every: int
     groups: tuple[frozenset[str], ...]
 
-    def __call__(self, step: int) -> Due:
+    def __call__(self, step: int) -> DueBlocks:
         """Return the refreshes of step number `step`, counted from 0; the first inverts all blocks."""
-        return Due(step % self.update_every == 0, self.groups[step % len(self.groups)] if step else True)
+        return DueBlocks(step % self.update_every == 0, not step or self.groups[step % len(self.groups)])
 
 
 def staggered(ng: NaturalGradient, update_every: int = 5, invert_every: int = 10) -> Staggered:

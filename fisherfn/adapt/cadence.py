@@ -18,7 +18,7 @@ class Due(NamedTuple):
     """The refreshes of one step, passed as `ng.step(..., **due._asdict())`."""
 
     update: bool
-    invert: bool | frozenset[str]
+    invert: bool
 
 
 @dataclass(frozen=True)

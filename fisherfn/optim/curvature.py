@@ -115,7 +115,7 @@ class Curvature(Copies):
     @property
     def inverts(self) -> bool:
         """True if the next step refreshes the inverses."""
-        return bool(self._cadence(self.steps).invert) or self._again()
+        return self._cadence(self.steps).invert or self._again()
 
     def _again(self) -> bool:
         """Return True if the last step was rejected; then everything is refreshed at once."""
