@@ -41,7 +41,7 @@ from fisherfn.methods import (
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
-from fisherfn.staggered import Staggered, staggered
+from fisherfn.stagger import Staggered, staggered
 from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional, join
 from fisherfn.taps import Tap

@@ -98,7 +98,7 @@ def test_results_of_a_run_are_written_and_shown(tmp_path, capsys):
 
 
 def test_percentiles_are_of_single_steps():
-    """Of 1 to 101 milliseconds: the values below which half and 99 in a hundred lie."""
+    """The values below which half and 99 in a hundred of 1 to 101 milliseconds lie."""
     assert latency.spread([float(ms) for ms in range(1, 102)]) == (51.0, 100.0, 101.0)
 
 
