@@ -41,6 +41,7 @@ from fisherfn.methods import (
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
+from fisherfn.stagger import Staggered, staggered
 from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional, join
 from fisherfn.taps import Tap
@@ -74,6 +75,7 @@ __all__ = [
     "QuadraticModel",
     "Spring",
     "SpringState",
+    "Staggered",
     "State",
     "Stats",
     "Tap",
@@ -109,6 +111,7 @@ __all__ = [
     "optim",
     "quadratic_model",
     "spring",
+    "staggered",
     "sum_of_terms",
     "tree",
     "two_level",

@@ -99,6 +99,7 @@ TESTS = (
     "tests/test_natgrad.py",
     "tests/test_oracles.py",
     "tests/test_rows.py",
+    "tests/test_staggered.py",
     "tests/test_tree.py",
     "tests/test_unused.py",
     "tests/adapt/test_optimizer.py::test_a_line_search_takes_the_best_of_its_grid",
