@@ -7,6 +7,7 @@ because a rank has ended or does not answer raises `RankError` on the ranks that
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherfn.errors import RankError, StructureError
+
+MOMENT = 5.0
+"""Seconds that a rank waits for the others to report a failure, to name the one that does not."""
 
 PARTS = 3
 """Numbers of single precision that together hold one number of double precision."""
@@ -158,11 +162,30 @@ class Ranks:
             yield
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0][:200]
+            silent = self._silent()
+            named = f"No word from rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}. " if silent else ""
             raise RankError(
                 f"rank {self.rank} of {self.size} did not get the others' part of the message {what!r} ({first}). "
-                "Another rank has ended, does not answer, or is at another call: look at the first error in the "
-                "output of the other ranks. Then start all ranks again from the last checkpoint."
+                f"{named}Another rank has ended, does not answer, or is at another call: look at the first error in "
+                "the output of the other ranks. Then start all ranks again from the last checkpoint."
             ) from error
+
+    def _silent(self) -> list[int]:
+        """Return the ranks that do not report the failure to the store through which the group was formed.
+
+        A rank that still waits in the failed message has not reported it, so all ranks are given a moment.
+        """
+        members = [dist.get_global_rank(self.group or dist.group.WORLD, rank) for rank in range(self.size)]
+        began, silent = time.monotonic(), list(range(self.size))
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"fisherfn/failed/{members[self.rank]}", "")
+            while silent and time.monotonic() - began < (MOMENT if len(silent) > 1 else MOMENT / 5):
+                time.sleep(0.05)
+                silent = [rank for rank in range(self.size) if not store.check([f"fisherfn/failed/{members[rank]}"])]
+        except (RuntimeError, ValueError):  # the store was in the rank that has ended
+            return []
+        return silent
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
