@@ -143,7 +143,7 @@ def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
     """Return the mean loss, and the accuracy if the targets are classes."""
-    total, right, examples = 0.0, 0, data[0].shape[0]
+    total, right, examples = 0.0, 0.0, data[0].shape[0]
     classes = not data[1].is_floating_point()
     data = data[0][ranks.part(examples)], data[1][ranks.part(examples)]
     batch_size = 2048 if data[0].ndim == 2 else 256  # the outputs of a convolution are many times the size of an image

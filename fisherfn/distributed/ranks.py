@@ -131,10 +131,19 @@ class Ranks:
         return self._gather(what, numbers.to(self.device)).cpu()
 
     def gathered(self, what: str, mine: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Return the tensors of every rank as bytes, in one message; `sizes` are the numbers of bytes of the ranks."""
-        longest = max(sizes)
+        """Return the tensors of every rank as bytes, in one message; `sizes` are the numbers of bytes of the ranks.
+
+        A gather pads all parts to the longest one. Where that is more than a sum sends (twice the whole), as with more
+        ranks than blocks, each rank writes its part into zeros, and these are added up.
+        """
+        longest, whole = max(sizes), sum(sizes)
         flat = torch.cat([to_bytes(tensor) for tensor in mine]) if mine else torch.zeros(0, dtype=torch.uint8)
         device = flat.device if mine else self.device
+        if self.size * longest > 2 * whole:
+            summed, start = torch.zeros(whole, dtype=torch.uint8, device=device), sum(sizes[: self.rank])
+            summed[start : start + len(flat)] = flat
+            self._sum(what, summed)
+            return list(summed.split(list(sizes)))
         padded = torch.cat([flat.to(device), torch.zeros(longest - len(flat), dtype=torch.uint8, device=device)])
         return [row[:size] for row, size in zip(self._gather(what, padded), sizes, strict=True)]
 
@@ -175,7 +184,8 @@ class Ranks:
 
         A rank that still waits in the failed message has not reported it, so all ranks are given a moment.
         """
-        members = [dist.get_global_rank(self.group or dist.group.WORLD, rank) for rank in range(self.size)]
+        group: Any = self.group or dist.group.WORLD
+        members = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         began, silent = time.monotonic(), list(range(self.size))
         try:
             store = dist.distributed_c10d._get_default_store()

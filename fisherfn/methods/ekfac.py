@@ -73,12 +73,17 @@ class EKFAC(KroneckerMethod):
         bases = {key: self._moments_and_basis(old[key], tap, rho, inverting) for key, tap in taps.items()}
         measures = {key: partial(diagonal, QA=QA, QG=QG) for key, (_, _, QA, QG) in bases.items()}
         for key, new in means(taps, measures).items():
-            scale = torch.lerp(new, moved(old[key], *bases[key][2:]), rho.to(new.dtype))
-            yield key, Factors(*bases[key], scale), {}
+            A, G, QA, QG = bases[key]
+            scale = torch.lerp(new, moved(old[key], QA, QG), rho.to(new.dtype))
+            yield key, Factors(A, G, QA, QG, scale), {}
 
-    def _moments_and_basis(self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool) -> tuple[Factor, ...]:
+    def _moments_and_basis(
+        self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool
+    ) -> tuple[Factor, Factor, Factor, Factor]:
+        """Return the averaged moments and their basis: the old one, unless `inverting`."""
         A, G = factorwise(Pair(old.A, old.G), moments(tap, self.diagonal_above), rho)
-        return A, G, *((psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG))
+        QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
+        return A, G, QA, QG
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
         """Replace the basis by that of the moments; the second pass measures the eigenvalues in it."""

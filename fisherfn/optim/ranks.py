@@ -1,4 +1,4 @@
-"""The drop-in classes in several processes: each passes its part of the batch, and statistics are those of all parts."""
+"""The drop-in classes in several processes: each passes its part of the batch, and all take the step of the whole."""
 
 from __future__ import annotations
 
