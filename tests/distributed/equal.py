@@ -163,7 +163,7 @@ def errors(rank, group):
         "generator": lambda: ng.stats(params, (x, y), generator=random),
         "arguments": lambda: ng.stats(params, (x, y), generator=same, curvature=first),
         "empty": lambda: ng.stats(params, (x[:0], y[:0]), generator=same),
-        "step": lambda: ng.step(params, state, (x, y), generator=same, invert=first),
+        "invert": lambda: ng.step(params, state, (x, y), generator=same, invert=first),
         "state": lambda: ng.step_from(state if first else (), found_stats),
         "unreduced": lambda: ng.step_from(state, found_stats if first else local_stats),
         "norm": lambda: data_parallel(norm(), group=group),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def together(size: int, task: str, folder: Path, seconds: float = 120.0) -> list[Any]:
+def together(size: int, task: str, folder: Path, seconds: float = 600.0) -> list[Any]:
     """Return what the function `task` ("module:function") returned on each of `size` connected ranks."""
     command = [sys.executable, "-m", "tests.distributed.ranks", task, str(folder), str(size)]
     quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'apps'}"}

@@ -83,7 +83,7 @@ def test_a_step_sends_gradient_moments_and_inverses_once(ranks):
         ("generator", "RankError: the ranks disagree on the generator"),
         ("arguments", "RankError: the ranks disagree on the arguments of ng.stats"),
         ("empty", "EmptyBatchError: no rank has an example"),
-        ("step", "RankError: the ranks disagree on the arguments of a step (invert"),
+        ("invert", "RankError: the ranks disagree on the arguments of a step (invert"),
         ("state", "RankError: the call failed on rank 1 of 2, so no rank can go on. Rank 1: StructureError"),
         ("unreduced", "RankError: the call failed on rank 1 of 2, so no rank can go on. Rank 1: StructureError"),
         ("norm", "StructureError: the net couples the examples of a batch (batch norm"),
