@@ -37,7 +37,7 @@ def trained(ng, params, x, y, how: str, steps: int = STEPS):
     random = torch.Generator().manual_seed(0)
     # the default for classes is the KL bound; K-FAC stands for steps whose sizes come from the quadratic model
     rule = "model" if ng.method.name == "kfac" else "auto"
-    opt = ff.adaptive(ng, rule=rule) if how == "adaptive" else None
+    opt = ff.adaptive(ng, rule=rule, model_examples=5) if how == "adaptive" else None
     state = ng.init(params, damping=0.1) if opt is None else opt.init(params)
     for k in range(steps):
         cadence = {"update": k % 4 != 3, "invert": k % 2 == 0, "generator": random}
