@@ -21,7 +21,10 @@ while [[ $1 == --* ]]; do shift; done
 trap 'kill -TERM "${pids[@]}"' TERM
 for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
 highest=0
-for pid in "${pids[@]}"; do while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done; ((code > highest)) && highest=$code; done
+for pid in "${pids[@]}"; do
+    while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done
+    ((code > highest)) && highest=$code
+done
 exit "$highest"
 """
 SCONTROL = '#!/usr/bin/env bash\necho "$@" >>scontrol.log\n'
