@@ -8,6 +8,7 @@ from fisherfn.methods.deflation import deflation
 from fisherfn.methods.ekfac import ekfac
 from fisherfn.methods.exact import exact
 from fisherfn.methods.kfac import kfac
+from fisherfn.methods.kfac_by_term import kfac_by_term
 from fisherfn.methods.kfac_corrected import kfac_corrected
 from fisherfn.methods.kl_optimal import kl_optimal
 from fisherfn.methods.kpsvd import kpsvd
@@ -52,6 +53,7 @@ __all__ = [
     "ekfac",
     "exact",
     "kfac",
+    "kfac_by_term",
     "kfac_corrected",
     "kl_optimal",
     "kpsvd",

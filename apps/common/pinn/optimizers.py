@@ -73,9 +73,9 @@ class Natural:
 class Kronecker:
     """K-FAC with step size and momentum from the quadratic model of all points, and a fixed λ."""
 
-    def __init__(self, posed: Posed, params: Tree, settings: Settings) -> None:
+    def __init__(self, posed: Posed, params: Tree, settings: Settings, method: Any) -> None:
         self.posed, self.settings = posed, settings
-        self.ng = ff.sum_of_terms(posed.terms, params, method=ff.kfac("eigen"))
+        self.ng = ff.sum_of_terms(posed.terms, params, method=method)
 
     def init(self, params: Tree) -> Any:
         """Return the curvature and the last update."""
@@ -157,6 +157,7 @@ DEFAULTS = {
     "exact_block": Settings(1e-10, 0.0, None),
     "spring": Settings(1e-10, 0.9, None),
     "kfac": Settings(1e-1, 0.0, None),
+    "kfac_by_term": Settings(1e-1, 0.0, None),
     "adam": Settings(0.0, 0.0, 1e-3),
     "lbfgs": Settings(0.0, 0.0, 1.0),
 }
@@ -169,8 +170,9 @@ def optimizer_of(name: str, posed: Posed, params: Tree, settings: Settings) -> O
         return Natural(posed, params, settings, ff.exact("full" if name == "exact" else "block"))
     if name == "spring":
         return Natural(posed, params, settings, ff.exact(), spring=True)
-    if name == "kfac":
-        return Kronecker(posed, params, settings)
+    if name in ("kfac", "kfac_by_term"):
+        method = ff.kfac("eigen") if name == "kfac" else ff.kfac_by_term()
+        return Kronecker(posed, params, settings, method)
     if name == "adam":
         return Torch(posed, params, lambda leaves: torch.optim.Adam(leaves, lr=settings.lr or 1e-3))
     return Torch(
