@@ -25,7 +25,7 @@ from fisherfn.fisher import Fisher
 from fisherfn.free_constant import centred
 from fisherfn.influence import example_gradients, influence_scores
 from fisherfn.laplace import Laplace, LaplaceState, laplace
-from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Weighted
 from fisherfn.methods import (
     METHODS,
     deflation,
@@ -80,6 +80,7 @@ __all__ = [
     "Tap",
     "Term",
     "TermSum",
+    "Weighted",
     "adaptive",
     "centred",
     "check",
