@@ -29,6 +29,7 @@ from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, W
 from fisherfn.methods import (
     METHODS,
     deflation,
+    dense,
     ekfac,
     exact,
     kfac,
@@ -87,6 +88,7 @@ __all__ = [
     "compile",
     "conjugate_gradients",
     "deflation",
+    "dense",
     "distributed",
     "dropout_seeds",
     "ekfac",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fisherfn.base import Method
 from fisherfn.errors import expect, unknown
 from fisherfn.methods.deflation import deflation
+from fisherfn.methods.dense import dense
 from fisherfn.methods.ekfac import ekfac
 from fisherfn.methods.exact import exact
 from fisherfn.methods.kfac import kfac
@@ -50,6 +51,7 @@ def named(method: Method | str) -> Method:
 __all__ = [
     "METHODS",
     "deflation",
+    "dense",
     "ekfac",
     "exact",
     "kfac",
