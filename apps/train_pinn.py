@@ -80,7 +80,9 @@ def completed(config: PinnConfig) -> PinnConfig:
     widths = widths_of(model)
     if widths[0] != problem.dimensions or widths[-1] != 1:
         raise ConfigError(f"model must have {problem.dimensions} inputs and 1 output for {config.data}, got {model}")
-    filled = {name: getattr(default, name) for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None}
+    filled = {
+        name: getattr(default, name) for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None
+    }
     return dataclasses.replace(config, model=model, **filled)
 
 

@@ -43,9 +43,7 @@ def test_a_weight_of_two_is_an_example_seen_twice(id):
 def test_weights_multiply_those_of_the_likelihood():
     p, weights, _ = problem("mlp-categorical")
     both, once = (weights, (p.y, weights)), (weights.square(), p.y)
-    found = [
-        build(p, ff.Weighted(ff.Categorical())).stats(p.params, (p.x, (y, w))) for w, y in (both, once)
-    ]
+    found = [build(p, ff.Weighted(ff.Categorical())).stats(p.params, (p.x, (y, w))) for w, y in (both, once)]
     fishers = [build(p, ff.Categorical()).fisher(each).dense() for each in found]
     close(fishers[0], fishers[1])
 

@@ -1,8 +1,9 @@
 """The ground state of a quantum spin chain: a restricted Boltzmann machine trained by SPRING with the centred Fisher.
 
 H = −Σ σᶻᵢσᶻᵢ₊₁ − g Σ σˣᵢ on a ring of n spins. The net gives log ψ of each of the 2ⁿ configurations. All are used, with
-the weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ. The gradient of the energy is twice their
-covariance with the local energies. The picture shows the relative error of the energy against exact diagonalisation.
+the weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ. The gradient of the energy is twice
+their covariance with the local energies. The picture shows the relative error of the energy against exact
+diagonalisation.
 """
 
 import math
@@ -67,7 +68,9 @@ def train(spins, field, momentum, steps):
     shapes = {"hidden.weight": (2 * spins, spins), "hidden.bias": (2 * spins,)}
     params = {name: 0.1 * torch.randn(s, generator=rng, dtype=torch.float64) for name, s in shapes.items()}
     model, params = ff.centred(log_psi, params)
-    ng = ff.natural_gradient(model, params, states, likelihood=ff.Weighted(LocalEnergy()), method="exact", fisher="type2")
+    ng = ff.natural_gradient(
+        model, params, states, likelihood=ff.Weighted(LocalEnergy()), method="exact", fisher="type2"
+    )
     spring = ff.spring(ng, momentum=momentum)
     state, errors = spring.init(params, damping=DAMPING), []
     for _ in range(steps):
