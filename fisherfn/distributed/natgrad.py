@@ -7,7 +7,7 @@ equal on all ranks, and nothing else is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -106,7 +106,7 @@ class DataParallel(NaturalGradient):
         grads: Tree | Stats,
         stats: Stats | None = None,
         *,
-        invert: bool = True,
+        invert: bool | Collection[str] = True,
         inner: bool = False,
         damping: Callable[[State], Tensor] | None = None,
     ) -> tuple[Tree, State, Info]:
@@ -125,7 +125,8 @@ class DataParallel(NaturalGradient):
                     expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
             return 0
 
-        asked = (invert, inner, damping is not None, isinstance(grads, Stats), stats is not None)
+        blocks = sorted(invert) if isinstance(invert, Collection) else invert
+        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), stats is not None)
         agreed(self.ranks, {"the arguments of a step (invert, inner, damping, statistics)": asked}, fits)
         return super().step_from(state, grads, stats, invert=invert, inner=inner, damping=damping)
 
