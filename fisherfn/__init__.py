@@ -25,13 +25,15 @@ from fisherfn.fisher import Fisher
 from fisherfn.free_constant import centred
 from fisherfn.influence import example_gradients, influence_scores
 from fisherfn.laplace import Laplace, LaplaceState, laplace
-from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Weighted
 from fisherfn.methods import (
     METHODS,
     deflation,
+    dense,
     ekfac,
     exact,
     kfac,
+    kfac_by_term,
     kfac_corrected,
     kl_optimal,
     kpsvd,
@@ -81,12 +83,14 @@ __all__ = [
     "Tap",
     "Term",
     "TermSum",
+    "Weighted",
     "adaptive",
     "centred",
     "check",
     "compile",
     "conjugate_gradients",
     "deflation",
+    "dense",
     "distributed",
     "dropout_seeds",
     "ekfac",
@@ -97,6 +101,7 @@ __all__ = [
     "influence_scores",
     "join",
     "kfac",
+    "kfac_by_term",
     "kfac_corrected",
     "kl_clip",
     "kl_optimal",
