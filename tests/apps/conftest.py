@@ -1,8 +1,11 @@
 """One's own data and models, as a user writes them: small enough for whole runs."""
 
+import subprocess
 import sys
 
 import pytest
+
+from tests.forked import Forked
 
 OWN = """
 import torch
@@ -36,6 +39,18 @@ def transposed(data):
     return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.ConvTranspose2d(3, 1, 2))
 transposed.task = "reconstruct"
 """
+
+
+@pytest.fixture
+def real():
+    """Have the apps started by a new interpreter: for the few tests that are about nothing else."""
+
+
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch):
+    """Have the apps started as copies of this process, unless the test asks for real ones."""
+    if "real" not in request.fixturenames:
+        monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
 @pytest.fixture
