@@ -180,12 +180,11 @@ class SumStats(Stats):
             return silent_tap(Shape(*whole.shape, whole.family.one_hot), stats.examples, stats.outputs)
         if _serves(whole, blocks):
             tap = tap_of(stats, blocks[0].key)
-            return tap if blocks[0].bias == whole.bias else _with_silent_bias(tap.whole())
+            if blocks[0].bias == whole.bias:
+                return tap
+            tap = tap.whole()
+            return Tap(rows.with_column(tap.a, 0.0), tap.g)  # a bias that this term does not have
         return _as_fallback(whole, blocks[0], tap_of(stats, blocks[0].key))
-
-
-def _with_silent_bias(tap: Tap) -> Tap:
-    return Tap(rows.with_column(tap.a, 0.0), tap.g)
 
 
 def _as_fallback(whole: Block, block: Block, tap: AnyTap) -> AnyTap:

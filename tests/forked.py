@@ -5,6 +5,7 @@ process. The copy begins with torch and the library imported and with nothing of
 """
 
 import faulthandler
+import importlib
 import os
 import runpy
 import signal
@@ -15,6 +16,8 @@ import warnings
 from pathlib import Path
 
 APPS = Path(__file__).parents[1] / "apps"
+LATE = ("torch._dynamo", "matplotlib.pyplot", "scipy.io", "sklearn.datasets")
+"""What a run imports after its start, each a second or more: imported before the first copy is made."""
 
 
 class Forked(subprocess.Popen):
@@ -25,7 +28,9 @@ class Forked(subprocess.Popen):
         if isinstance(args, (str, bytes, os.PathLike)) or args[0] != sys.executable:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # a copy of several threads has one, which is meant
+            warnings.simplefilter("ignore")  # of imports, and where copies are made of several threads
+            for name in LATE:
+                importlib.import_module(name)
             self.pid = os.fork()
         if self.pid == 0:
             code = 1

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.forked import Forked
 
@@ -41,21 +43,22 @@ transposed.task = "reconstruct"
 """
 
 
-@pytest.fixture
-def real():
-    """Have the apps started by a new interpreter: for the few tests that are about nothing else."""
-
-
 @pytest.fixture(autouse=True)
-def forked(request, monkeypatch):
-    """Have the apps started as copies of this process, unless the test asks for real ones."""
-    if "real" not in request.fixturenames:
-        monkeypatch.setattr(subprocess, "Popen", Forked)
+def forked(monkeypatch):
+    """Have the apps started as copies of this process; those that a job file starts (test_cluster.py) are real."""
+    monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A folder with a module of one's own, as the current one."""
+def drawn():
+    """Have the pictures of runs drawn: for a test of each program."""
+
+
+@pytest.fixture
+def own(request, tmp_path, monkeypatch):
+    """A folder with a module of one's own, as the current one. Pictures stay empty: they take most of a small run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: Path(path).touch())
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # before the folders of earlier tests, which have a module of that name, too

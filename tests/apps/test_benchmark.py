@@ -97,9 +97,15 @@ def test_results_of_a_run_are_written_and_shown(tmp_path, capsys):
     assert "average time per step, relative to SGD" in capsys.readouterr().out
 
 
+def small(*given):
+    """A workload whose steps are quick to compile."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    return posed(net, (torch.rand(4, 1, 4, 4), torch.arange(4) % 3), ff.Categorical())
+
+
 def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
     monkeypatch.setattr(ff, "compile", functools.partial(ff.compile, backend="eager"))
-    one = problem("cuda_convnet", 4)
+    one = small()
     for label, build in COMPILED.items():
         plain, compiled = kfac(one, VARIANTS[label.removesuffix(", compiled")]), build(one)
         for part, call in plain.calls().items():
@@ -299,6 +305,7 @@ def test_without_a_compiler_plain_steps_are_timed_and_the_error_is_shown(monkeyp
         return failing
 
     monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(benchmark, "problem", small)
     found = benchmark.measure("cuda_convnet", benchmark.BenchmarkConfig(rounds=1, batch_size=2))
     assert "RuntimeError: no C++ compiler" in found["contenders"]["fisherfn, compiled"]["error"]
     assert found["contenders"]["fisherfn"]["parts"] and list(found["exact"]) == [FORWARD_BACKWARD, IN_TOTAL, GRAM]

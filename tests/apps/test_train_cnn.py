@@ -27,7 +27,7 @@ def configured(*more: str) -> CnnConfig:
 
 
 @pytest.mark.parametrize("optim", ["adam", "kfac"])  # every one: test_train_mlp.py
-def test_optimizers_train_resume_and_leave_a_whole_result(own, optim):
+def test_optimizers_train_resume_and_leave_a_whole_result(own, drawn, optim):
     common = ("--model", "own:convolutional", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_cnn/straight")

@@ -230,7 +230,7 @@ def test_features_are_what_the_classifiers_last_layer_is_fed(own, monkeypatch):
     assert read_metrics(folder)[-1]["epoch"] == 3  # what was interrupted is finished
 
 
-def test_fid_is_measured_when_due_and_pictures_are_made(own, monkeypatch):
+def test_fid_is_measured_when_due_and_pictures_are_made(own, drawn, monkeypatch):
     monkeypatch.setattr(quality, "EPOCHS", 1)
     more = "--fid classifier --fid_every 2 --fid_samples 70 --n_epochs 3 --result_name r".split()
     folder = run(configured(*more))
@@ -340,7 +340,7 @@ def command(name: str) -> list[str]:
     ]
 
 
-def test_the_command_line_runs_a_shipped_configuration(own, real):
+def test_the_command_line_runs_a_shipped_configuration(own):
     done = subprocess.run(command("kfac2"), capture_output=True, text=True, check=True)
     assert re.search(r"epoch   1  generator +-?\d+\.\d+  critic", done.stdout)
     assert Path("results/train_gan/kfac2/samples.gif").is_file()

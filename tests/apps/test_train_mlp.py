@@ -56,7 +56,7 @@ def test_every_optimizer_trains_leaves_a_whole_result_and_resumes_exactly(own, o
 
 
 @pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
-def test_the_configuration_of_a_result_gives_the_same_run(own, model):
+def test_the_configuration_of_a_result_gives_the_same_run(own, drawn, model):
     folder = quiet_run("--model", model, "--optim", "kfac", *SAFE, "--result_name", "x")
     losses = [m["train_loss"] for m in read_metrics(folder)]
     assert losses[-1] < losses[0]
@@ -129,7 +129,7 @@ def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def test_the_command_line_says_where_everything_is(own, real):
+def test_the_command_line_says_where_everything_is(own):
     done = command("--data", "own:load", "--num_epochs", "1", "--optim", "sgd", "--lr", "0.1", cwd=own)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
