@@ -6,8 +6,11 @@ function with annotations was called by none of them. `make test-deep` checks ev
 """
 
 import ast
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,7 +19,11 @@ from beartype import beartype
 LIBRARY = Path(__file__).parents[1] / "fisherfn"
 TESTS = (
     "tests/distributed/test_alone.py",
-    "tests/layers/test_copied.py",
+    "tests/layers/test_copied.py::test_as_many_examples",
+    "tests/layers/test_copied.py::test_the_kernel_of_a_frozen_net",
+    "tests/layers/test_copied.py::test_the_older_forms",
+    "tests/layers/test_copied.py::test_a_compiled_step_is_the_step",
+    "tests/layers/test_copied.py::test_calls_that_torch_batches_wrongly",
     "tests/layers/test_einsum.py",
     "tests/methods/test_all.py::test_saved_and_resumed_is_the_straight_run[language-exactNG",
     "tests/test_coverage.py::test_a_notebook_shows_the_report_as_a_table",
@@ -26,12 +33,18 @@ TESTS = (
     "tests/stats/test_collector.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
-    "tests/layers/test_affine.py",
+    "tests/layers/test_affine.py::test_every_norm_has_a_group",
+    "tests/layers/test_affine.py::test_every_way_to_call_a_norm",
     "tests/randomness/test_dropout.py",
     "tests/layers/test_embedding.py",
     "tests/layers/test_moments.py",
     "tests/layers/test_norm.py",
-    "tests/decompositions/test_recurrent.py",
+    "tests/decompositions/test_recurrent.py::test_a_cell_written",
+    "tests/decompositions/test_recurrent.py::test_torchs_single_cells",
+    *(
+        f"tests/decompositions/test_recurrent.py::test_a_fused_net_is_exact_in_linear_layers[{name}-type2"
+        for name in ("rnn", "rnn relu", "gru", "both directions", "trained start lstm", "projected")
+    ),
     "tests/layers/test_routed.py",
     "tests/layers/test_in_place.py::test_they_are_exact_layers[relu, by place",
     "tests/randomness/test_shared_masks.py::test_calls_that_copies_of_one_example_do_not_make",
@@ -101,7 +114,8 @@ TESTS = (
     "tests/test_tree.py",
     "tests/test_unused.py",
     "tests/adapt/test_optimizer.py::test_a_line_search_takes_the_best_of_its_grid",
-    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact",
+    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[keys-with-bias",
+    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[half-a-weight",
     "tests/decompositions/test_attention.py::test_gpt_2_writes_its_linear_layers_transposed_and_merged",
     "tests/layers/test_elementwise.py::test_another_path_than_at_the_build_is_an_error",
     "tests/methods/test_exact.py::test_a_gradient_in_rows_is_stepped_like_its_matrix",
@@ -132,7 +146,7 @@ Place = tuple[str, str]
 """Module of a function, and its qualified name."""
 
 CALLED: set[Place] = set()
-"""The functions whose arguments were checked."""
+"""The functions of the library that were called."""
 
 CHECKS: dict[tuple[Any, ...], Callable[..., Any]] = {}
 """The checks by place and annotations."""
@@ -146,6 +160,10 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     place = (function.__module__, function.__qualname__)
     key = (*place, *function.__annotations__.items())
+    try:
+        hash(key)
+    except TypeError:  # the arguments of a ParamSpec
+        key = (*place, object())
 
     def check(*args: Any, **kwargs: Any) -> Any:
         CALLED.add(place)
@@ -155,6 +173,22 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return found(*args, **kwargs)
 
     return check
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Note the calls of functions while their checks are off, if they are on in this run."""
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and str(frame.f_globals.get("__name__")).startswith("fisherfn"):
+            CALLED.add((frame.f_globals["__name__"], frame.f_code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note if CHECKS else before)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def annotated() -> dict[Place, str]:
