@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from common.benchmark import clock, ours, picture, report
+from common.benchmark import clock, latency, ours, picture, report
 from common.benchmark.contenders import Contender, attempted, first_line
 from common.benchmark.large import LARGE
 from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
@@ -47,6 +47,9 @@ class BenchmarkConfig:
     peers: bool = option(False, "time other libraries too")
     compile: bool = option(True, "time compiled steps too; compiling takes a few minutes per net")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")
+    latency: int | None = option(
+        None, "number of consecutive steps whose percentiles are taken, with import and build times", check=POSITIVE
+    )
     threads: int = option(2, "number of torch threads", check=POSITIVE)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     matmul_precision: Literal["highest", "high"] = option(
@@ -87,7 +90,15 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
         "contenders": {label: one._asdict() | {"parts": timed(label, one.calls())} for label, one in found.items()},
         "refresh": timed("refresh", refreshes),
         "exact": timed("exact", exact),
+        "latency": latencies(posed, config) if config.latency else {},
     }
+
+
+def latencies(posed: Problem, config: BenchmarkConfig) -> dict[str, Any]:
+    """Return percentiles of step times for both kinds of refresh, and the time of a build per layer."""
+    found = latency.latencies(posed, config.latency or 0, config.device)
+    spreads = {label: spread._asdict() for label, spread in found.items()}
+    return {"steps": spreads, "build_ms_per_layer": latency.build_ms_per_layer(posed)}
 
 
 def pose(name: str, config: BenchmarkConfig) -> Problem:
@@ -106,6 +117,7 @@ def about(config: BenchmarkConfig) -> dict[str, Any]:
     }
     facts |= {"peers": {package: version(package) for package in PACKAGES}} if config.peers else {}
     facts |= {"rounds": config.rounds, "threads": config.threads, "cores": os.cpu_count(), "processor": instructions()}
+    facts |= {"import_seconds": round(latency.import_seconds(), 2)} if config.latency else {}
     if config.device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(config.device), "matmul_precision": config.matmul_precision}
     return facts
@@ -158,7 +170,7 @@ def main(config: BenchmarkConfig) -> None:
         workloads[name] = measure(name, config)
         print("\n" + report.parts({"workloads": {name: workloads[name]}}), flush=True)
     numbers = {"about": about(config), "workloads": workloads}
-    tables = report.tables(numbers) | {"memory": report.memory(numbers)}
+    tables = report.tables(numbers) | {"memory": report.memory(numbers), "latency": report.latency(numbers)}
     print("\n" + "\n\n".join(text for kind, text in tables.items() if text and kind != "parts"))
     write(numbers, config)
 

@@ -33,10 +33,16 @@ PUBLISHED = {
 """Relative L2 errors after some steps (Dangel, Müller & Zeinhofer 2024; Guzmán-Cordero et al. 2025)."""
 
 NAMES = {
-    "exact": "exact", "exact_block": "exact per layer", "spring": "SPRING", "kfac": "K-FAC", "adam": "Adam",
-    "lbfgs": "L-BFGS",
+    "exact": "exact", "exact_block": "exact per layer", "dense": "per layer, averaged", "spring": "SPRING",
+    "kfac": "K-FAC", "kfac_by_term": "K-FAC per term", "adam": "Adam", "lbfgs": "L-BFGS",
 }  # fmt: skip
-COLOURS = dict(zip(NAMES, ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#999999"), strict=True))
+COLOURS = dict(
+    zip(
+        NAMES,
+        ("#0072B2", "#56B4E9", "#000080", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"),
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class PinnConfig:
     num_steps: int = option(300, "number of steps", check=POSITIVE)
     damping: float | None = option(None, "damping λ; null: the optimizer's default", check=NON_NEGATIVE)
     momentum: float | None = option(None, "momentum of SPRING; null: 0.9", check=NON_NEGATIVE)
+    ema: float | None = option(
+        None, "weight of old curvature in averages of kfac and dense; null: 0.95 and 0.6", check=NON_NEGATIVE
+    )
     lr: float | None = option(
         None, "fixed learning rate in place of a line search; null: line search (adam: 1e-3, lbfgs: 1)", check=POSITIVE
     )
@@ -62,6 +65,8 @@ class PinnConfig:
             raise ConfigError("overwrite and resume exclude each other: give only one")
         if self.momentum is not None and not self.momentum < 1:
             raise ConfigError(f"momentum must be in [0, 1), got {self.momentum:g}")
+        if self.ema is not None and not self.ema < 1:
+            raise ConfigError(f"ema must be in [0, 1), got {self.ema:g}")
 
 
 def completed(config: PinnConfig) -> PinnConfig:
@@ -75,7 +80,9 @@ def completed(config: PinnConfig) -> PinnConfig:
     widths = widths_of(model)
     if widths[0] != problem.dimensions or widths[-1] != 1:
         raise ConfigError(f"model must have {problem.dimensions} inputs and 1 output for {config.data}, got {model}")
-    filled = {name: getattr(default, name) for name in ("damping", "momentum", "lr") if getattr(config, name) is None}
+    filled = {
+        name: getattr(default, name) for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None
+    }
     return dataclasses.replace(config, model=model, **filled)
 
 
@@ -96,7 +103,7 @@ def run(config: PinnConfig) -> Path:
         check_device(config.device)
         posed = Posed(PROBLEMS[config.data], config.seed, config.device)
         params = {n: p.to(config.device) for n, p in initial(widths_of(config.model or ""), config.seed).items()}
-        settings = Settings(config.damping or 0.0, config.momentum or 0.0, config.lr, config.grid)
+        settings = Settings(config.damping or 0.0, config.momentum or 0.0, config.lr, config.grid, config.ema or 0.0)
         optimizer = optimizer_of(config.optim, posed, params, settings)
         start = Progress(0, 0.0, params, optimizer.init(params))
         if config.resume:

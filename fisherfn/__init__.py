@@ -25,13 +25,15 @@ from fisherfn.fisher import Fisher
 from fisherfn.free_constant import centred
 from fisherfn.influence import example_gradients, influence_scores
 from fisherfn.laplace import Laplace, LaplaceState, laplace
-from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fisherfn.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Weighted
 from fisherfn.methods import (
     METHODS,
     deflation,
+    dense,
     ekfac,
     exact,
     kfac,
+    kfac_by_term,
     kfac_corrected,
     kl_optimal,
     kpsvd,
@@ -41,6 +43,7 @@ from fisherfn.methods import (
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.randomness import dropout_seeds
+from fisherfn.stagger import Staggered, staggered
 from fisherfn.state import State
 from fisherfn.stats import ImplicitFisher, Layout, Stats, functional, join
 from fisherfn.taps import Tap
@@ -74,17 +77,20 @@ __all__ = [
     "QuadraticModel",
     "Spring",
     "SpringState",
+    "Staggered",
     "State",
     "Stats",
     "Tap",
     "Term",
     "TermSum",
+    "Weighted",
     "adaptive",
     "centred",
     "check",
     "compile",
     "conjugate_gradients",
     "deflation",
+    "dense",
     "distributed",
     "dropout_seeds",
     "ekfac",
@@ -95,6 +101,7 @@ __all__ = [
     "influence_scores",
     "join",
     "kfac",
+    "kfac_by_term",
     "kfac_corrected",
     "kl_clip",
     "kl_optimal",
@@ -109,6 +116,7 @@ __all__ = [
     "optim",
     "quadratic_model",
     "spring",
+    "staggered",
     "sum_of_terms",
     "tree",
     "two_level",

@@ -7,7 +7,7 @@ that its functions take and return.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.errors import StructureError
 from fisherfn.gradients import Gradient, as_matrix
 from fisherfn.operators import Kind, check_size, log_determinant
 from fisherfn.per_example import example_matrices, matrix_windows
@@ -28,6 +29,10 @@ Diagnostics = dict[str, Tensor]
 
 Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 """Finished blocks in any order: key, new factors, diagnostics."""
+
+
+Which: TypeAlias = bool | frozenset[str]
+"""The blocks to invert: all, none, or those with these keys."""
 
 
 class Estimated(NamedTuple):
@@ -54,6 +59,12 @@ class Method(ABC):
     fit_passes: ClassVar[int] = 0
     """Passes over a data set after which averages over its batches are the factors of all examples; 0: never."""
 
+    couples: ClassVar[bool] = True
+    """Blocks cannot be inverted without the others."""
+
+    inverts_updated: ClassVar[bool] = False
+    """Inverting serves a purpose only in steps that update, because a part of the work is done there."""
+
     @property
     def inverse_kind(self) -> Kind:
         """Return how `precondition` depends on the gradient: "symmetric", "general" (linear only) or "nonlinear"."""
@@ -66,10 +77,10 @@ class Method(ABC):
         """Return empty factors and inverses; preconditioning with these gives grad/λ."""
 
     @abstractmethod
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
         """Return factors of these statistics, blended with weight ρ on the old ones.
 
-        `inverting` is True if `invert` follows; methods may skip work needed only for inversion.
+        `inverting` names the blocks that `invert` follows for; methods may skip work needed only for inversion.
         """
 
     @abstractmethod
@@ -116,6 +127,8 @@ class LayerMethod(Method):
     for every method; a method overrides them where it knows a cheaper way or another running average.
     """
 
+    couples = False
+
     # to write --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -151,10 +164,11 @@ class LayerMethod(Method):
         del inverting
         return self.blend(old, self.estimate(tap, old), rho), {}
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool) -> Updated:
+    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Update all blocks; a method overrides this if many blocks at once cost less."""
         for key, tap in taps.items():
-            yield key, *self.update_block(old[key], tap, rho, inverting)
+            follows = inverting if isinstance(inverting, bool) else key in inverting
+            yield key, *self.update_block(old[key], tap, rho, follows)
 
     def apply_tap(self, inverse: PyTree, tap: Tap, inner: bool) -> Product:
         """Multiply the gradient of a loss tap by the inverse, with ⟨∇, nat⟩ if requested."""
@@ -198,7 +212,7 @@ class LayerMethod(Method):
         pairs = {key: self.init_block(shape, dtype, device, damping) for key, shape in shapes.items()}
         return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
         """Update all blocks; a block is valid if its factors are finite."""
         new, ok, diagnostics = {}, {}, {}
         for key, blended, measured in self.update_blocks(factors, taps, rho, inverting):
@@ -206,7 +220,7 @@ class LayerMethod(Method):
         return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
 
     def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
-        """Invert all blocks."""
+        """Invert all blocks that are given."""
         inverses, ok, diagnostics = {}, {}, {}
         for key in factors:
             inverses[key], ok[key], diagnostics[key] = self.invert_block(factors[key], damping)
@@ -260,6 +274,22 @@ class LayerMethod(Method):
 def factorwise(old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
     """Return `ρ old + (1 − ρ) new`, factor by factor."""
     return tree.map(lambda o, n: torch.lerp(n, o, rho.to(n.dtype)), old, new)
+
+
+def chosen(invert: Collection[str] | object, keys: Collection[str], method: Method) -> Which:
+    """Return which blocks to invert, given their keys, or a flag for all.
+
+    Raises:
+        StructureError: no block has such a key, or the method couples the blocks.
+    """
+    if not isinstance(invert, Collection):
+        return bool(invert)
+    wrong = [invert] if isinstance(invert, str) else [key for key in invert if key not in keys]
+    if wrong:
+        raise StructureError(f"pass blocks as a set of the keys {', '.join(map(repr, keys))}; got {wrong[0]!r}.")
+    if invert and method.couples:
+        raise StructureError(f"{method.name} couples its blocks, so it inverts them together: pass True or False.")
+    return frozenset(invert)
 
 
 def _by_name(diagnostics: Mapping[str, Diagnostics]) -> dict[str, Diagnostics]:

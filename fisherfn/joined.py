@@ -64,6 +64,10 @@ class JoinedTap(AnyTap):
             a = torch.cat([rows.dense(a) for a in inputs], 1)
         return Tap(a, torch.cat([tap.g for tap in taps], 2))
 
+    def of_parts(self, chosen: slice) -> JoinedTap:
+        """Return the joined tap of some of the parts."""
+        return replace(self, parts=self.parts[chosen], factors=self.factors[chosen])
+
     def window(self, examples: slice) -> JoinedTap:
         """Return the joined tap of some of the examples."""
         start, stop, _ = examples.indices(self.sizes.n)

@@ -34,6 +34,9 @@ from fisherfn.taps import WINDOW, AnyTap, Sizes, Tap
 EIGENVALUES = 16384
 """The largest matrix whose eigenvalues are computed: 2 GiB in float64."""
 
+HALVED = 512
+"""Rows from which on a product of a matrix with its own transpose is made from halves: below, calls cost more."""
+
 Taps = Mapping[str, Any]
 """The taps (`AnyTap`) of coupled blocks, by key."""
 
@@ -104,9 +107,11 @@ def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
         step = max(1, WINDOW // max(1, k * s * t * y.sizes.s * y.sizes.n * u))
         parts = [_pairs(x.window(slice(at, at + step)), y) for at in range(0, max(n, 1), step)]
         return torch.cat(parts, 1).flatten(0, 1)
-    step = max(1, WINDOW // max(1, k * s * n * i))
-    pieces = [(_output_rows(x, at, step), _output_rows(y, at, step)) for at in range(0, o, step)]
-    return torch.stack([left @ right.mT for left, right in pieces]).sum(0)
+    starts = range(0, o, max(1, WINDOW // max(1, k * s * n * i)))
+    step = starts.step
+    if other is None:
+        return reduce(torch.add, (_own_products(_output_rows(x, at, step)) for at in starts))
+    return reduce(torch.add, (_output_rows(x, at, step) @ _output_rows(y, at, step).mT for at in starts))
 
 
 def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
@@ -121,6 +126,17 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
 def _output_rows(tap: Tap, start: int, size: int) -> Float[Tensor, "m d"]:
     """Return some rows of every W, flat."""
     return example_matrices(Tap(tap.a, tap.g[..., start : start + size])).flatten(2).flatten(0, 1)
+
+
+def _own_products(rows_: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
+    """Return `R Rᵀ`; of large ones, only the products on one side of the diagonal are computed."""
+    if len(rows_) < HALVED:
+        return rows_ @ rows_.mT
+    upper, lower = rows_.split((len(rows_) + 1) // 2)
+    across = upper @ lower.mT
+    return torch.cat(
+        [torch.cat([_own_products(upper), across], 1), torch.cat([across.mT, _own_products(lower)], 1)]
+    )  # fmt: skip
 
 
 def total(taps: Taps, v: Mapping[str, Gradient]) -> Float[Tensor, "s n"]:
@@ -143,7 +159,7 @@ def smaller_matrix(taps: Taps) -> Float[Tensor, "m m"]:
     if in_parameters(taps):
         U = flat_example_matrices(taps.values())
         return U.mT @ U / examples(taps)
-    return torch.stack([gram(tap) for tap in taps.values()]).sum(0) / examples(taps)
+    return reduce(torch.add, (gram(tap) for tap in taps.values())) / examples(taps)
 
 
 def factorise(matrix: Float[Tensor, "m m"], damping: Float[Tensor, ""]) -> tuple[Float[Tensor, "m m"], Tensor]:

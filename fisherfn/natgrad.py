@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fisherfn import dataset, tree
-from fisherfn.base import Estimated, Method
-from fisherfn.errors import expect, expect_number, expect_positive
+from fisherfn.base import Estimated, Method, Which, chosen
+from fisherfn.errors import StructureError, expect, expect_number, expect_positive
 from fisherfn.methods import named
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
@@ -66,10 +66,16 @@ class NaturalGradient(Views):
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
         return _all_ok(info, new, state), info
 
-    def invert(self, state: State) -> tuple[State, Info]:
-        """Recompute the damped inverses from the factors; if any check fails, return the input state."""
+    def invert(self, state: State, *, only: Collection[str] | None = None) -> tuple[State, Info]:
+        """Recompute the damped inverses from the factors; if any check fails, return the input state.
+
+        With `only`, the blocks with these keys are inverted, and the others keep their inverses.
+
+        Raises:
+            StructureError: no block has such a key, or the method couples the blocks.
+        """
         self._check_state(state)
-        new, result = self._inverted(state)
+        new, result = self._inverted(state, True if only is None else self._which(only))
         info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
         return _all_ok(info, new, state), info
 
@@ -132,7 +138,7 @@ class NaturalGradient(Views):
         batch: Batch,
         *,
         update: bool = True,
-        invert: bool = True,
+        invert: bool | Collection[str] = True,
         inner: bool = False,
         fisher: FisherKind | None = None,
         samples: int | None = None,
@@ -145,8 +151,9 @@ class NaturalGradient(Views):
 
         If any check fails, the input state is returned unchanged.
 
-        Labels are sampled only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the cheapest
-        way. See `stats` for the other arguments and the errors raised.
+        `invert` may be the keys of some blocks (`ff.staggered`); the others keep their inverses. Labels are sampled
+        only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the cheapest way. See `stats` for
+        the other arguments and the errors raised.
         """
         stats = self.stats(
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
@@ -161,7 +168,7 @@ class NaturalGradient(Views):
         grads: Tree | Stats,
         stats: Stats | None = None,
         *,
-        invert: bool = True,
+        invert: bool | Collection[str] = True,
         inner: bool = False,
         damping: Callable[[State], Tensor] | None = None,
     ) -> tuple[Tree, State, Info]:
@@ -171,6 +178,9 @@ class NaturalGradient(Views):
         inverses; default: the λ of the state.
         """
         self._check_state(state)
+        which = self._which(invert)
+        if damping is not None and not isinstance(which, bool):
+            raise StructureError("this λ is that of a refresh of all blocks: pass invert=True or False.")
         checks: dict[str, Any] = {}
         for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
             self._check_stats(given)
@@ -179,11 +189,11 @@ class NaturalGradient(Views):
             checks["gradient"] = tree.finite(grads)
         new, diagnostics = state, {}
         if stats is not None:
-            new, result = self._updated(new, stats, invert)
+            new, result = self._updated(new, stats, which)
             checks["statistics"], diagnostics = result.ok, result.diagnostics
-        if invert:
+        if which:
             new = new if damping is None else new._replace(damping=damping(new))
-            new, result = self._inverted(new)
+            new, result = self._inverted(new, which)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
         nat, product = self._precondition(new, grads, inner)
         checks["step"] = tree.finite_each(product.matrices)
@@ -202,16 +212,23 @@ class NaturalGradient(Views):
     # ---------------------------------------------------------------------------------------------------------
 
     def _updated(
-        self, state: State, stats: Stats, inverting: bool = True, weight: float | Tensor | None = None
+        self, state: State, stats: Stats, inverting: Which = True, weight: float | Tensor | None = None
     ) -> tuple[State, Estimated]:
         """Return the updated state, valid or not, and the result of the method's update with its masks."""
         counted, rho = state.counted(float(stats.examples) if weight is None else weight)
         result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
         return counted._replace(factors=result.factors), result
 
-    def _inverted(self, state: State) -> tuple[State, Estimated]:
-        result = self.method.invert(state.factors, state.damping)
-        return state._replace(inverses=result.factors), result
+    def _which(self, invert: bool | Collection[str]) -> Which:
+        return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self.method)
+
+    def _inverted(self, state: State, which: Which = True) -> tuple[State, Estimated]:
+        if isinstance(which, bool):
+            result = self.method.invert(state.factors, state.damping)
+            return state._replace(inverses=result.factors), result
+        result = self.method.invert({key: state.factors[key] for key in state.factors if key in which}, state.damping)
+        passed = dict.fromkeys(state.factors, torch.ones_like(state.count, dtype=torch.bool))
+        return state._replace(inverses=state.inverses | result.factors), result._replace(ok=passed | result.ok)
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
         """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""

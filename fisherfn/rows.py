@@ -143,6 +143,11 @@ def times(a: Rows, M: Float[Tensor, "k i j"]) -> Float[Tensor, "k n t j"]:
     return out
 
 
+def times_each(g: Float[Tensor, "k s n t o"], M: Float[Tensor, "k o p"]) -> Float[Tensor, "k s n t p"]:
+    """Return `g M`, row by row, as one product per group: a broadcast one would read M once per example."""
+    return products.matmul(g.flatten(1, 3), M).reshape(*g.shape[:-1], M.shape[-1])
+
+
 def outer(g: Float[Tensor, "k n t o"], a: Rows, factor: float = 1.0) -> Float[Tensor, "k o i"]:
     """Return `factor · Σ_nt g aᵀ`."""
     if isinstance(a, Tensor):

@@ -48,6 +48,13 @@ def test_windows_change_nothing(kind, window, positions, monkeypatch):
     close(lowrank.inner_products(tap, W[0, 0]), (W * W[0, 0]).sum((2, 3, 4)))
 
 
+@pytest.mark.parametrize("positions", [1, 4])
+def test_large_gram_matrices_are_made_from_halves(positions, monkeypatch):
+    monkeypatch.setattr(lowrank, "HALVED", 3)
+    tap, W = drawn.tap("dense", (2, 1, 13, positions, 3, 4), 1)
+    close(lowrank.gram(tap), flat(W) @ flat(W).mT)
+
+
 def coupled(examples, positions=1):
     """Return two coupled layers of 6 + 8 parameters, and their rows side by side."""
     one, W = drawn.tap("dense", (1, 2, examples, positions, 2, 3), 4)

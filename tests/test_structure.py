@@ -4,7 +4,7 @@ From the top (a file may import from lower floors of its own tower, and from the
 
     __init__             public names only
     F7   optim                                             the shell for other people's loops, on the roof
-    F6   adapt, distributed                                how far a step goes, and several processes, on the roof
+    F6   adapt, distributed; stagger                       how far a step goes, and several processes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
     F4   views, dataset                                    what a state says; factors of many batches
                                       F3s  stats
@@ -50,6 +50,7 @@ FLOORS = {
             "joined",
             "per_example",
             "free_constant",
+            "shares",
         ],
         Floor("ground", 0),
     ),
@@ -66,6 +67,7 @@ FLOORS = {
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
     **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),
+    "stagger": Floor("roof", 6.5),
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }

@@ -130,6 +130,51 @@ def test_kronecker_methods_take_the_examples_of_all_terms_as_one_batch(method):
     close(flat(steps[0]), flat(steps[1]))
 
 
+def moments(params, model, batch, weight, name="0"):
+    """The moments of a layer in one term, with a position per call: inputs and output-gradients by hand."""
+    ng = ff.natural_gradient(model, params, batch[0], likelihood=ff.Gaussian(), fisher="type2", unused="ignore")
+    tap = ng.stats(params, batch).tap(name)
+    a, g = tap.a[0].flatten(0, 1), tap.g[0].flatten(0, 2)
+    if a.shape[-1] < 4:  # the layer has no bias in this term
+        a = torch.cat([a, torch.zeros(len(a), 1).double()], -1)
+    n, positions = len(batch[0]), tap.a.shape[2]
+    return a.T @ a / n, weight * g.T @ g / (n * positions)
+
+
+@pytest.mark.parametrize("names", [["inside"], ["inside", "edge"], ["inside", "edge", "more"]])
+def test_one_product_per_term_is_solved_exactly(names):
+    """From the third term on, the products share their moments: here those of two terms that are equal."""
+    params, batch = problem()
+    batch = batch | {"more": batch["edge"]}
+    given = {"inside": (slopes, 1.0), "edge": (net, 2.5), "more": (net, 2.5)}
+    terms = {n: ff.Term(given[n][0], batch[n][0], ff.Gaussian(), weight=given[n][1]) for n in names}
+    ng = ff.sum_of_terms(terms, params, method=ff.kfac_by_term(), unused="ignore")
+    batch = {n: batch[n] for n in names}
+    nat, _, info = ng.step(params, ng.init(params, damping=1e-4), batch)
+    ff.check(info)
+    (A, G), *others = [moments(params, given[n][0], batch[n], given[n][1]) for n in names]
+    root, pi = 1e-4**0.5, ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
+    damped = torch.kron(G + root / pi * torch.eye(len(G)).double(), A + pi * root * torch.eye(len(A)).double())
+    grads = ng.stats(params, batch).grads
+    solved = torch.linalg.solve(damped + sum(torch.kron(D, C) for C, D in others), layer(grads).flatten())
+    close(layer(nat).flatten(), solved)
+
+
+def layer(tree):
+    """The first layer's matrix, with the bias as its last column."""
+    return torch.cat([tree["0.weight"], tree["0.bias"].unsqueeze(1)], 1)
+
+
+def test_one_product_per_term_is_kfac_for_one_model():
+    params, (x, y) = problem()[0], problem()[1]["edge"]
+    found = []
+    for method in (ff.kfac(), ff.kfac_by_term()):
+        ng = ff.natural_gradient(net, params, x, likelihood=ff.Gaussian(), method=method, fisher="type2")
+        state, _ = ng.fit(params, [(x[:2], y[:2]), (x[2:], y[2:])], damping=0.1)
+        found.append(torch.cat([flat(ng.precondition(state, params)), flat(ng.matvec(state, params))]))
+    close(found[0], found[1])
+
+
 def test_a_term_may_read_a_few_parameters_and_no_term_need_have_a_weight():
     params, batch = problem()
     batch["edge"] = (points(5, 4), points(5, 4, 4))

@@ -81,6 +81,7 @@ TESTS = (
     "tests/methods/test_ekfac.py",
     "tests/methods/test_joined.py",
     "tests/methods/test_kl_optimal.py",
+    "tests/methods/test_dense.py",
     "tests/methods/test_divergence.py",
     "tests/methods/test_two_terms.py",
     "tests/optim/test_example.py",
@@ -105,6 +106,7 @@ TESTS = (
         )
     ),
     "tests/test_centred.py",
+    "tests/test_weighted.py",
     "tests/adapt/test_line_search.py::test_it_takes_the_size",
     "tests/adapt/test_spring.py::test_three_steps",
     "tests/adapt/test_spring.py::test_a_direction_is_clipped",
@@ -134,6 +136,7 @@ TESTS = (
     "tests/test_natgrad.py",
     "tests/test_oracles.py",
     "tests/test_rows.py",
+    "tests/test_staggered.py",
     "tests/test_tree.py",
     "tests/test_unused.py",
     "tests/adapt/test_optimizer.py::test_a_line_search_takes_the_best_of_its_grid",

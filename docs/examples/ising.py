@@ -1,8 +1,9 @@
 """The ground state of a quantum spin chain: a restricted Boltzmann machine trained by SPRING with the centred Fisher.
 
-H = −Σ σᶻᵢσᶻᵢ₊₁ − g Σ σˣᵢ on a ring. The net gives log ψ of each of the 2¹⁰ spin configurations. All are used, with the
-weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ. The gradient of the energy is twice their
-covariance with the local energies. The picture shows the relative error of the energy against exact diagonalisation.
+H = −Σ σᶻᵢσᶻᵢ₊₁ − g Σ σˣᵢ on a ring of n spins. The net gives log ψ of each of the 2ⁿ configurations. All are used, with
+the weights p = |ψ|². The metric S is the covariance of the scores O = ∇ log ψ. The gradient of the energy is twice
+their covariance with the local energies. The picture shows the relative error of the energy against exact
+diagonalisation.
 """
 
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, diags_array
 from scipy.sparse.linalg import eigsh
 from torch.nn.functional import linear
 
@@ -24,23 +25,18 @@ DAMPING, RATE = 1e-4, 0.1
 
 
 class LocalEnergy:
-    """The energy as a likelihood of log ψ: a linear loss with the gradient Cov(O, E), and a Fisher weighted by p.
+    """The energy as a likelihood of log ψ: a linear loss, whose weighted gradient has the mean Cov(O, E).
 
-    Targets are N·p and the centred local energies, `[N, 2]`.
+    Targets are the centred local energies. `ff.Weighted` gives each configuration its weight N p.
     """
 
     def nll(self, outputs, targets):
-        """Return N p (E − Ē) log ψ, whose gradient has the mean Cov(O, E)."""
-        weights, energies = targets.unbind(-1)
-        return weights * energies * outputs[:, 0]
+        """Return (E − Ē) log ψ."""
+        return targets * outputs[:, 0]
 
     def fisher_sqrt(self, outputs):
-        """Return one column of ones: the Fisher of an example is O Oᵀ."""
+        """Return one column of ones: the Fisher of a configuration is O Oᵀ."""
         return torch.ones_like(outputs).unsqueeze(0)
-
-    def observed(self, outputs, targets):
-        """Return the likelihood and a weight per example, with which the Fisher is Σ p O Oᵀ."""
-        return self, targets[:, 0]
 
 
 def chain(spins):
@@ -55,7 +51,7 @@ def ground_energy(diagonal, flips, field):
     """Return the lowest eigenvalue by exact diagonalisation."""
     rows = np.repeat(np.arange(len(flips)), flips.shape[1])
     hops = coo_array((np.full(rows.shape, -field), (rows, flips.flatten().numpy())))
-    return eigsh(hops + coo_array(np.diag(diagonal.numpy())), k=1, which="SA")[0][0]
+    return eigsh(hops + diags_array(diagonal.numpy()), k=1, which="SA")[0][0]
 
 
 def log_psi(params, states):
@@ -72,7 +68,9 @@ def train(spins, field, momentum, steps):
     shapes = {"hidden.weight": (2 * spins, spins), "hidden.bias": (2 * spins,)}
     params = {name: 0.1 * torch.randn(s, generator=rng, dtype=torch.float64) for name, s in shapes.items()}
     model, params = ff.centred(log_psi, params)
-    ng = ff.natural_gradient(model, params, states, likelihood=LocalEnergy(), method="exact", fisher="type2")
+    ng = ff.natural_gradient(
+        model, params, states, likelihood=ff.Weighted(LocalEnergy()), method="exact", fisher="type2"
+    )
     spring = ff.spring(ng, momentum=momentum)
     state, errors = spring.init(params, damping=DAMPING), []
     for _ in range(steps):
@@ -81,16 +79,16 @@ def train(spins, field, momentum, steps):
         local = diagonal - field * (log[flips] - log.unsqueeze(1)).exp().sum(1)
         energy = p @ local
         errors.append(((energy - exact) / abs(exact)).item())
-        targets = torch.stack([len(p) * p, local - energy], 1)
-        direction, state, info = spring.step(params, state, (states, targets))
+        batch = states, (local - energy, len(p) * p)
+        direction, state, info = spring.step(params, state, batch)
         ff.check(info)
         params = ff.tree.add(params, ff.norm_clip(direction, lr=RATE, norm=0.3), scale=-RATE)
     return errors
 
 
-def main(out: Path, small: bool = False) -> dict:
+def main(out: Path, small: bool = False, spins: int = 10) -> dict:
     """Train at three fields, print the errors, draw `ising.png`."""
-    spins, steps = (4, 40) if small else (10, 100)
+    spins, steps = (4, 40) if small else (spins, 100)
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     errors = {}
     for field, colour in FIELDS.items():
@@ -113,4 +111,4 @@ def main(out: Path, small: bool = False) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."), spins=int(sys.argv[2]) if len(sys.argv) > 2 else 10)

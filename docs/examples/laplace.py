@@ -24,6 +24,7 @@ LABELS = {
     "ekfac": "E-KFAC",
     "kfac_cor": "K-FAC corrected",
     "lanczos": "Lanczos",
+    "deflation": "Deflation",
     "kpsvd": "KPSVD",
 }
 PRIORS = torch.logspace(-3, 3, 61).double()  # δ

@@ -2,7 +2,7 @@
 
 from fisherfn.adapt.build import adaptive
 from fisherfn.adapt.cadence import Cadence, Due
-from fisherfn.adapt.clip import clip_factor, kl_clip
+from fisherfn.adapt.clip import clip_factor, default_kl_bound, kl_clip
 from fisherfn.adapt.damping import adapted_damping, reduction_ratio
 from fisherfn.adapt.line_search import LineSearch, line_search
 from fisherfn.adapt.optimizer import START, Adaptive
@@ -24,6 +24,7 @@ __all__ = [
     "adapted_damping",
     "adaptive",
     "clip_factor",
+    "default_kl_bound",
     "kl_clip",
     "line_search",
     "norm_clip",

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fisherfn.adapt.optimizer import KL_BOUND, RULES, Adaptive, Rule
+from fisherfn.adapt.clip import default_kl_bound
+from fisherfn.adapt.optimizer import RULES, Adaptive, Rule
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
 from fisherfn.likelihoods import Categorical
 from fisherfn.natgrad import NaturalGradient
@@ -38,11 +39,12 @@ def adaptive(
         damping: λ; "auto" follows the reduction ratio. A number is the initial λ, which only rejected steps increase.
         rule: "model", "clip" or "line_search"; "auto" is "clip" for class labels, "line_search" for the exact natural
             gradient and "model" for the rest.
-        kl_bound: κ of the rule "clip", in nats; None is 1e-3 there. The other rules have none.
+        kl_bound: κ of the rule "clip", in nats; None is 1e-3 per label there. The other rules have none.
         ema: weight of the old factors, in [0, 1).
         weight_decay: w, decoupled: α w θ is subtracted in addition to the step.
-        model_examples: number of examples of each batch for the quadratic model; None for an eighth, at least 32. A
-            net that couples examples (batch norm in training mode) always uses all of them.
+        model_examples: number of examples of each batch for the quadratic model; None for an eighth, at least
+            32, or 8 if each has several labels. A net that couples examples (batch norm in training mode) always uses
+            all of them.
         average: weight ξ of the old average of the parameters, `state.average`; None: no average. Martens & Grosse
             use 0.99.
         look_back: whether a step is undone if the loss of the next batch is too high. Switch it off if the loss also
@@ -88,9 +90,10 @@ def adaptive(
         if fraction is not None:
             expect_number(name, fraction, lambda v: 0 <= v < 1, "must lie in [0, 1)")
     expect_number("weight_decay", weight_decay, lambda v: v >= 0, "must be >= 0")
-    bound = KL_BOUND if chosen == "clip" and kl_bound is None else kl_bound
+    if chosen == "clip" and kl_bound is None:
+        kl_bound = default_kl_bound(ng)
     return Adaptive(
-        ng, numbers["lr"], numbers["momentum"], numbers["damping"], chosen, bound, ema, weight_decay, model_examples,
+        ng, numbers["lr"], numbers["momentum"], numbers["damping"], chosen, kl_bound, ema, weight_decay, model_examples,
         average, look_back,
     )  # fmt: skip
 

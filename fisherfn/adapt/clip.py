@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.labels import labels_per_example
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number
+from fisherfn.natgrad import NaturalGradient
 from fisherfn.types import Tree
+
+KL_BOUND = 1e-3
+"""The default κ, in nats per label."""
 
 
 def kl_clip(
@@ -64,3 +69,11 @@ def clip_factor(inner: Tensor, *, lr: float | Tensor, kl_bound: Any) -> Tensor:
     length = inner.abs() * lr**2
     ratio: Tensor = kl_bound / length.clamp(min=torch.finfo(length.dtype).tiny)
     return ratio.sqrt().clamp(max=1.0)
+
+
+def default_kl_bound(ng: NaturalGradient) -> float:
+    """Return the default κ, in nats per example: 1e-3 for each label of an example.
+
+    A bound of 1e-3 for the 64 positions of a sequence together would make each step an eighth as long.
+    """
+    return KL_BOUND * labels_per_example(ng)

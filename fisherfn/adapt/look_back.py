@@ -44,4 +44,4 @@ class Seen(NamedTuple):
 
 def alive(nat: Tree) -> Bool[Tensor, " parameters"]:
     """Return for each parameter whether it has a gradient: F̂ is definite, so nat is zero only with the gradient."""
-    return torch.stack(tree.dots(nat, nat)) != 0
+    return torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree.leaves(nat)]) != 0

@@ -8,7 +8,8 @@ with δ₀ the previous update. One step, in order:
    refreshed, λ follows the reduction ratio ρ of the steps since the last refresh (damping.py).
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
 3. The step is tried on the examples of that model (trial.py). If it increases their loss, it is rejected: the
-   parameters do not change, and λ doubles, immediately in the model and at the next refresh in the inverses.
+   parameters do not change, and λ doubles, immediately in the model and at the next refresh in the inverses. A step
+   of given length was not fitted to these examples, so only an increase beyond two standard errors counts.
 4. The next batch looks back (look_back.py). If its loss is higher than that of the batch before by more than sampling
    explains, δ₀ is undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot
    see. A step after which many parameters have no gradient at all is undone too, because dead units do not recover.
@@ -52,7 +53,7 @@ START, FLOOR = 20.0, 1.0
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
-LEARNING_RATE, MOMENTUM, KL_BOUND = 1.0, 0.9, 1e-3
+LEARNING_RATE, MOMENTUM = 1.0, 0.9
 """The values of "auto" for the rule "clip"."""
 
 
@@ -184,6 +185,7 @@ class Adaptive:
     ) -> Tried:
         """Choose a step and take it on trial."""
         rate, momentum = self._given(state, info, lr_scale)
+        fitted = rate is None or momentum is None
         if rate is not None and momentum is not None:
             update = along(nat, state.update, rate, momentum)
             model = examples.model(params, [update])
@@ -200,9 +202,8 @@ class Adaptive:
             rate, momentum = -weights[0], weights[1]
             update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
-        before = model.losses.double()
-        change, loss = examples.means(examples.losses(new).double() - before, before)
-        return Tried(new, update, rate, momentum, model.value(weights), change, loss)
+        change, error, loss = examples.change(new, model.losses)
+        return Tried(new, update, rate, momentum, model.value(weights), change, error, loss, fitted)
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
@@ -236,7 +237,7 @@ class Adaptive:
         ratio = reduction_ratio(tried.actual, tried.predicted)
         ok = {key: mask | back for key, mask in info.ok.items()}
         sound = torch.stack(list(ok.values())).all()
-        rises = (tried.actual > 0) & ~within_noise(tried.before, tried.actual, torch.float32)
+        rises = (tried.actual > tried.tolerance) & ~within_noise(tried.before, tried.actual, torch.float32)
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -11,21 +12,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.labels import labels_per_example
 from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, Stats, pair, run, window
 from fisherfn.types import PyTree, Tree
 
-PART, LEAST = 8, 32
-"""The quadratic model is that of the first N / PART examples, but of at least so many."""
+PART, LABELS, EXAMPLES = 8, 32, 8
+"""The quadratic model is that of the first N / PART examples, but of at least so many labels and examples."""
+
+SIGMAS = 2.0
+"""Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
+
+If the steps have no effect but noise, 2 % of them are then rejected. Each rejection doubles λ, and each good step
+lowers it by 5 %: with more than 7 % rejections λ would grow without end.
+"""
 
 GRID = 16
 """Step sizes 1, 1/2, …, 2^-15 of a line search."""
 
 
 class Tried(NamedTuple):
-    """A step before it is accepted: the new parameters, the predicted and the actual change of the loss."""
+    """A step before it is accepted.
+
+    Attributes:
+        params: the new parameters.
+        update: δ.
+        learning_rate: α.
+        momentum: μ.
+        predicted: change of the loss that the quadratic model predicts.
+        actual: change of the loss.
+        error: standard error of `actual` as an estimate for other examples.
+        before: loss before the step.
+        fitted: whether the step was fitted to these examples, by the model or a search.
+    """
 
     params: Tree
     update: Tree
@@ -33,7 +54,18 @@ class Tried(NamedTuple):
     momentum: Tensor
     predicted: Tensor
     actual: Tensor
+    error: Tensor
     before: Tensor
+    fitted: bool
+
+    @property
+    def tolerance(self) -> Tensor:
+        """Return the increase of the loss up to which the step is accepted.
+
+        A step fitted to its examples lowers their loss unless the model is wrong. One of given length need not: with
+        noisy labels the loss of 32 examples often increases while that of the whole batch decreases.
+        """
+        return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
 
 
 class Examples(NamedTuple):
@@ -48,23 +80,27 @@ class Examples(NamedTuple):
     stats: Stats
     held: int
     """Number of the examples that this process holds."""
+    size: int
+    """Number of the examples, on all processes."""
 
     @classmethod
     def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
-        """Return the first `wanted` examples of a batch with these statistics; None for an eighth, at least 32.
+        """Return the first `wanted` examples of a batch with these statistics.
 
+        None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more.
         They are all if the net mixes them (batch norm in training mode).
         """
         x, y = pair(batch)
         here = tree.leaves(x)[0].shape[0]
         n = stats.total(here)
-        wanted = max(n // PART, LEAST) if wanted is None else wanted
+        if wanted is None:
+            wanted = max(n // PART, EXAMPLES, math.ceil(LABELS / labels_per_example(ng)))
         if ng.layout.couples or wanted >= n:
-            return cls(ng, (x, y), context, stats, here)
+            return cls(ng, (x, y), context, stats, here, n)
         held = stats.first(wanted, here)
         part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))
         context = None if context is None else window(ng.layout, context, slice(0, held))
-        return cls(ng, part, context, stats, held)
+        return cls(ng, part, context, stats, held, wanted)
 
     def losses(self, params: Tree) -> Float[Tensor, " n"]:
         """Return the loss of each example that this process holds."""
@@ -88,6 +124,13 @@ class Examples(NamedTuple):
         """Return the means over all examples of quantities that each process has for its own."""
         here = tuple(each.mean() if self.held else each.sum() for each in losses)
         return self.stats.mean(here, self.held)  # type: ignore[no-any-return]
+
+    def change(self, new: Tree, before: Float[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean change of the loss, its standard error, and the mean loss before."""
+        before = before.double()
+        each = self.losses(new).double() - before
+        change, square, loss = self.means(each, each.square(), before)
+        return change, ((square - change.square()).clamp(min=0) / self.size).sqrt(), loss
 
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""

@@ -109,7 +109,8 @@ def scaled_dot_product_attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        attends = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        return attention_weights(query, key, _additive(~attends, query), dropout_p, scale, barred=False) @ value
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # in this function true means: attend
         attn_mask = _additive(~attn_mask, query)
     return attention_weights(query, key, attn_mask, dropout_p, scale) @ value
@@ -121,17 +122,23 @@ def attention_weights(
     mask: Tensor | None,
     dropout_p: float,
     scale: float | None = None,
+    barred: bool = True,
 ) -> Float[Tensor, "*n l s"]:
-    """Compute the softmax of the scores plus `mask`."""
+    """Compute the softmax of the scores plus `mask`; a query that may attend to no key gets zero weights.
+
+    `barred=False` promises that there is no such query.
+    """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     root = math.sqrt(abs(scale))  # applied to both factors, or the product overflows in half precision
     scores: Tensor = (query * root) @ (key * math.copysign(root, scale)).mT
     if mask is None:
         weights = scores.softmax(-1)
-    else:  # a query that may attend to no key gets zero weights
-        scores = scores + mask
-        barred = scores.isneginf().all(-1, keepdim=True)
-        weights = scores.masked_fill(barred, 0.0).softmax(-1).masked_fill(barred, 0.0)
+    else:
+        # in half precision a score could make a finite mask infinite
+        scores = scores.float() if scores.dtype == torch.float16 else scores
+        none = mask.isneginf().all(-1, keepdim=True) if barred else None
+        weights = (scores + (mask if none is None else mask.masked_fill(none, 0.0))).softmax(-1).to(query.dtype)
+        weights = weights if none is None else weights.masked_fill(none, 0.0)
     return F.dropout(weights, dropout_p) if dropout_p > 0 else weights
 
 

@@ -1,7 +1,6 @@
 """Inversions that are shared out: each block is inverted by its owner, and one message gives the inverses to all ranks.
 
-Owners follow from the shapes alone: the most expensive block goes to the rank with the least work so far. A block with
-factors of widths i and o costs i³ + o³ (a factor that is kept as its diagonal costs nothing).
+Owners follow from the shapes alone, by the costs of `fisherfn.shares`.
 
 Pauloski et al. 2021, *KAISA: an adaptive second-order optimizer framework for deep neural networks*, section 3.
 """
@@ -17,31 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned
+from fisherfn.base import Estimated, Method, Preconditioned, Which
 from fisherfn.distributed.ranks import Ranks, from_bytes
 from fisherfn.distributed.taps import filled, triangle
 from fisherfn.gradients import Gradient
 from fisherfn.linalg.kron import Pair
 from fisherfn.operators import Kind
+from fisherfn.shares import costs, owners
 from fisherfn.taps import AnyTap
 from fisherfn.types import PyTree, Shape
-
-
-def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """Return the owner of each block: the most expensive first, each to the rank with the least work so far."""
-    work, found = [0.0] * size, {}
-    for key in sorted(costs, key=lambda each: (-costs[each], each)):
-        found[key] = min(range(size), key=lambda rank: (work[rank], rank))
-        work[found[key]] += costs[key]
-    return {key: found[key] for key in costs}
-
-
-def costs(shapes: Mapping[str, Shape], limit: int) -> dict[str, float]:
-    """Return the cost of inverting each block, in multiplications: k (i³ + o³); factors wider than `limit` are free."""
-    return {
-        key: k * float((0 if i > limit or one_hot else i**3) + (0 if o > limit else o**3))
-        for key, (k, o, i, one_hot) in shapes.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,16 @@ class Owned(Method):
         return self.inner.name
 
     @property
+    def couples(self) -> bool:  # type: ignore[override]
+        """Return that of the method."""
+        return self.inner.couples
+
+    @property
+    def inverts_updated(self) -> bool:  # type: ignore[override]
+        """Return that of the method."""
+        return self.inner.inverts_updated
+
+    @property
     def inverse_kind(self) -> Kind:
         """Return that of the method."""
         return self.inner.inverse_kind
@@ -79,7 +72,7 @@ class Owned(Method):
         """Return the empty state of the method."""
         return self.inner.init(shapes, dtype, device, damping)
 
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
         """Update the factors of all blocks, which every rank needs for its part of later messages."""
         return self.inner.update(factors, taps, rho, inverting)
 

@@ -8,5 +8,16 @@ from fisherfn.likelihoods.base import Callback, Likelihood, Nll, draw, output_fi
 from fisherfn.likelihoods.bernoulli import Bernoulli
 from fisherfn.likelihoods.categorical import Categorical
 from fisherfn.likelihoods.gaussian import Gaussian
+from fisherfn.likelihoods.weighted import Weighted
 
-__all__ = ["Bernoulli", "Callback", "Categorical", "Gaussian", "Likelihood", "Nll", "draw", "output_fisher"]
+__all__ = [
+    "Bernoulli",
+    "Callback",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "Nll",
+    "Weighted",
+    "draw",
+    "output_fisher",
+]

@@ -55,11 +55,17 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
     """Return B v for every example, where B is the Fisher of its outputs.
 
     Uses `fisher_product` or the columns of `fisher_sqrt`. For a likelihood with neither (a plain callable), B is the
-    second derivative of its `nll` with respect to the outputs, at the targets of the data.
+    second derivative of its `nll` with respect to the outputs, at the targets of the data. With targets, B includes
+    the weights of observations (`observed`).
 
     Raises:
         LikelihoodError: an `nll` that cannot be differentiated twice.
     """
+    observed = getattr(likelihood, "observed", None)
+    if observed is not None and targets is not None:
+        likelihood, weights = observed(outputs, targets)
+        if weights is not None:
+            v = v * weights.reshape(*weights.shape, *(1,) * (v.ndim - weights.ndim)).to(v.dtype)
     product = getattr(likelihood, "fisher_product", None)
     if product is not None:
         return product(outputs, v)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
@@ -77,11 +78,37 @@ class Spectrum(NamedTuple):
 
 
 def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
-    """Compute eigenvalues (ascending) and eigenvectors of finite symmetric matrices, in float64.
+    r"""Compute eigenvalues (ascending) and eigenvectors of finite symmetric matrices, in their own precision.
 
-    In float32, LAPACK's divide and conquer occasionally returns NaN for valid matrices of low rank with rows of zeros,
-    such as the factors of layers with dead units.
+    In float32, LAPACK's divide and conquer fails, with an error or with NaN, for many valid matrices of low rank with
+    rows of zeros, such as the factors of layers with dead units. So it gets the matrix $HMH$, with the reflection
+    $H = I - 2 v v^\top$ along a generic v. This matrix has the same eigenvalues, no row of zeros, and the eigenvectors
+    $HQ$; a product with H takes O(d²). If LAPACK fails all the same, the decomposition is repeated in float64, which
+    takes twice as long. A compiled step cannot repeat it; its masks refuse NaN.
     """
+    if matrix.dtype == torch.float64:
+        return torch.linalg.eigh(matrix)  # type: ignore[no-any-return]
+    try:
+        values, vectors = _reflected_eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return _eigh64(matrix)
+    readable = tree.is_concrete(vectors) and vectors.device.type == "cpu"
+    return _eigh64(matrix) if readable and not torch.isfinite(vectors.sum()) else (values, vectors)
+
+
+def _reflected_eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
+    """Decompose `HMH = M − 2 v uᵀ − 2 u vᵀ` with `u = Mv − (vᵀMv) v`, and reflect its eigenvectors."""
+    ramp = torch.arange(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    v = 1.1 + torch.cos(ramp * ramp)
+    v = (v / v.norm()).unsqueeze(-1)
+    u = matrix @ v
+    u = u - v * (v.mT @ u)
+    twice = 2 * v
+    values, vectors = torch.linalg.eigh(matrix - twice @ u.mT - u @ twice.mT)
+    return values, vectors - twice @ (v.mT @ vectors)
+
+
+def _eigh64(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
     values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from fisherfn.base import Method
 from fisherfn.errors import expect, unknown
 from fisherfn.methods.deflation import deflation
+from fisherfn.methods.dense import dense
 from fisherfn.methods.ekfac import ekfac
 from fisherfn.methods.exact import exact
 from fisherfn.methods.kfac import kfac
+from fisherfn.methods.kfac_by_term import kfac_by_term
 from fisherfn.methods.kfac_corrected import kfac_corrected
 from fisherfn.methods.kl_optimal import kl_optimal
 from fisherfn.methods.kpsvd import kpsvd
@@ -49,9 +51,11 @@ def named(method: Method | str) -> Method:
 __all__ = [
     "METHODS",
     "deflation",
+    "dense",
     "ekfac",
     "exact",
     "kfac",
+    "kfac_by_term",
     "kfac_corrected",
     "kl_optimal",
     "kpsvd",

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherfn import products
 from fisherfn.base import Diagnostics, factorwise
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
@@ -51,6 +52,7 @@ class EKFAC(KroneckerMethod):
 
     name = "ekfac"
     fit_passes = 2
+    inverts_updated = True
 
     def init_block(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
@@ -72,7 +74,8 @@ class EKFAC(KroneckerMethod):
         A, G = factorwise(Pair(old.A, old.G), moments(tap, self.diagonal_above), rho)
         QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
         new = tap.mean(partial(diagonal, QA=QA, QG=QG))
-        scale = torch.lerp(new, moved(old, QA, QG), rho.to(new.dtype))
+        before = moved(old, QA, QG) if inverting else old.scale
+        scale = torch.lerp(new, before, rho.to(new.dtype))
         return Factors(A, G, QA, QG, scale), {}
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
@@ -126,12 +129,27 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
 
 def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
     """Return the diagonal, in a new basis, of a matrix that is diagonal in the old one."""
-    scale = old.scale
+    scale = _above_noise(old.scale)
     if not kron.is_diagonal(QG):
-        scale = (QG.mT @ old.QG).square() @ scale
+        scale = _above_noise(_shares(QG, old.QG) @ scale)
     if not kron.is_diagonal(QA):
-        scale = scale @ (QA.mT @ old.QA).square().mT
+        scale = scale @ _shares(QA, old.QA).mT
     return scale
+
+
+def _shares(new: Factor, old: Factor) -> Float[Tensor, "k d d"]:
+    """Return the squared cosines between the vectors of two bases; cosines below the working precision are zero."""
+    cosines = products.matmul(new.mT, old)
+    return torch.where(cosines.abs() > torch.finfo(new.dtype).eps, cosines, 0.0).square()
+
+
+def _above_noise(scale: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
+    """Set mean squares to zero whose roots are numerical noise relative to the largest.
+
+    Otherwise products of noise fall below the smallest normal number, with which processors are many times slower.
+    """
+    least = torch.finfo(scale.dtype).eps ** 2 * scale.amax((-2, -1), keepdim=True)
+    return torch.where(scale > least, scale, 0.0)
 
 
 def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Float[Tensor, "k o i"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import gradients, rearrangement, rows
-from fisherfn.base import Diagnostics, LayerMethod, Updated
+from fisherfn.base import Diagnostics, LayerMethod, Updated, Which
 from fisherfn.errors import HyperparameterError, expect_count, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
@@ -86,7 +86,7 @@ def diagonal(tap: AnyTap, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
         if not kron.is_diagonal(QA):
             a = rows.times(a, QA)
         if not kron.is_diagonal(QG):
-            g = g @ QG[:, None, None]
+            g = rows.times_each(g, QG)
         parts.append(squares(Tap(a, g)))
     total = torch.stack(parts).sum(0) / tap.sizes.n
     # the basis of a diagonal is a diagonal: that of `eigh` is the identity, that of a pencil is not
@@ -218,7 +218,7 @@ class Iterated(KroneckerSum):
         """Return the running average of one block."""
         return self.blend_together([old], [new], rho)[0]
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: bool) -> Updated:
+    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Update group by group."""
         del inverting
         for keys in rearrangement.group_by_batch_size(taps):

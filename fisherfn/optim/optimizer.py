@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fisherfn.adapt import kl_clip
+from fisherfn.adapt import default_kl_bound, kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
 from fisherfn.optim.curvature import Curvature, Outcome
@@ -86,8 +86,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             momentum: μ in [0, 1); "auto" takes it from the quadratic model, or 0.9 if both learning rate and damping
                 are given.
             weight_decay: w, decoupled: η w θ is subtracted in addition to the step.
-            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 if a learning rate is given or the
-                labels are classes, else no bound.
+            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 per label if a learning rate is
+                given or the labels are classes (each position of a sequence has a label), else no bound.
             damping: λ ≥ 0, in the units of the Fisher of the mean NLL; "auto" follows the reduction ratio. With an
                 automatic learning rate, a number is the initial λ, and rejected steps raise it. `opt.damping` changes
                 it later.
@@ -123,9 +123,10 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         self._auto_lr = lr == "auto"
         self._adapts = self._auto_lr or damping == "auto"
         rule = "model" if kl_bound is None else "auto"
+        self._kl_bound: Any = "auto" if self._adapts and kl_bound is None else kl_bound
         if kl_bound == "auto":
-            kl_bound = None if self._adapts else 1e-3
-        if kl_bound is not None:
+            kl_bound = None
+        elif kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         self._lr = 1.0 if isinstance(lr, str) else lr
         adaptive: dict[str, Any] = {
@@ -135,7 +136,6 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         self._curvature = Curvature(net, options, adaptive=adaptive if self._adapts else None)
         if on_bad not in ("raise", "skip"):
             raise unknown("on_bad", on_bad, ("raise", "skip"))
-        self._kl_bound: Any = 1e-3 if self._adapts and kl_bound is None else kl_bound
         self._on_bad, self._warned = on_bad, damping == "auto"
         self.info, self.skipped, self._in_a_row = Info(), 0, 0
         groups = list(net.parameters() if params is None else params)
@@ -177,7 +177,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if not _all_ok(self.info):
             return self._refuse(loss)
         if clips:
-            nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0)
+            bound = default_kl_bound(self._curvature.ready()) if self._kl_bound == "auto" else self._kl_bound
+            nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=bound)
         self._move(nat)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0

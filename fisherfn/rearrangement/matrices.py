@@ -120,7 +120,7 @@ class FactoredMap(MatrixMap):
 
     def left_piece(self, piece: Tap, V: Factor) -> Factor:
         """Return `Σ aᵀ (g V gᵀ) a`."""
-        gV = piece.g * V[:, None, None, None] if self.form.G else piece.g @ V[:, None, None]
+        gV = piece.g * V[:, None, None, None] if self.form.G else rows.times_each(piece.g, V)
         M = torch.einsum("ksnto,ksnuo->kntu", gV, piece.g)
         if piece.one_hot:
             weights = (M * rows.alike(piece.a)).sum(-1, keepdim=True)  # type: ignore[arg-type]

@@ -83,6 +83,19 @@ def test_classes_take_the_clip_and_images_the_model():
     assert ff.adaptive(built(mlp(), "exactNG")).rule == "line_search"
 
 
+def test_a_sequence_makes_the_step_that_its_positions_make_as_examples():
+    """The loss, F̂, the automatic damping and the automatic KL bound grow with the number of positions alike."""
+    flat = mlp(ff.Categorical(), examples=40)
+    long = flat._replace(x=flat.x.reshape(8, 5, 3), y=flat.y.reshape(8, 5))
+    steps = []
+    for problem in (flat, long):
+        opt = ff.adaptive(built(problem, fisher="type2"))
+        new, _, info = opt.step(problem.params, opt.init(problem.params), (problem.x, problem.y))
+        assert info.adapted.learning_rate < 1  # within the bound
+        steps.append(ff.tree.add(new, problem.params, scale=-1))
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=0)
+
+
 def test_the_clip_is_that_of_kl_clip_with_momentum():
     problem = mlp(ff.Categorical(), examples=40)
     ng = built(problem)
@@ -127,6 +140,38 @@ def test_a_step_that_raises_the_loss_is_rejected_and_doubles_lambda():
     assert float(again.shrink) == 0.25
     _, after, _ = steps(problem, opt, 1, state=again, params=params)
     assert float(after.shrink) == 0.5, "halved by this rejection alone"
+
+
+@pytest.mark.parametrize(("ones", "rejected"), [(17, False), (22, True)])
+def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, rejected):
+    """The step goes towards class 0, against the labels of a few more than half of the 32 examples of the trial."""
+    start = {"w": torch.zeros(2, 1, dtype=torch.float64)}
+    x = torch.ones(256, 1, dtype=torch.float64)
+    y = torch.zeros(256, dtype=torch.int64)
+    y[:ones] = 1
+    problem = Problem(lambda p, x: x @ p["w"].T, start, x, y, ff.Categorical())
+    mean = (ones - 16) / 16  # of the changes ±1 of the logit, with variance 1 − mean²
+    assert rejected == (mean > 2 * ((1 - mean**2) / 32) ** 0.5)
+    _, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
+    assert bool(info.adapted.rejected) == rejected
+    assert info.adapted.reduction_ratio < 0  # their loss increased
+    # a step that the model fits to these examples lowers their loss
+    assert not steps(problem, ff.adaptive(built(problem), rule="model"), 1)[2][0].adapted.rejected
+
+
+@pytest.mark.parametrize(
+    ("examples", "positions", "expected"),
+    [(20, 1, 20), (80, 1, 32), (320, 1, 40), (20, 2, 16), (20, 9, 8), (80, 9, 10)],
+)
+def test_the_model_has_an_eighth_of_the_batch_and_enough_labels(examples, positions, expected):
+    flat = mlp(ff.Categorical(), examples=examples * positions)
+    shape = (examples,) if positions == 1 else (examples, positions)
+    problem = flat._replace(x=flat.x.reshape(*shape, 3), y=flat.y.reshape(shape))
+    opt = ff.adaptive(built(problem), damping=0.1)
+    found, same = (steps(problem, each, 1)[2][0].adapted for each in (opt, replace(opt, model_examples=expected)))
+    assert torch.equal(found.reduction_ratio, same.reduction_ratio)
+    other = steps(problem, replace(opt, model_examples=expected - 1), 1)[2][0].adapted
+    assert not torch.equal(found.reduction_ratio, other.reduction_ratio)
 
 
 def test_a_given_damping_is_left_alone_by_good_steps():

@@ -10,9 +10,9 @@ from torch import nn
 
 import benchmark
 import fisherfn as ff
-from common.benchmark import clock, contenders, optimizers, peers, report
+from common.benchmark import clock, contenders, latency, optimizers, peers, report
 from common.benchmark.contenders import Contender, Cost, Cycle, Parts, cost
-from common.benchmark.ours import COMPILED, FORWARD_BACKWARD, GRAM, IN_TOTAL, VARIANTS, kfac
+from common.benchmark.ours import COMPILED, FORWARD_BACKWARD, GRAM, IN_TOTAL, VARIANTS, kfac, prepared
 from common.benchmark.problems import WORKLOADS, posed, problem
 from common.config import ConfigError
 
@@ -95,6 +95,29 @@ def test_results_of_a_run_are_written_and_shown(tmp_path, capsys):
     assert text.startswith("Before.\n") and "old" not in text and "lanczos" in text
     assert (tmp_path / "images" / "performance.png").exists()
     assert "average time per step, relative to SGD" in capsys.readouterr().out
+
+
+def test_percentiles_are_of_single_steps():
+    """The values below which half and 99 in a hundred of 1 to 101 milliseconds lie."""
+    assert latency.spread([float(ms) for ms in range(1, 102)]) == (51.0, 100.0, 101.0)
+
+
+def test_both_kinds_of_refresh_are_timed_with_the_same_number_of_inversions(monkeypatch):
+    calls = []
+    one = prepared(problem("cuda_convnet", 4), "kfac")
+    step = ff.NaturalGradient.step
+    monkeypatch.setattr(ff.NaturalGradient, "step", lambda *args, **more: calls.append(more) or step(*args, **more))
+    keys = [block.key for block in one.ng.layout.blocks]
+    for refreshes in latency.cadences(one).values():
+        calls.clear()
+        assert len(latency.run(one, refreshes, 20, "cpu")) == 20
+        inverted = [keys if call["invert"] is True else sorted(call["invert"] or ()) for call in calls[1:]]
+        assert sorted(key for each in inverted for key in each) == sorted(2 * keys)
+        assert sum(call["update"] for call in calls[1:]) == 4
+    found = {"p50": 2.0, "p99": 3.0, "longest": 4.0}
+    workload = {"latency": {"steps": {"staggered": found}, "build_ms_per_layer": 5.0}}
+    row = report.latency({"workloads": {"AE_MNIST": workload}}).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["staggered", "2.0", "3.0", "4.0", "1.50", "5.0"]
 
 
 def small(*given):

@@ -57,7 +57,7 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
 
 
 def test_a_race_does_not_count_its_evaluations_and_ends_at_the_target(monkeypatch):
-    clock, losses = [0.0], iter([0.9, 0.5, 0.3])
+    clock, losses = [0.0], iter([0.9, 0.55, 0.45, 0.3])
 
     def evaluated(task, snapshot, data):
         clock[0] += 10.0
@@ -74,11 +74,11 @@ def test_a_race_does_not_count_its_evaluations_and_ends_at_the_target(monkeypatc
         clock[0] += 1.0
         race.watch(number, lambda: begin._replace(step=number, seconds=clock[0]))
 
-    for number in range(1, 6):
+    for number in range(1, 7):
         step(number)
     with pytest.raises(compare.Reached):
-        step(6)
-    assert [point[:3] for point in race.points] == [(2, 2.0, 0.9), (4, 4.0, 0.5), (6, 6.0, 0.3)]
+        step(7)  # close to the target after every step
+    assert [point[:3] for point in race.points] == [(2, 2.0, 0.9), (4, 4.0, 0.55), (6, 6.0, 0.45), (7, 7.0, 0.3)]
 
 
 def test_the_best_trial_is_the_lowest_that_ended():

@@ -1,11 +1,14 @@
 """Attention and transformers: every parameter in a layer's block, however the projections are written."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
+from fisherfn.decompositions import attention
 from fisherfn.decompositions.attention import multi_head_attention
 from fisherfn.stats import run
 from tests import oracles, zoo
@@ -292,3 +295,14 @@ def test_a_query_that_may_attend_to_nothing_gets_nothing():
     close(found[..., [0, 2], :], attention(params, mask)[..., [0, 2], :])
     gradients = torch.func.grad(lambda p: run(attention, p, mask, ())[0].square().sum())(params)
     assert not gradients["q"][..., 1, :].any() and all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_query_that_may_attend_to_no_key_gets_zeros_and_a_finite_mask_stays_finite(dtype):
+    q, v = torch.full((1, 3, 4), 16.0, dtype=dtype), torch.ones(1, 5, 4, dtype=dtype)
+    mask = torch.zeros(3, 5, dtype=dtype)
+    mask[0], mask[1, 2:] = -math.inf, -math.inf
+    mask[2] = torch.finfo(dtype).min  # minus a score of 512 it is infinite in float16
+    expected = F.scaled_dot_product_attention(q, -16 * v, v, mask)
+    assert not expected[0, 0].any() and expected[0, 1:].all()
+    torch.testing.assert_close(attention.scaled_dot_product_attention(q, -16 * v, v, mask), expected)

@@ -1,5 +1,6 @@
 """Damped inverses and spectra against torch's dense ones, and where matrices are singular."""
 
+import pytest
 import torch
 
 from fisherfn.linalg.solve import damped_inverse, eigh, psd_eigh
@@ -39,8 +40,9 @@ def test_eigenvalues_that_are_rounding_are_zero():
     torch.testing.assert_close(rebuilt, psd(1), rtol=1e-10, atol=1e-10)
 
 
-def test_eigenvectors_of_dead_units_are_finite():
-    """Low rank, half of the rows zero: float32 routines were seen to return NaN for some of these."""
+def test_eigenvectors_of_dead_units_are_finite(monkeypatch):
+    """Low rank, half of the rows zero: float32 routines fail for some of these, unless every row is mixed in."""
+    monkeypatch.setattr("fisherfn.linalg.solve._eigh64", None)
     for seed in range(300):
         rng = torch.Generator().manual_seed(seed)
         x = torch.randn(100, 8, generator=rng) * torch.logspace(0, -4, 8)
@@ -49,6 +51,26 @@ def test_eigenvectors_of_dead_units_are_finite():
         values, vectors = eigh((matrix + matrix.mT) / 2)
         assert torch.isfinite(values).all() and torch.isfinite(vectors).all()
         assert ((vectors * values.unsqueeze(-2)) @ vectors.mT - matrix).norm() < 1e-5 * matrix.norm()
+        assert (vectors.mT @ vectors - torch.eye(100)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("found", ["an error", "NaN"])
+def test_a_failed_decomposition_in_float32_is_repeated_in_float64(found, monkeypatch):
+    decompose, seen = torch.linalg.eigh, []
+
+    def failing(matrix):
+        seen.append(matrix.dtype)
+        if matrix.dtype == torch.float64:
+            return decompose(matrix)
+        if found == "an error":
+            raise torch.linalg.LinAlgError("did not converge")
+        return matrix[..., 0], torch.full_like(matrix, torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    matrix = psd(6).float()
+    values, vectors = eigh(matrix)
+    assert seen == [torch.float32, torch.float64] and vectors.dtype == torch.float32
+    torch.testing.assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, matrix)
 
 
 def test_a_factorisation_that_stops_at_a_zero_is_a_mask():

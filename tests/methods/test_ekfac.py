@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.methods.ekfac import moved
 from tests import kron_oracles, oracles, strategies, zoo
 from tests.methods.kronecker import (
     FAMILY,
@@ -167,6 +168,41 @@ def test_a_step_without_invert_moves_the_scalings_in_the_old_basis():
         diagonal = kron_oracles.diagonal_in(basis(factors, 0), new[key][0]).reshape(factors.scale.shape)
         close(factors.scale, (state.factors[key].scale + diagonal) / 2)
         close(factors.A, moved.factors[key].A)
+
+
+def test_eigenvalues_are_transferred_as_the_diagonal_of_the_old_operator():
+    """The definition, on dense matrices of two groups."""
+    problem = given(*taps_of((2, 1, 6, 1, 4, 5)))
+    _, one, _ = fit(problem.run, problem.params, FAMILY["ekfac"]())
+    _, two, _ = fit(given(*taps_of((2, 1, 6, 1, 4, 5), seed=3)).run, problem.params, FAMILY["ekfac"]())
+    old, new = one.factors["weight"], two.factors["weight"]
+    found = moved(old, new.QA, new.QG)
+    for k, F in enumerate(dense(old)):
+        close(found[k].flatten(), kron_oracles.diagonal_in(basis(new, k), F))
+
+
+def test_five_refreshes_in_float32_stay_at_the_basis_and_diagonal_in_float64():
+    """The factors of a running average, with bases decomposed in single precision."""
+    problem = zoo.pick("mlp-categorical")
+    states = []
+    for dtype in (torch.float64, torch.float32):
+        params = {name: p.to(dtype) for name, p in problem.params.items()}
+        ng = ff.natural_gradient(
+            problem.model, params, problem.x.to(dtype), likelihood=problem.likelihood, method="ekfac",
+            fisher="empirical",
+        )  # fmt: skip
+        state = ng.init(params, damping=0.1)
+        for step in range(5):
+            batch = ((1 + 0.1 * step) * problem.x.roll(step, 0)).to(dtype), problem.y
+            _, state, info = ng.step(params, state, batch)
+            ff.check(info)
+        for factors in state.factors.values():
+            eye = torch.eye(factors.QA.shape[-1], dtype=dtype)
+            assert (factors.QA.mT @ factors.QA - eye).abs().max() < 8 * torch.finfo(dtype).eps
+        states.append(state)
+    for key in states[0].factors:
+        exact, found = (dense(state.factors[key]).double() for state in states)
+        assert (found - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_matvec_is_the_dense_operator_in_params_order():

@@ -83,6 +83,19 @@ def test_without_clip_and_momentum():
     assert not any(opt.state.values()), "no buffer where there is no momentum"
 
 
+def test_the_automatic_bound_is_per_label_and_not_per_sequence():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.arange(40) % 2
+    start = nn.Linear(3, 2).double()
+    found = []
+    for inputs, labels, damping in ((x, y, 0.1), (x.reshape(8, 5, 3), y.reshape(8, 5), 0.5)):
+        net = copy.deepcopy(start)
+        opt = ff.optim.NaturalGradient(net, likelihood=LABELS, fisher="type2", lr=100.0, damping=damping)
+        opt.step((inputs, labels))
+        found.append(net.weight - start.weight)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
+
+
 def test_in_chunks():
     case, loop = problem(), Loop()
     expected = loop.run(case.net, case.batches)

@@ -1,13 +1,15 @@
 """Optimizers other than K-FAC: SGD and AdamW of torch, Muon, Shampoo and SOAP of pytorch_optimizer.
 
 Periodic work depends on the step counter, which is set before each call, so that both kinds of step can be timed. SOAP
-recomputes its bases every 10 steps (its default), like the statistics of others. Shampoo computes its roots every 100
-steps, like the inverses of others (its default is every step).
+recomputes its bases every 10 steps (its default, and the cadence of its paper), like the statistics of others. Shampoo
+computes its roots every 100 steps, like the inverses of others, as is usual for large nets. Its default, every step,
+would cost the column "inverses" in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,16 +66,33 @@ def adamw_fused(problem: Problem) -> Contender:
     return Contender(Parts(stepping(train, torch.optim.AdamW(train.net.parameters(), lr=RATE, fused=True))))
 
 
-def muon(problem: Problem) -> Contender:
-    """Build Muon for all weights except the last layer's, and AdamW for the rest, as documented."""
+def muon(problem: Problem, single: bool = False) -> Contender:
+    """Build Muon for all weights except the last layer's, and AdamW for the rest, as documented.
+
+    Its Newton–Schulz iteration is in bfloat16, which many processors emulate, or in single precision.
+    """
     from pytorch_optimizer import Muon
 
     train = problem.training()
+    kind = in_single_precision(Muon) if single else Muon
     last = [module for module in train.net.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)][-1]
     hidden = [p for p in train.net.parameters() if p.ndim >= 2 and p is not last.weight]
     rest = [p for p in train.net.parameters() if not any(p is other for other in hidden)]
     groups = [{"params": hidden, "lr": RATE, "use_muon": True}, {"params": rest, "lr": RATE, "use_muon": False}]
-    return Contender(Parts(stepping(train, Muon(groups))), "hidden weights", "the rest by AdamW")
+    return Contender(Parts(stepping(train, kind(groups))), "hidden weights", "the rest by AdamW")
+
+
+def in_single_precision(kind: Any) -> Any:
+    """Return Muon with its iteration in float32."""
+    from pytorch_optimizer.optimizer.muon.base import zero_power_via_newton_schulz_5
+
+    class Single(kind):  # type: ignore[misc]
+        @staticmethod
+        def _orthogonalize(group: dict[str, Any], updates: list[torch.Tensor]) -> list[torch.Tensor]:
+            how = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": torch.float32}
+            return [zero_power_via_newton_schulz_5(update.flatten(1), **how) for update in updates]
+
+    return Single
 
 
 def soap(problem: Problem) -> Contender:
@@ -105,6 +124,7 @@ OPTIMIZERS: dict[str, Callable[[Problem], Contender]] = {
     "AdamW": adamw,
     "AdamW, fused": adamw_fused,
     "Muon": muon,
+    "Muon, float32": partial(muon, single=True),
     "Shampoo": shampoo,
     "SOAP": soap,
 }

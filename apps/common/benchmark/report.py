@@ -127,6 +127,20 @@ def memory(numbers: Numbers) -> str:
     return table(["", "", "MiB"], rows) if rows else ""
 
 
+def latency(numbers: Numbers) -> str:
+    """Return the table of percentiles of step times, and of build times, if they were measured."""
+    rows = [
+        [
+            title(name), label, *(f"{spread[at]:.1f}" for at in ("p50", "p99", "longest")),
+            number(spread["p99"] / spread["p50"]), f"{one['latency']['build_ms_per_layer']:.1f}",
+        ]
+        for name, one in numbers["workloads"].items()
+        for label, spread in one.get("latency", {}).get("steps", {}).items()
+    ]  # fmt: skip
+    head = ["", "refresh", "p50, ms", "p99, ms", "longest, ms", "p99 / p50", "build per layer, ms"]
+    return table(head, rows) if rows else ""
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Format a Markdown table with aligned columns."""
     lines = [list(head), *map(list, rows)]

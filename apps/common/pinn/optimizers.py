@@ -25,6 +25,7 @@ class Settings:
     momentum: float
     lr: float | None
     grid: int = GRID
+    ema: float = 0.0
 
 
 class Optimizer(Protocol):
@@ -40,7 +41,7 @@ class Optimizer(Protocol):
 
 
 class Natural:
-    """Natural gradients with a line search, a fixed learning rate, or both from SPRING's momentum."""
+    """Natural gradients with a line search or a fixed learning rate, and SPRING's momentum if `spring`."""
 
     def __init__(self, posed: Posed, params: Tree, settings: Settings, method: Any, spring: bool = False) -> None:
         self.posed, self.settings = posed, settings
@@ -48,9 +49,11 @@ class Natural:
         self.spring = ff.spring(self.ng, momentum=settings.momentum) if spring else None
 
     def init(self, params: Tree) -> Any:
-        """Return the initial state; the exact methods keep no statistics of a batch in it."""
+        """Return the initial state; the exact methods keep no statistics of a batch in it, but an average does."""
         if self.spring is not None:
             return {"direction": ff.tree.zeros_like(params)}
+        if self.settings.ema:
+            return {"curvature": self.ng.init(params, damping=self.settings.damping, ema=self.settings.ema)}
         return {}
 
     def step(self, params: Tree, state: Any) -> tuple[Tree, Any, Tensor]:
@@ -60,6 +63,9 @@ class Natural:
             start = self.spring.init(params, damping=λ)._replace(direction=state["direction"])
             direction, new, info = self.spring.step(params, start, batch)
             state = {"direction": new.direction}
+        elif self.settings.ema:
+            direction, curvature, info = self.ng.step(params, state["curvature"], batch)
+            state = {"curvature": curvature}
         else:
             direction, _, info = self.ng.step(params, self.ng.init(params, damping=λ), batch)
         ff.check(info)
@@ -73,14 +79,14 @@ class Natural:
 class Kronecker:
     """K-FAC with step size and momentum from the quadratic model of all points, and a fixed λ."""
 
-    def __init__(self, posed: Posed, params: Tree, settings: Settings) -> None:
+    def __init__(self, posed: Posed, params: Tree, settings: Settings, method: Any) -> None:
         self.posed, self.settings = posed, settings
-        self.ng = ff.sum_of_terms(posed.terms, params, method=ff.kfac("eigen"))
+        self.ng = ff.sum_of_terms(posed.terms, params, method=method)
 
     def init(self, params: Tree) -> Any:
         """Return the curvature and the last update."""
         return {
-            "curvature": self.ng.init(params, damping=self.settings.damping, ema=0.95),
+            "curvature": self.ng.init(params, damping=self.settings.damping, ema=self.settings.ema),
             "update": ff.tree.zeros_like(params),
         }
 
@@ -156,7 +162,9 @@ DEFAULTS = {
     "exact": Settings(1e-10, 0.0, None),
     "exact_block": Settings(1e-10, 0.0, None),
     "spring": Settings(1e-10, 0.9, None),
-    "kfac": Settings(1e-1, 0.0, None),
+    "dense": Settings(1e-10, 0.0, None, ema=0.6),
+    "kfac": Settings(1e-1, 0.0, None, ema=0.95),
+    "kfac_by_term": Settings(1e-3, 0.0, None, ema=0.95),
     "adam": Settings(0.0, 0.0, 1e-3),
     "lbfgs": Settings(0.0, 0.0, 1.0),
 }
@@ -167,10 +175,13 @@ def optimizer_of(name: str, posed: Posed, params: Tree, settings: Settings) -> O
     """Return the optimizer of this name."""
     if name in ("exact", "exact_block"):
         return Natural(posed, params, settings, ff.exact("full" if name == "exact" else "block"))
+    if name == "dense":
+        return Natural(posed, params, settings, ff.dense())
     if name == "spring":
         return Natural(posed, params, settings, ff.exact(), spring=True)
-    if name == "kfac":
-        return Kronecker(posed, params, settings)
+    if name in ("kfac", "kfac_by_term"):
+        method = ff.kfac("eigen") if name == "kfac" else ff.kfac_by_term()
+        return Kronecker(posed, params, settings, method)
     if name == "adam":
         return Torch(posed, params, lambda leaves: torch.optim.Adam(leaves, lr=settings.lr or 1e-3))
     return Torch(
