@@ -179,11 +179,11 @@ class SumStats(Stats):
         if not blocks:
             return silent_tap(Shape(*whole.shape, whole.family.one_hot), stats.examples, stats.outputs)
         if _serves(whole, blocks):
-            tap = tap_of(stats, blocks[0].key)
+            tap: AnyTap = tap_of(stats, blocks[0].key)
             if blocks[0].bias == whole.bias:
                 return tap
-            tap = tap.whole()
-            return Tap(rows.with_column(tap.a, 0.0), tap.g)  # a bias that this term does not have
+            own = tap.whole()
+            return Tap(rows.with_column(own.a, 0.0), own.g)  # a bias that this term does not have
         return _as_fallback(whole, blocks[0], tap_of(stats, blocks[0].key))
 
 

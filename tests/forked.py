@@ -17,7 +17,7 @@ from pathlib import Path
 
 APPS = Path(__file__).parents[1] / "apps"
 LATE = ("torch._dynamo", "matplotlib.pyplot", "scipy.io", "sklearn.datasets")
-"""What a run imports after its start, each a second or more: imported before the first copy is made."""
+"""Modules that a run imports after its start, each in a second or more: imported before the first copy is made."""
 
 
 class Forked(subprocess.Popen):

@@ -1,4 +1,4 @@
-"""What every optimizer of the trainers is: `init`, `draw` and `step`; and the parts that all of them share."""
+"""The interface of the optimizers of the trainers, `init`, `draw` and `step`, and the parts that they share."""
 
 from __future__ import annotations
 

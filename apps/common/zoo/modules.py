@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+N, T = 8, 12
+"""Examples and positions of the batches."""
+
 
 class Apply(nn.Module):
     """A function as a module, for a place in nn.Sequential."""

@@ -20,14 +20,15 @@ from common.zoo.modules import (
     Film,
     GraphLayer,
     Mixture,
+    N,
     Recurrent,
     Residual,
     Siamese,
+    T,
     Tokens,
     UNet,
 )
 
-N, T = 8, 12
 Made = tuple[nn.Module, Any, Any]
 
 
