@@ -8,7 +8,7 @@ never asks which kind it has, nor how the inputs are stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,6 +100,10 @@ class AnyTap:
     def mean(self, moment: Callable[[AnyTap], PyTree]) -> PyTree:
         """Compute a mean over all examples; `moment` returns the mean over the examples of the tap that it is given."""
         return moment(self)
+
+    def mean_of_all(self, taps: Mapping[str, Any], moments: Mapping[str, Callable[[AnyTap], PyTree]]) -> PyTree:
+        """Return the mean of a moment for every block of this batch; see `means`."""
+        return {key: taps[key].mean(moment) for key, moment in moments.items()}
 
     def each(self, compute: Callable[[AnyTap], Tensor]) -> Tensor:
         """Return `compute(tap)`, a tensor `[S, N, …]` with one entry per example, for all examples."""
@@ -275,6 +279,11 @@ class ChunkedTap(AnyTap):
         n = self.sizes.n
         for start in range(0, n, self.size):
             yield self.tap.window(slice(start, min(start + self.size, n)))
+
+
+def means(taps: Mapping[str, AnyTap], moments: Mapping[str, Callable[[AnyTap], PyTree]]) -> PyTree:
+    """Return `tap.mean(moment)` of every block, by its key; in one message if examples are spread over processes."""
+    return next(iter(taps.values())).mean_of_all(taps, moments) if taps else {}
 
 
 def added(parts: Iterable[PyTree]) -> PyTree:

@@ -25,7 +25,8 @@ class Forked(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
         ends = more[3], more[6], more[8]  # of pipes, the child's; -1 for a stream of this process
-        if isinstance(args, (str, bytes, os.PathLike)) or args[0] != sys.executable:
+        plain = isinstance(args, (str, bytes, os.PathLike)) or args[0] != sys.executable
+        if plain or not (str(args[1]) == "-c" or str(args[1]).endswith(".py")):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of imports, and where copies are made of several threads

@@ -34,7 +34,6 @@ from tests.nets import (
     conv_autoencoder,
     mlp,
 )
-from tests.typed import noted
 
 DTYPE = torch.float64
 LAYERS = (
@@ -344,7 +343,6 @@ def as_installed() -> Iterator[None]:
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with noted():
-            yield
+        yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 import fisherfn as ff
+from common import ranks
 from common.steps import Optimizer, Tree
 
 PATIENCE = 10
@@ -142,14 +143,15 @@ def measure(task: Task, snapshot: Snapshot, skipped: int) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
     """Return the mean loss, and the accuracy if the targets are classes."""
-    total, right = 0.0, 0
+    total, right, examples = 0.0, 0.0, data[0].shape[0]
     classes = not data[1].is_floating_point()
+    data = data[0][ranks.part(examples)], data[1][ranks.part(examples)]
     batch_size = 2048 if data[0].ndim == 2 else 256  # the outputs of a convolution are many times the size of an image
     for x, y in zip(data[0].split(batch_size), data[1].split(batch_size), strict=True):
         outputs, _ = task.predict(snapshot.params, x, snapshot.context)
         total += float(task.likelihood.nll(outputs, y).double().sum())
         right += int((outputs.argmax(-1) == y).sum()) if classes else 0
-    examples = data[0].shape[0]
+    total, right = ranks.added("evaluation", total, right)
     return total / examples / task.per_output, right / examples if classes else None
 
 
@@ -167,7 +169,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     began, first = time.perf_counter(), at
     for batch in bar:
         labels = optimizer.draw(batch, draws)
-        context = task.seeded(at.context, batch[0].shape[0], draws)
+        context = _context(task, at, settings, draws)
         new = optimizer.step(at.params, at.state, batch, context, labels, at.step)
         at = at._replace(step=at.step + 1, batches=at.batches + 1)
         if sound(new.info):
@@ -187,18 +189,26 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     return done, at.skipped
 
 
+def _context(task: Task, at: Snapshot, settings: Settings, draws: torch.Generator) -> Tree:
+    """Return the context of the next step; seeds are drawn for the global batch, of which this process has a part."""
+    examples = min(settings.batch_size, task.train[0].shape[0] - at.batches * settings.batch_size)
+    context = task.seeded(at.context, examples, draws)
+    return context | {"dropout": context["dropout"][ranks.part(examples)]} if task.drops else context
+
+
 def with_draws(at: Snapshot, draws: torch.Generator) -> Snapshot:
     """Return a snapshot within an epoch, with the current state of the generator."""
     return at._replace(draws=draws.get_state())
 
 
 def _batches(task: Task, settings: Settings, generator: torch.Generator, done: int) -> DataLoader[Any]:
-    """Yield shuffled batches, without those that are done; the last one may be shorter.
+    """Yield this process's part of shuffled batches, without those that are done; the last one may be shorter.
 
     A batch is one indexing operation, not one per example.
     """
     order = torch.randperm(task.train[0].shape[0], generator=generator).tolist()[done * settings.batch_size :]
-    sampler = BatchSampler(order, settings.batch_size, drop_last=False)
+    whole = BatchSampler(order, settings.batch_size, drop_last=False)
+    sampler = [batch[ranks.part(len(batch))] for batch in whole]
     # its own generator: the loader would take its base seed from the global one
     own = torch.Generator().manual_seed(0)
     dataset = TensorDataset(*task.train)

@@ -48,20 +48,21 @@ class MetricsError(FisherfnError, ValueError):
 class Results:
     """The result folder of a run; created by `Results.open`."""
 
-    def __init__(self, path: Path, config: Any) -> None:
+    def __init__(self, path: Path, config: Any, writes: bool = True) -> None:
         self.path = path
-        self._config = config
+        self._config, self._writes = config, writes
         self._ready = False
         self._lock: int | None = None
 
     @classmethod
-    def open(cls, config: Any, app: str) -> Results:
+    def open(cls, config: Any, app: str, writes: bool = True) -> Results:
         """Open the result folder of this configuration; nothing is written yet.
 
         Args:
             config: a dataclass with `result_dir`, `result_name`, `overwrite` and `resume`; without a name, one is made
                 from its `data`, `model`, `optim` and `seed`.
             app: the name of the app, which is a folder.
+            writes: False for a process that only reads the checkpoint, because another one writes the results.
 
         Raises:
             ConfigError: the name is not a plain folder name, or the resumed run differs from the recorded one.
@@ -72,6 +73,8 @@ class Results:
         path = Path(config.result_dir) / app / _plain(name)
         config = dataclasses.replace(config, result_name=name)
         lock = None
+        if not writes:
+            return cls(path, config, writes)
         if config.resume:
             _check_resumable(path, config)
             lock = _locked(path)
@@ -91,6 +94,8 @@ class Results:
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an epoch and write them to disk; non-finite numbers become null."""
+        if not self._writes:
+            return
         path = self._folder() / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -102,13 +107,15 @@ class Results:
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the epochs recorded so far; null becomes NaN."""
-        return read_metrics(self.path)
+        return read_metrics(self.path) if self._writes else []
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint: tensors by path, and JSON metadata, of which resume needs `meta["epoch"]`.
 
         The previous one is kept.
         """
+        if not self._writes:
+            return
         path = self._folder() / CHECKPOINT
         save_checkpoint(path, tensors, meta, kept=[path.with_name(name) for name in KEPT])
 
@@ -118,7 +125,7 @@ class Results:
         A damaged checkpoint is replaced by the previous one, with a warning.
         """
         tensors, meta = first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
-        if self._config.resume and (self.path / METRICS).exists():
+        if self._config.resume and self._writes and (self.path / METRICS).exists():
             kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
             replace_text(self.path / METRICS, "".join(map(_line, kept)))
         return tensors, meta

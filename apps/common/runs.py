@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 import fisherfn as ff
-from common import tensorboard
+from common import ranks, tensorboard
 from common.checkpoints import CheckpointError
 from common.config import ConfigError, as_yaml
 from common.data import Data, load
@@ -31,6 +32,9 @@ COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
 
 class Training(ABC, Generic[C]):
     """A training that `run` can drive; the constructor of a subclass builds nets and optimizers."""
+
+    spreads = False
+    """True if several processes can share the batches of this training."""
 
     def __init__(self, config: C, data: Data) -> None:
         self.config, self.data = config, data
@@ -74,10 +78,20 @@ def run(Kind: type[Training[C]], config: C, app: str | None = None) -> Path:
 
     The folder is in that of the trainer, or of `app` if another app runs the trainer.
     """
+    with ranks.joined(config.device) as device:
+        return _run(Kind, dataclasses.replace(config, device=device), app or config.app)
+
+
+def _run(Kind: type[Training[C]], config: C, app: str) -> Path:
+    """Train in this process, which may be one of several."""
+    if ranks.several() and not Kind.spreads:
+        raise ConfigError(f"{config.app} trains in a single process: start it without torchrun")
+    if not ranks.first():
+        config = dataclasses.replace(config, quiet=True, verbose=False, tensorboard=False)
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)
     config = Kind.completed(config, data)
     with (
-        contextlib.closing(Results.open(config, app or config.app)) as results,
+        contextlib.closing(Results.open(config, app, writes=ranks.first())) as results,
         contextlib.closing(tensorboard.opened(config.tensorboard, results.path)) as board,
         stopped() as signals,
     ):
@@ -95,10 +109,13 @@ def run(Kind: type[Training[C]], config: C, app: str | None = None) -> Path:
                 results.record(epoch.metrics)
             board.write(results.metrics())
             save(results, snapshot)
-            training.draw_epoch(results.path, snapshot)
+            if ranks.first():
+                training.draw_epoch(results.path, snapshot)
             training.say(training.line(epoch.metrics))
-        training.draw(results, snapshot)
-    print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
+        if ranks.first():
+            training.draw(results, snapshot)
+    if ranks.first():
+        print(f"Everything is in {results.path}: metrics.jsonl, config.yaml, checkpoint.pt and the pictures.")
     return results.path
 
 
@@ -182,12 +199,14 @@ def watched_saver(save_every: int | None, signals: list[int]) -> Callable[[int, 
     """Return a function of the step and a saving function, which saves or ends the run as `watched` does."""
 
     def after(step: int, save: Callable[[], None]) -> None:
-        if signals or (save_every and step % save_every == 0):
+        number = ranks.signalled(signals)
+        if number or (save_every and step % save_every == 0):
             save()
-        if signals:
-            name = signal.Signals(signals[0]).name
-            print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
-            raise Stopped(signals[0])
+        if number:
+            if ranks.first():
+                name = signal.Signals(number).name
+                print(f"\n{name}: stopped after step {step}; --resume goes on from there", file=sys.stderr)
+            raise Stopped(number)
 
     return after
 

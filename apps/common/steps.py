@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad
 
 import fisherfn as ff
+from common import ranks
 
 Tree = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
@@ -86,6 +87,7 @@ def gradient(
         return value, (value, new_context)
 
     grads, (value, new_context) = grad(loss, has_aux=True)(params)
+    grads, value = ranks.mean(grads, value, x.shape[0] if isinstance(x, Tensor) else 0)
     checks = {"loss": torch.isfinite(value), "gradient": ff.tree.finite(grads)}
     return grads, ff.Info(loss=value, ok=checks, checks=checks, context=new_context)
 

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 import fisherfn as ff
-from common import optimizers, runs
+from common import optimizers, ranks, runs
 from common.config import ConfigError, filled
 from common.data import Data, Split, enlarged
 from common.loop import Epoch, Settings, Snapshot, Task, Watch, start, train
@@ -87,7 +87,7 @@ def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
-    ng = natural_gradient(config, task) if config.optim in ff.METHODS else None
+    ng = ranks.spread(natural_gradient(config, task)) if config.optim in ff.METHODS else None
     return optimizer_with(config, task, ng, numbers(config))
 
 
@@ -179,9 +179,12 @@ def method(config: TrainConfig) -> ff.Method:
 class Supervised(Training[TrainConfig]):
     """The training of one net on examples with targets: labels, or the inputs themselves."""
 
+    spreads = True
+
     def __init__(self, config: TrainConfig, data: Data) -> None:
         super().__init__(config, data)
-        self.task, _ = make_task(config, data)
+        self.task, net = make_task(config, data)
+        ranks.check_options(config, net)
         self.optimizer = make_optimizer(config, self.task)
 
     @staticmethod

@@ -3,5 +3,7 @@
 from fisherfn.distributed.natgrad import DataParallel, data_parallel
 from fisherfn.distributed.ranks import Ranks, Shard
 from fisherfn.distributed.stats import ReducedStats
+from fisherfn.shares import costs as inversion_costs
+from fisherfn.shares import owners as inversion_owners
 
-__all__ = ["DataParallel", "Ranks", "ReducedStats", "Shard", "data_parallel"]
+__all__ = ["DataParallel", "Ranks", "ReducedStats", "Shard", "data_parallel", "inversion_costs", "inversion_owners"]

@@ -7,7 +7,7 @@ equal on all ranks, and nothing else is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -24,10 +24,11 @@ from fisherfn.distributed.stats import ReducedStats, reduced, stand_in
 from fisherfn.errors import EmptyBatchError, StructureError, expect
 from fisherfn.methods.two_level import TwoLevel
 from fisherfn.natgrad import NaturalGradient
+from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
 from fisherfn.stats.batch import Checked, check_fisher, checked
-from fisherfn.types import PyTree, Tree
+from fisherfn.types import Info, PyTree, Tree
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,42 @@ class DataParallel(NaturalGradient):
         )  # fmt: skip
         found.checks["chunks"] = self._independent(found, pair(batch)[1], shard)
         return reduced(found, self.ranks, shard)
+
+    def step_from(
+        self,
+        state: State,
+        grads: Tree | Stats,
+        stats: Stats | None = None,
+        *,
+        invert: bool | Collection[str] = True,
+        inner: bool = False,
+        damping: Callable[[State], Tensor] | None = None,
+    ) -> tuple[Tree, State, Info]:
+        """Compute a step from reduced statistics, or from a gradient that is equal on all ranks.
+
+        See `NaturalGradient.step_from`.
+
+        Raises:
+            RankError: on every rank, if the ranks disagree on the arguments, or if one's state does not fit.
+        """
+
+        def fits() -> int:
+            self._check_state(state)
+            for given in (grads, stats):
+                if isinstance(given, Stats):
+                    expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
+            return 0
+
+        blocks = sorted(invert) if isinstance(invert, Collection) else invert
+        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), stats is not None)
+        agreed(self.ranks, {"the arguments of a step (invert, inner, damping, statistics)": asked}, fits)
+        return super().step_from(state, grads, stats, invert=invert, inner=inner, damping=damping)
+
+    def dropout_seeds(self, examples: int, generator: torch.Generator) -> Tensor:
+        """Return this rank's slice of the dropout seeds of the global batch; see `ff.dropout_seeds`."""
+        facts = {"the generator": of_tensors({"state": generator.get_state()})}
+        shard = self._agreed(facts, lambda: examples)
+        return dropout_seeds(shard.total, generator)[shard.start : shard.start + shard.own]
 
     def reduced(self, stats: Stats) -> ReducedStats:
         """Return the statistics of the global batch, given those of this rank, as `ff.join` returns them."""

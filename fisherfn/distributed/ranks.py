@@ -7,6 +7,7 @@ because a rank has ended or does not answer raises `RankError` on the ranks that
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherfn.errors import RankError, StructureError
+
+MOMENT = 5.0
+"""Seconds that a rank waits for the others to report a failure, to name the one that does not."""
 
 PARTS = 3
 """Numbers of single precision that together hold one number of double precision."""
@@ -127,10 +131,19 @@ class Ranks:
         return self._gather(what, numbers.to(self.device)).cpu()
 
     def gathered(self, what: str, mine: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Return the tensors of every rank as bytes, in one message; `sizes` are the numbers of bytes of the ranks."""
-        longest = max(sizes)
+        """Return the tensors of every rank as bytes, in one message; `sizes` are the numbers of bytes of the ranks.
+
+        A gather pads all parts to the longest one. Where that is more than a sum sends (twice the whole), as with more
+        ranks than blocks, each rank writes its part into zeros, and these are added up.
+        """
+        longest, whole = max(sizes), sum(sizes)
         flat = torch.cat([to_bytes(tensor) for tensor in mine]) if mine else torch.zeros(0, dtype=torch.uint8)
         device = flat.device if mine else self.device
+        if self.size * longest > 2 * whole:
+            summed, start = torch.zeros(whole, dtype=torch.uint8, device=device), sum(sizes[: self.rank])
+            summed[start : start + len(flat)] = flat
+            self._sum(what, summed)
+            return list(summed.split(list(sizes)))
         padded = torch.cat([flat.to(device), torch.zeros(longest - len(flat), dtype=torch.uint8, device=device)])
         return [row[:size] for row, size in zip(self._gather(what, padded), sizes, strict=True)]
 
@@ -158,11 +171,31 @@ class Ranks:
             yield
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0][:200]
+            silent = self._silent()
+            named = f"No word from rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}. " if silent else ""
             raise RankError(
                 f"rank {self.rank} of {self.size} did not get the others' part of the message {what!r} ({first}). "
-                "Another rank has ended, does not answer, or is at another call: look at the first error in the "
-                "output of the other ranks. Then start all ranks again from the last checkpoint."
+                f"{named}Another rank has ended, does not answer, or is at another call: look at the first error in "
+                "the output of the other ranks. Then start all ranks again from the last checkpoint."
             ) from error
+
+    def _silent(self) -> list[int]:
+        """Return the ranks that do not report the failure to the store through which the group was formed.
+
+        A rank that still waits in the failed message has not reported it, so all ranks are given a moment.
+        """
+        group: Any = self.group or dist.group.WORLD
+        members = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        began, silent = time.monotonic(), list(range(self.size))
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"fisherfn/failed/{members[self.rank]}", "")
+            while silent and time.monotonic() - began < (MOMENT if len(silent) > 1 else MOMENT / 5):
+                time.sleep(0.05)
+                silent = [rank for rank in range(self.size) if not store.check([f"fisherfn/failed/{members[rank]}"])]
+        except (RuntimeError, ValueError):  # the store was in the rank that has ended
+            return []
+        return silent
 
 
 def to_bytes(tensor: Tensor) -> Tensor:

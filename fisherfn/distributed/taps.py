@@ -150,6 +150,10 @@ class ReducedTap(AnyTap):
         """Compute a mean over the examples of all ranks: each counts by its number of examples."""
         return self.exchange.mean("mean", moment(self.local))
 
+    def mean_of_all(self, taps: Mapping[str, Any], moments: Mapping[str, Callable[[AnyTap], PyTree]]) -> PyTree:
+        """Compute the means of all blocks, and sum them over ranks in one message."""
+        return self.exchange.mean("mean", {key: moment(taps[key].local) for key, moment in moments.items()})
+
     def input_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k i *i"]:
         """Return `Σ_nt a aᵀ` over all ranks; see `AnyTap`."""
         return self.exchange.moments(self.key, limit, summed, self.precision)[0]

@@ -17,6 +17,7 @@ eigenbasis*, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,14 +27,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import products
-from fisherfn.base import Diagnostics, factorwise
+from fisherfn.base import Diagnostics, Updated, Which, factorwise
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
 from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
-from fisherfn.taps import AnyTap
-from fisherfn.types import Matrix, Shape
+from fisherfn.taps import AnyTap, means
+from fisherfn.types import Matrix, PyTree, Shape
 
 
 class Factors(NamedTuple):
@@ -69,14 +70,24 @@ class EKFAC(KroneckerMethod):
         QA, QG = psd_eigh(A).vectors, psd_eigh(G).vectors
         return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
 
-    def update_block(self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool) -> tuple[Factors, Diagnostics]:
+    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
+        follows = {key: inverting if isinstance(inverting, bool) else key in inverting for key in taps}
+        bases = {key: self._moments_and_basis(old[key], tap, rho, follows[key]) for key, tap in taps.items()}
+        measures = {key: partial(diagonal, QA=QA, QG=QG) for key, (_, _, QA, QG) in bases.items()}
+        for key, new in means(taps, measures).items():
+            A, G, QA, QG = bases[key]
+            before = moved(old[key], QA, QG) if follows[key] else old[key].scale
+            scale = torch.lerp(new, before, rho.to(new.dtype))
+            yield key, Factors(A, G, QA, QG, scale), {}
+
+    def _moments_and_basis(
+        self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool
+    ) -> tuple[Factor, Factor, Factor, Factor]:
+        """Return the averaged moments and their basis: the old one, unless `inverting`."""
         A, G = factorwise(Pair(old.A, old.G), moments(tap, self.diagonal_above), rho)
         QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
-        new = tap.mean(partial(diagonal, QA=QA, QG=QG))
-        before = moved(old, QA, QG) if inverting else old.scale
-        scale = torch.lerp(new, before, rho.to(new.dtype))
-        return Factors(A, G, QA, QG, scale), {}
+        return A, G, QA, QG
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
         """Replace the basis by that of the moments; the second pass measures the eigenvalues in it."""

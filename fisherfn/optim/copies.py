@@ -13,6 +13,7 @@ from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
+from fisherfn.optim.ranks import spread
 from fisherfn.types import Model
 
 
@@ -49,7 +50,7 @@ class Copies:
             )
         vars(self).update(state)
         if isinstance(state["ng"], _Unbound):
-            self.ng = state["ng"].bound(self.network.model(), self._options.method)
+            self.ng = spread(state["ng"].bound(self.network.model(), self._options.method))
 
     def _unbound(self) -> dict[str, Any]:
         ng = None if self.ng is None else _Unbound.of(self.ng)
@@ -70,7 +71,7 @@ class _Unbound(NamedTuple):
         return NaturalGradient(model=model, method=method, **self.fields)
 
 
-_BOUND = ("model", "method")
+_BOUND = ("model", "method", "ranks")
 
 
 def _pickles(value: Any) -> bool:

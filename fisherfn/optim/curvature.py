@@ -17,6 +17,7 @@ from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
+from fisherfn.optim.ranks import alone, dropout, spread
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
 from fisherfn.state import State
 from fisherfn.stats import Stats, pair
@@ -54,12 +55,12 @@ class Curvature(Copies):
     def build(self, x: PyTree) -> NaturalGradient:
         """Find the layers with these inputs, once per example shape and mode of the net; the state is shared."""
         if self.ng is None:
-            _one_process()
             x = _finite(_inputs(x))
             with self.network.alone_in_autocast():
                 ng = self.network.build(
                     lambda model, params, context: self._options.build(model, params, x, context), x
                 )
+                ng = spread(ng, compiled=bool(self._options.compile))
                 self._state = self._restored(ng, self._saved)
             self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
             self._by_kind[self.network.kind(x)] = ng
@@ -138,7 +139,7 @@ class Curvature(Copies):
         if id(ng) not in self._steps_of:
             self._steps_of[id(ng)] = self._options.compiled(step)
         with self.network.alone_in_autocast():
-            context = self.network.context(batch[0], self._generator)
+            context = self.network.context(batch[0], self._generator, dropout(ng))
             random: dict[str, Any] = {"generator": self._generator}
             if self._options.compile:  # a graph cannot sample
                 samples = self.updates and self._options.fisher == "mc"
@@ -171,7 +172,7 @@ class Curvature(Copies):
         ng, x = self.build(x), _inputs(x)
         ng = ng if likelihood is None else replace(ng, likelihood=likelihood)
         with self.network.alone_in_autocast():
-            context = self.network.context(x, self._generator)
+            context = self.network.context(x, self._generator, dropout(ng))
             return ng.stats(
                 self.network.values(), (x, y), fisher=fisher, generator=self._generator, context=context,
                 chunk_size=self._options.chunk_size,
@@ -194,6 +195,7 @@ class Curvature(Copies):
         """Record one forward pass of the net, if the next step computes statistics."""
         if reduction not in REDUCTIONS:
             raise unknown("reduction", reduction, REDUCTIONS)
+        alone("a watched pass")
         layout = (self.ready() if inputs is None else self.build(inputs)).layout
         if layout.fallbacks:
             names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
@@ -278,12 +280,3 @@ def _finite(x: PyTree) -> PyTree:
         error, text = BATCH_CHECKS["inputs"]
         raise error(f"{text}. This is the first batch, with which the layers are found: or pass example_inputs=x.")
     return x
-
-
-def _one_process() -> None:
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if ranks and torch.distributed.get_world_size() > 1:
-        raise StructureError(
-            "several processes train this net, but the drop-in classes do not average over processes: the copies would "
-            "diverge. Use the functional loop with statistics averaged over the ranks."
-        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfn import tree
+from fisherfn.distributed import DataParallel
 from fisherfn.errors import NoiseError, StructureError, expect
 from fisherfn.randomness import dropout_seeds
 from fisherfn.stats.functional import check_net, functional
@@ -82,10 +83,11 @@ class Network:
 
     # ------------------------------------------------------------------------------------------ its other inputs
 
-    def context(self, x: PyTree, generator: torch.Generator) -> Tree:
+    def context(self, x: PyTree, generator: torch.Generator, ranks: DataParallel | None = None) -> Tree:
         """Return the buffers, and dropout seeds for the examples of `x` if the net has dropout."""
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
-        return buffers | {"dropout": dropout_seeds(examples(x), generator)} if self._seeded else buffers
+        draw = dropout_seeds if ranks is None else ranks.dropout_seeds
+        return buffers | {"dropout": draw(examples(x), generator)} if self._seeded else buffers
 
     def kind(self, x: PyTree) -> Any:
         """Return the key of a build: the example shapes of the inputs, and the mode of every module."""

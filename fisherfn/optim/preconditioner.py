@@ -15,6 +15,7 @@ from fisherfn.errors import LikelihoodError, StructureError, check, expect_numbe
 from fisherfn.optim.curvature import Curvature
 from fisherfn.optim.network import examples
 from fisherfn.optim.options import Options
+from fisherfn.optim.ranks import alone, averaged
 from fisherfn.optim.with_curvature import WithCurvature
 from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, PyTree, Tree
@@ -108,7 +109,7 @@ class Preconditioner(WithCurvature):
         """
         curvature = self._curvature
         self._unscale()
-        grads = curvature.network.gradients()
+        grads = self._gradients(batch)
         if curvature.scaler is not None and not bool(torch.stack([g.isfinite().all() for g in grads.values()]).all()):
             curvature.forget()
             return
@@ -122,6 +123,14 @@ class Preconditioner(WithCurvature):
         check(self.info)
         self._write(kl_clip(nat, self.info.inner, lr=rate, kl_bound=self._kl_bound or 0.0) if clips else nat)
         curvature.commit(state)
+
+    def _gradients(self, batch: Any) -> Tree:
+        """Return the gradients; in several processes their mean, each counted by its examples of the batch."""
+        grads = self._curvature.network.gradients()
+        if batch is None:
+            alone("a step without its batch")
+            return grads
+        return averaged(grads, examples(_split(batch)[0]))
 
     def _statistics(self, batch: Any) -> Stats:
         if batch is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from fisherfn.errors import CoverageError, ShapeError, StructureError, UnusedPar
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
+from fisherfn.stats.functional import check_whole
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout
 from fisherfn.stats.numbers import close, cotangent_of
@@ -39,6 +41,8 @@ def build(
         raise unknown("unused", unused, ("raise", "ignore"))
     if uncovered not in ("fallback", "gradient"):
         raise unknown("uncovered", uncovered, ("fallback", "gradient"))
+    if isinstance(params, Mapping):
+        check_whole(params)
     whole = Probe(model, params, x, context)
     whole.check()
     if whole.examples > FEW:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,10 +98,23 @@ def check_net(net: torch.nn.Module) -> None:
             f"the module {scripted[0] or 'net'!r} was made by torch.jit, and cannot be run with other parameters: pass "
             "the module that it was scripted or traced from (torch.compile is fine)."
         )
+    check_whole(dict(net.named_parameters()))
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if torch.nn.parameter.is_lazy(tensor):
             raise StructureError(
                 f"{name!r} of a lazy module has no shape yet: run the net once, net(x), before passing it to fisherfn."
+            )
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `StructureError` if a tensor is sharded over ranks."""
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for name, tensor in tensors.items():
+        if isinstance(tensor, sharded):
+            raise StructureError(
+                f"{name!r} is a DTensor, as FSDP2 and tensor parallelism make them, and fisherfn needs whole "
+                "parameters that are equal on all ranks: build the net without fully_shard, or pass "
+                "`param.full_tensor()`. ff.distributed.data_parallel spreads batches and inversions over ranks."
             )
 
 

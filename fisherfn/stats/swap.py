@@ -97,8 +97,9 @@ def _see_through(module: nn.Module) -> None:
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of `torch.compile` and `DataParallel`."""
-    while (inner := net._modules.get("module" if isinstance(net, nn.DataParallel) else "_orig_mod")) is not None:
+    """Return the module inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while (inner := net._modules.get("module" if isinstance(net, parallel) else "_orig_mod")) is not None:
         net = inner
     return net
 

@@ -18,9 +18,13 @@ FILES = sorted((ROOT / "apps" / "cluster").iterdir())
 SRUN = """#!/usr/bin/env bash
 # as many tasks as the job has, at once, each with its number; the exit code is the highest of theirs
 while [[ $1 == --* ]]; do shift; done
+trap 'kill -TERM "${pids[@]}"' TERM
 for ((i = 0; i < ${SLURM_NTASKS:-1}; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
 highest=0
-for pid in "${pids[@]}"; do wait "$pid"; code=$?; ((code > highest)) && highest=$code; done
+for pid in "${pids[@]}"; do
+    while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done
+    ((code > highest)) && highest=$code
+done
 exit "$highest"
 """
 SCONTROL = '#!/usr/bin/env bash\necho "$@" >>scontrol.log\n'
@@ -130,3 +134,41 @@ def test_without_slurm_a_signal_reaches_every_run_and_their_saving_is_waited_for
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert len(list(job.folder.glob("saved-*"))) == 4
+
+
+def test_one_net_on_two_nodes_meets_on_the_first_one(job):
+    (job.folder / "bin" / "scontrol").write_text('#!/usr/bin/env bash\nprintf "%s\\n" node7 node8\n')
+    said = stand_in(job, 'echo "$*" >>said')
+    two = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+    assert job("one_net.sbatch", "--num_epochs", "3", **two, **said).returncode == 0
+    (line,) = (job.folder / "said").read_text().splitlines()
+    assert line.startswith("-m torch.distributed.run --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d")
+    assert "--rdzv_endpoint node7:29500 --rdzv_id 5 apps/train_mlp.py" in line
+    assert line.endswith("--result_name cluster --save_every 100 --overwrite --num_epochs 3")
+
+
+def test_one_net_that_was_told_to_stop_goes_back_into_the_queue(job):
+    said = stand_in(job, 'trap "echo saved >saved; exit 1" TERM; touch ready; while :; do sleep 0.05; done')
+    process = job.start("one_net.sbatch", SLURM_JOB_ID="9", **said)
+    while not (job.folder / "ready").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert (job.folder / "scontrol.log").read_text().splitlines() == ["requeue 9"]
+    failed = stand_in(job, "exit 1")
+    assert job("one_net.sbatch", SLURM_JOB_ID="9", **failed).returncode == 1
+    assert len((job.folder / "scontrol.log").read_text().splitlines()) == 1
+
+
+def test_the_job_of_ccc_msub_reads_its_arguments_and_resumes(job):
+    said = stand_in(job, 'echo "$*" >>said')
+    here = {"BRIDGE_MSUB_PWD": str(job.folder), "ARGUMENTS": "--data DIGITS", "RUN": "four"}
+    folder = job.folder / "results" / "train_mlp" / "four"
+    assert job("one_net.msub", **here, **said).returncode == 0
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    assert job("one_net.msub", **here, **said).returncode == 0
+    first, second = (job.folder / "said").read_text().splitlines()
+    assert first.startswith("-m torch.distributed.run --standalone --nproc_per_node 4 apps/train_mlp.py")
+    assert first.endswith("--save_every 100 --overwrite --data DIGITS") and " --resume --data DIGITS" in second

@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import fisherfn as ff
 from fisherfn.distributed import data_parallel
@@ -36,7 +37,7 @@ def trained(ng, params, x, y, how: str, steps: int = STEPS):
     random = torch.Generator().manual_seed(0)
     # the default for classes is the KL bound; K-FAC stands for steps whose sizes come from the quadratic model
     rule = "model" if ng.method.name == "kfac" else "auto"
-    opt = ff.adaptive(ng, rule=rule) if how == "adaptive" else None
+    opt = ff.adaptive(ng, rule=rule, model_examples=5) if how == "adaptive" else None
     state = ng.init(params, damping=0.1) if opt is None else opt.init(params)
     for k in range(steps):
         cadence = {"update": k % 4 != 3, "invert": k % 2 == 0, "generator": random}
@@ -118,15 +119,28 @@ def traffic(group):
     """Bytes of each kind of message in one step."""
     problem, x, y = batch()
     sent: dict[str, int] = {}
+    times: dict[str, int] = {}
 
     def observe(what, size):
         sent[what] = sent.get(what, 0) + size
+        times[what] = times.get(what, 0) + 1
 
-    ng = data_parallel(problem.build(method="kfac"), group=group, observe=observe)
-    state = ng.init(problem.params)
-    sent.clear()
-    ng.step(problem.params, state, (x[:4], y[:4]), generator=torch.Generator().manual_seed(0))
-    return {"sent": sent}
+    found = {}
+    for method in ("kfac", "ekfac"):
+        ng = data_parallel(problem.build(method=method), group=group, observe=observe)
+        state = ng.init(problem.params)
+        sent.clear()
+        times.clear()
+        ng.step(problem.params, state, (x[:4], y[:4]), generator=torch.Generator().manual_seed(0))
+        found |= {f"sent/{method}": dict(sent), f"times/{method}": dict(times)}
+    return found
+
+
+def norm():
+    """A natural gradient of a net with batch norm in training mode."""
+    model, params, context = ff.functional(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
+    x = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
+    return ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)
 
 
 def errors(rank, group):
@@ -138,6 +152,9 @@ def errors(rank, group):
     other = {name: p + 1 for name, p in params.items()}
     random = torch.Generator().manual_seed(rank)
     same = torch.Generator().manual_seed(0)
+    state = ng.init(params, damping=0.1)
+    found_stats = ng.stats(params, (x, y), generator=same)
+    local_stats = ng.local.stats(params, (x, y), generator=torch.Generator().manual_seed(0))
     cases = {
         "method": lambda: data_parallel(problem.build(method="kfac" if first else "ekfac"), group=group),
         "model": lambda: data_parallel(zoo.pick("scale-matrix" if first else "mlp-categorical").build(), group=group),
@@ -146,6 +163,10 @@ def errors(rank, group):
         "generator": lambda: ng.stats(params, (x, y), generator=random),
         "arguments": lambda: ng.stats(params, (x, y), generator=same, curvature=first),
         "empty": lambda: ng.stats(params, (x[:0], y[:0]), generator=same),
+        "invert": lambda: ng.step(params, state, (x, y), generator=same, invert=first),
+        "state": lambda: ng.step_from(state if first else (), found_stats),
+        "unreduced": lambda: ng.step_from(state, found_stats if first else local_stats),
+        "norm": lambda: data_parallel(norm(), group=group),
         "twice": lambda: data_parallel(ng, group=group),
     }
     found = {}

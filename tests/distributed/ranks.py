@@ -15,10 +15,11 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def together(size: int, task: str, folder: Path, seconds: float = 120.0) -> list[Any]:
+def together(size: int, task: str, folder: Path, seconds: float = 600.0) -> list[Any]:
     """Return what the function `task` ("module:function") returned on each of `size` connected ranks."""
     command = [sys.executable, "-m", "tests.distributed.ranks", task, str(folder), str(size)]
-    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'apps'}"}
+    quiet |= {"FISHERFN_FOLDER": str(folder)}
     log = [(folder / f"rank-{rank}.log").open("w") for rank in range(size)]
     ranks = [
         subprocess.Popen(
@@ -50,8 +51,9 @@ def main(task: str, folder: str, size: str, rank: str) -> None:
     module, function = task.split(":")
     found = getattr(importlib.import_module(module), function)(int(rank))
     torch.save(found, Path(folder) / f"rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a task may have ended its group
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

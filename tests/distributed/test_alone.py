@@ -141,3 +141,47 @@ def test_step_sizes_of_the_quadratic_model_are_those_of_one_process():
         _, _, info = opt.step(problem.params, state, (x, y), generator=zoo.generator(0))
         found.append(info.adapted._asdict())
     close(found[1], found[0])
+
+
+def test_sharded_parameters_are_refused():
+    """FSDP2 makes parameters of this type; the test distributes one over a mesh of one rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    problem, x, y = equal.batch()
+    for placement in (Shard(0), Replicate()):
+        params = {name: distribute_tensor(p, mesh, [placement]) for name, p in problem.params.items()}
+        with pytest.raises(E.StructureError, match=r"is a DTensor.*full_tensor"):
+            ff.natural_gradient(problem.model, params, x, likelihood=problem.likelihood)
+    net = torch.nn.Linear(2, 3)
+    net.weight = torch.nn.Parameter(distribute_tensor(net.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(E.StructureError, match="'weight' is a DTensor"):
+        ff.functional(net)
+
+
+def test_dropout_seeds_of_a_group_are_those_of_one_process():
+    problem, _, _ = equal.batch()
+    ng = data_parallel(problem.build(method="kfac"))
+    assert torch.equal(ng.dropout_seeds(5, zoo.generator(0)), ff.dropout_seeds(5, zoo.generator(0)))
+
+
+def test_a_distributed_module_is_unwrapped():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh())
+    wrapped = torch.nn.parallel.DistributedDataParallel(net)
+    model, params, context = ff.functional(wrapped)
+    x = torch.ones(4, 2)
+    assert set(params) == {"module.0.weight", "module.0.bias"}
+    assert torch.equal(model(params, x, context)[0], net(x))
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)
+    assert [block.key for block in ng.layout.layers] == ["module.0"]
+
+
+def test_gradients_of_one_rank_stay_as_they_are():
+    from fisherfn.optim import ranks
+
+    grads = {"w": torch.arange(3.0)}
+    assert ranks.averaged(grads, 4) is grads
+    ranks.alone("anything")
+    ng = zoo.pick("mlp-categorical").build()
+    assert ranks.spread(ng) is ng and ranks.dropout(ng) is None and not ranks.several()

@@ -63,11 +63,14 @@ def test_a_step_sends_gradient_moments_and_inverses_once(ranks):
     shapes = problem.build(method="kfac").layout.block_shapes.values()
     entries = sum(s.k * s.o * s.i for s in shapes)
     triangles = sum(s.k * (s.i * (s.i + 1) + s.o * (s.o + 1)) // 2 for s in shapes)
-    sent = ranks[0]["sent"]
+    sent = ranks[0]["sent/kfac"]
     assert set(sent) == {"agreement", "gradient", "moments", "inverses"}
     assert sent["moments"] == 8 * triangles  # nothing beyond the triangles
     assert 8 * entries < sent["gradient"] < 8 * (entries + 50)  # the scalars are in the same message
     assert sent["inverses"] < 8 * (triangles + 10 * len(shapes))
+    assert ranks[0]["times/kfac"] == {"agreement": 2, "gradient": 1, "moments": 1, "inverses": 1}
+    assert ranks[0]["times/ekfac"] == {"agreement": 2, "gradient": 1, "moments": 1, "mean": 1, "inverses": 1}
+    assert ranks[0]["sent/ekfac"]["mean"] == 8 * entries  # the eigenvalues of all blocks
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,10 @@ def test_a_step_sends_gradient_moments_and_inverses_once(ranks):
         ("generator", "RankError: the ranks disagree on the generator"),
         ("arguments", "RankError: the ranks disagree on the arguments of ng.stats"),
         ("empty", "EmptyBatchError: no rank has an example"),
+        ("invert", "RankError: the ranks disagree on the arguments of a step (invert"),
+        ("state", "RankError: the call failed on rank 1 of 2, so no rank can go on. Rank 1: StructureError"),
+        ("unreduced", "RankError: the call failed on rank 1 of 2, so no rank can go on. Rank 1: StructureError"),
+        ("norm", "StructureError: the net couples the examples of a batch (batch norm"),
         ("twice", "StructureError: this natural gradient is data-parallel already"),
     ],
 )

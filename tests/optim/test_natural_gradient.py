@@ -370,10 +370,3 @@ def test_later_changes_of_the_trained_parameters_raise():
     case.net[0] = nn.Linear(4, 5).double()
     with pytest.raises(E.StructureError, match="of this net"):
         opt.step(case.batches[1])
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(E.StructureError, match="several processes"):
-        untrained().step((torch.ones(2, 4), torch.zeros(2, dtype=torch.long)))
