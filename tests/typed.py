@@ -112,7 +112,7 @@ TESTS = (
     "tests/methods/test_exact.py::test_its_own_fisher_is_at_no_distance",
     "tests/methods/test_kronecker_operator.py::test_an_update_leaves_statistics_and_the_old_state_as_they_were",
     "tests/methods/test_two_level.py::test_the_forms_are_different_steps",
-    "tests/methods/test_two_level_spaces.py::test_matvec_and_error_are_the_fine_methods",
+    "tests/methods/test_two_level_state.py::test_matvec_and_error_are_the_fine_methods",
     "tests/methods/test_two_level_spaces.py::test_the_other_spelling",
     "tests/optim/test_copies.py::test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied",
     "tests/optim/test_natural_gradient.py::test_damping_can_be_changed",
