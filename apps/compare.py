@@ -30,8 +30,8 @@ from common.baselines import BASELINES, Schedule, baseline
 from common.config import POSITIVE, ConfigError, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
-from common.optimizers import Optimizer
 from common.runs import reported
+from common.steps import Optimizer
 from common.study import NETS, Net, Run, best, read, write
 from common.study_report import report
 from common.train_config import APPS, TrainConfig

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import expect, expect_number
+from fisherfn.errors import expect, expect_count
 from fisherfn.types import Tree
 
 
@@ -55,7 +55,7 @@ def conjugate_gradients(
         StructureError: `b` is not a tree of tensors.
     """
     expect(b, dict, "b", "pass a tree like params, {name: tensor}")
-    expect_number("iterations", iterations, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+    expect_count("iterations", iterations)
     P = precondition or (lambda r: r)
     x = tree.scale(b, 0.0) if start is None else start
     r = b if start is None else tree.add(b, product(start), scale=-1.0)

@@ -98,6 +98,16 @@ def expect_number(name: str, value: object, holds: Callable[[Any], bool], rule: 
         raise HyperparameterError(f"{name} {rule}, got {value!r}.")
 
 
+def expect_count(name: str, value: object, least: int = 1) -> None:
+    """Raise `HyperparameterError` unless a value is a whole number of at least `least`."""
+    expect_number(name, value, lambda v: v >= least, f"must be a whole number >= {least}", whole=True)
+
+
+def expect_positive(name: str, value: object) -> None:
+    """Raise `HyperparameterError` unless a number is positive; tensors are not checked."""
+    expect_number(name, value, lambda v: v > 0, "must be positive")
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """Return the error for an unknown `name`, with the closest of the `known` names."""
     names = list(known)

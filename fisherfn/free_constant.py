@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fisherfn.errors import StructureError, expect, expect_number
+from fisherfn.errors import StructureError, expect, expect_positive
 from fisherfn.types import Model, PyTree, Tree
 
 NAME = "log_constant"
@@ -40,7 +40,7 @@ def centred(model: Model, params: Tree, *, scale: float = 100.0) -> tuple[Model,
         HyperparameterError: a scale that is not positive.
     """
     expect(params, dict, "params", "pass a tree {name: tensor}")
-    expect_number("scale", scale, lambda v: v > 0, "must be positive")
+    expect_positive("scale", scale)
     if NAME in params:
         raise StructureError(f"params have a {NAME!r} already: centre a model once.")
     like = next(iter(params.values()))

@@ -36,7 +36,8 @@ def precondition(inverse: Inverse, tap: Tap, inner: bool) -> Product:
     """Multiply the gradient of a loss tap by an inverse, with ⟨∇, nat⟩ if requested."""
     if isinstance(inverse, Pair):
         return _sandwiched(inverse.G, inverse.A, tap, inner)
-    rotated = _rotated(inverse.QG, inverse.QA, tap)
+    g, a = _flat_rows(tap, inverse.QA.dtype)
+    rotated = products.product(right(g, inverse.QG).mT, right(a, inverse.QA), 1 / max(tap.sizes.n, 1))  # QGᵀ ∇ QA
     scaled = rotated * inverse.scale
     return Product(rotated_back(inverse, scaled), (rotated * scaled).sum() if inner else ())
 
@@ -56,12 +57,6 @@ def _sandwiched(G: Factor, A: Factor, tap: Tap, inner: bool) -> Product:
     if m * (o + i) < o * i:
         return Product(W, (products.matmul(g, g_hat.mT) * products.matmul(a, a_hat.mT)).sum() / n**2)
     return Product(W, (products.matmul(g, W) * a).sum() / n)
-
-
-def _rotated(L: Factor, R: Factor, tap: Tap) -> Float[Tensor, "k o i"]:
-    """Return `Lᵀ ∇ R` for the gradient of a loss tap."""
-    g, a = _flat_rows(tap, R.dtype)
-    return products.product(right(g, L).mT, right(a, R), 1 / max(tap.sizes.n, 1))
 
 
 def _flat_rows(tap: Tap, dtype: torch.dtype) -> tuple[Float[Tensor, "k rows o"], Float[Tensor, "k rows i"]]:

@@ -32,7 +32,15 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from fisherfn import tree
-from fisherfn.errors import EmptyBatchError, HyperparameterError, StructureError, expect, expect_number, unknown
+from fisherfn.errors import (
+    EmptyBatchError,
+    HyperparameterError,
+    StructureError,
+    expect,
+    expect_count,
+    expect_positive,
+    unknown,
+)
 from fisherfn.linalg import damped
 from fisherfn.linalg.damped import Rotated
 from fisherfn.methods.kronecker import KroneckerMethod
@@ -133,12 +141,12 @@ class Laplace:
         """
         _check(state)
         expect(generator, torch.Generator, "generator", "pass a torch.Generator")
-        expect_number("samples", samples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        expect_count("samples", samples)
         roots = {}
         for key, inverse in self._inverses(state).items():
             shape = (samples, *inverse.scale.shape)
             noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-            noise = noise.to(inverse.scale.device) * inverse.scale.sqrt() / _root(state)
+            noise = noise.to(inverse.scale.device) * inverse.scale.sqrt() / state.examples.clamp(min=1).sqrt()
             roots[key] = vmap(lambda W, inverse=inverse: damped.rotated_back(inverse, W))(noise)
         layout = self.ng.layout
         deviations = vmap(lambda one: layout.cast(layout.tree(one)))(roots)
@@ -185,7 +193,7 @@ class Laplace:
         """
         _check(state)
         _check_seen(state)
-        expect_number("iterations", iterations, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        expect_count("iterations", iterations)
         mean = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
         for _ in range(iterations):
             determined = {}
@@ -252,7 +260,7 @@ class Laplace:
         if missing:
             raise StructureError(f"no prior precision for {', '.join(map(repr, missing))}: give one per block.")
         for key, δ in given.items():
-            expect_number(f"prior precision of {key!r}", δ, lambda v: v > 0, "must be positive")
+            expect_positive(f"prior precision of {key!r}", δ)
         return {key: torch.as_tensor(given[key], dtype=like.dtype, device=like.device) for key in keys}
 
 
@@ -280,10 +288,6 @@ def laplace(ng: NaturalGradient) -> Laplace:
     if ng.layout.uncovered:
         raise StructureError('some parameters are in no block: build with uncovered="fallback".')
     return Laplace(ng)
-
-
-def _root(state: LaplaceState) -> Tensor:
-    return state.examples.clamp(min=1).sqrt()
 
 
 def _check(state: LaplaceState) -> None:

@@ -179,13 +179,12 @@ class SumStats(Stats):
         if not blocks:
             return silent_tap(Shape(*whole.shape, whole.family.one_hot), stats.examples, stats.outputs)
         if _serves(whole, blocks):
-            tap = tap_of(stats, blocks[0].key)
-            return tap if blocks[0].bias == whole.bias else _with_silent_bias(tap.whole())
+            tap: AnyTap = tap_of(stats, blocks[0].key)
+            if blocks[0].bias == whole.bias:
+                return tap
+            own = tap.whole()
+            return Tap(rows.with_column(own.a, 0.0), own.g)  # a bias that this term does not have
         return _as_fallback(whole, blocks[0], tap_of(stats, blocks[0].key))
-
-
-def _with_silent_bias(tap: Tap) -> Tap:
-    return Tap(rows.with_column(tap.a, 0.0), tap.g)
 
 
 def _as_fallback(whole: Block, block: Block, tap: AnyTap) -> AnyTap:

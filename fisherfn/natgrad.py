@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherfn import dataset, tree
 from fisherfn.base import Estimated, Method, Which, chosen
-from fisherfn.errors import StructureError, expect, expect_number
+from fisherfn.errors import StructureError, expect, expect_number, expect_positive
 from fisherfn.methods import named
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
@@ -60,7 +60,7 @@ class NaturalGradient(Views):
         self._check_state(state)
         self._check_stats(stats)
         if weight is not None:
-            expect_number("weight", weight, lambda v: v > 0, "must be positive")
+            expect_positive("weight", weight)
         new, result = self._updated(state, stats, weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)

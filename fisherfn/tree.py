@@ -37,7 +37,9 @@ def map(fn: Callable[..., Any], tree: T, *rest: PyTree) -> T:
     {'w': tensor([2., 2.])}
     """
     _same_structure(tree, *rest)
-    if all(_is_flat(each) for each in (tree, *rest)):  # flat dicts of tensors: ten times faster than the general case
+    trees = (tree, *rest)
+    if all(type(each) is dict and all(isinstance(leaf, Tensor) for leaf in each.values()) for each in trees):
+        # flat dicts of tensors: ten times faster than the general case
         return {name: fn(*(each[name] for each in (tree, *rest))) for name in tree}  # type: ignore[return-value]
     return pytree.tree_map(fn, tree, *rest)  # type: ignore[no-any-return]
 
@@ -253,10 +255,6 @@ def _name(step: Any) -> str:
     if isinstance(step, pytree.GetAttrKey):
         return step.name
     return str(step.idx)
-
-
-def _is_flat(tree: PyTree) -> bool:
-    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 
 def _same_structure(tree: PyTree, *rest: PyTree) -> None:

@@ -1,23 +1,29 @@
-"""The tests that run once more with shapes and types checked: together they call every function of the library.
+"""The tests that run with shapes and types checked: together they call every function of the library.
 
-Checks in every test would take two thirds of the suite's time. So `make test` runs all tests without them, and then
-those marked `typed` with them. This plugin marks them, and fails a run of all tests in which some function with
-annotations was called by none of them. `make test-deep` checks everywhere.
+Checks in every test would take two thirds of the suite's time. So `make test` runs the tests marked `typed` with them,
+and all others without. This plugin marks them, makes the checks, and fails a run of all marked tests in which some
+function with annotations was called by none of them. `make test-deep` checks everywhere.
 """
 
 import ast
-import importlib
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from beartype import beartype
 
 LIBRARY = Path(__file__).parents[1] / "fisherfn"
 TESTS = (
     "tests/distributed/test_alone.py",
-    "tests/layers/test_copied.py",
+    "tests/layers/test_copied.py::test_as_many_examples",
+    "tests/layers/test_copied.py::test_the_kernel_of_a_frozen_net",
+    "tests/layers/test_copied.py::test_the_older_forms",
+    "tests/layers/test_copied.py::test_a_compiled_step_is_the_step",
+    "tests/layers/test_copied.py::test_calls_that_torch_batches_wrongly",
     "tests/layers/test_einsum.py",
     "tests/methods/test_all.py::test_saved_and_resumed_is_the_straight_run[language-exactNG",
     "tests/test_coverage.py::test_a_notebook_shows_the_report_as_a_table",
@@ -27,12 +33,41 @@ TESTS = (
     "tests/stats/test_collector.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
-    "tests/layers/test_affine.py",
-    "tests/randomness/test_dropout.py",
+    "tests/layers/test_affine.py::test_every_norm_has_a_group",
+    "tests/layers/test_affine.py::test_every_way_to_call_a_norm",
+    *(
+        f"tests/randomness/test_dropout.py::test_{name}"
+        for name in (
+            "seeds_",
+            "equal_seeds",
+            "a_mask",
+            "the_mean",
+            "masks_",
+            "no_dropout",
+            "without_",
+            "a_model",
+            "chunks_",
+            "dropout_",
+            "a_step",
+            "the_batch",
+            "both_layouts",
+            "where_",
+            "torchs_",
+            "a_users_own",
+            "numbers_",
+            "drawn_numbers",
+            "uniform_",
+        )
+    ),
     "tests/layers/test_embedding.py",
     "tests/layers/test_moments.py",
     "tests/layers/test_norm.py",
-    "tests/decompositions/test_recurrent.py",
+    "tests/decompositions/test_recurrent.py::test_a_cell_written",
+    "tests/decompositions/test_recurrent.py::test_torchs_single_cells",
+    *(
+        f"tests/decompositions/test_recurrent.py::test_a_fused_net_is_exact_in_linear_layers[{name}-type2"
+        for name in ("rnn", "rnn relu", "gru", "both directions", "trained start lstm", "projected")
+    ),
     "tests/layers/test_routed.py",
     "tests/layers/test_in_place.py::test_they_are_exact_layers[relu, by place",
     "tests/randomness/test_shared_masks.py::test_calls_that_copies_of_one_example_do_not_make",
@@ -105,14 +140,15 @@ TESTS = (
     "tests/test_tree.py",
     "tests/test_unused.py",
     "tests/adapt/test_optimizer.py::test_a_line_search_takes_the_best_of_its_grid",
-    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact",
+    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[keys-with-bias",
+    "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[half-a-weight",
     "tests/decompositions/test_attention.py::test_gpt_2_writes_its_linear_layers_transposed_and_merged",
     "tests/layers/test_elementwise.py::test_another_path_than_at_the_build_is_an_error",
     "tests/methods/test_exact.py::test_a_gradient_in_rows_is_stepped_like_its_matrix",
     "tests/methods/test_exact.py::test_its_own_fisher_is_at_no_distance",
     "tests/methods/test_kronecker_operator.py::test_an_update_leaves_statistics_and_the_old_state_as_they_were",
     "tests/methods/test_two_level.py::test_the_forms_are_different_steps",
-    "tests/methods/test_two_level_spaces.py::test_matvec_and_error_are_the_fine_methods",
+    "tests/methods/test_two_level_state.py::test_matvec_and_error_are_the_fine_methods",
     "tests/methods/test_two_level_spaces.py::test_the_other_spelling",
     "tests/optim/test_copies.py::test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied",
     "tests/optim/test_natural_gradient.py::test_damping_can_be_changed",
@@ -132,18 +168,75 @@ TESTS = (
 )
 """The beginnings of the names of the tests that are marked `typed`: quick ones, that call every function together."""
 
-Place = tuple[str, str, int]
-"""File, name and line of a function."""
+Place = tuple[str, str]
+"""Module of a function, and its qualified name."""
+
+CALLED: set[Place] = set()
+"""The functions of the library that were called."""
+
+CHECKS: dict[tuple[Any, ...], Callable[..., Any]] = {}
+"""The checks by place and annotations."""
 
 
-def annotated() -> Iterator[Place]:
-    """Every function of the library whose arguments or result have types; a body that is `...` is none."""
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the type checker of jaxtyping's import hook: beartype, which looks at the annotations at the first call.
+
+    A function inside another one is defined at every call of the outer one, and would be looked at each time: nine
+    tenths of the time in tests of methods. Its checks depend only on the annotations, so they are made once.
+    """
+    place = (function.__module__, function.__qualname__)
+    key = (*place, *function.__annotations__.items())
+    try:
+        hash(key)
+    except TypeError:  # the arguments of a ParamSpec
+        key = (*place, object())
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        CALLED.add(place)
+        found = CHECKS.get(key)
+        if found is None:
+            found = CHECKS[key] = beartype(function)
+        return found(*args, **kwargs)
+
+    return check
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Note the calls of functions while their checks are off, if they are on in this run."""
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and str(frame.f_globals.get("__name__")).startswith("fisherfn"):
+            CALLED.add((frame.f_globals["__name__"], frame.f_code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note if CHECKS else before)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def annotated() -> dict[Place, str]:
+    """Return file and line of every function with types in the library; a body that is `...` is none."""
+    found: dict[Place, str] = {}
+
+    def visit(node: ast.AST, module: str, path: Path, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, ast.FunctionDef):
+                arguments = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+                if not declared(child) and (child.returns or any(argument.annotation for argument in arguments)):
+                    found[module, prefix + child.name] = f"{path.relative_to(LIBRARY.parent)}:{child.lineno}"
+                inner = f"{prefix}{child.name}.<locals>."
+            elif isinstance(child, ast.ClassDef):
+                inner = f"{prefix}{child.name}."
+            visit(child, module, path, inner)
+
     for path in sorted(LIBRARY.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and not declared(node):
-                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if node.returns or any(argument.annotation for argument in arguments):
-                    yield str(path), node.name, node.lineno
+        name = path.relative_to(LIBRARY.parent).with_suffix("")
+        visit(ast.parse(path.read_text()), ".".join(name.parts).removesuffix(".__init__"), path, "")
+    return found
 
 
 def declared(node: ast.FunctionDef) -> bool:
@@ -154,10 +247,18 @@ def declared(node: ast.FunctionDef) -> bool:
 
 
 def pytest_configure(config):
-    """Note what the marked tests call, in a run of all tests."""
+    """Note what the marked tests call, in a run of all of them."""
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if whole and not config.option.markexpr and not config.option.keyword:
+    if whole and config.option.markexpr == "typed" and not config.option.keyword:
         config.pluginmanager.register(Calls())
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the files without marked tests where only those are wanted."""
+    if config.option.markexpr == "typed" and collection_path.suffix == ".py":
+        file = collection_path.relative_to(LIBRARY.parent).as_posix()
+        return None if any(file.startswith(name) or name.startswith(file + "::") for name in TESTS) else True
+    return None
 
 
 def pytest_collection_modifyitems(items):
@@ -168,50 +269,27 @@ def pytest_collection_modifyitems(items):
 
 
 class Calls:
-    """The functions of the library that were called, by the places of their code."""
+    """Compares the functions that were called with those of the library."""
 
     def __init__(self) -> None:
-        self.codes: set[object] = set()
-        self.places: set[Place] = set()
-        self.missing: list[Place] = []
-        sys.setprofile(self)
-        importlib.import_module("fisherfn")  # some are called on import
-        sys.setprofile(None)
-
-    def __call__(self, frame, event, argument):
-        if event == "call" and frame.f_code not in self.codes:
-            code = frame.f_code
-            self.codes.add(code)
-            if code.co_filename.startswith(str(LIBRARY)):
-                # the first line is that of a decorator where there is one
-                self.places |= {(code.co_filename, code.co_name, line) for line in lines(code)}
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        marked = item.get_closest_marker("typed") is not None
-        sys.setprofile(self if marked else None)
-        yield
-        sys.setprofile(None)
+        self.called: set[Place] = set()
+        self.missing: list[str] = []
 
     def pytest_sessionfinish(self, session):
         output = getattr(session.config, "workeroutput", None)
         if output is not None:  # one of several processes: the first one collects
-            output["called"] = sorted(self.places)
+            output["called"] = sorted(CALLED)
             return
-        self.missing = [place for place in annotated() if place not in self.places]
+        self.called |= CALLED
+        self.missing = [f"{file} {place[1]}" for place, file in annotated().items() if place not in self.called]
         if self.missing:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
         if self.missing:
             terminalreporter.section("functions that no test marked typed calls: add one to tests/typed.py", red=True)
-        for path, name, line in self.missing:
-            terminalreporter.write_line(f"{os.path.relpath(path)}:{line} {name}")
+        for line in self.missing:
+            terminalreporter.write_line(line)
 
     def pytest_testnodedown(self, node):
-        self.places |= {tuple(place) for place in node.workeroutput.get("called", ())}
-
-
-def lines(code) -> range:
-    """Lines on which the function's `def` may be: its code begins at the first decorator."""
-    return range(code.co_firstlineno, code.co_firstlineno + 8)
+        self.called |= {tuple(place) for place in node.workeroutput.get("called", ())}

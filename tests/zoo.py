@@ -34,6 +34,7 @@ from tests.nets import (
     conv_autoencoder,
     mlp,
 )
+from tests.typed import noted
 
 DTYPE = torch.float64
 LAYERS = (
@@ -343,6 +344,7 @@ def as_installed() -> Iterator[None]:
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        yield
+        with noted():
+            yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fisherfn as ff
 from common.config import ConfigError
-from common.optimizers import Batch, Optimizer, Stepped, Tree
+from common.steps import Batch, Optimizer, Stepped, Tree
 
 Schedule = Literal["constant", "cosine"]
 

@@ -27,15 +27,15 @@ import dataclasses
 import math
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from common.hints import accepts, described, is_word, shown
 from common.names import is_own, nearest
 from fisherfn.errors import FisherfnError
 
@@ -148,9 +148,9 @@ def validate(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is None and not _accepts(hints[field.name], None):
-            raise ConfigError(f"{field.name} must be {_described(hints[field.name])}, got null")
-        if value is not None and not _is_word(hints[field.name], value):
+        if value is None and not accepts(hints[field.name], None):
+            raise ConfigError(f"{field.name} must be {described(hints[field.name])}, got null")
+        if value is not None and not is_word(hints[field.name], value):
             _check_value(field.name, value, field.metadata)
 
 
@@ -159,7 +159,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} must be finite, got {value}")
     check = metadata.get("check")
     if check and not check.holds(value):
-        raise ConfigError(f"{name} must be {check.wording}, got {_shown(value)}")
+        raise ConfigError(f"{name} must be {check.wording}, got {shown(value)}")
     choices = _choices(metadata)
     if choices and value not in choices and not (metadata.get("own") and is_own(value)):
         own = " or pkg.module:function" if metadata.get("own") else ""
@@ -255,7 +255,7 @@ def _from_yaml(Config: type, parser: ArgumentParser, found: Mapping[Any, Any]) -
             raise ConfigError(f"{name} is set twice, under {key} and another of its names")
         values[name] = value
     # a value of the right type is kept: jsonargparse would read the text "null" as None
-    ready = {name: value for name, value in values.items() if _accepts(hints[name], value)}
+    ready = {name: value for name, value in values.items() if accepts(hints[name], value)}
     rest = {name: value for name, value in values.items() if name not in ready}
     return ready | _convert(Config, parser.parse_object, rest)
 
@@ -276,37 +276,8 @@ def _reword(Config: type, message: str) -> NoReturn:
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"value: (.*)\Z", message, re.DOTALL)
     if key and value:
         name = key[1]
-        message = f"{name} must be {_described(typing.get_type_hints(Config)[name])}, got {value[1]}"
+        message = f"{name} must be {described(typing.get_type_hints(Config)[name])}, got {value[1]}"
     raise ConfigError(" ".join(message.split()).replace("unrecognized arguments", "unexpected arguments")) from None
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _accepts(hint: Any, value: Any) -> bool:
-    """Return True if a value has exactly one of the types, or is one of the literals."""
-    kinds = _alternatives(hint)
-    literals = [literal for kind in kinds if typing.get_origin(kind) is Literal for literal in typing.get_args(kind)]
-    return type(value) in kinds or any(type(value) is type(literal) and value == literal for literal in literals)
-
-
-def _is_word(hint: Any, value: Any) -> bool:
-    """Return True if a value is a word in place of a number, like "auto"."""
-    return isinstance(value, str) and str not in _alternatives(hint) and _accepts(hint, value)
-
-
-def _described(hint: Any) -> str:
-    def one(kind: Any) -> str:
-        if typing.get_origin(kind) is Literal:
-            return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-        return "null" if kind is type(None) else str(kind.__name__)
-
-    return " or ".join(map(one, _alternatives(hint)))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _near(name: str, known: Iterable[str], prefix: str = "") -> str:

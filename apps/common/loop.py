@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import fisherfn as ff
 from common import ranks
-from common.optimizers import Optimizer, Tree
+from common.steps import Optimizer, Tree
 
 PATIENCE = 10
 """Number of consecutive steps (or a whole epoch) that may fail their checks before the run stops with the reason."""

@@ -17,51 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 import fisherfn as ff
-from common import ranks
-
-Tree = dict[str, Tensor]
-Batch = tuple[Tensor, ...]
-"""Inputs and targets, then any random numbers that a penalty needs."""
-
-Penalty = Callable[[Tree, Batch, Any], Tensor]
-"""Function (params, batch, context) -> a scalar added to the loss; it is part of the gradient, not the curvature."""
-
-
-class Stepped(NamedTuple):
-    """The result of a step; `ff.check(info)` explains a step that failed a check."""
-
-    params: Tree
-    state: Any
-    context: Any
-    info: ff.Info
-
-
-class Optimizer(NamedTuple):
-    """An optimizer for one model.
-
-    Attributes:
-        init: params -> the empty state.
-        draw: (batch, generator) -> the noise of the step, `()` if it needs none; the only use of randomness.
-        step: (params, state, batch, context, noise, index) -> `Stepped`; `index` counts steps from 0 on the host.
-        move: (params, state, batch, context, noise, update, invert) -> `Stepped`: the step itself, without a branch on
-            a value, so that it can be vmapped over models and numbers.
-        cadence: refreshes of the step `index`, for `move`.
-        again: state -> a mask, true if the next step refreshes statistics and inverses in any case.
-    """
-
-    init: Callable[[Tree], Any]
-    draw: Callable[[Batch, torch.Generator], Any]
-    step: Callable[[Tree, Any, Batch, Any, Any, int], Stepped]
-    move: Callable[[Tree, Any, Batch, Any, Any, bool, bool], Stepped] | None = None
-    cadence: Callable[[int], tuple[bool, bool]] = lambda index: (False, False)
-    again: Callable[[Any], Tensor] | None = None
-
-
-Number = float | Tensor
-"""A hyperparameter; a tensor may be batched under `torch.vmap`."""
+from common.steps import (
+    Batch,
+    Number,
+    Optimizer,
+    Penalty,
+    Stepped,
+    Tree,
+    descend,
+    given,
+    gradient,
+    uniform,
+)
 
 
 def sgd(
@@ -78,12 +47,12 @@ def sgd(
     """Stochastic gradient descent: `v ← μ v + ∇`, then along v (or `∇ + μ v`, Nesterov's look-ahead)."""
 
     def move(params: Tree, velocity: Tree, batch: Batch, context: Any) -> Stepped:
-        grads, info = _gradient(model, likelihood, params, batch, context, penalty)
+        grads, info = gradient(model, likelihood, params, batch, context, penalty)
         velocity = ff.tree.add(grads, velocity, scale=momentum)
         direction = ff.tree.add(grads, velocity, scale=momentum) if nesterov else velocity
-        return Stepped(_move(params, direction, lr, weight_decay), velocity, info.context, info)
+        return Stepped(descend(params, direction, lr, weight_decay), velocity, info.context, info)
 
-    return _alike(ff.tree.zeros_like, move, compile)
+    return uniform(ff.tree.zeros_like, move, compile)
 
 
 class AdamState(NamedTuple):
@@ -112,16 +81,18 @@ def adam(
         return AdamState(ff.tree.zeros_like(params), ff.tree.zeros_like(params), count)
 
     def move(params: Tree, state: AdamState, batch: Batch, context: Any) -> Stepped:
-        grads, info = _gradient(model, likelihood, params, batch, context, penalty)
+        grads, info = gradient(model, likelihood, params, batch, context, penalty)
         count = state.count + 1
         first = ff.tree.map(lambda m, g: torch.lerp(g, m, betas[0]), state.first, grads)
         second = ff.tree.map(lambda v, g: torch.lerp(g * g, v, betas[1]), state.second, grads)
         steps = count.to(next(iter(params.values())).dtype)  # a power of an integer tensor would be float32
         bias_1, bias_2 = 1 - betas[0] ** steps, 1 - betas[1] ** steps
         direction = ff.tree.map(lambda m, v: (m / bias_1) / ((v / bias_2).sqrt() + eps), first, second)
-        return Stepped(_move(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info)
+        return Stepped(
+            descend(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info
+        )
 
-    return _alike(init, move, compile)
+    return uniform(init, move, compile)
 
 
 class NaturalState(NamedTuple):
@@ -179,18 +150,20 @@ def natural(
             grads = stats = ng.stats(params, batch, noise=noise, context=context, curvature=update and whole)
             seen = ff.Info(loss=grads.loss, context=grads.context)
         else:
-            grads, seen = _gradient(ng.model, ng.likelihood, params, batch, context, penalty)
+            grads, seen = gradient(ng.model, ng.likelihood, params, batch, context, penalty)
         if update and not whole:
             part = _head(batch, fisher_batch_size)
             stats = ng.stats(params, part, noise=labels, context=_head_context(context, len(part[0])))
         nat, curvature, info = ng.step_from(
-            state.curvature, grads, stats if update else None, invert=invert, inner=_given(kl_bound)
+            state.curvature, grads, stats if update else None, invert=invert, inner=given(kl_bound)
         )
         if penalty is not None:  # an infinite penalty may have a finite gradient
             curvature = ff.tree.select(seen.checks["loss"], curvature, state.curvature)
         info = _joined(info, seen)
         velocity = follow(nat, info.inner, state.velocity)
-        return Stepped(_move(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info)
+        return Stepped(
+            descend(params, velocity, lr, weight_decay), NaturalState(curvature, velocity), info.context, info
+        )
 
     def flagged(
         params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, update: bool, invert: bool
@@ -259,35 +232,17 @@ def implicit(
         return ImplicitState(ff.tree.zeros_like(params), ff.tree.zeros_like(params))
 
     def move(params: Tree, state: ImplicitState, batch: Batch, context: Any) -> Stepped:
-        grads, info = _gradient(ng.model, ng.likelihood, params, batch, context)
+        grads, info = gradient(ng.model, ng.likelihood, params, batch, context)
         F = ng.implicit_fisher(params, batch[0], context=context)
         solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
         velocity = follow(solution, ff.tree.dot(grads, solution), state.velocity)
         ok = {**info.ok, "residual": torch.isfinite(residual)}
         info = info._replace(ok=ok, diagnostics={"residual": {"all": residual}})
-        return Stepped(_move(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info)
+        return Stepped(
+            descend(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info
+        )
 
-    return _alike(init, move, compile)
-
-
-def _alike(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compile: bool) -> Optimizer:
-    """Build an optimizer without randomness, whose steps are all of one kind."""
-    moved = ff.compile(move) if compile else move
-
-    def step(params: Tree, state: Any, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
-        return moved(params, state, batch, context)
-
-    def flagged(
-        params: Tree, state: Any, batch: Batch, context: Any, noise: Any, update: bool, invert: bool
-    ) -> Stepped:
-        return move(params, state, batch, context)
-
-    return Optimizer(init, _no_draw, step, flagged)
-
-
-def _given(number: Number | None) -> bool:
-    """Return True unless a number is None or 0; the value of a tensor is not read."""
-    return isinstance(number, Tensor) or bool(number)
+    return uniform(init, move, compile)
 
 
 def _labels(noise: Any, update: bool) -> Tensor | None:
@@ -298,7 +253,7 @@ def _clipped_momentum(lr: Number, kl_bound: Number | None, momentum: Number) -> 
     """Return a function (nat, ⟨∇, nat⟩, velocity) -> `μ v + clip(nat)`."""
 
     def follow(nat: Tree, inner: Any, velocity: Tree) -> Tree:
-        bounded = ff.kl_clip(nat, inner, lr=lr, kl_bound=kl_bound) if _given(kl_bound) else nat
+        bounded = ff.kl_clip(nat, inner, lr=lr, kl_bound=kl_bound) if given(kl_bound) else nat
         return ff.tree.add(bounded, velocity, scale=momentum)
 
     return follow
@@ -317,30 +272,3 @@ def _head(batch: Batch, size: int | None) -> Batch:
 
 def _head_context(context: Any, size: int) -> Any:
     return context | {"dropout": context["dropout"][:size]} if "dropout" in context else context
-
-
-def _gradient(
-    model: Any, likelihood: ff.Likelihood, params: Tree, batch: Batch, context: Any, penalty: Penalty | None = None
-) -> tuple[Tree, ff.Info]:
-    x, y, *_ = batch
-
-    def loss(p: Tree) -> tuple[Tensor, Any]:
-        outputs, new_context = model(p, x, context)
-        value = likelihood.nll(outputs, y).mean()
-        value = value if penalty is None else value + penalty(p, batch, context)
-        return value, (value, new_context)
-
-    grads, (value, new_context) = grad(loss, has_aux=True)(params)
-    grads, value = ranks.mean(grads, value, x.shape[0] if isinstance(x, Tensor) else 0)
-    checks = {"loss": torch.isfinite(value), "gradient": ff.tree.finite(grads)}
-    return grads, ff.Info(loss=value, ok=checks, checks=checks, context=new_context)
-
-
-def _move(params: Tree, direction: Tree, lr: Number, weight_decay: Number) -> Tree:
-    if _given(weight_decay):
-        direction = ff.tree.add(direction, params, scale=weight_decay)
-    return ff.tree.add(params, direction, scale=-lr)
-
-
-def _no_draw(batch: Batch, generator: torch.Generator) -> tuple[()]:
-    return ()

@@ -22,6 +22,7 @@ from common.models import Model, initialise, resolve
 from common.plots import loss_curves, reconstructions
 from common.results import Results
 from common.runs import Training
+from common.steps import Optimizer
 from common.train_config import TrainConfig
 
 TUNED = Path(__file__).parents[1] / "configs" / "tuned.yml"
@@ -81,7 +82,7 @@ NUMBERS = ("lr", "momentum", "weight_decay", "beta_1", "beta_2", "damping", "kl_
 """The options that enter a step as numbers, so that one vmapped step can have a value per model."""
 
 
-def make_optimizer(config: TrainConfig, task: Task) -> optimizers.Optimizer:
+def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
     """Return the optimizer that `--optim` names, for this task."""
     implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
     if config.cg_steps is not None and not implicit:
@@ -98,7 +99,7 @@ def numbers(config: TrainConfig) -> dict[str, float]:
 
 def optimizer_with(
     config: TrainConfig, task: Task, ng: ff.NaturalGradient | None, given: Mapping[str, Any]
-) -> optimizers.Optimizer:
+) -> Optimizer:
     """Return the optimizer with these numbers, which may be tensors that are batched under `torch.vmap`.
 
     Args:

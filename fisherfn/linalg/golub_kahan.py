@@ -192,13 +192,9 @@ def _column(x: Vector) -> Float[Tensor, "k 1 d"]:
 def _unit(Z: LinearMap, x: Vector, floor: Tensor | float) -> tuple[Vector, Vector, Float[Tensor, " k"]]:
     """Normalise an vector of the output side and its dual; return both and the length, or zeros below the floor."""
     dual = Z.right_dual(x)
-    length = _norm(x, dual)
+    length = kron.dot(x, dual).clamp(min=0).sqrt()
     inverse = _inverse(length, floor)
     return kron.times(x, inverse), kron.times(dual, inverse), length * (inverse > 0)
-
-
-def _norm(x: Vector, dual: Vector) -> Float[Tensor, " k"]:
-    return kron.dot(x, dual).clamp(min=0).sqrt()
 
 
 def _inverse(x: Tensor, floor: Tensor | float) -> Tensor:

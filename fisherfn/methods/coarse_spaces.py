@@ -100,11 +100,8 @@ def spectral(factors: PyTree, vectors: int) -> Rows:
             ]
         )
 
-    return {key: of(_leading(block)) for key, block in _by_layer(factors).items()}
-
-
-def _by_layer(factors: PyTree) -> Mapping[str, PyTree]:
-    return factors if isinstance(factors, Mapping) else {"all": factors}
+    by_layer = factors if isinstance(factors, Mapping) else {"all": factors}
+    return {key: of(_leading(block)) for key, block in by_layer.items()}
 
 
 def _leading(block: PyTree) -> Pair:

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.base import Diagnostics
-from fisherfn.errors import expect_number
+from fisherfn.errors import expect_count, expect_positive
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import damped_inverse
@@ -55,8 +55,8 @@ class KLOptimal(OneTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_number("iterations", self.iterations, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
-        expect_number("relative_damping", self.relative_damping, lambda v: v > 0, "must be positive")
+        expect_count("iterations", self.iterations)
+        expect_positive("relative_damping", self.relative_damping)
 
     def estimate(self, tap: AnyTap, previous: Pair) -> Pair:
         """Return A and G of one batch; `previous` starts the flip-flop."""
@@ -82,7 +82,9 @@ class KLOptimal(OneTerm):
             A, last = _unit(self._half_sweep(left, _unit(G))), A
             G = self._half_sweep(right, A)
         change = ((A - last).flatten(1).norm(dim=1) / A.flatten(1).norm(dim=1)).amax()
-        return _balanced(A, G), {"residual": change}
+        root = kron.diagonal(G).mean(-1).sqrt()  # A has mean eigenvalue 1; both get √(tr G/d_out)
+        balanced = Pair(kron.times(A, root), kron.times(G, torch.where(root == 0, 1.0, 1 / root)))
+        return balanced, {"residual": change}
 
     def _half_sweep(self, product: Callable[[Factor], Factor], unit: Factor) -> Factor:
         """Return the best factor of one side for a given one, of mean eigenvalue 1, of the other side."""
@@ -124,9 +126,3 @@ def _unit(M: Factor) -> Factor:
     empty = (mean == 0).reshape(-1, *[1] * (M.ndim - 1))
     eye = torch.ones_like(M) if kron.is_diagonal(M) else torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     return torch.where(empty, eye, M / torch.where(empty, 1.0, mean.reshape(empty.shape)))
-
-
-def _balanced(A: Factor, G: Factor) -> Pair:
-    """Distribute the scale: both factors get the mean eigenvalue √(tr G/d_out); A has mean eigenvalue 1."""
-    root = kron.diagonal(G).mean(-1).sqrt()
-    return Pair(kron.times(A, root), kron.times(G, torch.where(root == 0, 1.0, 1 / root)))

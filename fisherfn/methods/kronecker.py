@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfn import gradients, rearrangement, rows
 from fisherfn.base import Diagnostics, LayerMethod, Updated, Which
-from fisherfn.errors import HyperparameterError, expect_number, unknown
+from fisherfn.errors import HyperparameterError, expect_count, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
 from fisherfn.linalg.golub_kahan import Deflated, LinearMap, Triplet, by_block
@@ -191,10 +191,7 @@ class Iterated(KroneckerSum):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_number(
-            "iterations", self.iterations, lambda v: v >= self.least, f"must be a whole number >= {self.least}",
-            whole=True,
-        )  # fmt: skip
+        expect_count("iterations", self.iterations, self.least)
 
     @abstractmethod
     def find(self, Z: LinearMap) -> tuple[Triplet, ...]:

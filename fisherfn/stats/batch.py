@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect, expect_number, unknown
+from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect, expect_count, unknown
 from fisherfn.stats.layout import Layout
 from fisherfn.types import PyTree
 
@@ -102,4 +102,4 @@ def check_fisher(fisher: str) -> None:
 
 def check_samples(samples: int) -> None:
     """Raise unless this is a number of samples."""
-    expect_number("samples", samples, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+    expect_count("samples", samples)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import StructureError, expect, expect_number
+from fisherfn.errors import StructureError, expect, expect_count
 from fisherfn.likelihoods import Callback, draw
 from fisherfn.stats.batch import (
     Batch,
@@ -131,7 +131,7 @@ class Collector:
         part = partial(self._collect, params, kind if curvature else None)
         if chunk_size is None or chunk_size >= given.examples:
             return part(given.x, given.y, noise, given.context)
-        expect_number("chunk_size", chunk_size, lambda v: v >= 1, "must be a whole number >= 1", whole=True)
+        expect_count("chunk_size", chunk_size)
         return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
 
     def loss(self, params: Tree, batch: Batch, *, context: PyTree = None) -> Float[Tensor, ""]:

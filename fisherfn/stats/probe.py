@@ -103,7 +103,8 @@ class Probe:
                 "Sample its noise outside, and pass it as an input like x or in the context."
             )
         if _numpy_state() != numbers:
-            _restore_numpy(numbers)
+            name, content, *rest = numbers
+            numpy.random.set_state((name, numpy.frombuffer(content, numpy.uint32), *rest))
             raise NoiseError(
                 "the model draws from numpy's global generator (as the spectrogram masks of transformers' speech nets "
                 "do): a gradient would not be a function of its arguments. Switch that off (apply_spec_augment = "
@@ -175,11 +176,6 @@ def _numpy_state() -> Any:
     state: Any = numpy.random.get_state()
     name, numbers, *rest = state
     return name, numbers.tobytes(), *rest
-
-
-def _restore_numpy(state: Any) -> None:
-    name, numbers, *rest = state
-    numpy.random.set_state((name, numpy.frombuffer(numbers, numpy.uint32), *rest))
 
 
 def _restore(generators: dict[torch.device, Tensor]) -> None:

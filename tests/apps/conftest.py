@@ -1,8 +1,13 @@
 """One's own data and models, as a user writes them: small enough for whole runs."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+
+from tests.forked import Forked
 
 OWN = """
 import torch
@@ -38,9 +43,22 @@ transposed.task = "reconstruct"
 """
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Have the apps started as copies of this process; those that a job file starts (test_cluster.py) are real."""
+    monkeypatch.setattr(subprocess, "Popen", Forked)
+
+
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A folder with a module of one's own, as the current one."""
+def drawn():
+    """Have the pictures of runs drawn: for a test of each program."""
+
+
+@pytest.fixture
+def own(request, tmp_path, monkeypatch):
+    """A folder with a module of one's own, as the current one. Pictures stay empty: they take most of a small run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: Path(path).touch())
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # before the folders of earlier tests, which have a module of that name, too

@@ -120,9 +120,15 @@ def test_both_kinds_of_refresh_are_timed_with_the_same_number_of_inversions(monk
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["staggered", "2.0", "3.0", "4.0", "1.50", "5.0"]
 
 
+def small(*given):
+    """A workload whose steps are quick to compile."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    return posed(net, (torch.rand(4, 1, 4, 4), torch.arange(4) % 3), ff.Categorical())
+
+
 def test_compiled_steps_move_the_weights_as_plain_ones(monkeypatch):
     monkeypatch.setattr(ff, "compile", functools.partial(ff.compile, backend="eager"))
-    one = problem("cuda_convnet", 4)
+    one = small()
     for label, build in COMPILED.items():
         plain, compiled = kfac(one, VARIANTS[label.removesuffix(", compiled")]), build(one)
         for part, call in plain.calls().items():
@@ -322,6 +328,7 @@ def test_without_a_compiler_plain_steps_are_timed_and_the_error_is_shown(monkeyp
         return failing
 
     monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(benchmark, "problem", small)
     found = benchmark.measure("cuda_convnet", benchmark.BenchmarkConfig(rounds=1, batch_size=2))
     assert "RuntimeError: no C++ compiler" in found["contenders"]["fisherfn, compiled"]["error"]
     assert found["contenders"]["fisherfn"]["parts"] and list(found["exact"]) == [FORWARD_BACKWARD, IN_TOTAL, GRAM]

@@ -27,7 +27,7 @@ def numbers(folder):
     return [{name: cell for name, cell in row.items() if name != "seconds"} for row in table(folder)]
 
 
-def test_a_sweep_writes_table_picture_and_configurations_that_the_trainer_reads(own, capsys):
+def test_a_sweep_writes_table_picture_and_configurations_that_the_trainer_reads(own, drawn, capsys):
     folder = sweep.main([*BASE, *FIXED, "--seed", "0,1", "--models_at_once", "3"])
     assert folder.as_posix() == "results/sweep/own-load-kfac"
     found = table(folder)

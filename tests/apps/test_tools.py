@@ -21,7 +21,7 @@ from common.loop import Snapshot, Task
 from common.train_config import APPS, OPTIMIZERS, CnnConfig, TrainConfig
 
 
-def test_the_demo_prints_every_epoch_of_all_three_and_draws_them(own, capsys):
+def test_the_demo_prints_every_epoch_of_all_three_and_draws_them(own, drawn, capsys):
     demo.demo(demo.DemoConfig(data="own:load", model=None, num_epochs=2))
     printed = capsys.readouterr().out
     table = printed[printed.index("SGD   ") :].splitlines()
@@ -116,7 +116,7 @@ def test_every_trainer_has_settings_for_every_optimizer(app, optim):
     )
 
 
-def test_the_study_of_seeds_reports_means_and_deviations(own, capsys):
+def test_the_study_of_seeds_reports_means_and_deviations(own, drawn, capsys):
     config = study_seeds.StudyConfig(data="own:load", optims="sgd,kfac", seeds=2, num_epochs=2, quiet=True)
     study_seeds.study(config)
     folder = own / "results/study_seeds"
@@ -186,7 +186,7 @@ def test_code_units_are_dead_when_no_image_activates_them(dead):
     assert study_plateau.dead_code_units(task, Snapshot(params, context, (), 0, 0, 0.0)) == dead
 
 
-def test_the_study_of_two_levels_measures_every_method(own, capsys):
+def test_the_study_of_two_levels_measures_every_method(own, drawn, capsys):
     config = study_two_level.StudyConfig(
         data="own:load", model="own:autoencoder", batch_size=16, damping=0.1, kl_bound=0.1, steps=3, seeds=2, points=2,
         quiet=True,

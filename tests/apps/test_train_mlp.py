@@ -35,37 +35,37 @@ def quiet_run(*more: str) -> Path:
     return run(configured(*more))
 
 
+SAFE = ("--damping", "1", "--kl_bound", "0.1")
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
-@pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
-def test_every_optimizer_trains_and_leaves_a_whole_result(own, model, optim):
-    folder = quiet_run("--model", model, "--optim", optim, "--result_name", "x", "--damping", "1", "--kl_bound", "0.1")
-    assert folder == Path("results/train_mlp/x")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def test_every_optimizer_trains_leaves_a_whole_result_and_resumes_exactly(own, optim):
+    straight = quiet_run("--optim", optim, *SAFE, "--result_name", "straight")
+    assert straight == Path("results/train_mlp/straight")
+    metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [0, 1, 2, 3]
     assert all({"epoch", "train_loss", "test_loss", "seconds"} <= set(m) for m in metrics)
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
     assert metrics[-1]["step"] == 3 * 4  # 32 examples, batches of 10: the short last one counts
-    pictures = {"loss.png"} | ({"reconstructions.png"} if "autoencoder" in model else set())
-    assert {p.name for p in folder.glob("*.png")} == pictures
+    assert {path.name for path in straight.glob("*.png")} == {"loss.png"}
+    quiet_run("--optim", optim, *SAFE, "--result_name", "parts", "--num_epochs", "1")
+    parts = quiet_run("--optim", optim, *SAFE, "--result_name", "parts", "--num_epochs", "3", "--resume")
+    one, two = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in (straight, parts))
+    assert one.keys() == two.keys() and all(torch.equal(one[path], two[path]) for path in one)
+    assert [m["train_loss"] for m in read_metrics(parts)] == [m["train_loss"] for m in metrics]
+
+
+@pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
+def test_the_configuration_of_a_result_gives_the_same_run(own, drawn, model):
+    folder = quiet_run("--model", model, "--optim", "kfac", *SAFE, "--result_name", "x")
+    losses = [m["train_loss"] for m in read_metrics(folder)]
+    assert losses[-1] < losses[0]
+    assert (folder / "reconstructions.png").exists() == ("autoencoder" in model)
     again = read(TrainConfig, ["--config", str(folder / "config.yaml"), "--result_name", "again", "--quiet", "true"])
-    assert read_metrics(run(again))[-1]["train_loss"] == metrics[-1]["train_loss"]
+    assert [m["train_loss"] for m in read_metrics(run(again))] == losses
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
-def test_resumed_is_the_straight_run(own, optim):
-    common = ("--optim", optim, "--damping", "1", "--kl_bound", "0.1")
-    straight = quiet_run(*common, "--result_name", "straight")
-    quiet_run(*common, "--result_name", "parts", "--num_epochs", "1")
-    parts = quiet_run(*common, "--result_name", "parts", "--num_epochs", "3", "--resume")
-    one, _ = load_checkpoint(straight / "checkpoint.pt")
-    two, _ = load_checkpoint(parts / "checkpoint.pt")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[path], two[path]) for path in one)
-    losses = [[m["train_loss"] for m in read_metrics(folder)] for folder in (straight, parts)]
-    assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("optim", ["adam", "kfac", "lanczos", "twolevel_kfac"])
+@pytest.mark.parametrize("optim", ["kfac", "twolevel_kfac"])
 def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(own, optim, monkeypatch):
     """Killed after the seventh step, of which the sixth is on the disk."""
     common = ("--optim", optim, "--damping", "1", "--kl_bound", "0.1", "--save_every", "3")

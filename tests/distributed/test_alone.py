@@ -75,6 +75,8 @@ def test_shared_out_inversions_are_the_methods_own():
         close(its.matrices, mine.matrices)
         close(both[1].matvec(new[1].factors, gradients), both[0].matvec(new[0].factors, gradients))
         assert both[1].name == both[0].name and both[1].inverse_kind == both[0].inverse_kind
+        for flag in ("couples", "inverts_updated"):
+            assert hasattr(both[0], flag) and getattr(both[1], flag) == getattr(both[0], flag)
         close({"t": both[1].trace(new[1].factors, shapes)}, {"t": both[0].trace(new[0].factors, shapes)})
         close({"t": both[1].eigenvalues(new[1].factors, shapes)}, {"t": both[0].eigenvalues(new[0].factors, shapes)})
         assert all(both[1].overlap(new[1].factors, stats.lazy_taps))

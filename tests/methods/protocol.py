@@ -1,5 +1,6 @@
 """Common parts of the tests over all methods: the methods by name, the cases, and a few plain iterations."""
 
+import functools
 import inspect
 
 import pytest
@@ -29,9 +30,18 @@ PROBLEMS = pytest.mark.parametrize("id", IDS)
 SHAPED_BY_BATCH = {"exactNG", "twolevel_kfac"}  # their leaves follow the batch
 
 
-def build(id, method, **kwargs):
+@functools.cache
+def build(id, method, samples=1):
+    """Problem and build, made once for all tests: neither changes."""
     problem = zoo.pick(id)
-    return problem, problem.build(method=method, **kwargs)
+    return problem, problem.build(method=method, samples=samples)
+
+
+@functools.cache
+def sampled(id, method):
+    """Problem, build and statistics, made once for all tests: none of them changes."""
+    problem = zoo.pick(id)
+    return problem, zoo.sampled(problem, method=method)
 
 
 def brief(method):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import fisherfn as ff
 from common.gan.players import Game, critic_batch, seen_by_generator
 from common.loop import PATIENCE, Epoch, Snapshot, Watch, generator_of, sound, with_draws
-from common.optimizers import Optimizer, Stepped
+from common.steps import Optimizer, Stepped
 
 PLAYERS = ("generator", "critic")
 

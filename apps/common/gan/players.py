@@ -26,7 +26,7 @@ from torch.func import grad
 
 import fisherfn as ff
 from common.models.gan import Pair
-from common.optimizers import Batch, Penalty, Tree
+from common.steps import Batch, Penalty, Tree
 
 
 @dataclass(frozen=True)

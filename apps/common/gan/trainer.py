@@ -23,6 +23,7 @@ from common.loop import Epoch, Snapshot, Watch
 from common.models.gan import build_gan, gan_for
 from common.results import Results
 from common.runs import Training
+from common.steps import Optimizer
 
 SAMPLES = "samples"
 """The folder of the grids, one per epoch."""
@@ -60,9 +61,7 @@ def make_table(config: GanConfig, data: Data) -> loop.Table:
     return loop.Table(game, chosen, images, rules)
 
 
-def make_optimizer(
-    config: GanConfig, name: str, lr: float, player: Player, x: Tensor, context: Any
-) -> optimizers.Optimizer:
+def make_optimizer(config: GanConfig, name: str, lr: float, player: Player, x: Tensor, context: Any) -> Optimizer:
     """Build the optimizer of a player; `x` and `context` are example arguments of its model."""
     likelihood = Wasserstein()
     if name == "adam":

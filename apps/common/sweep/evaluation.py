@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.loop import Task
-from common.optimizers import Tree
+from common.steps import Tree
 from common.sweep.group import Group, Snapshot
 
 

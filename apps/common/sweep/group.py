@@ -20,7 +20,7 @@ from torch import Tensor
 import fisherfn as ff
 from common.config import ConfigError
 from common.loop import PATIENCE, Task, generator_of
-from common.optimizers import Optimizer, Stepped, Tree
+from common.steps import Optimizer, Stepped, Tree
 from common.train_config import TrainConfig
 from common.trainer import NUMBERS, natural_gradient, numbers, optimizer_with
 

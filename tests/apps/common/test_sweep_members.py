@@ -14,7 +14,7 @@ from common.sweep.group import Group, Problem
 from common.train_config import TrainConfig
 from common.trainer import numbers, optimizer_with
 
-STEPS, BATCH = 20, 6
+STEPS, BATCH = 10, 6  # two epochs; every number is updated twice, every inverse three times
 FIXED = {"lr": 0.3, "damping": 0.05, "kl_bound": 0.01}
 
 
