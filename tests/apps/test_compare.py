@@ -161,7 +161,7 @@ def test_a_warm_optimizer_has_nothing_left_to_compile(monkeypatch):
 
     monkeypatch.setattr(compiled, "_traced", counted)
     data = load("DIGITS")
-    full = TrainConfig(data="DIGITS", model="ToyNet", optim="sgd", compile=True, batch_size=400)
+    full = TrainConfig(data="DIGITS", model="ToyNet", optim="sgd", lr=0.1, compile=True, batch_size=400)
     task, _ = make_task(full, data)
     optimizer = make_optimizer(full, task)
     compare.warmed(optimizer, task, full)
