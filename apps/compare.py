@@ -132,13 +132,12 @@ def execute(run: Run, net: Net, config: CompareConfig) -> Run:
     full = settings(run, net, config)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     full = dataclasses.replace(full, model=full.model or full.model_for(data))
-    task, _ = make_task(full, data)
-    warm = 0.0
-    if run.race == "compiled":  # on another copy of the net, so that the run itself starts from its beginning
-        spare, _ = make_task(full, data)
-        warm = warmed(optimizer_of(run, net, full)(spare), spare, full)
     task, module = make_task(full, data)
     optimizer = optimizer_of(run, net, full)(task, module)
+    warm = 0.0
+    if run.race == "compiled":  # graphs belong to an optimizer, and a baseline would change its net
+        spare = optimizer_of(run, net, full)(task) if run.optim in BASELINES else optimizer
+        warm = warmed(spare, task, full)
     target = None if run.optim in BASELINES or not run.race else target_of(run, config)
     points: list[tuple[float, ...]] = []
     stopped = ""

@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 import fisherfn as ff
+from common import ranks
 from common.config import NON_NEGATIVE, POSITIVE, ConfigError, option, parse, validate
 from common.pinn.nets import initial, size_of, widths_of
 from common.pinn.optimizers import DEFAULTS, GRID, Settings, optimizer_of
@@ -98,6 +99,7 @@ class Progress:
 
 def run(config: PinnConfig) -> Path:
     """Train as configured and return the result folder."""
+    ranks.alone(config.app)
     config = completed(config)
     with contextlib.closing(Results.open(config, config.app)) as results, stopped() as signals:
         check_device(config.device)

@@ -214,7 +214,10 @@ def _batches(task: Task, settings: Settings, generator: torch.Generator, done: i
     dataset = TensorDataset(*task.train)
     # examples on a GPU are indexed there; a forked process could not access them
     workers = settings.num_workers if task.train[0].device.type == "cpu" else 0
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=own)
+    # tuples, because a list of the same tensors would be another kind of call of a compiled step
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=own, collate_fn=tuple
+    )  # fmt: skip
 
 
 def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:

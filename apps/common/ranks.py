@@ -34,7 +34,7 @@ ONE_PROCESS = {
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, and yield this one's device; nothing happens in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+    if not _started():
         yield device
         return
     if device == "cuda":  # one GPU per process
@@ -46,6 +46,12 @@ def joined(device: str) -> Iterator[str]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def alone(app: str) -> None:
+    """Check that torchrun did not start several processes of an app, each of which would train alone."""
+    if _started():
+        raise ConfigError(f"{app} trains in a single process: start it without torchrun")
 
 
 def several() -> bool:
@@ -107,6 +113,10 @@ def check_options(config: Any, net: nn.Module) -> None:
             "the net has batch norm, and each process would normalise by its own examples: choose a model without it, "
             "or start it without torchrun"
         )
+
+
+def _started() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 def _ranks() -> ff.distributed.Ranks:

@@ -84,8 +84,8 @@ def run(Kind: type[Training[C]], config: C, app: str | None = None) -> Path:
 
 def _run(Kind: type[Training[C]], config: C, app: str) -> Path:
     """Train in this process, which may be one of several."""
-    if ranks.several() and not Kind.spreads:
-        raise ConfigError(f"{config.app} trains in a single process: start it without torchrun")
+    if not Kind.spreads:
+        ranks.alone(config.app)
     if not ranks.first():
         config = dataclasses.replace(config, quiet=True, verbose=False, tensorboard=False)
     data = load(config.data, data_path=config.data_path, seed=config.seed, download=config.download)

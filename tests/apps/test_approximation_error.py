@@ -35,7 +35,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(app, "curve_grid", lambda groups, path, **_: path.write_text(groups[0][0]))
 
 
-def test_a_run_leaves_its_numbers_two_pictures_and_tables(own, capsys):
+def test_a_run_leaves_its_numbers_two_pictures_and_tables(own, drawn, capsys):
     folder = app.run(config(steps=6, every=2, spectra_every=3, eigenvalues=4, methods="kfac, lanczos"))
     assert folder.relative_to("results/approximation_error").name == "own-load-own-autoencoder-0"
     whole = result(folder)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import compare
+import fisherfn.compiled as compiled
 from common import study, study_report
 from common.baselines import baseline
 from common.config import ConfigError
@@ -15,7 +16,7 @@ from common.loop import Settings, start, train
 from common.optimizers import adam, sgd
 from common.study import Net, Run
 from common.train_config import TrainConfig
-from common.trainer import make_task
+from common.trainer import make_optimizer, make_task
 
 RATES = {"sgd": -3, "adam": -6, "adamw": -6, "soap": -6}
 
@@ -149,3 +150,23 @@ def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
 def test_unknown_names_are_refused(wrong):
     with pytest.raises(ConfigError, match="must be among"):
         compare.main(compare.CompareConfig(**wrong))
+
+
+def test_a_warm_optimizer_has_nothing_left_to_compile(monkeypatch):
+    graphs, traced = [], compiled._traced
+
+    def counted(fn, given, tensors, options):
+        graphs.append(fn)
+        return traced(fn, given, tensors, {**options, "backend": "eager"})
+
+    monkeypatch.setattr(compiled, "_traced", counted)
+    data = load("DIGITS")
+    full = TrainConfig(data="DIGITS", model="ToyNet", optim="sgd", lr=0.1, compile=True, batch_size=400)
+    task, _ = make_task(full, data)
+    optimizer = make_optimizer(full, task)
+    compare.warmed(optimizer, task, full)
+    before = len(graphs)
+    assert before == 2  # for whole batches and for the last one
+    for _ in train(task, optimizer, start(task, optimizer), Settings(2, full.batch_size, 0, progress=False)):
+        pass
+    assert len(graphs) == before

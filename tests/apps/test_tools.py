@@ -12,9 +12,11 @@ import demo
 import fisherfn as ff
 import search
 import study_plateau
+import study_scale
 import study_seeds
 import study_two_level
 from common import trainer
+from common.config import ConfigError
 from common.loop import Snapshot, Task
 from common.train_config import APPS, OPTIMIZERS, CnnConfig, TrainConfig
 
@@ -213,3 +215,13 @@ def test_conjugate_gradients_end_where_the_energy_is_reached():
         return study_two_level.conjugate(lambda z: {"w": scale * z["w"]}, precondition, grads, whole)
 
     assert steps(lambda r: r) == 2 and steps(lambda r: {"w": r["w"] / scale}) == 1
+
+
+def test_scale_measures_every_kind_of_step_and_names_unknown_nets(monkeypatch):
+    monkeypatch.setattr(study_scale, "VOCABULARY", 11)
+    config = study_scale.ScaleConfig(layers=1, positions=3, threads=torch.get_num_threads())
+    line = study_scale.measured("gpt2", "kfac", config)
+    parts = ("gpt2 (7 million parameters) kfac", "build", "statistics and inverses", "step", "GiB")
+    assert all(part in line for part in parts), line
+    with pytest.raises(ConfigError, match="nets must be among gpt2, resnet50, got 'gpt3'"):
+        study_scale.main(study_scale.ScaleConfig(nets="gpt3"))

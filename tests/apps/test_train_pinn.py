@@ -120,6 +120,14 @@ def test_wrong_options_are_errors_in_one_line(tmp_path, argv, message):
         train_pinn.run(read(train_pinn.PinnConfig, [*argv, "--result_dir", str(tmp_path)]))
 
 
+def test_several_processes_are_refused_because_each_would_train_alone(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(ConfigError, match="train_pinn trains in a single process: start it without torchrun"):
+        train_pinn.run(train_pinn.PinnConfig(result_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_study_runs_what_is_missing_and_its_table_has_the_published_rows(small, tmp_path, capsys, monkeypatch):
     def config(steps):
         argv = ["--problems", "POISSON_2D", "--optims", "exact,adam", "--steps", str(steps)]

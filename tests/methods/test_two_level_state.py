@@ -128,6 +128,6 @@ def test_single_precision_keeps_the_direction(coarse, krylov):
     exact = full_rank().problem
     steps = []
     for problem in (exact, zoo.to(exact, torch.float32)):
-        run = zoo.sampled(problem, "type2", method=method("kfac", coarse, krylov))
+        run = zoo.sampled(problem, "empirical", method=method("kfac", coarse, krylov))
         steps.append(vec(run.ng(problem.params, run.stats, damping=0.01)))
     close(steps[1], steps[0], tol=1e-3)
