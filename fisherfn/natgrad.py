@@ -177,13 +177,12 @@ class NaturalGradient(Views):
         See `step`. Without `stats` there is no update. `damping`, a function of the updated state, gives the λ of the
         inverses; default: the λ of the state.
         """
-        self._check_state(state)
+        self._check_step(state, grads, stats, invert=invert, inner=inner, damping=damping)
         which = self._which(invert)
         if damping is not None and not isinstance(which, bool):
             raise StructureError("this λ is that of a refresh of all blocks: pass invert=True or False.")
         checks: dict[str, Any] = {}
         for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
-            self._check_stats(given)
             checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
         if not isinstance(grads, Stats):
             checks["gradient"] = tree.finite(grads)
@@ -210,6 +209,14 @@ class NaturalGradient(Views):
         return self.precondition(state, stats)
 
     # ---------------------------------------------------------------------------------------------------------
+
+    def _check_step(self, state: State, grads: Tree | Stats, stats: Stats | None, **options: Any) -> None:
+        """Raise unless the arguments of a step belong to this net; several processes also agree on the options."""
+        del options
+        self._check_state(state)
+        for given in (grads, stats):
+            if isinstance(given, Stats):
+                self._check_stats(given)
 
     def _updated(
         self, state: State, stats: Stats, inverting: Which = True, weight: float | Tensor | None = None

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fisherfn.adapt.clip import default_kl_bound
+from fisherfn.adapt.labels import has_classes
 from fisherfn.adapt.optimizer import RULES, Adaptive, Rule
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number, unknown
-from fisherfn.likelihoods import Categorical
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.terms import TermSum
 
@@ -120,4 +120,4 @@ def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: flo
         return "clip"
     if numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG":
         return "line_search"
-    return "clip" if isinstance(ng.likelihood, Categorical) else "model"
+    return "clip" if has_classes(ng.likelihood) else "model"

@@ -9,7 +9,8 @@ with δ₀ the previous update. One step, in order:
 2. α and μ minimise the quadratic model of the batch, with the exact Fisher (quadratic.py).
 3. The step is tried on the examples of that model (trial.py). If it increases their loss, it is rejected: the
    parameters do not change, and λ doubles, immediately in the model and at the next refresh in the inverses. A step
-   of given length was not fitted to these examples, so only an increase beyond two standard errors counts.
+   with a given learning rate or momentum was not fitted to these examples: only an increase beyond two standard
+   errors counts.
 4. The next batch looks back (look_back.py). If its loss is higher than that of the batch before by more than sampling
    explains, δ₀ is undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot
    see. A step after which many parameters have no gradient at all is undone too, because dead units do not recover.
@@ -185,7 +186,7 @@ class Adaptive:
     ) -> Tried:
         """Choose a step and take it on trial."""
         rate, momentum = self._given(state, info, lr_scale)
-        fitted = rate is None or momentum is None
+        fitted = rate is None and momentum is None
         if rate is not None and momentum is not None:
             update = along(nat, state.update, rate, momentum)
             model = examples.model(params, [update])

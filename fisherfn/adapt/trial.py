@@ -25,7 +25,7 @@ PART, LABELS, EXAMPLES = 8, 32, 8
 SIGMAS = 2.0
 """Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
 
-If the steps have no effect but noise, 2 % of them are then rejected. Each rejection doubles λ, and each good step
+If steps have no effect but noise, 2 % of them are then rejected. Each rejection doubles λ, and each good step
 lowers it by 5 %: with more than 7 % rejections λ would grow without end.
 """
 
@@ -45,7 +45,7 @@ class Tried(NamedTuple):
         actual: change of the loss.
         error: standard error of `actual` as an estimate for other examples.
         before: loss before the step.
-        fitted: whether the step was fitted to these examples, by the model or a search.
+        fitted: whether α and μ were both chosen on these examples, by the model or a search.
     """
 
     params: Tree
@@ -62,8 +62,9 @@ class Tried(NamedTuple):
     def tolerance(self) -> Tensor:
         """Return the increase of the loss up to which the step is accepted.
 
-        A step fitted to its examples lowers their loss unless the model is wrong. One of given length need not: with
-        noisy labels the loss of 32 examples often increases while that of the whole batch decreases.
+        A step fitted to its examples lowers their loss unless the model is wrong. With a given learning rate or
+        momentum it need not: with noisy labels the loss of 32 examples often increases while that of the whole batch
+        decreases.
         """
         return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
 

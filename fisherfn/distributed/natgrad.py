@@ -28,7 +28,7 @@ from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
 from fisherfn.stats.batch import Checked, check_fisher, checked
-from fisherfn.types import Info, PyTree, Tree
+from fisherfn.types import PyTree, Tree
 
 
 @dataclass(frozen=True)
@@ -100,36 +100,6 @@ class DataParallel(NaturalGradient):
         found.checks["chunks"] = self._independent(found, pair(batch)[1], shard)
         return reduced(found, self.ranks, shard)
 
-    def step_from(
-        self,
-        state: State,
-        grads: Tree | Stats,
-        stats: Stats | None = None,
-        *,
-        invert: bool | Collection[str] = True,
-        inner: bool = False,
-        damping: Callable[[State], Tensor] | None = None,
-    ) -> tuple[Tree, State, Info]:
-        """Compute a step from reduced statistics, or from a gradient that is equal on all ranks.
-
-        See `NaturalGradient.step_from`.
-
-        Raises:
-            RankError: on every rank, if the ranks disagree on the arguments, or if one's state does not fit.
-        """
-
-        def fits() -> int:
-            self._check_state(state)
-            for given in (grads, stats):
-                if isinstance(given, Stats):
-                    expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
-            return 0
-
-        blocks = sorted(invert) if isinstance(invert, Collection) else invert
-        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), stats is not None)
-        agreed(self.ranks, {"the arguments of a step (invert, inner, damping, statistics)": asked}, fits)
-        return super().step_from(state, grads, stats, invert=invert, inner=inner, damping=damping)
-
     def dropout_seeds(self, examples: int, generator: torch.Generator) -> Tensor:
         """Return this rank's slice of the dropout seeds of the global batch; see `ff.dropout_seeds`."""
         facts = {"the generator": of_tensors({"state": generator.get_state()})}
@@ -149,6 +119,21 @@ class DataParallel(NaturalGradient):
         return NaturalGradient(*(getattr(self, field.name) for field in fields(NaturalGradient)))
 
     # ---------------------------------------------------------------------------------------------------------
+
+    def _check_step(self, state: State, grads: Tree | Stats, stats: Stats | None, **options: Any) -> None:
+        """Raise one `RankError` on every rank if the ranks disagree on the arguments, or if one's do not fit."""
+
+        def fits() -> int:
+            super(DataParallel, self)._check_step(state, grads, stats)
+            for given in (grads, stats):
+                if isinstance(given, Stats):
+                    expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
+            return 0
+
+        invert, inner, damping = (options[name] for name in ("invert", "inner", "damping"))
+        blocks = sorted(invert) if isinstance(invert, Collection) else invert
+        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), stats is not None)
+        agreed(self.ranks, {"the arguments of a step (invert, inner, damping, statistics)": asked}, fits)
 
     def _gradients(self, stats: Stats) -> Mapping[str, Any]:
         return stats.matrices if isinstance(stats, ReducedStats) else super()._gradients(stats)

@@ -79,6 +79,8 @@ def test_every_method_lowers_the_loss(method):
 
 def test_classes_take_the_clip_and_images_the_model():
     assert ff.adaptive(built(mlp(ff.Categorical()))).rule == "clip"
+    weighted = mlp(ff.Categorical())._replace(likelihood=ff.Weighted(ff.Categorical()))
+    assert ff.adaptive(built(weighted)).rule == "clip"
     assert ff.adaptive(built(mlp())).rule == "model"
     assert ff.adaptive(built(mlp(), "exactNG")).rule == "line_search"
 
@@ -157,6 +159,20 @@ def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, reje
     assert info.adapted.reduction_ratio < 0  # their loss increased
     # a step that the model fits to these examples lowers their loss
     assert not steps(problem, ff.adaptive(built(problem), rule="model"), 1)[2][0].adapted.rejected
+
+
+def test_a_small_increase_rejects_a_step_of_the_model_and_not_the_same_step_with_given_numbers():
+    problem = mlp(examples=20, seed=8)
+    far = {name: 3 * leaf for name, leaf in problem.params.items()}  # here the model is wrong
+    problem = problem._replace(params=far)
+    ng = built(problem, fisher="type2")
+    _, _, (free,) = steps(problem, ff.adaptive(ng, damping=1e-6), 1)
+    assert free.adapted.rejected
+    alpha = float(free.adapted.learning_rate)
+    for given in ({"lr": alpha}, {"lr": alpha, "momentum": 0.0}):
+        params, _, (info,) = steps(problem, ff.adaptive(ng, damping=1e-6, **given), 1)
+        assert not info.adapted.rejected and loss(problem, params) > loss(problem, far)
+        assert float(info.adapted.learning_rate) == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def batch(id: str = PROBLEM, n: int = 16):
 
 
 def trained(ng, params, x, y, how: str, steps: int = STEPS):
-    """The parameters after some steps, with inverses of every second one."""
+    """The parameters after some steps, with inverses of every second one; also the losses that adaptive steps keep."""
     random = torch.Generator().manual_seed(0)
     # the default for classes is the KL bound; K-FAC stands for steps whose sizes come from the quadratic model
     rule = "model" if ng.method.name == "kfac" else "auto"
@@ -46,7 +46,8 @@ def trained(ng, params, x, y, how: str, steps: int = STEPS):
         else:
             nat, state, _ = ng.step(params, state, (x, y), **cadence)
             params = ff.tree.add(params, nat, scale=-0.05)
-    return params
+    remembered = () if opt is None else ("loss", "spread", "actual", "predicted")
+    return params | {f"state/{name}": getattr(state, name) for name in remembered}
 
 
 def of_rank(rank: int, size: int) -> slice:
