@@ -190,7 +190,7 @@ def _column(x: Vector) -> Float[Tensor, "k 1 d"]:
 
 
 def _unit(Z: LinearMap, x: Vector, floor: Tensor | float) -> tuple[Vector, Vector, Float[Tensor, " k"]]:
-    """Normalise an vector of the output side and its dual; return both and the length, or zeros below the floor."""
+    """Normalise a vector of the output side and its dual; return both and the length, or zeros below the floor."""
     dual = Z.right_dual(x)
     length = kron.dot(x, dual).clamp(min=0).sqrt()
     inverse = _inverse(length, floor)

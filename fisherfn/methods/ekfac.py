@@ -142,13 +142,13 @@ def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
     """Return the diagonal, in a new basis, of a matrix that is diagonal in the old one."""
     scale = _above_noise(old.scale)
     if not kron.is_diagonal(QG):
-        scale = _above_noise(_shares(QG, old.QG) @ scale)
+        scale = _above_noise(_squared_cosines(QG, old.QG) @ scale)
     if not kron.is_diagonal(QA):
-        scale = scale @ _shares(QA, old.QA).mT
+        scale = scale @ _squared_cosines(QA, old.QA).mT
     return scale
 
 
-def _shares(new: Factor, old: Factor) -> Float[Tensor, "k d d"]:
+def _squared_cosines(new: Factor, old: Factor) -> Float[Tensor, "k d d"]:
     """Return the squared cosines between the vectors of two bases; cosines below the working precision are zero."""
     cosines = products.matmul(new.mT, old)
     return torch.where(cosines.abs() > torch.finfo(new.dtype).eps, cosines, 0.0).square()
