@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned, Which
 from fisherfn.distributed.ranks import Ranks, from_bytes
-from fisherfn.distributed.taps import filled, triangle
+from fisherfn.distributed.triangles import filled, triangle
 from fisherfn.gradients import Gradient
 from fisherfn.linalg.kron import Pair
 from fisherfn.operators import Kind

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.distributed.ranks import Ranks, Shard, from_bytes
+from fisherfn.distributed.triangles import filled, triangle
 from fisherfn.layers import ratio, squares
 from fisherfn.stats import Block, Layout, lazy
 from fisherfn.taps import AnyTap, Sizes, Tap
@@ -200,24 +201,3 @@ class ReducedTap(AnyTap):
 
     def _cast(self, tap: Any) -> Any:
         return tap if self.precision is None else tap.to(self.precision)
-
-
-def triangle(moment: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the upper triangle of a symmetric matrix, `[k, d (d + 1) / 2]`; a diagonal as it is."""
-    if moment.ndim < 3:
-        return moment
-    d = moment.shape[-1]
-    rows, columns = torch.triu_indices(d, d, device=moment.device)
-    return moment[..., rows, columns]
-
-
-def filled(packed: Float[Tensor, "..."], like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the symmetric matrix of an upper triangle, with the shape of `like`; a diagonal as it is."""
-    if like.ndim < 3:
-        return packed
-    d = like.shape[-1]
-    rows, columns = torch.triu_indices(d, d, device=packed.device)
-    full = packed.new_empty(like.shape)
-    full[..., rows, columns] = packed
-    full[..., columns, rows] = packed
-    return full
