@@ -20,6 +20,7 @@ import fisherfn as ff
 from common.atomic import replace_text
 from common.config import POSITIVE, option, parse
 from common.loop import Task, sound
+from common.memory import keep_freed_memory
 from common.models.mlp import chain
 from common.plots import INK, PALETTE, new_figure, save_figure
 from common.runs import reported
@@ -127,6 +128,7 @@ def two_processes(number: int) -> float:
 def main(config: Config) -> None:
     """Measure all cases, print the table and draw the picture."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     numbers = range(len(CASES)) if config.case is None else [config.case]
     if config.half:
         print(loop(CASES[numbers[0]]))

@@ -21,6 +21,7 @@ from typing import Literal
 from common.config import POSITIVE, Check, ConfigError, option, option_names, parse
 from common.data import load
 from common.loop import Task
+from common.memory import keep_freed_memory
 from common.results import ResultExistsError
 from common.runs import check_device, reported, stopped, watched_saver
 from common.sweep import auto, report, stages
@@ -219,5 +220,6 @@ def say(sweep: SweepConfig, text: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     with reported():
         main(sys.argv[1:])

@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
+from fisherfn import masked
 from fisherfn.errors import StructureError
 from fisherfn.types import PyTree, at_least_single
 
@@ -108,26 +107,22 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 
 def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]) -> T:
     """Return `select(mask, x(), y())`; if the mask can be read, only one tree is computed, and none copied."""
-    if is_concrete(mask) and mask.device.type == "cpu":  # reading from a GPU would wait for it
+    if masked.readable(mask):
         return x() if mask else map(lambda a, b: b if a.shape == b.shape else torch.zeros_like(a), x(), y())
 
-    once: dict[tuple[int, int], Tensor] = {}  # two leaves that are one tensor stay one
-
-    def chosen(a: Any, b: Any) -> Any:
-        if a is b:
-            return a
-        if (id(a), id(b)) not in once:
-            once[id(a), id(b)] = torch.where(mask, a, b if a.shape == b.shape else torch.zeros_like(a))
-        return once[id(a), id(b)]
-
     yes, no = x(), y()
-    return map(chosen, yes, no)
+    # leaves that both trees share need no choice, and two leaves that are one tensor stay one
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
+    def collect(a: Tensor, b: Tensor) -> Tensor:
+        if a is not b:
+            pairs[id(a), id(b)] = a, b if a.shape == b.shape else torch.zeros_like(a)
+        return a
 
-def is_concrete(x: Tensor) -> bool:
-    """Return True if the value of a tensor can be read: not in a transform of torch.func, and not in a trace."""
-    traced = get_proxy_mode() is not None or torch.compiler.is_compiling()
-    return type(x) is Tensor and maybe_current_level() is None and not traced
+    map(collect, yes, no)
+    news, olds = zip(*pairs.values(), strict=True) if pairs else ((), ())
+    found = dict(zip(pairs, masked.where(mask, news, olds), strict=True))
+    return map(lambda a, b: found.get((id(a), id(b)), a), yes, no)
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:

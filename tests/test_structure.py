@@ -13,7 +13,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          lowrank, rearrangement
          gradients
          linalg
-    F0   types, tree, errors, calls, operators, state      the ground, which both towers stand on
+    F0   types, masked, tree, errors, calls, operators, state      the ground, which both towers stand on
          members, products, rows, taps, per_example
 """
 
@@ -38,6 +38,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             "types",
+            "masked",
             "tree",
             "errors",
             "calls",

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import masked
 from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
@@ -92,8 +92,8 @@ def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Te
         values, vectors = _reflected_eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _eigh64(matrix)
-    readable = tree.is_concrete(vectors) and vectors.device.type == "cpu"
-    return _eigh64(matrix) if readable and not torch.isfinite(vectors.sum()) else (values, vectors)
+    failed = masked.readable(vectors) and not torch.isfinite(vectors.sum())
+    return _eigh64(matrix) if failed else (values, vectors)
 
 
 def _reflected_eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import masked, tree
 from fisherfn.errors import BATCH_CHECKS, EmptyBatchError, StructureError
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.statistics import LayerStats, Stats
@@ -55,7 +55,7 @@ def _separate(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Tenso
             mask is false instead.
     """
     mask = independent(likelihood, outputs, y, size)
-    if tree.is_concrete(mask) and not mask:
+    if masked.is_concrete(mask) and not mask:
         error, text = BATCH_CHECKS["chunks"]
         raise error(f"{text}.")
     return mask
