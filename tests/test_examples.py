@@ -61,6 +61,28 @@ def test_a_member_of_the_sweep_is_the_single_run(results):
     torch.testing.assert_close(found["losses"][found["best"]], found["alone"], rtol=1e-9, atol=1e-12)
 
 
+def test_every_sparse_autoencoder_is_trained_as_if_it_were_alone(results):
+    found = results("sparse_autoencoders")
+    model, batch, coefficients = found["model"], found["batch"], found["coefficients"]
+    start, orders = found["start"], found["orders"]
+    example = load("sparse_autoencoders")
+    params = {name: leaf[1] for name, leaf in start.items()}
+    ng = ff.natural_gradient(
+        model, params, batch(coefficients[1], orders[0])[0], likelihood=example.Sparse(), fisher="type2"
+    )
+    opt, due = ff.adaptive(ng), ff.Cadence()
+    state = opt.init(params)
+    for step in range(10):
+        given = batch(coefficients[1], orders[step])
+        params, state, _ = opt.step(params, state, given, **due(step)._asdict())
+        params = example.with_unit_columns(params)
+    for name, leaf in found["runs"]["K-FAC"]["params"].items():
+        assert (leaf[1] - start[name][1]).norm() > 0.01 * start[name][1].norm(), name
+        torch.testing.assert_close(leaf[1], params[name], rtol=1e-3, atol=1e-4)
+    active = found["runs"]["K-FAC"]["active"]
+    assert active[0] > active[-1], "a larger coefficient gives fewer features"
+
+
 def test_the_posterior_is_that_of_dense_matrices_and_knows_where_there_are_no_data(results):
     laplace = results("laplace")
     examples, params, J = laplace["examples"], laplace["params"], laplace["jacobian"]

@@ -14,6 +14,7 @@ EXAMPLES = (
     "spectra",
     "training_curves",
     "ensemble_sweep",
+    "sparse_autoencoders",
     "custom_loop",
     "physics",
     "laplace",

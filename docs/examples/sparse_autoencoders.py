@@ -82,7 +82,7 @@ def main(out: Path, small: bool = False) -> dict:
     net = Autoencoder(x.shape[1])
     start = {name: torch.randn(p.shape, generator=rng) / p.shape[-1] ** 0.5 for name, p in net.named_parameters()}
     start = members.repeat(with_unit_columns(start), len(coefficients))
-    orders = [torch.randperm(len(x), generator=rng)[:256] for _ in range(20 if small else 4000)]
+    orders = [torch.randperm(len(x), generator=rng)[:256] for _ in range(20 if small else 1500)]
 
     def model(params, x):
         return functional_call(net, params, (x,))
@@ -124,19 +124,22 @@ def main(out: Path, small: bool = False) -> dict:
                 params["decoder.weight"].copy_(vmap(with_unit_columns)(params)["decoder.weight"])
             yield {name: p.detach() for name, p in params.items()}
 
-    found = {"K-FAC": timed(natural(10 if small else 200), losses)}
-    for rate in (0.01,) if small else (1e-3, 1e-2):
-        found[f"Adam, {rate:g}"] = timed(adam(20 if small else 4000, rate), losses)
+    found = {"K-FAC": timed(natural(10 if small else 250), losses)}
+    for rate in (0.01,) if small else (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2):
+        found[f"Adam, {rate:g}"] = timed(adam(20 if small else 1500, rate), losses)
     for name, run in found.items():
         seconds, each = run["curve"][-1]
         print(f"{name:12} {len(run['curve']):3} points, {seconds:5.1f} s, mean loss {each.mean():.4f}")
     best = min((name for name in found if name != "K-FAC"), key=lambda name: found[name]["curve"][-1][1].mean())
-    params = found["K-FAC"]["params"]
-    outputs = vmap(model, (0, None))(params, x)
-    left = (outputs[..., : x.shape[1]] - x).square().sum((1, 2)) / (x - x.mean(0)).square().sum()
-    active = (outputs[..., x.shape[1] :] > 0).float().mean(1).sum(1)
-    draw(out / "sparse_autoencoders.png", coefficients, active, left, {name: found[name] for name in ("K-FAC", best)})
-    return {"coefficients": coefficients, "active": active, "left": left, "found": found, "best": best}
+    runs = {name: found[name] for name in ("K-FAC", best)}
+    for run in runs.values():
+        outputs = vmap(model, (0, None))(run["params"], x)
+        left = (outputs[..., : x.shape[1]] - x).square().sum((1, 2))
+        run["left"] = left / (x - x.mean(0)).square().sum()
+        run["active"] = (outputs[..., x.shape[1] :] > 0).float().mean(1).sum(1)
+    draw(out / "sparse_autoencoders.png", coefficients, runs)
+    return {"coefficients": coefficients, "runs": runs, "model": model, "batch": batch, "start": start,
+            "orders": orders}  # fmt: skip
 
 
 def timed(steps, losses):
@@ -150,15 +153,16 @@ def timed(steps, losses):
     return {"params": params, "curve": curve}
 
 
-def draw(file: Path, coefficients, active, left, runs) -> None:
+def draw(file: Path, coefficients, runs) -> None:
     """Draw active features against the variance that is not explained, and the mean loss by time."""
     figure, (one, two) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
-    one.plot(active, left, color="0.7", zorder=0)
-    points = one.scatter(active, left, c=coefficients.log10(), cmap="viridis", zorder=1)
-    one.set(xlabel="active features per example", ylabel="variance not explained", title="K-FAC, one model per c")
-    figure.colorbar(points, label="log₁₀ c", ax=one)
-    for (name, run), color in zip(runs.items(), ("#0072B2", "#D55E00"), strict=True):
+    for (name, run), color, marker in zip(runs.items(), ("#0072B2", "#D55E00"), "os", strict=True):
+        one.plot(run["active"], run["left"], color=color, linewidth=1, zorder=0)
+        points = one.scatter(run["active"], run["left"], c=coefficients.log10(), marker=marker, label=name, zorder=1)
         two.plot([s for s, _ in run["curve"]], [each.mean() for _, each in run["curve"]], label=name, color=color)
+    one.set(xlabel="active features per example", ylabel="variance not explained", title="A model per coefficient")
+    figure.colorbar(points, label="log₁₀ c", ax=one)
+    one.legend(frameon=False)
     two.set(xlabel="seconds, all models together", ylabel="mean loss", title="Training", xscale="log", yscale="log")
     two.legend(frameon=False)
     figure.savefig(file, dpi=110)
