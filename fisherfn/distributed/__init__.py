@@ -1,6 +1,7 @@
 """More than one process: data-parallel statistics and shared-out inversions on `torch.distributed`."""
 
-from fisherfn.distributed.natgrad import DataParallel, data_parallel
+from fisherfn.distributed.build import data_parallel
+from fisherfn.distributed.natgrad import DataParallel
 from fisherfn.distributed.ranks import Ranks, Shard
 from fisherfn.distributed.stats import ReducedStats
 from fisherfn.shares import costs as inversion_costs

@@ -8,7 +8,7 @@ import fisherfn as ff
 from fisherfn import errors as E
 from fisherfn.adapt.quadratic import without_examples
 from fisherfn.distributed import Ranks, data_parallel
-from fisherfn.distributed.natgrad import shared
+from fisherfn.distributed.build import shared
 from fisherfn.distributed.ranks import Shard
 from fisherfn.distributed.stats import stand_in
 from tests import zoo
