@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.distributed.agreement import agreed, nothing, of_tensors
+from fisherfn.distributed.agreement import agreed, of_tensors
 from fisherfn.distributed.ranks import Shard
+from fisherfn.distributed.sharded import placement, sharding_of, stand_ins
 from fisherfn.distributed.states import SharedStates, identity
 from fisherfn.distributed.stats import ReducedStats, reduced, stand_in
 from fisherfn.errors import EmptyBatchError, expect
@@ -26,6 +27,7 @@ from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
 from fisherfn.stats.batch import Checked, check_fisher, checked
+from fisherfn.stats.whole import is_sharded
 from fisherfn.types import PyTree, Tree
 
 
@@ -39,9 +41,18 @@ class DataParallel(SharedStates):
         Raises:
             RankError: the parameters, the damping or the average differ between ranks.
         """
-        facts = {"the initial parameters": of_tensors(params), "damping and ema": (float(damping), float(ema))}
-        agreed(self.ranks, facts, nothing)
-        return super().init(params, damping=damping, ema=ema)
+
+        def fits() -> int:
+            sharding_of(params, self.ranks)
+            return 0
+
+        whole = {name: leaf for name, leaf in params.items() if not is_sharded(leaf)}
+        facts = {
+            "the initial parameters": (of_tensors(whole), placement(params)),
+            "damping and ema": (float(damping), float(ema)),
+        }
+        agreed(self.ranks, facts, fits)
+        return super().init(stand_ins(params), damping=damping, ema=ema)
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """Return this rank's part of the noise of the global batch; all ranks pass generators in the same state."""
@@ -75,10 +86,12 @@ class DataParallel(SharedStates):
         kind = self.fisher_kind if fisher is None else fisher
         sampled = curvature and kind == "mc"
         facts = {
-            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None),
+            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None, placement(params)),
             "the generator": of_tensors({"state": generator.get_state()}) if sampled and generator is not None else 0,
         }
         shard = self._agreed(facts, partial(self._count, params, batch, kind, context))
+        sharding = sharding_of(params, self.ranks)
+        params = params if sharding is None else sharding.gather(params)
         if shard.own == 0:
             batch, context = stand_in(pair(batch)), self._stand_in_context(context)
             noise = None if noise is None else stand_in(noise)
@@ -90,7 +103,7 @@ class DataParallel(SharedStates):
             curvature=curvature,
         )  # fmt: skip
         found.checks["chunks"] = self._independent(found, pair(batch)[1], shard)
-        return reduced(found, self.ranks, shard)
+        return reduced(found, self.ranks, shard, sharding)
 
     def dropout_seeds(self, examples: int, generator: torch.Generator) -> Tensor:
         """Return this rank's slice of the dropout seeds of the global batch; see `ff.dropout_seeds`."""
@@ -115,6 +128,8 @@ class DataParallel(SharedStates):
             for given in (grads, stats):
                 if isinstance(given, Stats):
                     expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
+            if not isinstance(grads, Stats):
+                self.layout.validate(grads)  # whole, unlike in ng.precondition
             return 0
 
         invert, inner, damping = (options[name] for name in ("invert", "inner", "damping"))
@@ -131,7 +146,8 @@ class DataParallel(SharedStates):
 
     def _count(self, params: Tree, batch: Batch, kind: str, context: PyTree) -> int:
         """Return the number of this rank's examples, once all that can be checked before the run fits."""
-        self.layout.validate(params)
+        sharding_of(params, self.ranks)
+        self.layout.validate(stand_ins(params))
         check_fisher(kind)
         try:
             return checked(self.layout, batch, context).examples

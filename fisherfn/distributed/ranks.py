@@ -209,6 +209,8 @@ def crossing(sizes: Sequence[int]) -> int:
 def to_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor as flat bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single number counts as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
 
 

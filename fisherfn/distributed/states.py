@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import partial
 
+from fisherfn.base import Preconditioned
 from fisherfn.distributed.agreement import agreed, fingerprint
 from fisherfn.distributed.preconditioners import OwnerPreconditions, alone, preconditioners, with_inverses
 from fisherfn.distributed.ranks import Ranks
+from fisherfn.distributed.sharded import placement, sharding_of, stand_ins
 from fisherfn.distributed.stats import ReducedStats
 from fisherfn.errors import StructureError, expect
 from fisherfn.natgrad import NaturalGradient
@@ -29,12 +31,14 @@ class SharedStates(NaturalGradient):
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
         """Return the preconditioned gradient; see `NaturalGradient.precondition`.
 
-        With `precondition="owner"` this is a message, so all ranks call it.
+        With `precondition="owner"` or sharded gradients this sends messages, so all ranks call it. The result is
+        sharded as the gradients are.
 
         Raises:
             RankError: on every rank, if the call failed on one of them.
         """
-        if self._preconditioners is None:
+        placed = placement(grads)
+        if self._preconditioners is None and not placed:
             return super().precondition(state, grads)
 
         def fits() -> int:
@@ -43,11 +47,14 @@ class SharedStates(NaturalGradient):
                 expect(grads, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
                 self._check_stats(grads)
             else:
-                self.layout.validate(grads)
+                sharding_of(grads, self.ranks)
+                self.layout.validate(stand_ins(grads))
             return 0
 
-        agreed(self.ranks, {"the arguments of ng.precondition": isinstance(grads, Stats)}, fits)
-        return self._precondition(state, grads, inner=False)[0]
+        agreed(self.ranks, {"the arguments of ng.precondition": (isinstance(grads, Stats), placed)}, fits)
+        if isinstance(grads, Stats) or (sharding := sharding_of(grads, self.ranks)) is None:
+            return self._precondition(state, grads, inner=False)[0]
+        return sharding.scatter(self._precondition(state, sharding.gather(grads), inner=False)[0])
 
     def gathered(self, state: State) -> State:
         """Return the state with the inverses of all blocks, as one process has it: for checkpoints and operators.
@@ -86,6 +93,12 @@ class SharedStates(NaturalGradient):
     def _preconditioners(self) -> OwnerPreconditions | None:
         """Return the method whose inverses stay with their owners, if there is one."""
         return preconditioners(self.method)
+
+    def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
+        """Return the preconditioned gradient, sharded as the parameters of the statistics are."""
+        nat, product = super()._precondition(state, grads, inner)
+        sharding = grads.sharding if isinstance(grads, ReducedStats) else None
+        return nat if sharding is None else sharding.scatter(nat), product
 
     def _check_state(self, state: State) -> None:
         """Raise unless the state belongs to this method on this net, with the inverses of this rank's blocks."""
