@@ -18,9 +18,9 @@ LIKELIHOOD = ff.Categorical()
 
 
 def net():
-    """A net whose first dimensions, 5, 7 and 3, no number of ranks above one divides evenly."""
+    """A net with first dimensions of 5, 4 and 3: uneven shards, and on three ranks an empty one."""
     torch.manual_seed(0)
-    layers = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Softplus()
+    layers = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Softplus()
     return nn.Sequential(*layers).double()
 
 
@@ -117,8 +117,8 @@ def refused(rank, mesh):
     stats = ng.stats(params, (x, y), generator=torch.Generator().manual_seed(0))
     columns = full | {"2.weight": distribute_tensor(full["2.weight"], mesh, [Shard(1)])}
     copies = full | {"2.weight": distribute_tensor(full["2.weight"], mesh, [Replicate()])}
-    uneven = torch.zeros(6 if rank else 1, 5, dtype=torch.float64)
-    odd = full | {"2.weight": DTensor.from_local(uneven, mesh, [Shard(0)], shape=(7, 5), stride=(5, 1))}
+    uneven = torch.zeros(3 if rank else 1, 5, dtype=torch.float64)
+    odd = full | {"2.weight": DTensor.from_local(uneven, mesh, [Shard(0)], shape=(4, 5), stride=(5, 1))}
     cases = {
         "functional": lambda: ff.functional(module),
         "build": lambda: ff.natural_gradient(model, params, x, likelihood=LIKELIHOOD),
