@@ -186,6 +186,8 @@ def measured(config: ScalingConfig, device: str) -> list[str]:
     if size > 1:
         owners = ", ".join(f"{kind} {1e3 * middle['owner', kind]:.0f} ms" for kind in KINDS)
         lines.append(f"owners precondition: {owners}")
+        held = (sum(leaf.nbytes for leaf in ff.tree.leaves(states[who].inverses)) for who in ("all", "owner"))
+        lines.append("bytes of inverses on rank 0: {:,}, if owners precondition {:,}".format(*held))
         for who, text in (("all", ""), ("owner", ", owners precondition")):
             sent.clear()
             calls[who, "with inverses"]()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import partial
 
+from torch import Tensor
+
 from fisherfn.base import Preconditioned
 from fisherfn.distributed.agreement import agreed, fingerprint
 from fisherfn.distributed.preconditioners import OwnerPreconditions, alone, preconditioners, with_inverses
@@ -55,6 +57,13 @@ class SharedStates(NaturalGradient):
         if isinstance(grads, Stats) or (sharding := sharding_of(grads, self.ranks)) is None:
             return self._precondition(state, grads, inner=False)[0]
         return sharding.scatter(self._precondition(state, sharding.gather(grads), inner=False)[0])
+
+    def fisher_divergence(self, state: State, stats: Stats) -> dict[str, Tensor]:
+        """Return the divergence of each block for the global batch; see `NaturalGradient.fisher_divergence`.
+
+        All ranks call it, because the questions to the statistics are messages.
+        """
+        return self.local.fisher_divergence(self.gathered(state), stats)
 
     def gathered(self, state: State) -> State:
         """Return the state with the inverses of all blocks, as one process has it: for checkpoints and operators.

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 import fisherfn as ff
 from fisherfn.distributed import data_parallel
+from fisherfn.methods.two_level import TwoLevel
 from tests import zoo
 from tests.distributed import equal
 from tests.distributed.drop_in import error
@@ -66,7 +67,13 @@ def one_step(ng, problem, x, y, only=False):
     again = ng.precondition(state, stats.grads)
     ok = torch.stack(list(info.ok.values()))
     extra = {f"again/{name}": leaf for name, leaf in again.items()}
+    extra |= {f"divergence/{key}": value for key, value in divergences(ng, state, stats).items()}
     return nat | extra | {"inner": info.inner, "ok": ok, "condition": conditions(info)}
+
+
+def divergences(ng, state, stats):
+    """The divergence of each block, for methods that have one."""
+    return {} if isinstance(ng.method, TwoLevel) else ng.fisher_divergence(state, stats)
 
 
 def conditions(info):

@@ -106,6 +106,8 @@ def test_owners_of_a_group_of_one_are_the_method_itself(method):
     grads = owning.stats(problem.params, (x, y), curvature=False).grads
     close(owning.precondition(state, grads), ng.precondition(its, grads))
     if method.name == "kfac":
+        stats, same = (each.stats(problem.params, (x, y), generator=zoo.generator(1)) for each in (owning, ng))
+        close(owning.fisher_divergence(state, stats), ng.fisher_divergence(its, same))
         with pytest.raises(E.StructureError, match="no rank has all inverses"):
             owning.inverse(state).logdet()
         lacking = state._replace(inverses=dict.fromkeys(state.inverses, ()))
