@@ -9,7 +9,7 @@ import torch.distributed as dist
 import fisherfn as ff
 from fisherfn import errors as E
 from fisherfn.adapt.quadratic import without_examples
-from fisherfn.distributed import Ranks, data_parallel
+from fisherfn.distributed import Ranks, data_parallel, inversion_owners
 from fisherfn.distributed.build import owner_sends_less, shared
 from fisherfn.distributed.preconditioners import OwnerPreconditions
 from fisherfn.distributed.ranks import Shard, crossing
@@ -117,20 +117,33 @@ def test_owners_of_a_group_of_one_are_the_method_itself(method):
             owning.precondition(lacking, grads)
 
 
-def test_auto_counts_the_bytes_of_both_forms():
-    problem, _, _ = equal.batch()
-    ng = problem.build(method="kfac")
-    shapes = list(ng.layout.block_shapes.values())
-    # two ranks, three blocks: each has one or two, by the cost i³ + o³
-    costs = [s.i**3 + s.o**3 for s in shapes]
-    largest = costs.index(max(costs))
-    parts = [[shapes[largest]], [s for at, s in enumerate(shapes) if at != largest]]
-    triangles = max(sum(s.i * (s.i + 1) // 2 + s.o * (s.o + 1) // 2 for s in part) for part in parts)
-    matrices = max(sum(s.i * s.o for s in part) for part in parts)
-    for every in (1, 2, 3, 10):
-        assert owner_sends_less(ng.method, ng, 2, every) == (matrices * every < triangles)
-    assert not owner_sends_less(ff.exact(), ng, 2, 1)
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_auto_counts_the_bytes_of_both_forms(size):
+    """Both are gathers whose parts are padded to the longest, or sums of at most twice the whole."""
+    widths = [(40, 3), (20, 20), (2, 60), (5, 5)]  # the most numbers of a gradient are not in the largest triangles
+    net = torch.nn.Sequential(*(torch.nn.Linear(i, o, bias=False) for i, o in chained(widths)))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    ng = ff.natural_gradient(
+        lambda params, x: torch.func.functional_call(net, params, (x,)), params, torch.ones(2, 40), method="kfac",
+        likelihood=ff.Gaussian(),
+    )  # fmt: skip
+    shapes = ng.layout.block_shapes
+    owner = inversion_owners({key: s.i**3 + s.o**3 for key, s in shapes.items()}, size)
+    triangles, matrices = [0] * size, [0] * size
+    for key, s in shapes.items():
+        triangles[owner[key]] += s.i * (s.i + 1) // 2 + s.o * (s.o + 1) // 2
+        matrices[owner[key]] += s.i * s.o
+    rarely, often = (min(size * max(each), 2 * sum(each)) for each in (triangles, matrices))
+    found = [owner_sends_less(ng.method, ng, size, every) for every in range(1, 8)]
+    assert found == [often * every < rarely for every in range(1, 8)]
+    assert not owner_sends_less(ff.exact(), ng, size, 1)
     assert crossing([10, 0, 0]) == 20 and crossing([10, 10, 9]) == 30
+
+
+def chained(widths):
+    """The widths of layers of which each reads what the one before returns."""
+    flat = [width for pair in widths for width in pair]
+    return list(zip(flat, flat[1:], strict=False))
 
 
 def test_steps_of_sharded_parameters_are_sharded():
