@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 KINDS = {"plain": (False, False), "with statistics": (True, False), "with inverses": (True, True)}
 NETWORKS = {"InfiniBand, 25 GB/s, 10 µs": Network(25e9, 1e-5), "Ethernet, 1.25 GB/s, 50 µs": Network(1.25e9, 5e-5)}
+OWNERS = (2, 8, 32)
+"""Numbers of ranks that precondition what they own, for the table of memory."""
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 START, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 
@@ -93,18 +96,23 @@ NETS = {
 def predicted() -> list[str]:
     """Return the tables: speed-up by ranks, and traffic and memory per rank."""
     lines = ["| speed-up of K-FAC | " + " | ".join(f"{n:,} ranks" for n in RANKS) + " |", "|---" * 9 + "|"]
-    for net, ((shapes, _), compute) in NETS.items():
-        for title, network in NETWORKS.items():
-            found = (speed_up(compute, shapes, DIAGONAL_ABOVE, n, network) for n in RANKS)
-            lines.append(f"| {net}, {title} | " + " | ".join(f"{value:,.1f}" for value in found) + " |")
-    sizes = (
-        "gradient | moments | inverses | parameters | factors | inverses held | largest share of inversions, 8 ranks"
-    )
-    lines += ["", f"| MiB per rank | {sizes} |", "|---" * 8 + "|"]
+    for form, owner in (("", False), (", owners precondition", True)):
+        for net, ((shapes, _), compute) in NETS.items():
+            for title, network in NETWORKS.items():
+                found = (speed_up(compute, shapes, DIAGONAL_ABOVE, n, network, owner=owner) for n in RANKS)
+                lines.append(f"| {net}, {title}{form} | " + " | ".join(f"{value:,.1f}" for value in found) + " |")
+    lines += ["", "| MiB sent per message | gradient | moments | inverses |", "|---" * 4 + "|"]
     for net, ((shapes, others), _) in NETS.items():
-        sent = traffic(shapes, DIAGONAL_ABOVE, others=others)
+        cells = " | ".join(f"{n / 2**20:,.0f}" for n in traffic(shapes, DIAGONAL_ABOVE, others=others))
+        lines.append(f"| {net} | {cells} |")
+    sizes = " | ".join(f"inverses, owners on {n}" for n in OWNERS)
+    held_by_all = "parameters | factors | inverses"
+    lines += ["", f"| MiB held per rank | {held_by_all} | {sizes} | largest share of inversions, 8 ranks |"]
+    lines.append("|---" * (5 + len(OWNERS)) + "|")
+    for net, ((shapes, others), _) in NETS.items():
         held = memory(shapes, DIAGONAL_ABOVE, others=others)
-        numbers = (*sent, held["parameters"], held["factors"], held["inverses"])
+        own = [memory(shapes, DIAGONAL_ABOVE, owners=n)["inverses"] for n in OWNERS]
+        numbers = (held["parameters"], held["factors"], held["inverses"], *own)
         cells = " | ".join(f"{number / 2**20:,.0f}" for number in numbers)
         lines.append(f"| {net} | {cells} | {share(shapes, DIAGONAL_ABOVE, 8):.2f} |")
     return lines
@@ -143,18 +151,21 @@ def measured(config: ScalingConfig, device: str) -> list[str]:
     def observe(what: str, payload: int) -> None:
         sent[what] += payload
 
-    ng = ff.distributed.data_parallel(alone, observe=observe) if size > 1 else alone
-    # a group of this rank alone does all of a rank's own work, packing included, and sends nothing to others
-    groups = [torch.distributed.new_group([rank]) for rank in range(size)] if size > 1 else []
-    own = ff.distributed.data_parallel(alone, group=groups[torch.distributed.get_rank()]) if groups else alone
+    spread = partial(ff.distributed.data_parallel, alone, observe=observe)
+    forms = {"own": alone, "all": alone}
+    if size > 1:
+        # a group of this rank alone does all of a rank's own work, packing included, and sends nothing to others
+        groups = [torch.distributed.new_group([rank]) for rank in range(size)]
+        own = ff.distributed.data_parallel(alone, group=groups[torch.distributed.get_rank()])
+        forms = {"own": own, "all": spread(), "owner": spread(precondition="owner")}
+    states = {who: ng.init(params, damping=1.0) for who, ng in forms.items()}
     mine = x[ranks.part(len(x))]
-    state = ng.init(params, damping=1.0)
 
-    def step(which: ff.NaturalGradient, update: bool, invert: bool) -> Callable[[], object]:
+    def step(who: str, update: bool, invert: bool) -> Callable[[], object]:
         random = torch.Generator().manual_seed(0)
-        return lambda: which.step(
+        return lambda: forms[who].step(
             params,
-            state,
+            states[who],
             (mine, mine),
             update=update,
             invert=invert,
@@ -162,7 +173,7 @@ def measured(config: ScalingConfig, device: str) -> list[str]:
             generator=random,
         )
 
-    calls = {(who, kind): step(which, *KINDS[kind]) for who, which in (("all", ng), ("own", own)) for kind in KINDS}
+    calls = {(who, kind): step(who, *KINDS[kind]) for who in forms for kind in KINDS}
     if size > 1:
         calls |= {("net", "long"): message(1 << 22), ("net", "short"): message(1)}
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -177,9 +188,15 @@ def measured(config: ScalingConfig, device: str) -> list[str]:
         text = f"{kind}: {1e3 * middle['all', kind]:.0f} ms"
         lines.append(text + (f", predicted {1e3 * foretold(kind, middle, alone, size):.0f} ms" if size > 1 else ""))
     if size > 1:
-        sent.clear()
-        calls["all", "with inverses"]()
-        lines.append("bytes per step with inverses: " + ", ".join(f"{what} {n:,}" for what, n in sent.items()))
+        owners = ", ".join(f"{kind} {1e3 * middle['owner', kind]:.0f} ms" for kind in KINDS)
+        lines.append(f"owners precondition: {owners}")
+        held = (sum(leaf.nbytes for leaf in ff.tree.leaves(states[who].inverses)) for who in ("all", "owner"))
+        lines.append("bytes of inverses on rank 0: {:,}, if owners precondition {:,}".format(*held))
+        for who, text in (("all", ""), ("owner", ", owners precondition")):
+            sent.clear()
+            calls[who, "with inverses"]()
+            counted = ", ".join(f"{what} {n:,}" for what, n in sent.items())
+            lines.append(f"bytes per step with inverses{text}: {counted}")
     return lines
 
 

@@ -138,6 +138,11 @@ class Views(Collector):
         """Raise unless the state belongs to this method on this net."""
         expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
         if tree.structure((state.factors, state.inverses), leaf=Tap) != self._structure:
+            if _lacks_inverses(state.inverses):
+                raise StructureError(
+                    "the state has the inverses of one rank's blocks only: pass ng.gathered(state), which all ranks "
+                    "call on the data-parallel ng that made the state."
+                )
             raise StructureError(
                 f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
                 "blocks: start with ng.init(params)."
@@ -175,6 +180,12 @@ def cheapest_gradient(stats: Stats, block: Block) -> Tensor | Tap:
     if tap_is_cheaper(tap.sizes):
         return tap.whole()
     return tap.mean_gradient()
+
+
+def _lacks_inverses(inverses: Any) -> bool:
+    """Return True if some blocks have no inverse, because other ranks own them."""
+    held = getattr(inverses, "fine", inverses)
+    return isinstance(held, dict) and () in held.values()
 
 
 def _double(leaf: Tensor) -> Tensor:

@@ -82,29 +82,42 @@ def traffic(shapes: Mapping[str, Shape], limit: int, itemsize: int = 4, others: 
     return Traffic(gradient * itemsize, factors * itemsize, factors * itemsize)
 
 
-def memory(shapes: Mapping[str, Shape], limit: int, itemsize: int = 4, others: int = 0) -> dict[str, int]:
-    """Return the bytes that each rank holds between steps; factors and inverses are square, equal on all ranks."""
+def memory(
+    shapes: Mapping[str, Shape], limit: int, itemsize: int = 4, others: int = 0, owners: int = 1
+) -> dict[str, int]:
+    """Return the bytes that a rank holds between steps; factors and inverses are square.
+
+    Every rank has all factors and inverses. With `owners` above 1, that many ranks precondition what they own, and the
+    inverses are those of the rank that has most.
+    """
 
     def square(width: int, diagonal: bool = False) -> int:
         return width if diagonal or width > limit else width * width
 
-    factors = sum(k * (square(i, hot) + square(o)) for k, o, i, hot in shapes.values())
+    each = {key: k * (square(i, hot) + square(o)) for key, (k, o, i, hot) in shapes.items()}
+    factors, owner = sum(each.values()), _owner(shapes, limit, owners)
+    largest = max(sum(size for key, size in each.items() if owner[key] == rank) for rank in range(owners))
     parameters = others + sum(k * o * i for k, o, i, _ in shapes.values())
     return {
         "parameters": parameters * itemsize,
         "gradient": parameters * itemsize,
         "momentum": parameters * itemsize,
         "factors": factors * itemsize,
-        "inverses": factors * itemsize,
+        "inverses": largest * itemsize,
     }
 
 
 def share(shapes: Mapping[str, Shape], limit: int, ranks: int) -> float:
     """Return the largest part of the inversions that one rank has, by its cost in multiplications."""
     each = ff.distributed.inversion_costs(shapes, limit)  # type: ignore[arg-type]
-    owner = ff.distributed.inversion_owners(each, ranks)
+    owner = _owner(shapes, limit, ranks)
     work = [sum(cost for key, cost in each.items() if owner[key] == rank) for rank in range(ranks)]
     return max(work) / sum(work)
+
+
+def _owner(shapes: Mapping[str, Shape], limit: int, ranks: int) -> dict[str, int]:
+    """Return the rank that owns each block."""
+    return ff.distributed.inversion_owners(ff.distributed.inversion_costs(shapes, limit), ranks)  # type: ignore[arg-type]
 
 
 def added(size: float, ranks: int, network: Network) -> float:
@@ -114,22 +127,34 @@ def added(size: float, ranks: int, network: Network) -> float:
 
 
 def seconds(
-    compute: Compute, sent: Traffic, part: float, ranks: int, network: Network, cadence: Cadence = USUAL
+    compute: Compute,
+    sent: Traffic,
+    part: float,
+    ranks: int,
+    network: Network,
+    cadence: Cadence = USUAL,
+    owner: bool = False,
 ) -> float:
-    """Return the average seconds per step; `part` is the largest share of the inversions of one rank."""
+    """Return the average seconds per step; `part` is the largest share of the inversions of one rank.
+
+    With `owner`, owners precondition: a gather of preconditioned gradients in every step replaces the inverses.
+    """
     agreements = added(AGREEMENT * ranks, ranks, network)  # two gathers
     messages = agreements + added(sent.gradient, ranks, network)
     messages += added(sent.moments, ranks, network) / cadence.update
-    messages += added(sent.inverses, ranks, network) / cadence.invert
-    own = compute.gradient + compute.step + compute.statistics / cadence.update
+    if owner:  # a gather takes half of the time of a sum; the masks of an inversion are a message without size
+        messages += added(sent.gradient, ranks, network) / 2 + added(0, ranks, network) / cadence.invert
+    else:
+        messages += added(sent.inverses, ranks, network) / cadence.invert
+    own = compute.gradient + compute.step * (part if owner else 1) + compute.statistics / cadence.update
     return own + compute.inversion * part / cadence.invert + (messages if ranks > 1 else 0.0)
 
 
 def speed_up(
     compute: Compute, shapes: Mapping[str, Shape], limit: int, ranks: int, network: Network,
-    cadence: Cadence = USUAL,
+    cadence: Cadence = USUAL, owner: bool = False,
 ) -> float:  # fmt: skip
     """Return how many times as many examples per second all ranks process as one, with equal batches per rank."""
     sent = traffic(shapes, limit)
     one = seconds(compute, sent, 1.0, 1, network, cadence)
-    return ranks * one / seconds(compute, sent, share(shapes, limit, ranks), ranks, network, cadence)
+    return ranks * one / seconds(compute, sent, share(shapes, limit, ranks), ranks, network, cadence, owner)

@@ -76,6 +76,7 @@ class Adaptive:
 
     def init(self, params: Tree) -> AdaptiveState:
         """Return the initial state."""
+        self.ng.layout.validate(params)
         start = 1.0 if self.damping is None else self.damping
         curvature = self.ng.init(params, damping=start, ema=self.ema)
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)

@@ -2,13 +2,14 @@
 
 A step sends, in order: the agreement (a few whole numbers per rank), the gradient with all scalars, in steps that
 update the moments of all blocks, and in steps that invert the inverses, each from its owner. Parameters and state are
-equal on all ranks, and nothing else is sent.
+equal on all ranks, and nothing else is sent. If owners precondition (`preconditioners.py`), they keep their inverses,
+and every step sends the preconditioned gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,30 +17,23 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import LayerMethod, Method
-from fisherfn.distributed.agreement import agreed, fingerprint, nothing, of_tensors
-from fisherfn.distributed.owners import Owned
-from fisherfn.distributed.ranks import Ranks, Shard
+from fisherfn.distributed.agreement import agreed, of_tensors
+from fisherfn.distributed.ranks import Shard
+from fisherfn.distributed.sharded import placement, sharding_of, stand_ins
+from fisherfn.distributed.states import SharedStates, identity
 from fisherfn.distributed.stats import ReducedStats, reduced, stand_in
-from fisherfn.errors import EmptyBatchError, StructureError, expect
-from fisherfn.methods.two_level import TwoLevel
-from fisherfn.natgrad import NaturalGradient
+from fisherfn.errors import EmptyBatchError, expect
 from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
 from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
 from fisherfn.stats.batch import Checked, check_fisher, checked
+from fisherfn.stats.whole import is_sharded
 from fisherfn.types import PyTree, Tree
 
 
 @dataclass(frozen=True)
-class DataParallel(NaturalGradient):
-    """A natural gradient whose batches are spread over ranks. Made by `data_parallel`.
-
-    Attributes:
-        ranks: the group, and how messages are sent through it.
-    """
-
-    ranks: Ranks
+class DataParallel(SharedStates):
+    """A natural gradient whose batches are spread over ranks. Made by `data_parallel`."""
 
     def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
         """Return the empty state; see `NaturalGradient.init`.
@@ -47,9 +41,18 @@ class DataParallel(NaturalGradient):
         Raises:
             RankError: the parameters, the damping or the average differ between ranks.
         """
-        facts = {"the initial parameters": of_tensors(params), "damping and ema": (float(damping), float(ema))}
-        agreed(self.ranks, facts, nothing)
-        return super().init(params, damping=damping, ema=ema)
+
+        def fits() -> int:
+            sharding_of(params, self.ranks)
+            return 0
+
+        whole = {name: leaf for name, leaf in params.items() if not is_sharded(leaf)}
+        facts = {
+            "the initial parameters": (of_tensors(whole), placement(params)),
+            "damping and ema": (float(damping), float(ema)),
+        }
+        agreed(self.ranks, facts, fits)
+        return super().init(stand_ins(params), damping=damping, ema=ema)
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """Return this rank's part of the noise of the global batch; all ranks pass generators in the same state."""
@@ -83,10 +86,12 @@ class DataParallel(NaturalGradient):
         kind = self.fisher_kind if fisher is None else fisher
         sampled = curvature and kind == "mc"
         facts = {
-            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None),
+            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None, placement(params)),
             "the generator": of_tensors({"state": generator.get_state()}) if sampled and generator is not None else 0,
         }
         shard = self._agreed(facts, partial(self._count, params, batch, kind, context))
+        sharding = sharding_of(params, self.ranks)
+        params = params if sharding is None else sharding.gather(params)
         if shard.own == 0:
             batch, context = stand_in(pair(batch)), self._stand_in_context(context)
             noise = None if noise is None else stand_in(noise)
@@ -98,7 +103,7 @@ class DataParallel(NaturalGradient):
             curvature=curvature,
         )  # fmt: skip
         found.checks["chunks"] = self._independent(found, pair(batch)[1], shard)
-        return reduced(found, self.ranks, shard)
+        return reduced(found, self.ranks, shard, sharding)
 
     def dropout_seeds(self, examples: int, generator: torch.Generator) -> Tensor:
         """Return this rank's slice of the dropout seeds of the global batch; see `ff.dropout_seeds`."""
@@ -113,11 +118,6 @@ class DataParallel(NaturalGradient):
         shard = self._agreed({"the kind of statistics": sampled}, lambda: stats.examples)
         return reduced(stats, self.ranks, shard)
 
-    @property
-    def local(self) -> NaturalGradient:
-        """Return the natural gradient of this rank alone, for statistics that `reduced` takes."""
-        return NaturalGradient(*(getattr(self, field.name) for field in fields(NaturalGradient)))
-
     # ---------------------------------------------------------------------------------------------------------
 
     def _check_step(self, state: State, grads: Tree | Stats, stats: Stats | None, **options: Any) -> None:
@@ -128,6 +128,8 @@ class DataParallel(NaturalGradient):
             for given in (grads, stats):
                 if isinstance(given, Stats):
                     expect(given, ReducedStats, "statistics", "pass what ng.stats or ng.reduced returned")
+            if not isinstance(grads, Stats):
+                self.layout.validate(grads)  # whole, unlike in ng.precondition
             return 0
 
         invert, inner, damping = (options[name] for name in ("invert", "inner", "damping"))
@@ -139,16 +141,13 @@ class DataParallel(NaturalGradient):
         return stats.matrices if isinstance(stats, ReducedStats) else super()._gradients(stats)
 
     def _agreed(self, facts: Mapping[str, object], check: Callable[[], int]) -> Shard:
-        facts = {"model, method or likelihood": self._identity, "the batch": 0, **facts}
+        facts = {"model, method or likelihood": identity(self), "the batch": 0, **facts}
         return agreed(self.ranks, facts, check)
-
-    @property
-    def _identity(self) -> int:
-        return identity(self)
 
     def _count(self, params: Tree, batch: Batch, kind: str, context: PyTree) -> int:
         """Return the number of this rank's examples, once all that can be checked before the run fits."""
-        self.layout.validate(params)
+        sharding_of(params, self.ranks)
+        self.layout.validate(stand_ins(params))
         check_fisher(kind)
         try:
             return checked(self.layout, batch, context).examples
@@ -171,63 +170,6 @@ class DataParallel(NaturalGradient):
         if shard.own < 2 or self.ranks.size == 1:
             return stats.loss.new_ones((), dtype=torch.bool)
         return independent(self.likelihood, stats.outputs, targets, shard.own // 2)
-
-
-def data_parallel(
-    ng: NaturalGradient,
-    *,
-    group: Any = None,
-    share_inversions: bool = True,
-    observe: Callable[[str, int], None] | None = None,
-) -> DataParallel:
-    """Return a natural gradient with the same calls, whose batches are spread over the ranks of a process group.
-
-    Every rank passes its part of the batch, of any size; the result is that of one process with the whole batch, in
-    order of rank. Parameters and state are equal on all ranks.
-
-    Args:
-        ng: the natural gradient, built alike on every rank.
-        group: a group of `torch.distributed`; None for all ranks.
-        share_inversions: whether each block is inverted by one rank only. False: every rank inverts all blocks, which
-            sends nothing.
-        observe: called with the purpose and the payload in bytes of each message, for measurements.
-
-    Raises:
-        StructureError: there is no process group, or the net couples the examples of a batch (batch norm).
-        RankError: the models, methods or likelihoods of the ranks differ.
-    """
-    expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient returned")
-    if isinstance(ng, DataParallel):
-        raise StructureError("this natural gradient is data-parallel already: pass the one of ff.natural_gradient.")
-    ranks = Ranks(group, observe)
-    if ng.layout.couples and ranks.size > 1:
-        raise StructureError(
-            "the net couples the examples of a batch (batch norm in training mode), and each rank would normalise by "
-            "its own examples only: the result would depend on the number of ranks. Use layer or group norm, or batch "
-            "norm in evaluation mode."
-        )
-    agreed(ranks, {"model, method or likelihood": identity(ng), "share_inversions": share_inversions}, nothing)
-    method = shared(ng.method, ng, ranks) if share_inversions and ranks.size > 1 else ng.method
-    return DataParallel(ng.model, ng.layout, ng.likelihood, ng.fisher_kind, ng.samples, method, ranks)
-
-
-def shared(method: Method, ng: NaturalGradient, ranks: Ranks) -> Method:
-    """Return the method with shared-out inversions; a method that solves one system is left as it is."""
-    if isinstance(method, TwoLevel):
-        return replace(method, fine=shared(method.fine, ng, ranks))
-    return Owned(method, ng.layout.block_shapes, ranks) if isinstance(method, LayerMethod) else method
-
-
-def identity(ng: NaturalGradient) -> int:
-    """Return the fingerprint of the blocks, method and likelihood of a natural gradient."""
-    method = ng.method
-    if isinstance(method, TwoLevel) and isinstance(method.fine, Owned):
-        method = replace(method, fine=method.fine.inner)
-    method = method.inner if isinstance(method, Owned) else method
-    layout = ng.layout
-    blocks = [(block.key, block.names, block.kind, tuple(block.shape)) for block in layout.blocks]
-    shapes = (layout.shapes, layout.dtypes, layout.input_shapes, layout.output_shape)
-    return fingerprint((blocks, shapes, method, type(ng.likelihood).__name__, ng.fisher_kind, ng.samples))
 
 
 def _count(x: PyTree) -> int:

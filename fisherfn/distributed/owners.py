@@ -7,7 +7,7 @@ Pauloski et al. 2021, *KAISA: an adaptive second-order optimizer framework for d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +78,16 @@ class Owned(Method):
 
     def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
         """Invert this rank's blocks, and return the inverses of all blocks."""
-        owner = self.owner
-        mine = {key: factors[key] for key in factors if owner[key] == self.ranks.rank}
-        done = self.inner.invert(mine, damping) if mine else Estimated({}, {}, {})
-        like, names = self._structure(factors, damping)
-        held = {key: _packed(done, key, names) if key in mine else like[key] for key in factors}
-        sizes = [
-            sum(_size(leaf) for key in factors if owner[key] == rank for leaf in held[key])
-            for rank in range(self.ranks.size)
-        ]
-        rows = self.ranks.gathered("inverses", [leaf for key in mine for leaf in held[key]], sizes)
-        return self._unpacked(rows, owner, factors, held, names, damping)
+        done = self._own(factors, damping)
+        names = self._diagnostics(factors, damping)
+        like = self._like(factors, damping)
+        scalar = torch.empty((), dtype=torch.float64, device="meta")
+        sent = {key: [*leaves(done.factors[key]), *scalars(done, key, names)] for key in done.factors}
+        held = {key: [*leaves(like[key]), *[scalar] * (1 + len(names))] for key in factors}
+        found = from_owners(self.ranks, "inverses", self.owner, sent, held)
+        split = -1 - len(names)
+        inverses = {key: rebuilt(like[key], parts[:split]) for key, parts in found.items()}
+        return with_scalars(inverses, {key: parts[split:] for key, parts in found.items()}, names, damping)
 
     def precondition(self, inverses: PyTree, gradients: Mapping[str, Gradient], inner: bool) -> Preconditioned:
         """Return the method's preconditioned gradients."""
@@ -116,65 +115,87 @@ class Owned(Method):
 
     # ---------------------------------------------------------------------------------------------------------
 
-    def _structure(self, factors: PyTree, damping: Tensor) -> tuple[dict[str, list[Tensor]], list[str]]:
-        """Return the leaves that each block sends, without values, and the names of the diagnostics.
+    def _own(self, factors: PyTree, damping: Tensor) -> Estimated:
+        """Invert the blocks of this rank."""
+        owner = self.owner
+        mine = {key: factors[key] for key in factors if owner[key] == self.ranks.rank}
+        return self.inner.invert(mine, damping) if mine else Estimated({}, {}, {})
 
-        The names are those of the smallest possible block, which every rank inverts for itself.
-        """
+    def _diagnostics(self, factors: PyTree, damping: Tensor) -> list[str]:
+        """Return the names of the diagnostics: those of the smallest possible block, which every rank inverts."""
         leaf = tree.leaves(factors)[0]
-        small = {"small": Shape(1, 1, 1)}
-        empty, _ = self.inner.init(small, leaf.dtype, leaf.device, damping)
-        names = sorted(self.inner.invert(empty, damping).diagnostics)
-        shapes = {key: self.shapes[key] for key in factors}
-        meta = torch.device("meta")
-        _, inverses = self.inner.init(shapes, leaf.dtype, meta, damping.to(meta))
-        scalar = torch.empty((), dtype=torch.float64, device=meta)
-        return {key: [*_leaves(inverses[key]), *[scalar] * (1 + len(names))] for key in factors}, names
+        empty, _ = self.inner.init({"small": Shape(1, 1, 1)}, leaf.dtype, leaf.device, damping)
+        return sorted(self.inner.invert(empty, damping).diagnostics)
 
-    def _unpacked(
-        self,
-        rows: list[Tensor],
-        owner: dict[str, int],
-        factors: PyTree,
-        held: dict[str, list[Tensor]],
-        names: list[str],
-        damping: Tensor,
-    ) -> Estimated:
-        """Return the inverses, masks and diagnostics of all blocks from the bytes of all ranks."""
-        leaf = tree.leaves(factors)[0]
-        _, inverses = self.inner.init(self.shapes, leaf.dtype, torch.device("meta"), damping.to("meta"))
-        at = [0] * len(rows)
-        found, ok, measured = {}, {}, {name: {} for name in names}  # type: ignore[var-annotated]
-        for key in factors:
-            parts = []
-            for like in held[key]:
-                start = at[owner[key]]
-                at[owner[key]] = start + _size(like)
-                parts.append(from_bytes(rows[owner[key]][start : start + _size(like)], like, like.shape))
-            scalars = parts[-1 - len(names) :]
-            found[key], ok[key] = _rebuilt(inverses[key], parts[: -1 - len(names)]), scalars[0] == 1
-            for name, value in zip(names, scalars[1:], strict=True):
-                measured[name][key] = value.to(damping.dtype)
-        return Estimated(found, ok, measured)
+    def _like(self, factors: PyTree, damping: Tensor) -> PyTree:
+        """Return the inverses of these blocks without values."""
+        meta, shapes = torch.device("meta"), {key: self.shapes[key] for key in factors}
+        return self.inner.init(shapes, tree.leaves(factors)[0].dtype, meta, damping.to(meta))[1]
 
 
-def _packed(done: Estimated, key: str, names: list[str]) -> list[Tensor]:
-    """Return what the owner sends of a block: its inverse, its mask and its diagnostics."""
-    scalars = [done.ok[key], *(done.diagnostics[name][key] for name in names)]
-    return [*_leaves(done.factors[key]), *(scalar.double().reshape(()) for scalar in scalars)]
+def from_owners(
+    ranks: Ranks,
+    what: str,
+    owner: Mapping[str, int],
+    mine: Mapping[str, Sequence[Tensor]],
+    like: Mapping[str, Sequence[Tensor]],
+) -> dict[str, list[Tensor]]:
+    """Return the tensors of all blocks, each from its owner, in one message.
+
+    Args:
+        ranks: the ranks.
+        what: the purpose of the message.
+        owner: the rank that has each block.
+        mine: the tensors of this rank's blocks.
+        like: tensors of the same shapes and types for all blocks, in the order of the message; without values.
+    """
+    flat = [tensor for key in like if key in mine for tensor in mine[key]]
+    rows = ranks.gathered(what, flat, part_sizes(owner, like, ranks.size))
+    at = [0] * ranks.size
+    found: dict[str, list[Tensor]] = {}
+    for key, each in like.items():
+        row, found[key] = rows[owner[key]], []
+        for tensor in each:
+            start, end = at[owner[key]], at[owner[key]] + size(tensor)
+            at[owner[key]] = end
+            found[key].append(from_bytes(row[start:end], tensor, tensor.shape))
+    return found
 
 
-def _leaves(inverse: PyTree) -> list[Tensor]:
+def part_sizes(owner: Mapping[str, int], like: Mapping[str, Sequence[Tensor]], ranks: int) -> list[int]:
+    """Return the bytes that each rank sends, given the tensors of all blocks."""
+    return [sum(size(each) for key in like if owner[key] == rank for each in like[key]) for rank in range(ranks)]
+
+
+def scalars(done: Estimated, key: str, names: list[str]) -> list[Tensor]:
+    """Return the mask and the diagnostics of a block as numbers of double precision."""
+    numbers = [done.ok[key], *(done.diagnostics[name][key] for name in names)]
+    return [number.double().reshape(()) for number in numbers]
+
+
+def with_scalars(
+    inverses: PyTree, numbers: Mapping[str, Sequence[Tensor] | Tensor], names: list[str], damping: Tensor
+) -> Estimated:
+    """Return inverses with their masks and diagnostics, given the numbers of `scalars`."""
+    ok = {key: each[0] == 1 for key, each in numbers.items()}
+    measured = {
+        name: {key: each[at].to(damping.dtype) for key, each in numbers.items()} for at, name in enumerate(names, 1)
+    }
+    return Estimated(inverses, ok, measured)
+
+
+def leaves(inverse: PyTree) -> list[Tensor]:
     """Return the leaves of an inverse; the factors of a product are symmetric, so their upper triangles do."""
     return [triangle(leaf) for leaf in inverse] if isinstance(inverse, Pair) else tree.leaves(inverse)
 
 
-def _rebuilt(like: PyTree, parts: list[Tensor]) -> Any:
+def rebuilt(like: PyTree, parts: list[Tensor]) -> Any:
     """Return the inverse with these leaves."""
     if isinstance(like, Pair):
         return Pair(*(filled(part, leaf) for part, leaf in zip(parts, like, strict=True)))
     return tree.replace_leaves(like, parts)
 
 
-def _size(leaf: Tensor) -> int:
+def size(leaf: Tensor) -> int:
+    """Return the bytes of a tensor."""
     return leaf.numel() * leaf.element_size()

@@ -139,7 +139,7 @@ class Ranks:
         longest, whole = max(sizes), sum(sizes)
         flat = torch.cat([to_bytes(tensor) for tensor in mine]) if mine else torch.zeros(0, dtype=torch.uint8)
         device = flat.device if mine else self.device
-        if self.size * longest > 2 * whole:
+        if crossing(sizes) < self.size * longest:
             summed, start = torch.zeros(whole, dtype=torch.uint8, device=device), sum(sizes[: self.rank])
             summed[start : start + len(flat)] = flat
             self._sum(what, summed)
@@ -198,9 +198,19 @@ class Ranks:
         return silent
 
 
+def crossing(sizes: Sequence[int]) -> int:
+    """Return the bytes that `Ranks.gathered` sends to each rank, given those of every rank's part.
+
+    A gather pads all parts to the longest one. A sum sends at most twice the whole, whatever the parts.
+    """
+    return min(len(sizes) * max(sizes), 2 * sum(sizes))
+
+
 def to_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor as flat bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single number counts as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.distributed.ranks import Ranks, Shard
+from fisherfn.distributed.sharded import Sharding
 from fisherfn.distributed.taps import Exchange, Raw, ReducedTap
 from fisherfn.errors import StructureError
 from fisherfn.stats import Layout, Stats
@@ -29,6 +30,14 @@ class ReducedStats(Stats):
     """The gradient of the mean loss over all ranks, one matrix per block."""
     ranks: Ranks = field(default_factory=Ranks)
     shard: Shard = Shard(0, (0,))
+    sharding: Sharding | None = None
+    """The placement of the parameters, which gradients and steps take; None if they are whole."""
+
+    @property
+    def grads(self) -> Tree:
+        """The gradient of the mean loss of the global batch, a tree like params, sharded if these are."""
+        whole = super().grads
+        return whole if self.sharding is None else self.sharding.scatter(whole)
 
     @property
     def examples(self) -> int:
@@ -94,7 +103,7 @@ class ReducedStats(Stats):
         return Exchange(self.ranks, self.shard, self.layout, raw)
 
 
-def reduced(stats: Stats, ranks: Ranks, shard: Shard) -> ReducedStats:
+def reduced(stats: Stats, ranks: Ranks, shard: Shard, sharding: Sharding | None = None) -> ReducedStats:
     """Return the statistics of the global batch, given those of this rank: one message of gradients and scalars."""
     grads = {block.key: stats.gradient(block.key) for block in stats.layout.blocks}
     mine = [shard.weighted(leaf) for leaf in [*grads.values(), *stats.plain.values()]]
@@ -110,7 +119,7 @@ def reduced(stats: Stats, ranks: Ranks, shard: Shard) -> ReducedStats:
     outputs, losses = (stats.outputs, stats.losses) if own else (stats.outputs[:0], stats.losses[:0])
     return ReducedStats(
         mean.to(stats.loss), outputs, stats.context, stats.layers, masks, stats.layout,
-        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses, matrices, ranks, shard,
+        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses, matrices, ranks, shard, sharding,
     )  # fmt: skip
 
 
@@ -119,18 +128,29 @@ def stand_in(values: PyTree) -> PyTree:
     return tree.map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, values)
 
 
-def _flatten(stats: ReducedStats) -> tuple[list[Any], tuple[Layout, Ranks, Shard]]:
+def _flatten(stats: ReducedStats) -> tuple[list[Any], tuple[Layout, Ranks, Shard, Sharding | None]]:
     children = [
         stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses, stats.matrices
     ]  # fmt: skip
-    return children, (stats.layout, stats.ranks, stats.shard)
+    return children, (stats.layout, stats.ranks, stats.shard, stats.sharding)
 
 
-def _unflatten(children: list[Any], static: tuple[Layout, Ranks, Shard]) -> ReducedStats:
+def _unflatten(children: list[Any], static: tuple[Layout, Ranks, Shard, Sharding | None]) -> ReducedStats:
     loss, outputs, context, layers, checks, plain, losses, matrices = children
-    layout, ranks, shard = static
+    layout, ranks, shard, sharding = static
     return ReducedStats(
-        loss, outputs, context, layers, checks, layout, cast(Tree, plain), losses, matrices, ranks, shard
+        loss,
+        outputs,
+        context,
+        layers,
+        checks,
+        layout,
+        cast(Tree, plain),
+        losses,
+        matrices,
+        ranks,
+        shard,
+        sharding,
     )
 
 

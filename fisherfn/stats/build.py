@@ -13,13 +13,13 @@ from fisherfn.errors import CoverageError, ShapeError, StructureError, UnusedPar
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
-from fisherfn.stats.functional import check_whole
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Layout
 from fisherfn.stats.numbers import close, cotangent_of
 from fisherfn.stats.probe import FEW, Probe
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.verify import verify
+from fisherfn.stats.whole import check_whole
 from fisherfn.types import Model, PyTree, Tree
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
 from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
+from fisherfn.stats.whole import check_whole
 from fisherfn.types import Model, PyTree, Tree
 
 
@@ -103,18 +103,6 @@ def check_net(net: torch.nn.Module) -> None:
         if torch.nn.parameter.is_lazy(tensor):
             raise StructureError(
                 f"{name!r} of a lazy module has no shape yet: run the net once, net(x), before passing it to fisherfn."
-            )
-
-
-def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `StructureError` if a tensor is sharded over ranks."""
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    for name, tensor in tensors.items():
-        if isinstance(tensor, sharded):
-            raise StructureError(
-                f"{name!r} is a DTensor, as FSDP2 and tensor parallelism make them, and fisherfn needs whole "
-                "parameters that are equal on all ranks: build the net without fully_shard, or pass "
-                "`param.full_tensor()`. ff.distributed.data_parallel spreads batches and inversions over ranks."
             )
 
 

@@ -16,6 +16,7 @@ from fisherfn.errors import ShapeError, StructureError, unknown
 from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
 from fisherfn.stats import report
 from fisherfn.stats.steps import Plan, Step
+from fisherfn.stats.whole import check_whole
 from fisherfn.types import PyTree, Shape, Tree
 
 
@@ -221,13 +222,14 @@ class Layout:
         return {block.key: Shape(*block.shape, one_hot=block.family.one_hot) for block in self.blocks}
 
     def validate(self, values: Tree) -> None:
-        """Raise unless `values` has the names and shapes of params."""
+        """Raise unless `values` has the names and shapes of params, and no tensor is sharded over ranks."""
         if not isinstance(values, Mapping) or set(values) != set(self.names):
             given = set(values) if isinstance(values, Mapping) else {type(values).__name__}
             raise StructureError(
                 f"expected a tree like params: missing {sorted(set(self.names) - given)[:4]}, "
                 f"unexpected {sorted(given - set(self.names))[:4]}. Pass the same names as at the build."
             )
+        check_whole(values)
         for name, shape in self.shapes:
             if values[name].shape != shape:
                 raise ShapeError(

@@ -35,6 +35,17 @@ def test_a_step_takes_its_parts():
     assert seconds(COMPUTE, sent, 0.25, 4, network, Cadence(2, 4)) == pytest.approx(expected)
 
 
+def test_owners_that_precondition_hold_their_inverses_and_send_one_more_gradient():
+    assert memory(SMALL, 8192, owners=2)["inverses"] == 4 * 2 * (1 + 16)  # the other rank has 9 + 4 and 5 + 4
+    assert memory(SMALL, 8192, owners=2)["factors"] == memory(SMALL, 8192)["factors"]
+    sent, network = traffic(SMALL, 8192), Network(100.0, 0.25)
+    messages = [added(size, 4, network) for size in (4 * cost_model.AGREEMENT, *sent, 0)]
+    expected = 1.0 + 0.25 * 0.5 + 2.0 / 2 + 0.25 * 4.0 / 4 + messages[0] + 1.5 * messages[1] + messages[2] / 2
+    found = seconds(COMPUTE, sent, 0.25, 4, network, Cadence(2, 4), owner=True)
+    assert found == pytest.approx(expected + messages[4] / 4)
+    assert speed_up(COMPUTE, SMALL, 8192, 8, IDEAL, owner=True) > speed_up(COMPUTE, SMALL, 8192, 8, IDEAL)
+
+
 def test_the_speed_up_is_ideal_without_inversions_and_messages():
     assert speed_up(Compute(1.0, 2.0, 0.0, 0.5), SMALL, 8192, 8, IDEAL) == pytest.approx(8)
     assert speed_up(COMPUTE, SMALL, 8192, 2, IDEAL) > 2  # inversions are shared out, batches grow
@@ -49,7 +60,7 @@ def test_it_predicts_and_draws(tmp_path, capsys):
     page.write_text(f"before\n{scaling.START}\nold\n{scaling.END}\nafter\n")
     scaling.main(scaling.ScalingConfig(page=str(page)))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 4 + 1 + 2 + 2 and "old" not in page.read_text()
+    assert len(lines) == 2 + 8 + 1 + 2 + 2 + 1 + 2 + 2 and "old" not in page.read_text()
     assert page.read_text().endswith(f"{scaling.END}\nafter\n")
     assert (tmp_path / "images" / "scaling.png").stat().st_size > 10_000
 

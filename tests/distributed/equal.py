@@ -76,7 +76,8 @@ def other_cases(rank: int):
     pair = dist.new_group([0, 1])
     if rank > 1:
         return {}
-    return other_nets(rank, pair) | single(rank, pair) | microbatches(rank, pair) | traffic(pair) | errors(rank, pair)
+    found = other_nets(rank, pair) | single(rank, pair) | microbatches(rank, pair) | delayed(rank, pair)
+    return found | traffic(pair) | errors(rank, pair)
 
 
 NETS = {"language": ("kfac", "exactNG"), "conv-groups": ("kfac", "lanczos", "exactNG"), "tokens": ("ekfac",)}
@@ -114,6 +115,23 @@ def microbatches(rank, group):
     parts = [ng.local.stats(problem.params, (x[cut], y[cut]), noise=noise[cut]) for cut in cuts]
     nat, _, _ = ng.step_from(ng.init(problem.params, damping=0.1), *[ng.reduced(ff.join(parts))] * 2)
     return {"micro": nat}
+
+
+def delayed(rank, group):
+    """Statistics of two batches that are reduced together, in the second step; also the messages of both steps."""
+    problem, x, y = batch()
+    sent = []
+    ng = data_parallel(problem.build(method="kfac"), group=group, observe=lambda what, size: sent.append(what))
+    params, mine, random = problem.params, of_rank(rank, 2), torch.Generator().manual_seed(0)
+    state, waiting = ng.init(params, damping=0.1), []
+    sent.clear()
+    for due in (False, True):
+        noise = ng.noise((x[mine], y[mine]), random)
+        waiting.append(ng.local.stats(params, (x[mine], y[mine]), noise=noise))
+        stats = ng.reduced(ff.join(waiting)) if due else None
+        nat, state, _ = ng.step_from(state, ng.reduced(waiting[-1]), stats, invert=due)
+        params = ff.tree.add(params, nat, scale=-0.05)
+    return {"delayed": params, "delayed/factors": ff.tree.flatten(state.factors), "delayed/sent": sent}
 
 
 def traffic(group):

@@ -1,5 +1,7 @@
 """A group of one rank: the data-parallel calls are those of one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,9 +9,10 @@ import torch.distributed as dist
 import fisherfn as ff
 from fisherfn import errors as E
 from fisherfn.adapt.quadratic import without_examples
-from fisherfn.distributed import Ranks, data_parallel
-from fisherfn.distributed.natgrad import shared
-from fisherfn.distributed.ranks import Shard
+from fisherfn.distributed import Ranks, data_parallel, inversion_owners
+from fisherfn.distributed.build import owner_sends_less, shared
+from fisherfn.distributed.preconditioners import OwnerPreconditions
+from fisherfn.distributed.ranks import Shard, crossing
 from fisherfn.distributed.stats import stand_in
 from tests import zoo
 from tests.distributed import equal
@@ -83,6 +86,83 @@ def test_shared_out_inversions_are_the_methods_own():
         if method.name == "ekfac":
             logdets = [each.logdet(i.factors, shapes) for each, i in zip(both, inverses, strict=True)]
             close({"d": logdets[1]}, {"d": logdets[0]})
+
+
+@pytest.mark.parametrize("method", [ff.kfac(), ff.two_level(ff.ekfac(), coarse="residual")])
+def test_owners_of_a_group_of_one_are_the_method_itself(method):
+    problem, x, y = equal.batch()
+    ng = problem.build(method=method)
+    made = shared(ng.method, ng, Ranks(), OwnerPreconditions)
+    owning = replace(data_parallel(ng), method=made)
+    random, same = zoo.generator(0), zoo.generator(0)
+    state, its = (each.init(problem.params, damping=0.1) for each in (owning, ng))
+    nat, state, info = owning.step(problem.params, state, (x, y), generator=random, inner=True)
+    expected, its, wanted = ng.step(problem.params, its, (x, y), generator=same, inner=True)
+    close(nat, expected)
+    close({"inner": info.inner}, {"inner": wanted.inner})
+    whole = owning.gathered(state)
+    close(ff.tree.flatten(whole.inverses), ff.tree.flatten(its.inverses))
+    close(ff.tree.flatten(owning.owned(whole).inverses), ff.tree.flatten(state.inverses))
+    grads = owning.stats(problem.params, (x, y), curvature=False).grads
+    close(owning.precondition(state, grads), ng.precondition(its, grads))
+    if method.name == "kfac":
+        stats, same = (each.stats(problem.params, (x, y), generator=zoo.generator(1)) for each in (owning, ng))
+        close(owning.fisher_divergence(state, stats), ng.fisher_divergence(its, same))
+        with pytest.raises(E.StructureError, match="no rank has all inverses"):
+            owning.inverse(state).logdet()
+        lacking = state._replace(inverses=dict.fromkeys(state.inverses, ()))
+        with pytest.raises(E.StructureError, match="pass ng.gathered"):
+            ng.precondition(lacking, grads)
+        with pytest.raises(E.RankError, match="ng.owned"):
+            owning.precondition(lacking, grads)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_auto_counts_the_bytes_of_both_forms(size):
+    """Both are gathers whose parts are padded to the longest, or sums of at most twice the whole."""
+    widths = [(40, 3), (20, 20), (2, 60), (5, 5)]  # the most numbers of a gradient are not in the largest triangles
+    net = torch.nn.Sequential(*(torch.nn.Linear(i, o, bias=False) for i, o in chained(widths)))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    ng = ff.natural_gradient(
+        lambda params, x: torch.func.functional_call(net, params, (x,)), params, torch.ones(2, 40), method="kfac",
+        likelihood=ff.Gaussian(),
+    )  # fmt: skip
+    shapes = ng.layout.block_shapes
+    owner = inversion_owners({key: s.i**3 + s.o**3 for key, s in shapes.items()}, size)
+    triangles, matrices = [0] * size, [0] * size
+    for key, s in shapes.items():
+        triangles[owner[key]] += s.i * (s.i + 1) // 2 + s.o * (s.o + 1) // 2
+        matrices[owner[key]] += s.i * s.o
+    rarely, often = (min(size * max(each), 2 * sum(each)) for each in (triangles, matrices))
+    found = [owner_sends_less(ng.method, ng, size, every) for every in range(1, 8)]
+    assert found == [often * every < rarely for every in range(1, 8)]
+    assert not owner_sends_less(ff.exact(), ng, size, 1)
+    assert crossing([10, 0, 0]) == 20 and crossing([10, 10, 9]) == 30
+
+
+def chained(widths):
+    """The widths of layers of which each reads what the one before returns."""
+    flat = [width for pair in widths for width in pair]
+    return list(zip(flat, flat[1:], strict=False))
+
+
+def test_steps_of_sharded_parameters_are_sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    problem, x, y = equal.batch()
+    ng = data_parallel(problem.build(method="kfac"))
+    shards = {name: distribute_tensor(p, mesh, [Shard(0)]) for name, p in problem.params.items()}
+    found, expected = [], []
+    for params, results in ((shards, found), (problem.params, expected)):
+        state, random = ng.init(params, damping=0.1), zoo.generator(0)
+        nat, state, _ = ng.step(params, state, (x, y), generator=random)
+        grads = ng.stats(params, (x, y), curvature=False).grads
+        results += [nat, grads, ng.precondition(state, grads)]
+    for mine, whole in zip(found, expected, strict=True):
+        assert all(leaf.placements == (Shard(0),) for leaf in mine.values())
+        close({name: leaf.full_tensor() for name, leaf in mine.items()}, whole)
 
 
 def test_failures_are_typed():

@@ -58,6 +58,19 @@ def test_unequal_microbatches_give_the_step_of_the_batch(ranks):
     close(ranks[0]["micro"], expected)
 
 
+def test_moments_of_two_batches_are_reduced_once(ranks):
+    problem, x, y = equal.batch()
+    ng, params, random = problem.build(method="kfac"), problem.params, torch.Generator().manual_seed(0)
+    state, waiting = ng.init(params, damping=0.1), []
+    for due in (False, True):
+        waiting.append(ng.stats(params, (x, y), generator=random))
+        nat, state, _ = ng.step_from(state, waiting[-1], ff.join(waiting) if due else None, invert=due)
+        params = ff.tree.add(params, nat, scale=-0.05)
+    close(ranks[0]["delayed"], params)
+    close(ranks[1]["delayed/factors"], ff.tree.flatten(state.factors))
+    assert ranks[0]["delayed/sent"].count("moments") == 1 and ranks[0]["delayed/sent"].count("gradient") == 3
+
+
 def test_a_step_sends_gradient_moments_and_inverses_once(ranks):
     problem, _, _ = equal.batch()
     shapes = problem.build(method="kfac").layout.block_shapes.values()
