@@ -82,7 +82,10 @@ class Owned(Method):
         mine = {key: factors[key] for key in factors if owner[key] == self.ranks.rank}
         done = self.inner.invert(mine, damping) if mine else Estimated({}, {}, {})
         like, names = self._structure(factors, damping)
-        held = {key: _packed(done, key, names) if key in mine else like[key] for key in factors}
+        held = dict(like)
+        for key in mine:
+            scalars = [done.ok[key], *(done.diagnostics[name][key] for name in names)]
+            held[key] = [*_leaves(done.factors[key]), *(scalar.double().reshape(()) for scalar in scalars)]
         sizes = [
             sum(_size(leaf) for key in factors if owner[key] == rank for leaf in held[key])
             for rank in range(self.ranks.size)
@@ -156,12 +159,6 @@ class Owned(Method):
             for name, value in zip(names, scalars[1:], strict=True):
                 measured[name][key] = value.to(damping.dtype)
         return Estimated(found, ok, measured)
-
-
-def _packed(done: Estimated, key: str, names: list[str]) -> list[Tensor]:
-    """Return what the owner sends of a block: its inverse, its mask and its diagnostics."""
-    scalars = [done.ok[key], *(done.diagnostics[name][key] for name in names)]
-    return [*_leaves(done.factors[key]), *(scalar.double().reshape(()) for scalar in scalars)]
 
 
 def _leaves(inverse: PyTree) -> list[Tensor]:
