@@ -49,7 +49,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
         seeded: SeededDropout | None = None
         if drops(net) or "dropout" in context:
             seeds = require_seeds(context)
-            # which random numbers a run samples, apart from the number of examples, is decided by shapes and modes
+            # shapes and modes decide which random numbers a run samples; the number of examples does not
             shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
             key = shapes, tuple(module.training for module in net.modules())
             if key not in draws:

@@ -17,7 +17,7 @@ from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from common.config import ConfigError, read
 from common.data import load
 from common.results import read_metrics
-from common.runs import watched
+from common.runs import save, watched
 from common.train_config import TrainConfig
 from common.trainer import make_task, natural_gradient, run
 from tests.methods.protocol import TRAINED
@@ -86,6 +86,25 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
     assert all(torch.equal(one[path], two[path]) for path in one)
     lines = [[(m["epoch"], m["step"], m["train_loss"]) for m in read_metrics(folder)] for folder in (straight, parts)]
     assert lines[0] == lines[1]
+
+
+def test_a_run_that_ended_between_the_metrics_and_the_checkpoint_of_an_epoch_has_each_line_once(own, monkeypatch):
+    common = ("--optim", "sgd", "--result_name", "one")
+    saved = []
+
+    def killed(results, snapshot):
+        if snapshot.epoch == 2:
+            raise KeyboardInterrupt
+        saved.append(snapshot.epoch) or save(results, snapshot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(*common)
+    folder = own / "results/train_mlp/one"
+    assert saved == [0, 1] and [m["epoch"] for m in read_metrics(folder)] == [0, 1, 2]
+    quiet_run(*common, "--resume")
+    assert [m["epoch"] for m in read_metrics(folder)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
