@@ -88,12 +88,14 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
     assert lines[0] == lines[1]
 
 
-def test_a_run_that_ended_between_the_metrics_and_the_checkpoint_of_an_epoch_has_each_line_once(own, monkeypatch):
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_run_that_ended_between_the_metrics_and_the_checkpoint_has_each_line_once(own, monkeypatch, last):
+    """After epoch 1 the checkpoint is the starting point, whose line is in the file already."""
     common = ("--optim", "sgd", "--result_name", "one")
     saved = []
 
     def killed(results, snapshot):
-        if snapshot.epoch == 2:
+        if snapshot.epoch == last:
             raise KeyboardInterrupt
         saved.append(snapshot.epoch) or save(results, snapshot)
 
@@ -102,7 +104,7 @@ def test_a_run_that_ended_between_the_metrics_and_the_checkpoint_of_an_epoch_has
         with pytest.raises(KeyboardInterrupt):
             quiet_run(*common)
     folder = own / "results/train_mlp/one"
-    assert saved == [0, 1] and [m["epoch"] for m in read_metrics(folder)] == [0, 1, 2]
+    assert saved == [*range(last)] and [m["epoch"] for m in read_metrics(folder)] == [*range(last + 1)]
     quiet_run(*common, "--resume")
     assert [m["epoch"] for m in read_metrics(folder)] == [0, 1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""What a configuration says is what is built: nets, natural gradients and optimizers, option by option."""
+"""Options of a configuration reach the nets, natural gradients and optimizers that are built, one by one."""
 
 import pytest
 import torch
