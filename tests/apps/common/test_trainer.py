@@ -63,3 +63,15 @@ def test_the_seed_and_the_scheme_decide_the_initial_parameters(own):
     assert all(torch.equal(first[name], same[name]) for name in first)
     weights = [name for name in first if first[name].ndim == 2]
     assert weights and not any(torch.equal(first[name], other[name]) for other in (seed, scheme) for name in weights)
+
+
+def test_a_recorded_setting_fills_what_is_open_and_leaves_what_is_given(own, monkeypatch):
+    monkeypatch.setattr(trainer, "tuned", lambda app, model, data, optim: {"lr": 7.0, "momentum": 0.2})
+    data = load("own:load")
+
+    def completed(*more):
+        config = trainer.Supervised.completed(read(TrainConfig, [*COMMON, "--optim", "sgd", *more]), data)
+        return config.lr, config.momentum
+
+    assert completed() == completed("--lr", "auto") == (7.0, 0.2)
+    assert completed("--lr", "0.3") == (0.3, 0.2) and completed("--momentum", "0") == (7.0, 0.0)
