@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fisherfn.base import Estimated, Method
+from fisherfn import tree
+from fisherfn.base import Method
 from fisherfn.errors import EmptyBatchError, StructureError
 from fisherfn.state import State
 from fisherfn.stats import Batch, Stats, join
-from fisherfn.taps import AnyTap, ChunkedTap
+from fisherfn.taps import ChunkedTap
 from fisherfn.types import Info
 
 AT_ONCE = 2048
@@ -25,7 +25,11 @@ AT_ONCE = 2048
 
 
 def fit(
-    method: Method, empty: State, loader: Iterable[Batch], collect: Callable[[Any], Stats], restart: Callable[[], None]
+    method: Method,
+    empty: State,
+    loader: Iterable[Batch],
+    collect: Callable[[Any], Stats],
+    generator: torch.Generator | None,
 ) -> tuple[State, Info]:
     """Return the state after all batches, and their mean loss and masks.
 
@@ -34,7 +38,7 @@ def fit(
         empty: the state before the first batch; its average must count all examples equally (`ema` of 1).
         loader: the batches.
         collect: the statistics of a batch.
-        restart: called before each pass, so that a pass samples the same labels as the one before it.
+        generator: the one that `collect` samples labels from; each pass starts from its state before the first one.
 
     Raises:
         EmptyBatchError: the data set has no batch.
@@ -45,9 +49,11 @@ def fit(
         raise StructureError(
             f"{method.name} reads the data set {passes} times: pass a list of batches or a DataLoader, not an iterator."
         )
+    first = None if generator is None else generator.get_state()
     state, info = empty, Info()
     for number in range(passes):
-        restart()
+        if generator is not None and first is not None:
+            generator.set_state(first)  # the same labels in every pass
         stats = (collect(batch) for batch in loader)
         start = empty._replace(factors=method.between_passes(state.factors) if number else empty.factors)
         state, info = _one_pass(method, start, stats if method.fit_passes else _joined(stats))
@@ -56,24 +62,22 @@ def fit(
 
 def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[State, Info]:
     """Average the factors over the parts, each counted by its examples."""
-    total, loss, checks = 0, torch.zeros(()), None
+    total, loss = 0, torch.zeros(())
+    checks: dict[str, Any] | None = None
     for stats in parts:
         counted, rho = state.counted(float(stats.examples))
-        result = method.update(state.factors, _taps(stats), rho, inverting=not method.fit_passes)
+        taps = dict(stats.lazy_taps)
+        if stats.examples > AT_ONCE:  # in chunks: no matrix of all pairs of examples is formed
+            taps = {key: ChunkedTap(tap, AT_ONCE) for key, tap in taps.items()}
+        result = method.update(state.factors, taps, rho, inverting=not method.fit_passes)
         state = counted._replace(factors=result.factors)
         total += stats.examples
         loss = loss + (stats.loss - loss) * (stats.examples / total)
-        checks = _both(checks, stats, result)
+        new = {**stats.checks, "statistics": result.ok}
+        checks = new if checks is None else tree.map(torch.logical_and, checks, new)
     if checks is None:
         raise EmptyBatchError("the data set has no batch: the mean over its examples does not exist.")
     return state, Info(loss=loss, checks=checks)
-
-
-def _taps(stats: Stats) -> dict[str, AnyTap]:
-    """Return the taps, those of many examples in chunks: no matrix of all pairs of examples is then formed."""
-    if stats.examples <= AT_ONCE:
-        return dict(stats.lazy_taps)
-    return {key: ChunkedTap(tap, AT_ONCE) for key, tap in stats.lazy_taps.items()}
 
 
 def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:
@@ -81,17 +85,3 @@ def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:
     found = list(parts)
     if found:
         yield join(found)
-
-
-def _both(before: dict[str, Any] | None, stats: Stats, result: Estimated) -> dict[str, Any]:
-    """Return masks that are true if those of earlier batches and of this one are."""
-    new: dict[str, Any] = {**stats.checks, "statistics": result.ok}
-    if before is None:
-        return new
-    return {name: _and(before[name], mask) for name, mask in new.items()}
-
-
-def _and(one: Any, other: Any) -> Any:
-    if isinstance(one, Tensor):
-        return one & other
-    return {key: one[key] & mask for key, mask in other.items()}

@@ -84,7 +84,13 @@ def _common(layouts: Layouts, params: Tree, names: tuple[str, ...]) -> list[Bloc
         if set(whole.names) == set(names) and all(_serves(whole, its) for its in parts.values()):
             return [replace(whole, why=f"{whole.why}; in {', '.join(parts)}")]
     kinds = sorted({block.kind for blocks in parts.values() for block in blocks})
-    return [_fallback(name, params[name], f"{' and '.join(kinds)} in different terms") for name in names]
+    fallbacks = []
+    for name in names:
+        shape = params[name].shape
+        config = FallbackConfig(shape)
+        use, why = Use(config, shape, False, params[name].dtype), f"{' and '.join(kinds)} in different terms"
+        fallbacks.append(Block(name, "fallback", name, shape, None, Size(), (use,), f"{why}; {config.form}"))
+    return fallbacks
 
 
 def _touching(layout: Layout, names: tuple[str, ...]) -> tuple[Block, ...]:
@@ -107,12 +113,6 @@ def _same_order(block: Block, whole: Block) -> bool:
     """Return True if two blocks read the weight as the same matrix."""
     numbers = torch.arange(whole.weight_shape.numel(), dtype=torch.float64).reshape(whole.weight_shape)
     return torch.equal(block.family.to_matrix(numbers, block.config), whole.family.to_matrix(numbers, whole.config))
-
-
-def _fallback(name: str, parameter: Tensor, why: str) -> Block:
-    config = FallbackConfig(parameter.shape)
-    use = Use(config, parameter.shape, False, parameter.dtype)
-    return Block(name, "fallback", name, parameter.shape, None, Size(), (use,), f"{why}; {config.form}")
 
 
 # the statistics --------------------------------------------------------------------------------------------------
@@ -178,20 +178,16 @@ class SumStats(Stats):
         blocks = _touching(stats.layout, whole.names)
         if not blocks:
             return silent_tap(Shape(*whole.shape, whole.family.one_hot), stats.examples, stats.outputs)
+        block = blocks[0]
+        tap: AnyTap = tap_of(stats, block.key)
         if _serves(whole, blocks):
-            tap: AnyTap = tap_of(stats, blocks[0].key)
-            if blocks[0].bias == whole.bias:
+            if block.bias == whole.bias:
                 return tap
             own = tap.whole()
             return Tap(rows.with_column(own.a, 0.0), own.g)  # a bias that this term does not have
-        return _as_fallback(whole, blocks[0], tap_of(stats, blocks[0].key))
-
-
-def _as_fallback(whole: Block, block: Block, tap: AnyTap) -> AnyTap:
-    """Return the part of a block's per-example gradients that belongs to a fallback."""
-    W = example_matrices(tap)
-    g = torch.vmap(torch.vmap(lambda one: block.tensors(one)[whole.weight]))(W)
-    return lazy(whole, (g.new_ones(g.shape[1]),), (g,))
+        # a fallback: its part of the block's per-example gradients
+        g = torch.vmap(torch.vmap(lambda one: block.tensors(one)[whole.weight]))(example_matrices(tap))
+        return lazy(whole, (g.new_ones(g.shape[1]),), (g,))
 
 
 def _flatten(stats: SumStats) -> tuple[list[Any], Any]:

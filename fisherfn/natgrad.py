@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -112,21 +112,13 @@ class NaturalGradient(Views):
             StructureError: an iterator that can only be read once, for a method that needs two passes.
         """
         expect(loader, Iterable, "loader", "pass the batches (x, y) as a list or a DataLoader")
+        collect = partial(
+            self.stats, params, fisher=fisher, samples=samples, generator=generator, context=context,
+            chunk_size=chunk_size,
+        )  # fmt: skip
         empty = self.init(params, damping=damping)
-        start = None if generator is None else generator.get_state()
-
-        def collect(batch: Batch) -> Stats:
-            return self.stats(
-                params, batch, fisher=fisher, samples=samples, generator=generator, context=context,
-                chunk_size=chunk_size,
-            )  # fmt: skip
-
-        def restart() -> None:
-            if generator is not None and start is not None:
-                generator.set_state(start)
-
         empty = empty._replace(ema=torch.ones_like(empty.ema))
-        state, info = dataset.fit(self.method, empty, loader, collect, restart)
+        state, info = dataset.fit(self.method, empty, loader, collect, generator)
         state, result = self._inverted(state)
         info = self._info(info.checks | {"factorisation": result.ok}, loss=info.loss, diagnostics=result.diagnostics)
         return _all_ok(info, state, empty), info

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import rows
-from fisherfn.taps import WINDOW, AnyTap, Tap
+from fisherfn.taps import WINDOW, AnyTap
 
 T = TypeVar("T", bound=AnyTap)
 
@@ -41,14 +41,12 @@ def squares(tap: AnyTap) -> Float[Tensor, "k o i"]:
     """Return `Σ_sn W_sn²`, entry by entry."""
     if tap.sizes.t == 1:  # a product of two entries: no W is formed
         parts = [rows.outer(part.g.square().sum(1), rows.squared(part.a)) for part in tap.windows()]
-    elif tap.one_hot:
-        parts = [_one_hot_squares(part) for part in tap.windows()]
+    elif tap.one_hot:  # a column's gradient is the sum of g over the positions with its index
+        parts = []
+        for part in tap.windows():
+            same = rows.alike(part.a).to(part.g.dtype)  # type: ignore[arg-type]
+            sums = torch.einsum("kntu,ksnuo->ksnto", same, part.g)
+            parts.append(rows.outer((part.g * sums).sum(1), part.a))
     else:
         parts = [example_matrices(part).square().sum((0, 1)) for part in matrix_windows(tap)]
     return torch.stack(parts).sum(0)
-
-
-def _one_hot_squares(tap: Tap) -> Float[Tensor, "k o i"]:
-    """Return the squares for one-hot rows: a column's gradient is the sum of `g` over the positions with its index."""
-    sums = torch.einsum("kntu,ksnuo->ksnto", rows.alike(tap.a).to(tap.g.dtype), tap.g)  # type: ignore[arg-type]
-    return rows.outer((tap.g * sums).sum(1), tap.a)

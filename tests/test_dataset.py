@@ -125,6 +125,19 @@ def test_a_bad_batch_is_a_mask_and_the_state_is_empty():
     assert all(torch.isfinite(leaf).all() for leaf in pytree.tree_leaves(state.factors))
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_bad_batch_counts_wherever_it_stands(place):
+    """Its factors are finite, so that only its own mask tells."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method="kfac", fisher="type2")
+    batches = [problem.batch] * 3
+    batches[place] = (problem.x, torch.full_like(problem.y, 1000))
+    state, info = ng.fit(problem.params, batches)
+    assert not info.checks["targets"] and info.checks["inputs"] and int(state.count) == 0
+    with pytest.raises(ff.errors.TargetError):
+        ff.check(info)
+
+
 def test_models_are_fitted_together_under_vmap():
     problem = zoo.pick("mlp-categorical")
     ng = problem.build(method="kfac", fisher="type2")

@@ -14,9 +14,8 @@ from fisherfn.linalg import kron
 from fisherfn.linalg.golub_kahan import leading
 from fisherfn.linalg.kron import Forms, Pair
 from fisherfn.rearrangement import examples
-from fisherfn.rearrangement.base import MatrixBlock
 from fisherfn.rearrangement.examples import ExampleBlock, has_grams
-from fisherfn.rearrangement.matrices import ExampleMatrixMap, FactoredMap, matrix_map
+from fisherfn.rearrangement.matrices import ExampleMatrixMap, FactoredMap, MatrixBlock, matrix_map
 from fisherfn.taps import ChunkedTap, Tap
 from tests import drawn, kron_oracles
 from tests.oracles import close

@@ -1,5 +1,7 @@
 """The house keeps its floors: imports go down a tower only, and apps use public names (CONTRIBUTING.md, "Structure").
 
+Files of the library stay short, and few small helpers are called only once.
+
 From the top (a file may import from lower floors of its own tower, and from the ground):
 
     __init__             public names only
@@ -72,6 +74,8 @@ FLOORS = {
     "optim": Floor("roof", 7),
     "__init__": Floor("roof", 8),
 }
+LINES = 300
+FEW_LINES = 4
 PUBLIC_MODULES = {"distributed", "errors", "tree", "likelihoods", "members", "optim"}
 RUNTIME = {"torch", "numpy", "einops", "jaxtyping"}
 OPTIONAL = {"fisherfn/operators.py": "scipy"}  # imported by the call that needs it, with an error that says so
@@ -228,6 +232,48 @@ def test_private_names_are_detected():
     assert list(not_public("import fisherfn as ff\nff.natgrad.State")) == ["fisherfn.natgrad"]
     public = "import fisherfn as ff\nfrom fisherfn import errors, kfac\nfrom fisherfn.tree import add\nff.tree.add"
     assert list(not_public(public)) == []
+
+
+# ------------------------------------------------------------------------------------------------ files and functions
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=short)
+def test_a_file_of_the_library_has_at_most_300_lines(path):
+    assert len(path.read_text().splitlines()) <= LINES, "split it by subject, or find what can be said more simply"
+
+
+def called_once(source):
+    """Yield the private functions of a module that have few lines besides their docstring and are called once."""
+    tree = ast.parse(source)
+    used = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+            docstring = node.body[0] if ast.get_docstring(node) else None
+            lines = node.end_lineno - node.lineno + 1
+            lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+            if lines <= FEW_LINES and used.count(node.name) == called.count(node.name) == 1:
+                yield node.name
+
+
+def test_few_small_helpers_are_called_only_once():
+    found = [f"{short(path)} {name}" for path in LIBRARY for name in called_once(path.read_text())]
+    assert len(found) <= 10, f"write one of them where it is called, unless its name says more than its body: {found}"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("def _a(x):\n    return x\n\n_a(1)", ["_a"]),
+        ("def _a(x):\n    'Says what.'\n    y = x\n    z = y\n    return z\n\n_a(1)", ["_a"]),
+        ("def _a(x):\n    y = x\n    z = y\n    w = z\n    return w\n\n_a(1)", []),  # too long
+        ("def _a(x):\n    return x\n\n_a(1), _a(2)", []),
+        ("def _a(x):\n    return x\n\nsorted([], key=_a)", []),  # a value: it has no place to be written in
+        ("def a(x):\n    return x\n\na(1)", []),
+    ],
+)
+def test_small_helpers_are_found(source, names):
+    assert list(called_once(source)) == names
 
 
 # -------------------------------------------------------------------------------------------------------- the project

@@ -129,9 +129,10 @@ def quadratic_model(
     n = outputs.shape[0]
     products = torch.stack([output_fisher(ng.likelihood, outputs, y, move) for move in moves]) / n
     flat = moves.flatten(1).double()
+    curvature = flat @ products.flatten(1).double().T
     return QuadraticModel(
         slope=flat @ slope_of_outputs.flatten().double(),
-        curvature=_symmetric(flat @ products.flatten(1).double().T),
+        curvature=0.5 * (curvature + curvature.T),  # symmetric in spite of numerical noise
         gram=_gram(directions),
         losses=losses.detach(),
     )
@@ -203,7 +204,3 @@ def _gram(directions: Sequence[Tree]) -> Float[Tensor, "d d"]:
     pairs = {(i, j): tree.dot(d, directions[j]) for i, d in enumerate(directions) for j in range(i + 1)}
     rows = [[pairs[max(i, j), min(i, j)] for j in range(len(directions))] for i in range(len(directions))]
     return torch.stack([torch.stack(row) for row in rows]).double()
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.T)

@@ -59,8 +59,8 @@ def multi_head_attention(
         )
     batched = query.ndim == 3
     if not batched:
-        same = (query is key, query is value, key is value)
-        query, key, value = _again(same, query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        batches = {id(x): x.unsqueeze(1) for x in (query, key, value)}  # identical inputs stay identical
+        query, key, value = (batches[id(x)] for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     if use_separate_proj_weight:
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -140,12 +140,6 @@ def attention_weights(
         weights = (scores + (mask if none is None else mask.masked_fill(none, 0.0))).softmax(-1).to(query.dtype)
         weights = weights if none is None else weights.masked_fill(none, 0.0)
     return F.dropout(weights, dropout_p) if dropout_p > 0 else weights
-
-
-def _again(same: tuple[bool, bool, bool], query: Tensor, key: Tensor, value: Tensor) -> Projected:
-    """Return the three inputs after a change, identical where the originals were."""
-    key = query if same[0] else key
-    return query, key, query if same[1] else key if same[2] else value
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None) -> Projected:

@@ -21,12 +21,12 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
-from fisherfn.linalg.solve import add_diagonal, condition, damped_inverse, eigh, floored, psd_eigh, spread
+from fisherfn.linalg.solve import add_diagonal, condition, eigh, floored, psd_eigh, spread
 from fisherfn.operators import log_determinant
 
 DAMPING_FORMS = ("factored", "eigen")
@@ -121,8 +121,45 @@ def factored(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
 
 def shares(pair: Pair, damping: Float[Tensor, ""]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """Return π√λ for A and √λ/π for G."""
-    pi, root = kron.pi(pair.A, pair.G), damping.sqrt()
-    return pi * root, root / pi
+    share, root = pi(pair.A, pair.G), damping.sqrt()
+    return share * root, root / share
+
+
+def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
+    r"""Return $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, which distributes the damping.
+
+    It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero.
+    """
+    a, g = kron.diagonal(A).mean(-1), kron.diagonal(G).mean(-1)
+    return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0)
+
+
+class InvertedFactor(NamedTuple):
+    """An inverse, a mask that is true if it is valid, the jitter added beyond the damping, and its `condition`."""
+
+    inverse: Factor
+    ok: Bool[Tensor, ""]
+    jitter: Float[Tensor, ""]
+    condition: Float[Tensor, "k"]
+
+
+def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> InvertedFactor:
+    r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky, or of diagonals entry by entry.
+
+    The damping is at least the working precision of M, $\epsilon\,\mathrm{tr} M$, because a smaller number is below the
+    numerical noise of M and cannot make it positive definite. This floor costs nothing. Retries with increasing
+    damping would cost one factorisation per attempt, and could not stop early under vmap. The increase is reported
+    as jitter.
+    """
+    shift, jitter = floored(matrix, damping)
+    if kron.is_diagonal(matrix):
+        inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
+        return InvertedFactor(inverse, torch.isfinite(inverse.sum()), jitter, spread(inverse))
+    factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    pivots += pivots == 0  # of a failed factorisation: torch would raise for all that are inverted together
+    inverse = torch.cholesky_inverse(factor).mT  # symmetric: its transpose is itself, with rows in order
+    return InvertedFactor(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
 
 
 def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:

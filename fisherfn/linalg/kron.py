@@ -125,12 +125,3 @@ def is_diagonal(F: Factor) -> bool:
 def diagonal(F: Factor) -> Float[Tensor, "k d"]:
     """Return the diagonal of a factor in either form."""
     return F if is_diagonal(F) else F.diagonal(dim1=-2, dim2=-1)
-
-
-def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
-    r"""Return $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, which distributes the damping.
-
-    It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero.
-    """
-    a, g = diagonal(A).mean(-1), diagonal(G).mean(-1)
-    return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0)

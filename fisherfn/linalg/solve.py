@@ -1,7 +1,6 @@
-"""Damping and inverses of symmetric matrices, batched over groups and safe under `torch.vmap`.
+"""The floor of a damping and the spectra of symmetric matrices, batched over groups and safe under `torch.vmap`.
 
-Invalid values do not raise: a failed factorisation sets a mask, and `cholesky_ex` works for all members of a vmapped
-step.
+Invalid values do not raise: they set a mask, which works for all members of a vmapped step.
 """
 
 from __future__ import annotations
@@ -14,34 +13,6 @@ from torch import Tensor
 
 from fisherfn import masked
 from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
-
-
-class Inverted(NamedTuple):
-    """An inverse, a mask that is true if it is valid, the jitter added beyond the damping, and its `condition`."""
-
-    inverse: Factor
-    ok: Bool[Tensor, ""]
-    jitter: Float[Tensor, ""]
-    condition: Float[Tensor, "k"]
-
-
-def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> Inverted:
-    r"""$(M + \delta I)^{-1}$ of symmetric PSD matrices by Cholesky, or of diagonals entry by entry.
-
-    The damping is at least the working precision of M, $\epsilon\,\mathrm{tr} M$, because a smaller number is below the
-    numerical noise of M and cannot make it positive definite. This floor costs nothing. Retries with increasing
-    damping would cost one factorisation per attempt, and could not stop early under vmap. The increase is reported
-    as jitter.
-    """
-    shift, jitter = floored(matrix, damping)
-    if is_diagonal(matrix):
-        inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
-        return Inverted(inverse, torch.isfinite(inverse.sum()), jitter, spread(inverse))
-    factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    pivots += pivots == 0  # of a failed factorisation: torch would raise for all that are inverted together
-    inverse = torch.cholesky_inverse(factor).mT  # symmetric: its transpose is itself, with rows in order
-    return Inverted(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
 
 
 def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:

@@ -17,6 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from fisherfn import tree
 from fisherfn.joined import JoinedTap
 from fisherfn.linalg.damped import FLOOR
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Pair, Sum
@@ -35,7 +38,7 @@ class KFACByTerm(TwoTerms):
     def estimate(self, tap: AnyTap, previous: Sum) -> Sum:
         """Return the moments of the first term and of the others; zeros if there is only one."""
         if not isinstance(tap, JoinedTap) or len(tap.parts) == 1:
-            return Sum(moments(tap, self.diagonal_above), _zeros(previous.second))
+            return Sum(moments(tap, self.diagonal_above), tree.map(torch.zeros_like, previous.second))
         first, others = (tap.of_parts(chosen) for chosen in (slice(1), slice(1, None)))
         return Sum(*(self._share(part, tap.sizes.n) for part in (first, others)))
 
@@ -43,10 +46,6 @@ class KFACByTerm(TwoTerms):
         """Return the moments of some terms, as their part of the mean over the examples of all terms."""
         A, G = moments(part, self.diagonal_above)
         return Pair(A, G * (part.sizes.n / examples))
-
-
-def _zeros(pair: Pair) -> Pair:
-    return Pair(pair.A.new_zeros(pair.A.shape), pair.G.new_zeros(pair.G.shape))
 
 
 def kfac_by_term(diagonal_above: int = DIAGONAL_ABOVE) -> KFACByTerm:

@@ -35,8 +35,8 @@ from torch import Tensor
 from fisherfn.base import Diagnostics
 from fisherfn.errors import expect_count, expect_positive
 from fisherfn.linalg import kron
+from fisherfn.linalg.damped import damped_inverse
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
-from fisherfn.linalg.solve import damped_inverse
 from fisherfn.methods.kronecker import DampingForm, OneTerm
 from fisherfn.rearrangement.matrices import matrix_map
 from fisherfn.taps import AnyTap

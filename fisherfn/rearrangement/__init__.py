@@ -22,6 +22,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,12 +30,14 @@ from torch import Tensor
 from fisherfn.linalg import kron
 from fisherfn.linalg.golub_kahan import LinearMap
 from fisherfn.linalg.kron import Pair
-from fisherfn.rearrangement.base import Block, MatrixBlock
 from fisherfn.rearrangement.examples import ExampleBlock, ExampleMap, has_grams
-from fisherfn.rearrangement.matrices import matrix_map
+from fisherfn.rearrangement.matrices import MatrixBlock, matrix_map
 from fisherfn.taps import AnyTap
 
 __all__ = ["Block", "group_by_batch_size", "overlap", "rearranged", "stack_blocks"]
+
+Block: TypeAlias = ExampleBlock | MatrixBlock
+"""The Z of a layer, and the conversion of its vectors to matrices (`pair`) and back (`vectors`)."""
 
 JOINED = 1 << 24
 """Largest size of the Gram matrices of blocks that are iterated on together, in numbers: 128 MiB."""

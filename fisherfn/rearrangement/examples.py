@@ -20,7 +20,6 @@ from torch import Tensor
 from fisherfn import rows
 from fisherfn.linalg.golub_kahan import LinearMap, Vector
 from fisherfn.linalg.kron import Factor, Forms, Pair
-from fisherfn.rearrangement.base import Block
 from fisherfn.taps import AnyTap, Tap
 
 STEP = 1 << 26
@@ -69,7 +68,7 @@ class ExampleMap(LinearMap):
 
 
 @dataclass(frozen=True)
-class ExampleBlock(Block):
+class ExampleBlock:
     """A block whose vectors are coefficients of the examples; `g` of the tap is divided by √N."""
 
     Z: ExampleMap
@@ -84,7 +83,7 @@ class ExampleBlock(Block):
         return cls(ExampleMap(_input_gram(tap, form.A), _output_gram(tap, form.G)), tap, form)
 
     def pair(self, u: Vector, v: Vector) -> Pair:
-        """Return `Σ_n u_n a_n a_nᵀ` and `Σ_n v_n Γ_n/N`."""
+        """Return `Σ_n u_n a_n a_nᵀ` and `Σ_n v_n Γ_n/N`; `recompressed` distributes scale and sign."""
         return Pair(_weighted_inputs(self.tap, u, self.form.A), _weighted_outputs(self.tap, v, self.form.G))
 
     def vectors(self, pair: Pair) -> tuple[Vector, Vector]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.linalg import kron
-from fisherfn.linalg.golub_kahan import LinearMap
-from fisherfn.linalg.kron import Factor, Forms
+from fisherfn.linalg.golub_kahan import LinearMap, Vector
+from fisherfn.linalg.kron import Factor, Forms, Pair
 from fisherfn.per_example import example_matrices, matrix_windows
 from fisherfn.taps import AnyTap, Tap, added
 
@@ -34,6 +34,21 @@ def matrix_map(tap: AnyTap, form: Forms, guess: Factor) -> MatrixMap:
     _, _, _, t, o, i = tap.sizes
     factored = tap.one_hot or t * (o * o + i * i) + t * t * (o + i) < o * i * (o + i)
     return (FactoredMap if factored else ExampleMatrixMap)(tap, form, guess)
+
+
+@dataclass(frozen=True)
+class MatrixBlock:
+    """A block whose vectors are the matrices themselves, or their diagonals."""
+
+    Z: LinearMap
+
+    def pair(self, u: Vector, v: Vector) -> Pair:
+        """Return the two as they are; `recompressed` distributes scale and sign."""
+        return Pair(u, v)
+
+    def vectors(self, pair: Pair) -> tuple[Vector, Vector]:
+        """Return the A and G of K-FAC as they are."""
+        return pair.A, pair.G
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,10 @@ def join(chunks: Sequence[Stats]) -> Stats:
     parts = [(chunk.examples, chunk) for chunk in chunks]
     total = sum(size for size, _ in parts)
     loss = torch.stack([size / total * chunk.loss for size, chunk in parts]).sum()
-    layers = {
-        key: LayerStats(
-            *(_cat([chunk.layers[key][field] for chunk in chunks], axis) for field, axis in enumerate((0, 1, 0)))
-        )
-        for key in first.layers
-    }
+    layers = {}
+    for key in first.layers:
+        inputs, grads, loss_grads = zip(*(chunk.layers[key] for chunk in chunks), strict=True)
+        layers[key] = LayerStats(_cat(inputs, 0), _cat(grads, 1), _cat(loss_grads, 0))
     checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
     outputs = torch.cat([chunk.outputs for chunk in chunks])
     plain = {

@@ -48,7 +48,10 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
         swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
         seeded: SeededDropout | None = None
         if drops(net) or "dropout" in context:
-            seeds, key = require_seeds(context), _path(net, x)
+            seeds = require_seeds(context)
+            # shapes and modes decide which random numbers a run samples; the number of examples does not
+            shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
+            key = shapes, tuple(module.training for module in net.modules())
             if key not in draws:
                 draws[key] = _draws(net, {**params, **fresh}, x, seeds)
             seeded = SeededDropout(seeds, draws[key])
@@ -57,15 +60,10 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
             moved = swap.buffers(fresh)
         if seeded is not None:
             seeded.finish()
-        return _logits(outputs), {**context, **moved}
+        logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        return logits if isinstance(logits, Tensor) else outputs, {**context, **moved}
 
     return model, params, buffers
-
-
-def _path(net: torch.nn.Module, x: PyTree) -> Any:
-    """Return a key of everything except the number of examples that decides which random numbers a run samples."""
-    shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
-    return shapes, tuple(module.training for module in net.modules())
 
 
 def _draws(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[Draw]:
@@ -115,12 +113,6 @@ def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[s
     except TypeError:
         return (x,), {}
     return (), dict(x)
-
-
-def _logits(outputs: Any) -> Any:
-    """Return the logits of an output object that has them, else the output itself."""
-    logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-    return logits if isinstance(logits, Tensor) else outputs
 
 
 def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:

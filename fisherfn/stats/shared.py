@@ -11,7 +11,6 @@ The build finds these calls (`fisherfn.stats.scout`); later runs follow its step
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -76,8 +75,12 @@ class Ledger:
         if isinstance(output, Tensor):
             self.add(output, origins, together)
             return
+
+        def one_of(place: int) -> Copies:
+            return lambda examples: together(examples)[place]
+
         for place, part in enumerate(output):
-            self.add(part, origins, partial(_part, together, place))
+            self.add(part, origins, one_of(place))
 
     def add_layer(
         self, func: Callable[..., Any], weight: str, shared: dict[int, Shared], output: Tensor, copies: Copies
@@ -207,11 +210,6 @@ def layer_copies(
 def spread(tensor: Shaped[Tensor, "*shape"], examples: int) -> Shaped[Tensor, "n *shape"]:
     """Expand a tensor to one view per example, without copying."""
     return tensor.expand(examples, *tensor.shape)
-
-
-def _part(outputs: Callable[[int], Any], place: int, examples: int) -> Tensor:
-    part: Tensor = outputs(examples)[place]
-    return part
 
 
 def origins_of(shared: Mapping[int, Shared]) -> frozenset[str]:

@@ -145,6 +145,71 @@ def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
     assert made == [(0.1, 0.2, False), (0.1, 0.2, True), (3.0, 0.0, False), (0.1, 0.2, True)]
 
 
+@pytest.mark.parametrize("optim", ["adam", "sgda", "kfac"])
+def test_every_number_of_the_configuration_reaches_its_player(own, monkeypatch, optim):
+    name, made = {"adam": "adam", "sgda": "sgd", "kfac": "natural"}[optim], []
+    build = getattr(trainer.optimizers, name)
+    monkeypatch.setattr(trainer.optimizers, name, lambda *args, **kw: made.append(kw) or build(*args, **kw))
+    numbers = (
+        "--gen_lr 0.2 --crit_lr 0.3 --beta_1 0.4 --beta_2 0.6 --momentum 0.7 --weight_decay 0.08 --ema 0.5 "
+        "--damping 0.1 --kl_bound 0.05 --T_cov 4 --T_inv 9"
+    )
+    make_table(configured("--gen_optim", optim, "--crit_optim", optim, *numbers.split()), load("own:digits"))
+    expected = {
+        "adam": {"betas": (0.4, 0.6)},
+        "sgda": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.08},
+        "kfac": {"momentum": 0.7, "weight_decay": 0.08, "ema": 0.5, "damping": 0.1, "kl_bound": 0.05,
+                 "cadence": ff.Cadence.fixed(4, 9)},
+    }[optim]  # fmt: skip
+    generator, critic = made
+    assert generator.pop("penalty") is None and callable(critic.pop("penalty"))
+    assert generator == {"lr": 0.2, **expected} and critic == {"lr": 0.3, **expected}
+
+
+def test_the_seed_decides_nets_and_noise(own):
+    tables = [make_table(configured("--seed", seed), load("own:digits")) for seed in ("0", "0", "1")]
+    first, same, other = (ff.tree.flatten(loop.start(table).params) for table in tables)
+    weights = [path for path in first if path.endswith("weight") and first[path].ndim > 1]
+    assert all(torch.equal(first[path], same[path]) for path in first)
+    assert weights and not any(torch.equal(first[path], other[path]) for path in weights)
+
+
+def test_each_epoch_has_noise_of_its_own(own, monkeypatch):
+    drawn, plain = [], torch.randn
+    table = make_table(configured("--gen_optim", "adam", "--crit_optim", "adam"), load("own:digits"))
+    monkeypatch.setattr(loop.torch, "randn", lambda *size, **how: drawn.append(plain(*size, **how)) or drawn[-1])
+    list(loop.train(table._replace(rules=table.rules._replace(num_epochs=2)), loop.start(table), lambda at: {}))
+    assert len(drawn) == len({tuple(z.flatten().tolist()) for z in drawn}) == 2 * 2 * 3  # critic twice, generator
+
+
+def test_the_weight_of_the_penalty_is_the_configurations(own):
+    def penalty(weight):
+        table = make_table(configured("--c_lambda", weight), load("own:digits"))
+        game, images = table.game, table.images[:4]
+        batch = torch.cat([images, -images]), torch.zeros(8), torch.full((4, 1, 1, 1), 0.5)
+        return float(game.critic.penalty(game.critic.params, batch, game.critic.context))
+
+    assert penalty("6") == pytest.approx(3 * penalty("2")) != 0
+
+
+def test_shown_images_are_those_of_the_generator_in_evaluation_mode(own):
+    """Each image is then its own, whatever the others are; in training mode batch norm mixes them."""
+    config = configured()
+    table = make_table(config, load("own:digits"))
+    start, game = loop.start(table), table.game
+    params, buffers = start.params["generator"], start.context["generator"]
+    z = torch.randn(6, config.z_dim, generator=torch.Generator().manual_seed(4))
+    alone = torch.cat([game.shown(params, one, buffers)[0] for one in z.split(1)])
+    found = trainer.fakes(config, game, start, 6, seed=4)
+    torch.testing.assert_close(found, (alone + 1) / 2)
+    assert not torch.allclose(found, (game.images(params, z, buffers)[0] + 1) / 2, atol=1e-3)
+
+
+def test_real_images_are_brought_to_the_range_of_the_generator(own):
+    data = load("own:digits")
+    assert torch.equal(make_table(configured(), data).images, 2 * data.train.inputs - 1)
+
+
 @pytest.mark.parametrize("bound", ["0.2", "0"])
 def test_the_generator_finds_its_own_damping_and_the_critic_keeps_its_number(own, bound, monkeypatch):
     made, plain = [], trainer.optimizers.adaptive

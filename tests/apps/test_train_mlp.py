@@ -17,7 +17,7 @@ from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from common.config import ConfigError, read
 from common.data import load
 from common.results import read_metrics
-from common.runs import watched
+from common.runs import save, watched
 from common.train_config import TrainConfig
 from common.trainer import make_task, natural_gradient, run
 from tests.methods.protocol import TRAINED
@@ -86,6 +86,27 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_as_the_straight_one(
     assert all(torch.equal(one[path], two[path]) for path in one)
     lines = [[(m["epoch"], m["step"], m["train_loss"]) for m in read_metrics(folder)] for folder in (straight, parts)]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_run_that_ended_between_the_metrics_and_the_checkpoint_has_each_line_once(own, monkeypatch, last):
+    """After epoch 1 the checkpoint is the starting point, whose line is in the file already."""
+    common = ("--optim", "sgd", "--result_name", "one")
+    saved = []
+
+    def killed(results, snapshot):
+        if snapshot.epoch == last:
+            raise KeyboardInterrupt
+        saved.append(snapshot.epoch) or save(results, snapshot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(*common)
+    folder = own / "results/train_mlp/one"
+    assert saved == [*range(last)] and [m["epoch"] for m in read_metrics(folder)] == [*range(last + 1)]
+    quiet_run(*common, "--resume")
+    assert [m["epoch"] for m in read_metrics(folder)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

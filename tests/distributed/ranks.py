@@ -1,4 +1,7 @@
-"""Ranks for tests: one process per rank, connected by gloo, which run a task of this folder and write its results."""
+"""Ranks for tests: one process per rank, connected by gloo, which run a task of this folder and write its results.
+
+The processes are copies of this one (`tests/forked.py`), which saves the import of torch in each of them.
+"""
 
 import datetime
 import importlib
@@ -12,17 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 
 
 def together(size: int, task: str, folder: Path, seconds: float = 600.0) -> list[Any]:
     """Return what the function `task` ("module:function") returned on each of `size` connected ranks."""
-    command = [sys.executable, "-m", "tests.distributed.ranks", task, str(folder), str(size)]
-    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'apps'}"}
-    quiet |= {"FISHERFN_FOLDER": str(folder)}
+    code = "import sys; from tests.distributed.ranks import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, task, str(folder), str(size)]
+    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "FISHERFN_FOLDER": str(folder)}
     log = [(folder / f"rank-{rank}.log").open("w") for rank in range(size)]
     ranks = [
-        subprocess.Popen(
+        Forked(
             [*command, str(rank)], cwd=ROOT, env=os.environ | quiet, stdout=log[rank], stderr=log[rank],
             stdin=subprocess.DEVNULL,
         )
@@ -49,12 +54,9 @@ def main(task: str, folder: str, size: str, rank: str) -> None:
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size), timeout=timeout)
     module, function = task.split(":")
+    sys.modules.pop(module, None)  # the copy has forgotten the modules of the apps that it was imported with
     found = getattr(importlib.import_module(module), function)(int(rank))
     torch.save(found, Path(folder) / f"rank-{rank}.pt")
     if dist.is_initialized():  # a task may have ended its group
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -175,3 +175,55 @@ def test_a_second_term_that_is_not_finite_is_a_mask(name):
     pair = pair_of(3, 4, (False, False))
     bad = pair._replace(A=pair.A * torch.inf)
     assert not getattr(damped, name)(pair, bad, number(0.1))[1]
+
+
+# one factor ------------------------------------------------------------------------------------------------------
+
+
+def psd(rank, size=6):
+    rows = drawn.normal(2, rank, size, seed=1)
+    return rows.mT @ rows
+
+
+@given(SIZE, SIZE, FORM)
+def test_pi_balances_the_mean_eigenvalues(o, i, form):
+    pair = pair_of(o, i, form)
+    means = [drawn.matrix(F).diagonal(dim1=1, dim2=2).mean(1) for F in (pair.A, pair.G)]
+    close(damped.pi(pair.A, pair.G), (means[0] / means[1]).sqrt())
+
+
+def test_pi_is_one_for_a_factor_of_zeros():
+    A, G = drawn.psd(2, 3), drawn.psd(2, 2)
+    A[0] = 0
+    close(damped.pi(A, G)[0], torch.ones(()).double())
+    close(damped.pi(torch.zeros_like(A), G), torch.ones(2).double())
+
+
+def test_the_damped_inverse_is_the_dense_one():
+    matrix, damping = psd(6), torch.tensor([0.1, 2.0], dtype=torch.float64)
+    expected = torch.linalg.inv(matrix + damping[:, None, None] * torch.eye(6, dtype=torch.float64))
+    found = damped.damped_inverse(matrix, damping)
+    torch.testing.assert_close(found.inverse, expected, rtol=1e-10, atol=1e-10)
+    assert found.ok and found.jitter == 0
+
+
+def test_a_damping_below_the_matrixs_rounding_is_raised_and_reported():
+    matrix = psd(1)
+    found = damped.damped_inverse(matrix, torch.full((2,), 1e-40, dtype=torch.float64))
+    assert found.ok and found.jitter > 0
+    assert found.jitter <= 1e-15 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1).max()
+
+
+def test_a_factor_that_is_not_finite_is_a_mask():
+    nan = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
+    assert not damped.damped_inverse(nan, torch.ones(1, dtype=torch.float64)).ok
+
+
+def test_a_factorisation_that_stops_at_a_zero_is_a_mask():
+    matrix = torch.stack([torch.eye(3), torch.tensor([[0.0, 1e30, 0], [1e30, 0, 0], [0, 0, 0]])])
+    found = damped.damped_inverse(matrix, torch.zeros(2))
+    assert not found.ok
+    broken = torch.full((1, 3, 3), torch.nan)
+    assert not damped.damped_inverse(broken, torch.ones(1)).ok
+    zero = damped.damped_inverse(torch.zeros(1, 3, 3), torch.zeros(1))
+    assert not zero.ok and found.inverse.shape == matrix.shape

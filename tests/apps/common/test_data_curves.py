@@ -69,6 +69,13 @@ def test_a_straight_stroke_has_the_profile_of_the_formula() -> None:
         assert column[row] == pytest.approx(1 - math.exp(-curves.INK * ink), abs=1e-3)
 
 
+def test_chunks_and_what_is_far_from_a_stroke_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = curves.draw(250, seed=3)
+    monkeypatch.setattr(curves, "FAR", -math.inf)
+    monkeypatch.setattr(curves, "CHUNK", 1000)
+    assert torch.equal(found, curves.draw(250, seed=3))
+
+
 def test_a_curve_goes_through_its_points_and_stays_inside() -> None:
     points = torch.tensor([[[5.5, 20.5], [20.5, 5.5], [22.5, 23.5]]])  # (x, y), centres of pixels
     image = curves.render(points)[0]
