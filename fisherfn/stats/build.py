@@ -72,6 +72,7 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
         outputs, _ = probe.trace()
     cotangent = cotangent_of(outputs)
     layout = _layout(probe, outputs, blocks, by_example, second.couples, left, scout)
+    del first, second, scout  # they hold the activations of two runs
     kept, reasons = verify(probe, layout, cotangent, tolerance)
     if uncovered == "gradient":
         layers, plain = without_fallbacks(kept, used, why | reasons)

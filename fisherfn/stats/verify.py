@@ -24,12 +24,15 @@ def verify(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) ->
     """Return the blocks whose taps reproduce autograd's gradients, and why the other parameters are in none."""
     truth = probe.gradients(cotangent)
     given = probe.model, layout, probe.params, probe.x, probe.context
+    # one run at a time: each holds the activations of all layers
+    if layout.couples:  # the mixing by batch norm must not hide another one
+        leaking = _leaking(layout, tapped_run(*given, uncoupled=True)[1], cotangent)
     _, pull, inputs, _ = tapped_run(*given)
+    if not layout.couples:
+        leaking = _leaking(layout, pull, cotangent)
     grads = pull(cotangent)
     several = _wrong_together(layout, pull, cotangent, grads)
-    if layout.couples:  # the mixing by batch norm must not hide another one
-        pull = tapped_run(*given, uncoupled=True)[1]
-    leaking = _leaking(layout, pull, cotangent)
+    del pull
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:
