@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import hessian, jacrev, vmap
 
+import fisherfn as ff
 import study_pinn
 import train_pinn
 from common.checkpoints import load_checkpoint
@@ -148,6 +149,25 @@ def test_a_step_and_its_line_search_see_the_points_of_the_step_alone(small, opti
     assert all(torch.equal(found[name], expected[name]) for name in params)
     before = optimizers.optimizer_of(optim, posed, params, settings).ng.loss(params, batch)
     torch.testing.assert_close(loss, before)
+
+
+def stepped_with_spring(lr):
+    """Return the step taken from a random net, and the direction that SPRING keeps."""
+    params = nets.initial([2, 5, 1], 0)
+    settings = dataclasses.replace(optimizers.DEFAULTS["spring"], damping=1e-6, lr=lr)
+    posed = problems.Posed(problems.PROBLEMS["POISSON_2D"], 0)
+    optimizer = optimizers.optimizer_of("spring", posed, params, settings)
+    new, state, _ = optimizer.step(params, optimizer.init(params), posed.batch)
+    return ff.tree.add(params, new, scale=-1.0), state["direction"]
+
+
+def test_spring_keeps_the_step_of_its_line_search_and_the_whole_direction_without_one(small):
+    taken, kept = stepped_with_spring(None)
+    whole, direction = stepped_with_spring(0.01)
+    assert ff.tree.norm(taken) < 0.9 * ff.tree.norm(direction)  # the line search took a shorter step
+    for name, step in taken.items():
+        torch.testing.assert_close(kept[name], step, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(0.01 * direction[name], whole[name], rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("optim", ["exact", "spring", "dense", "adam"])

@@ -73,6 +73,8 @@ class Natural:
             return ff.tree.add(params, direction, scale=-self.settings.lr), state, info.loss
         sizes = [0.5**k for k in range(self.settings.grid)]
         found = ff.line_search(lambda p: self.ng.loss(p, batch), params, direction, sizes=sizes)
+        if self.spring is not None:  # a short step must not leave the momentum of a long one
+            state = {"direction": ff.tree.scale(state["direction"], found.size)}
         return found.params, state, info.loss
 
 
