@@ -94,7 +94,7 @@ def test_redrawn_points_pose_the_same_problem():
     torch.testing.assert_close(right, problem.right(inside))
     torch.testing.assert_close(values, problem.solution(edge))
     on = torch.stack([edge[:, axis] == side for axis, side in problem.faces])
-    assert (on.sum(0) == 1).all()
+    assert (on.sum(1) == 40).all() and (on.sum(0) == 1).all()
 
 
 def test_without_redrawing_the_points_are_those_of_the_first_step_and_the_test_points_stay():
@@ -137,7 +137,7 @@ def test_a_step_and_its_line_search_see_the_points_of_the_step_alone(small, opti
     params = nets.initial([2, 5, 1], 0)
     settings = dataclasses.replace(optimizers.DEFAULTS[optim], damping=1e-3)
     posed, elsewhere = problems.Posed(problem, 0, redraw=1), problems.Posed(problem, 0, redraw=1)
-    batch = posed.at(2)
+    batch = {term: (x, 10 * y) for term, (x, y) in posed.at(2).items()}  # of another problem, with other step sizes
     elsewhere.batch = batch
 
     def stepped(posed):
