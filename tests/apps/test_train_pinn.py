@@ -257,11 +257,12 @@ def test_the_study_runs_what_is_missing_and_its_table_has_the_published_rows(sma
     assert missing == {"POISSON_2D": {"exact": {}, "adam": {}}}
 
 
-def test_the_study_passes_the_points_on_and_keeps_such_runs_apart(small, tmp_path, monkeypatch):
+def test_the_study_passes_its_settings_on_and_keeps_such_runs_apart(small, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(study_pinn, "run", asked.append)
-    for redraw in ([], ["--redraw", "1"], ["--redraw", "0"]):
-        argv = ["--problems", "POISSON_2D", "--optims", "exact", *redraw, "--result_dir", str(tmp_path)]
+    for more in ([], ["--redraw", "1"], ["--redraw", "0"], ["--damping", "1e-6"], ["--damping", "0"]):
+        argv = ["--problems", "POISSON_2D", "--optims", "exact", *more, "--result_dir", str(tmp_path)]
         study_pinn.main(read(study_pinn.StudyConfig, argv))
-    assert [each.redraw for each in asked] == [None, 1, 0]
-    assert len({each.result_name for each in asked}) == 3
+    assert [each.redraw for each in asked] == [None, 1, 0, None, None]
+    assert [each.damping for each in asked] == [None, None, None, 1e-6, 0.0]
+    assert len({each.result_name for each in asked}) == 5
