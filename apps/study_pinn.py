@@ -54,6 +54,14 @@ class StudyConfig:
     problems: str = option("POISSON_2D,HEAT", "equations, separated by commas")
     optims: str = option(",".join(DEFAULTS), "optimizers, separated by commas")
     steps: int = option(300, "steps of each run; 0: only the table of existing runs", check=NON_NEGATIVE)
+    redraw: int | None = option(
+        None,
+        "steps between new training points; 0: never; null: as published",
+        check=NON_NEGATIVE,
+    )
+    damping: float | None = option(
+        None, "damping λ of all runs; null: the default of each optimizer", check=NON_NEGATIVE
+    )
     seed: int = option(0, "random seed of points and nets", check=NON_NEGATIVE)
     result_dir: str = option("results", "folder for all results")
     picture: str | None = option(None, "file for the picture; null: pinn.png in the folder of the runs")
@@ -63,11 +71,13 @@ def runs(config: StudyConfig) -> Iterator[PinnConfig]:
     """Yield the configuration of each run."""
     for data in config.problems.split(","):
         for optim in config.optims.split(","):
-            name = f"study-{data}-{optim}-{config.seed}"
+            given: dict[str, Any] = {"redraw": config.redraw, "damping": config.damping}
+            more = "".join(f"-{name}{value:g}" for name, value in given.items() if value is not None)
+            name = f"study-{data}-{optim}-{config.seed}{more}"
             folder = Path(config.result_dir) / PinnConfig.app / name
             yield PinnConfig(
-                data=data, optim=optim, num_steps=max(config.steps, 1), seed=config.seed, result_name=name,
-                result_dir=config.result_dir, resume=(folder / CHECKPOINT).exists(), quiet=True,
+                data=data, optim=optim, num_steps=max(config.steps, 1), seed=config.seed, **given,
+                result_name=name, result_dir=config.result_dir, resume=(folder / CHECKPOINT).exists(), quiet=True,
                 overwrite=folder.exists() and not (folder / CHECKPOINT).exists(),
             )  # fmt: skip
 

@@ -37,6 +37,11 @@ class PinnConfig:
 
     data: str = option("POISSON_2D", "equation", aliases=("problem",), choices=lambda: PROBLEMS)
     model: str | None = option(None, "widths of the tanh net, such as 2-64-1; null: the published net")
+    redraw: int | None = option(
+        None,
+        "steps between new training points; 0: never; null: as published (1 for POISSON_5D, otherwise 0)",
+        check=NON_NEGATIVE,
+    )
 
     optim: str = option("exact", "optimizer", choices=lambda: DEFAULTS)
     num_steps: int = option(300, "number of steps", check=POSITIVE)
@@ -84,7 +89,8 @@ def completed(config: PinnConfig) -> PinnConfig:
     filled = {
         name: getattr(default, name) for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None
     }
-    return dataclasses.replace(config, model=model, **filled)
+    redraw = problem.redraw if config.redraw is None else config.redraw
+    return dataclasses.replace(config, model=model, redraw=redraw, **filled)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def run(config: PinnConfig) -> Path:
     config = completed(config)
     with contextlib.closing(Results.open(config, config.app)) as results, stopped() as signals:
         check_device(config.device)
-        posed = Posed(PROBLEMS[config.data], config.seed, config.device)
+        posed = Posed(PROBLEMS[config.data], config.seed, config.device, config.redraw or 0)
         params = {n: p.to(config.device) for n, p in initial(widths_of(config.model or ""), config.seed).items()}
         settings = Settings(config.damping or 0.0, config.momentum or 0.0, config.lr, config.grid, config.ema or 0.0)
         optimizer = optimizer_of(config.optim, posed, params, settings)
@@ -112,9 +118,9 @@ def run(config: PinnConfig) -> Path:
             start = restored(results, start, config.device)
         if not config.quiet:
             print(f"{PROBLEMS[config.data].title}\n{config.model} net, {size_of(params):,} parameters; {config.optim}")
-        for at in steps(config, optimizer, start):
+        for at in steps(config, optimizer, posed, start):
             if at.step % config.record_every == 0 or at.step in (1, config.num_steps):
-                loss = float(optimizer.ng.loss(at.params, posed.batch))  # type: ignore[attr-defined]
+                loss = float(optimizer.ng.loss(at.params, posed.at(at.step)))  # type: ignore[attr-defined]
                 error = posed.error(at.params)
                 results.record({"epoch": at.step, "loss": loss, "error": error, "seconds": at.seconds})
             if signals or at.step % config.save_every == 0 or at.step == config.num_steps:
@@ -128,12 +134,12 @@ def run(config: PinnConfig) -> Path:
     return results.path
 
 
-def steps(config: PinnConfig, optimizer: Any, at: Progress) -> Iterator[Progress]:
-    """Yield the net after each step."""
+def steps(config: PinnConfig, optimizer: Any, posed: Posed, at: Progress) -> Iterator[Progress]:
+    """Yield the net after each step on the points of that step."""
     quiet = True if config.quiet else None
     for step in tqdm(range(at.step + 1, config.num_steps + 1), disable=quiet, leave=False, unit="step"):
         started = time.perf_counter()
-        params, state, _ = optimizer.step(at.params, at.state)
+        params, state, _ = optimizer.step(at.params, at.state, posed.at(step))
         at = Progress(step, at.seconds + time.perf_counter() - started, params, state)
         yield at
 

@@ -81,6 +81,9 @@ class Spring:
 def spring(ng: NaturalGradient, *, momentum: float | Tensor = 0.9) -> Spring:
     """Build SPRING: natural gradients with momentum inside the damped solve.
 
+    With a line search, keep the step that was taken: `state._replace(direction=ff.tree.scale(direction, size))`.
+    Otherwise the momentum of a long direction survives a short step.
+
     Args:
         ng: model, likelihood and method. `ff.exact()` gives the published algorithm.
         momentum: μ in [0, 1); 0 gives the natural gradient itself. A tensor may be batched under `torch.vmap`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.pinn.nets import Tree
-from common.pinn.problems import Posed
+from common.pinn.problems import Batch, Posed
 
 GRID = 31
 """Step sizes 1, 1/2, …, 2⁻³⁰ of the published line search."""
@@ -29,14 +29,14 @@ class Settings:
 
 
 class Optimizer(Protocol):
-    """A pure step: it gets parameters and state and returns new ones, and the loss before the step."""
+    """A pure step: from parameters, state and the points of the step to new ones and the loss before."""
 
     def init(self, params: Tree) -> Any:
         """Return the initial state, a tree of tensors."""
         ...
 
-    def step(self, params: Tree, state: Any) -> tuple[Tree, Any, Tensor]:
-        """Return new parameters, new state, and the loss at the old parameters."""
+    def step(self, params: Tree, state: Any, batch: Batch) -> tuple[Tree, Any, Tensor]:
+        """Return new parameters, new state, and the loss of the batch at the old parameters."""
         ...
 
 
@@ -44,7 +44,7 @@ class Natural:
     """Natural gradients with a line search or a fixed learning rate, and SPRING's momentum if `spring`."""
 
     def __init__(self, posed: Posed, params: Tree, settings: Settings, method: Any, spring: bool = False) -> None:
-        self.posed, self.settings = posed, settings
+        self.settings = settings
         self.ng = ff.sum_of_terms(posed.terms, params, method=method)
         self.spring = ff.spring(self.ng, momentum=settings.momentum) if spring else None
 
@@ -56,9 +56,9 @@ class Natural:
             return {"curvature": self.ng.init(params, damping=self.settings.damping, ema=self.settings.ema)}
         return {}
 
-    def step(self, params: Tree, state: Any) -> tuple[Tree, Any, Tensor]:
+    def step(self, params: Tree, state: Any, batch: Batch) -> tuple[Tree, Any, Tensor]:
         """Solve, then search along the direction."""
-        batch, λ = self.posed.batch, self.settings.damping
+        λ = self.settings.damping
         if self.spring is not None:
             start = self.spring.init(params, damping=λ)._replace(direction=state["direction"])
             direction, new, info = self.spring.step(params, start, batch)
@@ -73,14 +73,16 @@ class Natural:
             return ff.tree.add(params, direction, scale=-self.settings.lr), state, info.loss
         sizes = [0.5**k for k in range(self.settings.grid)]
         found = ff.line_search(lambda p: self.ng.loss(p, batch), params, direction, sizes=sizes)
+        if self.spring is not None:  # a short step must not leave the momentum of a long one
+            state = {"direction": ff.tree.scale(state["direction"], found.size)}
         return found.params, state, info.loss
 
 
 class Kronecker:
-    """K-FAC with step size and momentum from the quadratic model of all points, and a fixed λ."""
+    """K-FAC with step size and momentum from the quadratic model of the same points, and a fixed λ."""
 
     def __init__(self, posed: Posed, params: Tree, settings: Settings, method: Any) -> None:
-        self.posed, self.settings = posed, settings
+        self.settings = settings
         self.ng = ff.sum_of_terms(posed.terms, params, method=method)
 
     def init(self, params: Tree) -> Any:
@@ -90,12 +92,12 @@ class Kronecker:
             "update": ff.tree.zeros_like(params),
         }
 
-    def step(self, params: Tree, state: Any) -> tuple[Tree, Any, Tensor]:
+    def step(self, params: Tree, state: Any, batch: Batch) -> tuple[Tree, Any, Tensor]:
         """Take the combination of direction and last update that minimises the quadratic model."""
-        nat, curvature, info = self.ng.step(params, state["curvature"], self.posed.batch)
+        nat, curvature, info = self.ng.step(params, state["curvature"], batch)
         ff.check(info)
         directions = [nat, state["update"]]
-        weights = ff.quadratic_model(self.ng, params, self.posed.batch, directions).minimiser(self.settings.damping)
+        weights = ff.quadratic_model(self.ng, params, batch, directions).minimiser(self.settings.damping)
         update = ff.tree.add(ff.tree.scale(nat, weights[0]), state["update"], scale=weights[1])
         return ff.tree.add(params, update), {"curvature": curvature, "update": update}, info.loss
 
@@ -104,14 +106,14 @@ class Torch:
     """An optimizer of torch, with its state as a tree of tensors between the steps."""
 
     def __init__(self, posed: Posed, params: Tree, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
-        self.posed, self.make = posed, make
+        self.make = make
         self.ng = ff.sum_of_terms(posed.terms, params, method=ff.kfac())
 
     def init(self, params: Tree) -> Any:
         """Return an empty state."""
         return {}
 
-    def step(self, params: Tree, state: Any) -> tuple[Tree, Any, Tensor]:
+    def step(self, params: Tree, state: Any, batch: Batch) -> tuple[Tree, Any, Tensor]:
         """Load the state into a fresh optimizer, step, and read it again."""
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         optimizer = self.make(list(leaves.values()))
@@ -120,7 +122,7 @@ class Torch:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = self.ng.loss(leaves, self.posed.batch)
+            loss = self.ng.loss(leaves, batch)
             loss.backward()
             return loss
 
