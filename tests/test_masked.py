@@ -62,6 +62,19 @@ def test_derivatives_pass_through_the_chosen_side(mask):
     assert torch.equal(tangent, torch.where(mask, 2 * new, 2 * old))
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_derivatives_of_a_single_model(mask):
+    mask, new, old = torch.tensor(mask), torch.tensor([2.0, 3.0]), torch.tensor([5.0, 7.0])
+
+    def one(n: Tensor, o: Tensor) -> Tensor:
+        return masked.where(mask, [n**2], [o**2])[0]
+
+    mine, theirs = torch.func.grad(lambda n, o: one(n, o).sum(), argnums=(0, 1))(new, old)
+    assert torch.equal(mine, torch.where(mask, 2 * new, 0.0)) and torch.equal(theirs, torch.where(mask, 0.0, 2 * old))
+    _, tangent = torch.func.jvp(one, (new, old), (torch.ones(2), torch.ones(2)))
+    assert torch.equal(tangent, torch.where(mask, 2 * new, 2 * old))
+
+
 def test_a_compiled_group_has_the_same_values():
     mask, new, old = torch.tensor([True, False]), torch.ones(2, 3), torch.zeros(2, 3)
     choose = torch.vmap(lambda m, n, o: masked.where(m, [n], [o])[0])

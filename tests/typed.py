@@ -113,6 +113,8 @@ TESTS = (
     "tests/test_base.py",
     "tests/test_gradients.py",
     "tests/test_lowrank.py",
+    "tests/test_masked.py::test_models_of_a_group",
+    "tests/test_masked.py::test_derivatives",
     "tests/test_members.py",
     "tests/test_per_example.py",
     "tests/test_products.py",

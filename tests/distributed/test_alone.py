@@ -128,7 +128,7 @@ def test_auto_counts_the_bytes_of_both_forms(size):
         likelihood=ff.Gaussian(),
     )  # fmt: skip
     shapes = ng.layout.block_shapes
-    owner = inversion_owners({key: s.i**3 + s.o**3 for key, s in shapes.items()}, size)
+    owner = inversion_owners({key: float(s.i**3 + s.o**3) for key, s in shapes.items()}, size)
     triangles, matrices = [0] * size, [0] * size
     for key, s in shapes.items():
         triangles[owner[key]] += s.i * (s.i + 1) // 2 + s.o * (s.o + 1) // 2
