@@ -32,7 +32,6 @@ def verify(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) ->
         leaking = _leaking(layout, pull, cotangent)
     grads = pull(cotangent)
     several = _wrong_together(layout, pull, cotangent, grads)
-    del pull
     kept: list[Block] = []
     why: dict[str, str] = {}
     for block in layout.blocks:

@@ -1,8 +1,15 @@
 """Freed memory stays with the process where the allocator is glibc's; elsewhere nothing is changed."""
 
 import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from common.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+
+APPS = Path(__file__).parents[3] / "apps"
 
 
 class Library:
@@ -26,3 +33,28 @@ def test_glibc_is_asked_to_trim_nothing_and_to_map_nothing(monkeypatch):
 def test_another_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not keep_freed_memory()
+
+
+SCRIPT = """
+import resource, torch
+from common.memory import keep_freed_memory
+print({keep})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(16):
+    x = torch.ones(1 << 24)
+    y = x + 1
+    z = (x * y).sum(), y - x
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
+def test_large_tensors_take_less_than_half_of_the_new_pages():
+    """Small blocks split the first freed ones, so the first rounds still need new pages."""
+    found = []
+    for keep in ("keep_freed_memory()", "False"):
+        command = [sys.executable, "-c", SCRIPT.format(keep=keep)]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True, cwd=APPS).stdout.split())
+    (kept, few), (_, many) = found
+    if kept == "True":  # musl has no such option
+        assert int(few) < int(many) / 2
