@@ -34,7 +34,7 @@ def factors():
     return lambda: ng.method.update(state.factors, stats.lazy_taps, torch.tensor(0.5, dtype=torch.float64))
 
 
-READ = {"One step of K-FAC": (a_step, 13), "The factors of KPSVD": (factors, 6)}
+READ = {"One step of K-FAC": (a_step, 12), "The factors of KPSVD": (factors, 6)}
 """The sections of the page, and the largest number of files that each of them may ask its reader to open."""
 
 

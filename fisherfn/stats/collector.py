@@ -30,9 +30,9 @@ from fisherfn.stats.build import build
 from fisherfn.stats.chunks import in_chunks
 from fisherfn.stats.functional import run
 from fisherfn.stats.implicit import ImplicitFisher
-from fisherfn.stats.labels import fisher_cotangents, loss_cotangent, require
 from fisherfn.stats.layout import Layout
-from fisherfn.stats.runs import example_gradients, pull_all, tapped_run
+from fisherfn.stats.passes import fisher_cotangents, loss_cotangent, pull_all, require, tapped_run
+from fisherfn.stats.singles import example_gradients
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree, at_least_single
 

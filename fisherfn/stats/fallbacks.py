@@ -15,7 +15,7 @@ from fisherfn.stats.chunks import window
 from fisherfn.stats.layout import Block, Layout, Use
 from fisherfn.stats.numbers import close, noise
 from fisherfn.stats.probe import Probe
-from fisherfn.stats.runs import example_gradients
+from fisherfn.stats.singles import example_gradients
 from fisherfn.types import Tree
 
 FALLBACK_EXAMPLES = 4

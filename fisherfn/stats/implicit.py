@@ -27,7 +27,7 @@ from fisherfn.likelihoods import output_fisher
 from fisherfn.operators import to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
-from fisherfn.stats.labels import require
+from fisherfn.stats.passes import require
 from fisherfn.types import Model, PyTree, Tree
 
 

@@ -14,8 +14,8 @@ from fisherfn.layers import COPIED
 from fisherfn.stats.intercept import Taps
 from fisherfn.stats.layout import Block, Layout
 from fisherfn.stats.numbers import close
+from fisherfn.stats.passes import tapped_run
 from fisherfn.stats.probe import Probe
-from fisherfn.stats.runs import tapped_run
 from fisherfn.stats.statistics import lazy
 from fisherfn.taps import LazyTap
 

@@ -1,13 +1,16 @@
-"""Runs of the model that give statistics: one of the whole batch with taps, and one per example.
+"""The passes of a batch that give its statistics: one run of the model with taps, one backward pass per kind of label.
 
-A single `vjp` with respect to zero taps serves the loss gradient and all Fisher samples; no weight gradient is
-formed. Parameters without a layer get per-example gradients by `vmap`.
+The cotangents of the outputs are those of the loss, and those of each kind of Fisher: their columns are scaled so that
+the Fisher is `1/N Σ_n Σ_s` of their outer products (docs/conventions.md). A single `vjp` with respect to zero taps
+pulls all of them back to the layers' outputs; no weight gradient is formed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +18,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import StructureError
-from fisherfn.stats.functional import call, run
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, StructureError
+from fisherfn.stats.functional import call
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.shared import Followed
@@ -57,6 +60,79 @@ def tapped_run(
     return outputs, pull_examples_first, _examples_first(layout, inputs), new_context
 
 
+def loss_cotangent(
+    likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree
+) -> tuple[Float[Tensor, "n *d"], Float[Tensor, " n"]]:
+    """Return `∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
+    score = getattr(likelihood, "score", None)
+    if score is not None:
+        return score(outputs, targets), _losses(likelihood, outputs, targets)
+
+    def total(f: Tensor) -> tuple[Tensor, Tensor]:
+        losses = _losses(likelihood, f, targets)
+        return losses.sum(), losses
+
+    return torch.func.grad(total, has_aux=True)(outputs)  # type: ignore[no-any-return]
+
+
+def _losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
+    """Return the negative log-likelihood of each example; raise unless there is one number per example."""
+    nll: Tensor = likelihood.nll(outputs, targets)
+    if nll.shape != outputs.shape[:1]:
+        raise ShapeError(
+            f"the likelihood gave shape {tuple(nll.shape)} for {outputs.shape[0]} examples; nll must return [N], "
+            "summed over output dimensions and not averaged over examples."
+        )
+    return nll
+
+
+def fisher_cotangents(
+    likelihood: object, outputs: Float[Tensor, "n *d"], targets: PyTree, fisher: str, noise: Tensor | None
+) -> Float[Tensor, "s n *d"]:
+    """Return the output-gradients of every sample ("mc") or the columns of the output Fisher's square root ("type2").
+
+    The targets only give the weight of each observation, for likelihoods that have such weights.
+    """
+    observed = getattr(likelihood, "observed", None)
+    if observed is None:
+        return _equal_cotangents(likelihood, outputs, fisher, noise)
+    likelihood, weights = observed(outputs, targets)
+    columns = _equal_cotangents(likelihood, outputs, fisher, noise)
+    if weights is None:
+        return columns
+    roots: Tensor = weights.sqrt().reshape(*weights.shape, *(1,) * (outputs.ndim - weights.ndim))
+    return columns * roots.to(columns.dtype)
+
+
+def _equal_cotangents(
+    likelihood: object, outputs: Float[Tensor, "n *d"], fisher: str, noise: Tensor | None
+) -> Float[Tensor, "s n *d"]:
+    if fisher == "type2":
+        return require(likelihood, "fisher_sqrt", fisher)(outputs)  # type: ignore[no-any-return, operator]
+    sample = require(likelihood, "sample", fisher)
+    if noise is None:
+        raise NoiseError(
+            'fisher="mc" samples labels and never uses the global generator: '
+            "pass generator=torch.Generator() or noise=ng.noise(batch, generator)."
+        )
+    draws = noise.shape[1]
+    labels = (sample(outputs, noise[:, s]) for s in range(draws))  # type: ignore[operator]
+    score = getattr(likelihood, "score", None) or (lambda f, y: loss_cotangent(likelihood, f, y)[0])
+    columns = [score(outputs, each) for each in labels]
+    return columns[0].unsqueeze(0) if draws == 1 else torch.stack(columns) / math.sqrt(draws)
+
+
+def require(likelihood: object, method: str, fisher: str) -> object:
+    """Return a method of the likelihood, or raise the error that names it."""
+    found = getattr(likelihood, method, None)
+    if found is None:
+        raise LikelihoodError(
+            f'fisher="{fisher}" needs {type(likelihood).__name__}.{method}, which it does not have; '
+            'define it (see the likelihood protocol), or use fisher="empirical", which needs only nll.'
+        )
+    return found
+
+
 def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]) -> Taps:
     """Pull several cotangents back, `[S, N, …]` to `[S, …]` per tap; without cotangents the result is empty."""
     if cotangents.shape[0] == 0:
@@ -88,44 +164,3 @@ def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
 def _examples_first(layout: Layout, flat: Sequence[Tensor]) -> Taps:
     uses = (use for block in layout.layers for use in block.uses)
     return _by_layer(layout, [use.examples_first(x) for use, x in zip(uses, flat, strict=True)])
-
-
-def example_gradients(
-    model: Model,
-    layout: Layout,
-    params: Tree,
-    names: Sequence[str],
-    x: PyTree,
-    context: PyTree,
-    cotangents: Float[Tensor, "r n *d"],
-) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Compute per-example gradients of some parameters for each row of cotangents, by runs on single examples.
-
-    All examples share one run under `torch.vmap`; if the layout says that the model does not allow this, they are run
-    one after another.
-    """
-    chosen = {name: params[name] for name in names}
-    leaves, by_example = tree.leaves(context), layout.by_example(context)
-
-    def single(x_n: PyTree, own_n: list[Tensor], cots_n: Tensor) -> Tree:
-        own = iter(own_n)
-        of_one = [next(own).unsqueeze(0) if mine else leaf for leaf, mine in zip(leaves, by_example, strict=True)]
-
-        def forward(sub: Tree) -> Tensor:
-            one = tree.map(lambda leaf: leaf.unsqueeze(0), x_n)
-            outputs: Tensor = run(model, {**params, **sub}, one, tree.replace_leaves(context, of_one))[0]
-            return outputs.squeeze(0)
-
-        _, pull = vjp(forward, chosen)  # type: ignore[misc]
-        # row by row: under a second vmap, torch's backward of some functions (prelu) is wrong
-        rows: Tree = tree.map(lambda *each: torch.stack(each), *(pull(cot)[0] for cot in cots_n))
-        return rows
-
-    own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
-    if layout.one_by_one:
-        alone = [tree.map(lambda leaf, n=n: leaf[n], (x, own)) for n in range(cotangents.shape[1])]
-        each = [single(x_n, own_n, cotangents[:, n]) for n, (x_n, own_n) in enumerate(alone)]
-        one_by_one: Tree = tree.map(lambda *parts: torch.stack(parts, 1), *each)
-        return one_by_one
-    gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
-    return gradients
