@@ -10,8 +10,8 @@ def test_it_runs_and_draws(tmp_path):
     losses = load("drop_in").main(tmp_path, small=True)
     assert (tmp_path / "drop_in.png").stat().st_size > 10_000
     adam, natural = losses.values()
-    assert adam[0][0] == natural[0][0], "both begin with the same parameters"
-    assert natural[0][-1] < natural[0][0]
+    assert adam[0][0][1] == natural[0][0][1], "both begin with the same parameters"
+    assert natural[0][-1][1] < natural[0][0][1]
 
 
 def test_two_lines_of_the_loop_changed_and_one_imports():
