@@ -39,6 +39,7 @@ class _Graph(NamedTuple):
     run: Callable[..., Sequence[Tensor]]
     leaves: Sequence[Any]
     like: Any
+    overwrites: bool  # the next run writes into the tensors that this one returned
 
 
 def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
@@ -52,7 +53,9 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
     Args:
         fn: a pure function from trees to a tree, such as `ng.step` or a whole training step around it. Its operations
             must not depend on the values of tensors. Its result is not differentiable.
-        options: arguments of `torch.compile`. Without a C++ compiler, `backend="eager"` runs the trace as it is.
+        options: arguments of `torch.compile`. Without a C++ compiler, `backend="eager"` runs the trace as it is. On a
+            GPU, `mode="reduce-overhead"` replays the step as a CUDA graph, which saves the launch of each kernel; the
+            result is copied, so that the next step does not overwrite it.
 
     Raises:
         NoiseError: an argument is a generator, which a graph cannot use.
@@ -85,7 +88,11 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
 def _run(graph: _Graph, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Run a graph; the first run compiles it."""
     try:
-        return graph.run(*tensors)
+        if not graph.overwrites:
+            return graph.run(*tensors)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.compiler.cudagraph_mark_step_begin()  # otherwise torch waits for the old results to be dropped
+        return [leaf.clone() for leaf in graph.run(*tensors)]
     except RuntimeError as error:
         if "compiler" not in str(error).lower() or "found" not in str(error):
             raise
@@ -143,5 +150,12 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
             "values. Use tensor operations (torch.where), or read the value outside, as ff.check(info) does."
         ) from error
     if options.get("backend") == "eager":  # tracing the trace again would take twice as long as the first time
-        return _Graph(graph, leaves, like[0])
-    return _Graph(torch.compile(graph, dynamic=False, fullgraph=True, **options), leaves, like[0])
+        return _Graph(graph, leaves, like[0], overwrites=False)
+    # a CUDA graph has a fixed place in memory for its outputs; these options ask for one
+    cuda_graph = (
+        options.get("mode") in ("reduce-overhead", "max-autotune")
+        or options.get("backend") == "cudagraphs"
+        or "triton.cudagraphs" in options.get("options", {})
+    )
+    run = torch.compile(graph, dynamic=False, fullgraph=True, **options)
+    return _Graph(run, leaves, like[0], overwrites=cuda_graph)

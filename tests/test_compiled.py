@@ -76,6 +76,38 @@ def test_arguments_that_are_returned_stay_the_same_objects():
     assert negative.tolist() == [-1, -1]
 
 
+def in_place(graph, **options):
+    """Like a CUDA graph: each run writes its outputs to the same memory."""
+    held = []
+
+    def run(*tensors):
+        made = graph(*tensors)
+        held.extend(torch.empty_like(leaf) for leaf in made[len(held) :])
+        for place, leaf in zip(held, made, strict=True):
+            place.copy_(leaf)
+        return held
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"backend": "cudagraphs"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
+    ids=str,
+)
+def test_a_result_survives_the_next_run_of_a_cuda_graph(options, monkeypatch):
+    monkeypatch.setattr(torch, "compile", in_place)
+    double = ff.compile(lambda tree: {"w": 2 * tree["w"]}, **options)
+    first = double({"w": torch.ones(2)})
+    second = double(first)
+    assert first["w"].tolist() == [2, 2] and second["w"].tolist() == [4, 4]
+
+
 def test_inside_vmap_it_is_the_function_itself():
     compiled = ff.compile(lambda x: x.sum(), backend="eager")
     assert torch.vmap(compiled)(torch.ones(3, 2)).tolist() == [2, 2, 2]

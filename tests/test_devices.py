@@ -319,3 +319,26 @@ def test_the_global_generators_are_left_alone(method):
     ng = there.build(method=method)
     everything(there, ng, noises(ng, there, 1))
     assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"backend": "cudagraphs"}], ids=str)
+def test_steps_as_a_cuda_graph(options):
+    """Results go back in as arguments, and the first of them is still there at the end."""
+    _, _, there, ng = both("mlp-categorical", "kfac")
+    compiled = ff.compile(ng.step, **options)
+    starts = [(there.params, ng.init(there.params, damping=DAMPING))] * 2
+    first = None
+    for k in range(5):
+        noise = ng.noise(there.batch, torch.Generator("cuda").manual_seed(k))
+        found, expected = (
+            step(*start, there.batch, noise=noise, inner=True)
+            for step, start in zip((compiled, ng.step), starts, strict=True)
+        )
+        same(ff.tree.flatten(found), ff.tree.flatten(expected))
+        first = first or (found[0], ff.tree.map(torch.clone, found[0]))
+        starts = [
+            (ff.tree.add(params, nat, scale=-0.1), state)
+            for (params, _), (nat, state, _) in zip(starts, (found, expected), strict=True)
+        ]
+    kept, copied = first
+    assert all(torch.equal(kept[name], copied[name]) for name in kept)
