@@ -54,6 +54,7 @@ class EKFAC(KroneckerMethod):
     name = "ekfac"
     fit_passes = 2
     inverts_updated = True
+    joined_up_to = 0  # an inverse shares its basis with the factors, and takes no factorisation
 
     def init_block(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
@@ -100,9 +101,10 @@ class EKFAC(KroneckerMethod):
         """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
         added = added_by_factors(factors, damping) if self.damping_form == "factored" else damping
         denominator = factors.scale + added
-        ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
+        lowest = denominator.amin((1, 2))
+        ok = (lowest > 0) & kron.finite(denominator)
         inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
-        return inverse, ok, {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
+        return inverse, ok, {"jitter": torch.zeros_like(lowest), "condition": spread(denominator.flatten(1))}
 
     def matvec_block(self, factors: Factors, W: Matrix) -> Matrix:
         """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
