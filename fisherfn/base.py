@@ -127,7 +127,7 @@ class LayerMethod(Method):
     """
 
     couples = False
-    joined_up_to: ClassVar[int] = 256
+    joined_up_to: ClassVar[int] = equal_shapes.WIDEST
     """Blocks of equal shapes up to this width are inverted together."""
 
     # to write --------------------------------------------------------------------------------------------------------

@@ -142,6 +142,23 @@ def test_counts_are_added_over_groups_and_of_numbers_the_largest_counts():
     assert torch.stack(equal_shapes.summary(torch.tensor([1.0, 2.0, 4.0, 3.0]), 2)).tolist() == [2, 4]
 
 
+def test_ekfac_finds_the_eigenvectors_of_equal_layers_together_and_each_as_alone():
+    method, rho = ff.ekfac(), torch.tensor(0.3, dtype=torch.float64)
+    taps = {name: drawn.tap("dense", (2, 2, 5, 1, 3, 4), seed)[0] for seed, name in enumerate("abcd")}
+    more = {name: drawn.tap("dense", (2, 2, 5, 1, 3, 4), seed + 9)[0] for seed, name in enumerate("abcd")}
+    empty, _ = method.init(dict.fromkeys(taps, Shape(2, 3, 4)), torch.float64, torch.device("cpu"), DAMPING)
+    once = method.update(empty, taps, 0 * rho).factors
+    with Calls() as calls:
+        found = method.update(once, more, rho, frozenset("abd")).factors
+    assert calls.names.count("_linalg_eigh") == 2
+    assert found["c"].QA is once["c"].QA
+    for key in taps:
+        one = method.update({key: once[key]}, {key: more[key]}, rho, key != "c").factors[key]
+        torch.testing.assert_close(found[key], one, rtol=1e-12, atol=1e-12)
+    between = method.between_passes(found)
+    torch.testing.assert_close(between["c"], method.between_passes({"c": found["c"]})["c"], rtol=1e-12, atol=1e-12)
+
+
 def test_an_inverse_of_ekfac_shares_its_basis_with_the_factors():
     method = ff.ekfac()
     factors = updated(method)
