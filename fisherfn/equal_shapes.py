@@ -19,7 +19,7 @@ from fisherfn.types import PyTree
 T = TypeVar("T", bound=PyTree)
 
 WIDEST = 256
-"""Width up to which joining pays: at 256 it saves 3 to 9 % of an inversion, at 64 half of it."""
+"""Width up to which joining pays: at 64 it saves half of an inversion's time, at 256 a twentieth."""
 
 
 def together(
