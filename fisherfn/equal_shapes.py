@@ -32,15 +32,18 @@ def together(
         blocks: trees with the groups as first axis.
         widest: a block with a wider axis is not joined with others.
     """
-    results = {}
+    trees, masks, numbers = dict[str, PyTree](), dict[str, Tensor](), dict[str, dict[str, Tensor]]()
     for keys in sort(blocks, widest):
         found, sound, measured = fn(join([blocks[key] for key in keys]))
-        masks = summary(sound, len(keys))
-        numbers = {name: summary(values, len(keys)) for name, values in measured.items()}
-        for place, (key, own) in enumerate(zip(keys, part(found, len(keys)), strict=True)):
-            results[key] = own, masks[place], {name: values[place] for name, values in numbers.items()}
-    trees, masks, numbers = ({key: results[key][place] for key in blocks} for place in range(3))
-    return trees, masks, numbers
+        own = {name: summary(values, len(keys)) for name, values in measured.items()}
+        trees |= dict(zip(keys, part(found, len(keys)), strict=True))
+        masks |= dict(zip(keys, summary(sound, len(keys)), strict=True))
+        numbers |= {key: {name: values[place] for name, values in own.items()} for place, key in enumerate(keys)}
+    return (
+        {key: trees[key] for key in blocks},
+        {key: masks[key] for key in blocks},
+        {key: numbers[key] for key in blocks},
+    )
 
 
 def each(fn: Callable[[T], T], blocks: Mapping[str, T], widest: int = WIDEST) -> dict[str, T]:

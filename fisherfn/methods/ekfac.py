@@ -68,9 +68,9 @@ class EKFAC(KroneckerMethod):
     def estimate(self, tap: AnyTap, previous: Factors) -> Factors:
         """Return moments, basis and eigenvalues of one batch."""
         del previous
-        pair = moments(tap, self.diagonal_above)
-        QA, QG = basis(pair)
-        return Factors(*pair, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
+        A, G = moments(tap, self.diagonal_above)
+        QA, QG = basis(Pair(A, G))
+        return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
 
     def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
@@ -82,7 +82,7 @@ class EKFAC(KroneckerMethod):
         for key, new in means(taps, measures).items():
             before = moved(old[key], *bases[key]) if key in changed else old[key].scale
             scale = torch.lerp(new, before, rho.to(new.dtype))
-            yield key, Factors(*averages[key], *bases[key], scale), {}
+            yield key, Factors(averages[key].A, averages[key].G, bases[key].A, bases[key].G, scale), {}
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
         """Replace the basis by that of the moments; the second pass measures the eigenvalues in it."""
