@@ -1,20 +1,24 @@
 """Measure sweeps: time per step and model of vmapped groups, a loop over models, and two processes that loop.
 
 `python apps/benchmark_sweep.py --page docs/sweeps.md` writes the table of the page and the picture
-docs/images/sweep_speed.png. The figures of a busy machine are only indications.
+docs/images/sweep_speed.png. `--compile true` writes the table of compiled steps instead, `--memory true` that of peak
+memory. A process has one thread, and times are its processor time, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._inductor.config as inductor
 
 import fisherfn as ff
 from common.atomic import replace_text
@@ -31,7 +35,6 @@ from common.sweep.group import Group, Problem
 from common.train_config import TrainConfig
 
 STEPS = 1000
-START, END = "<!-- sweep speed: begin -->", "<!-- sweep speed: end -->"
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Models at once."""
 
@@ -61,7 +64,12 @@ CASES = (
     Case("CURVES/8", 16),
     *(Case(net, 32, optim=optim) for net in ("ToyNet", "CURVES/8") for optim in ("sgd", "adam")),
 )
-COMPILED = (Case("ToyNet on 8×8", 32), Case("CURVES/8", 16))
+COMPILED = ((CASES[0], 8), (CASES[0], 64), (Case("CURVES/8", 16), 64))
+"""Cases and numbers of models."""
+
+IN_MEMORY = (Case("CURVES/8", 32), Case("CURVES", 32))
+MEMBERS = (1, 8, 32, 64)
+"""Cases and numbers of models whose peak memory is measured."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ class Config:
     case: int | None = option(None, "number of a single case; null: all cases")
     members: int = option(64, "largest number of models", check=POSITIVE)
     half: bool = option(False, "only print the time of one model, for two processes at once")
-    compile: bool = option(False, "compiled steps of the loop and of the largest group, for two cases")
+    compile: bool = option(False, "compiled steps of loops and groups, for a few cases")
+    memory: bool = option(False, "peak memory of groups, each in a new process, for a few cases")
+    peak: bool = option(False, "only print the peak memory of one group of so many members")
     page: str | None = option(None, "page whose table is replaced; null: print it")
 
 
@@ -108,38 +118,37 @@ def problem(case: Case, members: int, compiled: bool = False) -> Problem:
     return Problem(config, rows, lambda each: task)
 
 
-def loop(case: Case, compiled: bool = False) -> float:
+def loop(case: Case, runs: Problem) -> float:
     """Return the seconds per step of a single run, as the trainer makes it, averaged over the cadence."""
-    runs = problem(case, 1, compiled)
     optimizer, task = runs.optimizer, runs.task
     batch, draws = tuple(leaf[: case.batch] for leaf in task.train), torch.Generator().manual_seed(0)
     params, state = task.params, optimizer.init(task.params)
     times: dict[tuple[bool, ...], float] = {}
     for index in (0, 0, 1, *case.cadence) * 3:
-        began = time.perf_counter()
+        began = time.process_time()
         new = optimizer.step(params, state, batch, task.context, optimizer.draw(batch, draws), index)
         sound(new.info)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         due = optimizer.cadence(index)
         times[due] = min(seconds, times.get(due, seconds))
         params, state = new.params, new.state
     return sum(times[optimizer.cadence(step)] for step in range(STEPS)) / STEPS
 
 
-def measured(case: Case, sizes: Sequence[int], compiled: bool = False) -> list[tuple[float, int]]:
+def measured(case: Case, sizes: Sequence[int]) -> list[tuple[float, int]]:
     """Return seconds per step and model, and bytes per model, for each size of group."""
-    runs = problem(case, max(sizes), compiled)
+    runs = problem(case, max(sizes))
     found = []
     for size in sizes:
         group = Group(runs, range(size))
         at = group.start()
-        found.append((cost(group, at, STEPS) / size, size_of(at) // size))
+        found.append((cost(group, at, STEPS, clock=time.process_time) / size, size_of(at) // size))
     return found
 
 
-def two_processes(number: int) -> float:
+def two_processes(case: Case, compiled: bool = False) -> float:
     """Return seconds per step and model if two processes loop over half of the models each."""
-    command = [sys.executable, __file__, "--half", "--case", str(number)]
+    command = [sys.executable, __file__, "--half", "--case", str(CASES.index(case)), "--compile", str(compiled).lower()]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     return sum(float(process.communicate()[0].split()[-1]) for process in processes) / 4
 
@@ -163,14 +172,91 @@ def draw(speed_ups: Mapping[Case, list[float]], sizes: Sequence[int], path: Path
     save_figure(figure, path)
 
 
-def compiled_table(members: int) -> None:
-    """Print plain and compiled times of the loop and of the largest group."""
-    print("| case | loop | compiled | group | compiled | speed-up, compiled |\n|---|---|---|---|---|---|")
-    for case in COMPILED:
-        singles = [loop(case, compiled) for compiled in (False, True)]
-        groups = [measured(case, [members], compiled)[0][0] for compiled in (False, True)]
-        cells = " | ".join(f"{1e3 * seconds:.2f}" for seconds in (*singles, *groups))
-        print(f"| {case.title} | {cells} | {singles[1] / groups[1]:.1f}× |", flush=True)
+def compiling(measure: Callable[[], float]) -> tuple[float, float]:
+    """Return the result of a second call, and by how much processor time the first call takes longer."""
+    began = with_compilers()
+    measure()
+    between = with_compilers()
+    seconds = measure()
+    return seconds, 2 * between - began - with_compilers()
+
+
+def with_compilers() -> float:
+    """Return the processor time of this process and of the C++ compilers that it has started, in seconds."""
+    return sum(os.times()[:4])
+
+
+def compiled_row(case: Case, members: int) -> str:
+    """Return the row of a case: plain and compiled times of a loop, of two processes and of a group."""
+    times, compile_seconds = list[float](), list[float]()
+    for compiled in (False, True):
+        single, group = problem(case, 1, compiled), Group(problem(case, members, compiled), range(members))
+        of_group = partial(cost, group, group.start(), STEPS, clock=time.process_time)
+        for measure in (partial(loop, case, single), of_group):
+            seconds, more = compiling(measure)
+            times.append(seconds)
+            compile_seconds.append(more)
+        times.insert(-1, two_processes(case, compiled))
+    loops, pairs, groups = times[::3], times[1::3], [seconds / members for seconds in times[2::3]]
+    cells = [f"{1e3 * seconds:.2f}" for pair in (loops, pairs, groups) for seconds in pair]
+    cells += [f"{before[-1] / groups[-1]:.1f}×" for before in (loops, pairs)]
+    cells += [f"{seconds:.0f}" for seconds in compile_seconds[2:]]
+    return f"| {case.title} | {members} | {' | '.join(cells)} |"
+
+
+def compiled_table() -> list[str]:
+    """Return the lines of the table of compiled steps."""
+    inductor.compile_threads = 1  # others compile in processes whose time is not that of a child
+    parts = ("loop, ms", "compiled", "two processes", "compiled", "group", "compiled")
+    gains = ("speed-up, compiled", "against two, compiled", "compiling, s: loop", "compiling, s: group")
+    lines = [f"| case | models | {' | '.join((*parts, *gains))} |", "|---" * 12 + "|"]
+    for case, members in COMPILED:
+        lines.append(compiled_row(case, members))
+        print(lines[-1], flush=True)
+    return lines
+
+
+def peak() -> float:
+    """Return the largest memory of this process so far, in MiB."""
+    status = Path("/proc/self/status").read_text()  # unlike getrusage, without the memory of the parent process
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def peak_of(case: Case, members: int) -> tuple[float, float, float]:
+    """Return the peak memory of this process before a group and after all kinds of steps, and its state, in MiB."""
+    before, group = peak(), Group(problem(case, members), range(members))
+    at = group.start()
+    cost(group, at, STEPS, repeat=1)
+    return before, peak(), size_of(at) / 2**20
+
+
+def memory_table() -> list[str]:
+    """Return the lines of the table of peak memory."""
+    head = " | ".join(f"{members}" for members in MEMBERS)
+    lines = [f"| case | program | {head} | per model | state per model |", "|---" * (len(MEMBERS) + 4) + "|"]
+    for case in IN_MEMORY:
+        found = []
+        for members in MEMBERS:
+            number = str(CASES.index(case))
+            command = [sys.executable, __file__, "--peak", "--case", number, "--members", str(members)]
+            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            found.append([float(word) for word in text.split()])
+        before, peaks, state = zip(*found, strict=True)
+        per_model = (peaks[-1] - peaks[1]) / (MEMBERS[-1] - MEMBERS[1])
+        numbers = (before[0], *peaks, per_model, state[-1] / MEMBERS[-1])
+        lines.append(f"| {case.title} | {' | '.join(f'{number:,.0f}' for number in numbers)} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def put(lines: Sequence[str], page: str | None, name: str) -> None:
+    """Replace the table of this name in a page, or print it."""
+    if page is None:
+        print("\n".join(lines))
+        return
+    before, start, rest = Path(page).read_text().partition(f"<!-- sweep {name}: begin -->")
+    _, end, after = rest.partition(f"<!-- sweep {name}: end -->")
+    replace_text(Path(page), before + start + "\n" + "\n".join(lines) + "\n" + end + after)
 
 
 def main(config: Config) -> None:
@@ -179,10 +265,17 @@ def main(config: Config) -> None:
     keep_freed_memory()
     numbers = range(len(CASES)) if config.case is None else [config.case]
     if config.half:
-        print(loop(CASES[numbers[0]]))
+        case = CASES[numbers[0]]
+        print(loop(case, problem(case, 1, config.compile)))
+        return
+    if config.peak:
+        print(*peak_of(CASES[numbers[0]], config.members))
+        return
+    if config.memory:
+        put(memory_table(), config.page, "memory")
         return
     if config.compile:
-        compiled_table(config.members)
+        put(compiled_table(), config.page, "compiled")
         return
     sizes = [size for size in SIZES if size <= config.members]
     lines = ["| case | loop, ms | two processes | best group | speed-up | against two processes | MiB per model |"]
@@ -191,8 +284,8 @@ def main(config: Config) -> None:
     for number in numbers:
         case = CASES[number]
         found = measured(case, sizes)
-        single, times = loop(case), [seconds for seconds, _ in found]
-        pair = two_processes(number)
+        single, times = loop(case, problem(case, 1)), [seconds for seconds, _ in found]
+        pair = two_processes(case)
         best = times.index(min(times))
         lines.append(
             f"| {case.title} | {1e3 * single:.2f} | {1e3 * pair:.2f} | {sizes[best]}: {1e3 * times[best]:.2f} | "
@@ -200,13 +293,10 @@ def main(config: Config) -> None:
         )
         print(lines[-1], [round(1e3 * seconds, 2) for seconds in times], flush=True)
         speed_ups[case] = [single / seconds for seconds in times]
-    if config.page is None or config.case is not None:
-        print("\n".join(lines))
-        return
-    page = Path(config.page)
-    draw(speed_ups, sizes, page.parent / "images" / "sweep_speed.png")
-    before, _, rest = page.read_text().partition(START)
-    replace_text(page, before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    page = config.page if config.case is None else None
+    if page is not None:
+        draw(speed_ups, sizes, Path(page).parent / "images" / "sweep_speed.png")
+    put(lines, page, "speed")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def part_of(text: str | None) -> tuple[int, int] | None:
     """Return (i, n) of a slice."""
     if text is None or text == "merge":
         return None
+    found = None
     if text == "env":
         pairs = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE"))
         found = next((pair for pair in pairs if all(name in os.environ for name in pair)), None)
@@ -91,7 +92,8 @@ def part_of(text: str | None) -> tuple[int, int] | None:
         text = "/".join(os.environ[name] for name in found)
     first, bar, count = text.partition("/")
     if not (bar and first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise ConfigError(f"slice must be i/n with 0 <= i < n, or env, or merge; got {text}")
+        hint = "; number the array from 0, and start a single part with --slice i/n" if "_" in str(found) else ""
+        raise ConfigError(f"slice must be i/n with 0 <= i < n, or env, or merge; got {text}{hint}")
     return int(first), int(count)
 
 
@@ -108,17 +110,17 @@ def main(argv: list[str]) -> Path:
     name = sweep.result_name or f"{config.data}-{config.optim}".replace(":", "-")
     whole = Path(sweep.result_dir) / "sweep" / name
     config = dataclasses.replace(config, result_name=None, quiet=True)
+    names = ("app", "halving", "population", "by", "data_order")
+    settings: dict[str, object] = {"argv": rest, **{each: getattr(sweep, each) for each in names}}
     if sweep.slice == "merge":
-        return merge(whole, config, values, sweep)
+        return merge(whole, config, values, sweep, settings)
     folder = whole if part is None else whole / f"slice-{part[0]}-of-{part[1]}"
     grid = rows(values)
     mine = slice_of(len(grid), part)
     if not mine:
         raise ConfigError(f"this slice has no runs: the grid has only {len(grid)}")
     check_device(config.device)
-    names = ("app", "halving", "population", "by", "data_order")
-    settings: dict[str, object] = {"argv": rest, "slice": part, **{each: getattr(sweep, each) for each in names}}
-    opened(folder, sweep, settings)
+    opened(folder, sweep, settings | {"slice": part})
     config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
     examples = problem.task.train[0].shape[0]
     steps = config.num_epochs * math.ceil(examples / config.batch_size)
@@ -172,15 +174,19 @@ def opened(folder: Path, sweep: SweepConfig, settings: dict[str, object]) -> Non
     if sweep.resume:
         if not file.exists():
             raise ConfigError(f"there is no sweep in {folder} to resume")
-        before = stages.read_json(file)
-        settings = stages.plain(settings)
-        changed = [name for name in settings if before["settings"].get(name) != settings[name]]
-        if changed:
-            raise ConfigError(f"the sweep in {folder} was started with another {changed[0]}: repeat its command")
+        check_same(folder, settings)
         return
     if file.exists():
         raise ResultExistsError(f"{folder} exists already: give --overwrite, --resume, or another --result_name")
     stages.write_json(file, {"settings": settings})
+
+
+def check_same(folder: Path, settings: dict[str, object]) -> None:
+    """Raise an error if a sweep was started with other settings."""
+    before, settings = stages.read_json(folder / "sweep.json")["settings"], stages.plain(settings)
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        raise ConfigError(f"the sweep in {folder} was started with another {changed[0]}: repeat its command")
 
 
 def group_size(folder: Path, problem: Problem, mine: list[int], steps: int, sweep: SweepConfig) -> int:
@@ -198,19 +204,34 @@ def group_size(folder: Path, problem: Problem, mine: list[int], steps: int, swee
     return int(content["models_at_once"])
 
 
-def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig) -> Path:
+def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig, settings: dict[str, object]) -> Path:
     """Write the results of all slices as those of one sweep."""
-    parts = sorted(whole.glob("slice-*-of-*/metrics.jsonl"))
+    parts = sorted(path.parent for path in whole.glob("slice-*-of-*/metrics.jsonl"))
     if not parts:
         raise ConfigError(f"there are no slices in {whole}: start them with --slice i/n")
-    lines = [line for path in parts for line in stages.read(path)]
+    for part in parts:
+        check_same(part, settings)
+    counts = sorted({int(part.name.rpartition("-")[2]) for part in parts})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"{whole} has slices of {' and of '.join(map(str, counts))} parts: delete those of the other sweep"
+        )
+    lines = [line for part in parts for line in stages.read(part / "metrics.jsonl")]
     grid = rows(values)
-    missing = sorted(set(range(len(grid))) - {line["run"] for line in lines})
     config, _ = make_problem(config, grid[:1], shared=False)
     print(report.write(whole, config, values, grid, lines, sweep.by))
-    if missing:
-        print(f"{len(missing)} of {len(grid)} runs are missing: {', '.join(map(str, missing[:10]))}", file=sys.stderr)
+    last = {line["run"]: line["epoch"] for line in lines}
+    report_runs("are missing", set(range(len(grid))) - last.keys(), len(grid))
+    if not sweep.halving:
+        report_runs("have not ended", {run for run, epoch in last.items() if epoch < config.num_epochs}, len(grid))
     return whole
+
+
+def report_runs(what: str, found: set[int], total: int) -> None:
+    """Name runs without results, on the error stream."""
+    if found:
+        shown = ", ".join(map(str, sorted(found)[:10]))
+        print(f"{len(found)} of {total} runs {what}: {shown}{', …' if len(found) > 10 else ''}", file=sys.stderr)
 
 
 def say(sweep: SweepConfig, text: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import equal_shapes, tree
 from fisherfn.errors import StructureError
 from fisherfn.gradients import Gradient, as_matrix
 from fisherfn.operators import Kind, check_size, log_determinant
@@ -29,7 +29,6 @@ Diagnostics = dict[str, Tensor]
 
 Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 """Finished blocks in any order: key, new factors, diagnostics."""
-
 
 Which: TypeAlias = bool | frozenset[str]
 """The blocks to invert: all, none, or those with these keys."""
@@ -128,6 +127,8 @@ class LayerMethod(Method):
     """
 
     couples = False
+    joined_up_to: ClassVar[int] = equal_shapes.WIDEST
+    """Blocks of equal shapes up to this width are inverted together."""
 
     # to write --------------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ class LayerMethod(Method):
 
     @abstractmethod
     def invert_block(self, factors: PyTree, damping: Float[Tensor, ""]) -> tuple[PyTree, Tensor, Diagnostics]:
-        """Return the damped inverse, a mask that is true if it is valid, and diagnostics."""
+        """Return the damped inverse, and for each of its groups a mask that is true if it is valid, and diagnostics."""
 
     @abstractmethod
     def apply(self, inverse: PyTree, W: Matrix) -> Matrix:
@@ -220,11 +221,10 @@ class LayerMethod(Method):
         return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
 
     def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
-        """Invert all blocks that are given."""
-        inverses, ok, diagnostics = {}, {}, {}
-        for key in factors:
-            inverses[key], ok[key], diagnostics[key] = self.invert_block(factors[key], damping)
-        return Estimated(inverses, ok, _by_name(diagnostics))
+        """Invert all blocks that are given, those of equal shapes together."""
+        invert = partial(self.invert_block, damping=damping)
+        inverses, ok, measured = equal_shapes.together(invert, factors, self.joined_up_to)
+        return Estimated(inverses, ok, _by_name(measured))
 
     def precondition(self, inverses: PyTree, gradients: Mapping[str, Gradient], inner: bool) -> Preconditioned:
         """Precondition all blocks."""

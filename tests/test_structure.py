@@ -16,7 +16,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          gradients
          linalg
     F0   types, masked, tree, errors, calls, operators, state      the ground, which both towers stand on
-         members, products, rows, taps, per_example
+         members, equal_shapes, products, rows, taps, per_example
 """
 
 import ast
@@ -42,6 +42,7 @@ FLOORS = {
             "types",
             "masked",
             "tree",
+            "equal_shapes",
             "errors",
             "calls",
             "operators",

@@ -111,6 +111,7 @@ TESTS = (
     "tests/adapt/test_spring.py::test_three_steps",
     "tests/adapt/test_spring.py::test_a_direction_is_clipped",
     "tests/test_base.py",
+    "tests/test_equal_shapes.py",
     "tests/test_gradients.py",
     "tests/test_lowrank.py",
     "tests/test_masked.py::test_models_of_a_group",

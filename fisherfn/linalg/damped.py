@@ -46,7 +46,7 @@ Inverse: TypeAlias = Pair | Rotated
 """A pair of inverses, or an inverse that is diagonal in a basis."""
 
 Inverted: TypeAlias = tuple[Inverse, Tensor, dict[str, Tensor]]
-"""An inverse, a mask that is true if it is valid, and diagnostics."""
+"""An inverse, and per group a mask that is true if it is valid, and diagnostics."""
 
 
 # applying --------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def factored(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
     """Return `(A + π√λ I)⁻¹` and `(G + √λ/π I)⁻¹`, by Cholesky."""
     shift_A, shift_G = shares(pair, damping)
     A, G = damped_inverse(pair.A, shift_A), damped_inverse(pair.G, shift_G)
-    measured = {"jitter": torch.maximum(A.jitter, G.jitter), "condition": (A.condition * G.condition).amax()}
+    measured = {"jitter": torch.maximum(A.jitter, G.jitter), "condition": A.condition * G.condition}
     return Pair(A.inverse, G.inverse), A.ok & G.ok, measured
 
 
@@ -138,8 +138,8 @@ class InvertedFactor(NamedTuple):
     """An inverse, a mask that is true if it is valid, the jitter added beyond the damping, and its `condition`."""
 
     inverse: Factor
-    ok: Bool[Tensor, ""]
-    jitter: Float[Tensor, ""]
+    ok: Bool[Tensor, "k"]
+    jitter: Float[Tensor, "k"]
     condition: Float[Tensor, "k"]
 
 
@@ -154,21 +154,21 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> InvertedFacto
     shift, jitter = floored(matrix, damping)
     if kron.is_diagonal(matrix):
         inverse = (matrix + shift.unsqueeze(-1)).reciprocal()
-        return InvertedFactor(inverse, torch.isfinite(inverse.sum()), jitter, spread(inverse))
+        return InvertedFactor(inverse, kron.finite(inverse), jitter, spread(inverse))
     factor, failed = torch.linalg.cholesky_ex(add_diagonal(matrix, shift))
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     pivots += pivots == 0  # of a failed factorisation: torch would raise for all that are inverted together
     inverse = torch.cholesky_inverse(factor).mT  # symmetric: its transpose is itself, with rows in order
-    return InvertedFactor(inverse, (failed == 0).all() & torch.isfinite(inverse.sum()), jitter, condition(factor))
+    return InvertedFactor(inverse, (failed == 0) & kron.finite(inverse), jitter, condition(factor))
 
 
 def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
     """Return `1 / (s rᵀ + λ)` in the eigenvectors of G and A."""
     r, s = psd_eigh(pair.A), psd_eigh(pair.G)
     denominator = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
-    ok = r.ok & s.ok & (denominator > 0).all()
-    measured = {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
-    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), ok, measured
+    lowest = denominator.amin((1, 2))
+    measured = {"jitter": torch.zeros_like(lowest), "condition": spread(denominator.flatten(1))}
+    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), r.ok & s.ok & (lowest > 0), measured
 
 
 # two terms -------------------------------------------------------------------------------------------------------
@@ -179,11 +179,11 @@ def factored_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: f
     shift_A, shift_G = shares(first, damping)
     A, G = _pencil(first.A, second.A, shift_A), _pencil(first.G, second.G, shift_G)
     ratio = 1 + G.values.unsqueeze(-1) * A.values.unsqueeze(-2)
-    ok = A.ok & G.ok & torch.isfinite(ratio.sum())
+    ok = A.ok & G.ok & kron.finite(ratio)
     measured = {
         "jitter": torch.maximum(A.jitter, G.jitter),
-        "condition": (A.condition * G.condition).amax(),
-        "clipped": (ratio < floor).sum(),
+        "condition": A.condition * G.condition,
+        "clipped": (ratio < floor).sum((1, 2)),
     }
     return Rotated(A.basis, G.basis, ratio.clamp(min=floor).reciprocal()), ok, measured
 
@@ -197,12 +197,13 @@ def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: floa
     base = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
     more = diagonal_in(s.vectors, second.G).unsqueeze(-1) * diagonal_in(r.vectors, second.A).unsqueeze(-2)
     ratio = 1 + more / base
-    ok = r.ok & s.ok & (base > 0).all() & torch.isfinite(ratio.sum())
+    lowest = base.amin((1, 2))
+    ok = r.ok & s.ok & (lowest > 0) & kron.finite(ratio)
     total = base * ratio.clamp(min=floor)
     measured = {
-        "jitter": torch.zeros_like(damping),
-        "condition": spread(total.flatten(-2)).amax(),
-        "clipped": (ratio < floor).sum(),
+        "jitter": torch.zeros_like(lowest),
+        "condition": spread(total.flatten(1)),
+        "clipped": (ratio < floor).sum((1, 2)),
     }
     return Rotated(r.vectors, s.vectors, total.reciprocal()), ok, measured
 
@@ -210,8 +211,8 @@ def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: floa
 class _Pencil(NamedTuple):
     values: Float[Tensor, "k d"]
     basis: Factor
-    ok: Tensor
-    jitter: Tensor
+    ok: Bool[Tensor, " k"]
+    jitter: Float[Tensor, " k"]
     condition: Float[Tensor, " k"]
 
 
@@ -220,14 +221,14 @@ def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pen
     shift, jitter = floored(first, damping)
     if kron.is_diagonal(first):
         damped = first + shift.unsqueeze(-1)
-        ok = torch.isfinite(second.sum()) & (damped > 0).all()
+        ok = kron.finite(second) & (damped.amin(1) > 0)
         return _Pencil(second / damped, damped.rsqrt(), ok, jitter, spread(damped))
     L, failed = torch.linalg.cholesky_ex(add_diagonal(first, shift))
     half = torch.linalg.solve_triangular(L, second, upper=False)
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
-    ok = (failed == 0).all() & torch.isfinite(whitened.sum())
+    ok = (failed == 0) & kron.finite(whitened)
     eye = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
-    values, Q = eigh(torch.where(ok, (whitened + whitened.mT) / 2, eye))
+    values, Q = eigh(kron.where(ok, (whitened + whitened.mT) / 2, eye))
     return _Pencil(values, torch.linalg.solve_triangular(L.mT, Q, upper=True), ok, jitter, condition(L))
 
 

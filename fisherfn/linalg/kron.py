@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from fisherfn import products
@@ -95,6 +95,16 @@ def trace(pairs: Sequence[Pair]) -> Float[Tensor, ""]:
 def times(x: Factor, scalar: Float[Tensor, " k"]) -> Factor:
     """Multiply the factor of each group by its own number."""
     return x * scalar.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def where(mask: Bool[Tensor, " k"], x: Factor, other: Tensor | float) -> Factor:
+    """Return the factor of each group if its mask is true, else the other matrix or number."""
+    return torch.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, other)
+
+
+def finite(x: Shaped[Tensor, "k *d"]) -> Bool[Tensor, " k"]:
+    """Return for each group whether all its numbers are finite, by their sum."""
+    return torch.isfinite(x.sum(tuple(range(1, x.ndim))))
 
 
 def matvec(G: Factor, A: Factor, W: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:

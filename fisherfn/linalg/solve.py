@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn import masked
+from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
-def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
-    """Return the damping, at least the working precision of the matrix, and the largest increase."""
+def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return the damping, at least the working precision of the matrix, and the increase."""
     shift = torch.maximum(damping.to(matrix.dtype), torch.finfo(matrix.dtype).eps * diagonal(matrix).sum(-1))
-    return shift, (shift - damping).amax()
+    return shift, shift - damping
 
 
 def condition(factor: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k"]:
@@ -45,7 +46,7 @@ class Spectrum(NamedTuple):
 
     values: Float[Tensor, "k d"]
     vectors: Factor
-    ok: Bool[Tensor, ""]
+    ok: Bool[Tensor, " k"]
 
 
 def eigh(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d d"]]:
@@ -90,10 +91,10 @@ def psd_eigh(matrix: Factor) -> Spectrum:
     Eigenvalues below $d\,\epsilon\,\lambda_{max}$ are set to zero: their sign and size are numerical noise, which an
     inverse would amplify if the damping is small.
     """
-    ok = torch.isfinite(matrix.sum())
+    ok = kron.finite(matrix)
     if is_diagonal(matrix):
-        return Spectrum(torch.where(ok, matrix, 1.0), torch.ones_like(matrix), ok)
+        return Spectrum(kron.where(ok, matrix, 1.0), torch.ones_like(matrix), ok)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    values, vectors = eigh(torch.where(ok, matrix, eye))
+    values, vectors = eigh(kron.where(ok, matrix, eye))
     noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]
     return Spectrum(torch.where(values > noise, values, 0.0), vectors, ok)

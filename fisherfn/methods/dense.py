@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fisherfn.base import Diagnostics, LayerMethod
 from fisherfn.errors import HyperparameterError
+from fisherfn.linalg import kron
 from fisherfn.linalg.solve import add_diagonal, condition, floored
 from fisherfn.per_example import example_matrices, matrix_windows
 from fisherfn.taps import AnyTap
@@ -68,8 +69,8 @@ class Dense(LayerMethod):
         """Factorise `F_l + λI` by Cholesky, in float64; λ is at least the precision of the matrix."""
         shift, jitter = floored(factors, damping.expand(len(factors)))
         factor, failed = torch.linalg.cholesky_ex(add_diagonal(factors.double(), shift.double()))
-        ok = (failed == 0).all() & torch.isfinite(factor.sum()) & (shift > 0).all()
-        return factor, ok, {"jitter": jitter, "condition": condition(factor).amax()}
+        ok = (failed == 0) & kron.finite(factor) & (shift > 0)
+        return factor, ok, {"jitter": jitter, "condition": condition(factor)}
 
     def apply(self, inverse: Block, W: Matrix) -> Matrix:
         """Solve with the factor."""

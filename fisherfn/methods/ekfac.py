@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fisherfn import products
 from fisherfn.base import Diagnostics, Updated, Which, factorwise
+from fisherfn.equal_shapes import each
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
@@ -54,6 +55,7 @@ class EKFAC(KroneckerMethod):
     name = "ekfac"
     fit_passes = 2
     inverts_updated = True
+    joined_up_to = 0  # an inverse shares its basis with the factors, and takes no factorisation
 
     def init_block(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, damping: Tensor
@@ -67,42 +69,34 @@ class EKFAC(KroneckerMethod):
         """Return moments, basis and eigenvalues of one batch."""
         del previous
         A, G = moments(tap, self.diagonal_above)
-        QA, QG = psd_eigh(A).vectors, psd_eigh(G).vectors
+        QA, QG = basis(Pair(A, G))
         return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
 
     def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
-        follows = {key: inverting if isinstance(inverting, bool) else key in inverting for key in taps}
-        bases = {key: self._moments_and_basis(old[key], tap, rho, follows[key]) for key, tap in taps.items()}
-        measures = {key: partial(diagonal, QA=QA, QG=QG) for key, (_, _, QA, QG) in bases.items()}
+        news = {key: moments(tap, self.diagonal_above) for key, tap in taps.items()}
+        averages = {key: factorwise(Pair(old[key].A, old[key].G), new, rho) for key, new in news.items()}
+        changed = {key: pair for key, pair in averages.items() if inverting is True or inverting and key in inverting}
+        bases = {key: Pair(old[key].QA, old[key].QG) for key in taps} | each(basis, changed)
+        measures = {key: partial(diagonal, QA=Q.A, QG=Q.G) for key, Q in bases.items()}
         for key, new in means(taps, measures).items():
-            A, G, QA, QG = bases[key]
-            before = moved(old[key], QA, QG) if follows[key] else old[key].scale
+            before = moved(old[key], *bases[key]) if key in changed else old[key].scale
             scale = torch.lerp(new, before, rho.to(new.dtype))
-            yield key, Factors(A, G, QA, QG, scale), {}
-
-    def _moments_and_basis(
-        self, old: Factors, tap: AnyTap, rho: Tensor, inverting: bool
-    ) -> tuple[Factor, Factor, Factor, Factor]:
-        """Return the averaged moments and their basis: the old one, unless `inverting`."""
-        A, G = factorwise(Pair(old.A, old.G), moments(tap, self.diagonal_above), rho)
-        QA, QG = (psd_eigh(A).vectors, psd_eigh(G).vectors) if inverting else (old.QA, old.QG)
-        return A, G, QA, QG
+            yield key, Factors(averages[key].A, averages[key].G, bases[key].A, bases[key].G, scale), {}
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:
         """Replace the basis by that of the moments; the second pass measures the eigenvalues in it."""
-        return {
-            key: each._replace(QA=psd_eigh(each.A).vectors, QG=psd_eigh(each.G).vectors)
-            for key, each in factors.items()
-        }
+        bases = each(basis, {key: Pair(block.A, block.G) for key, block in factors.items()})
+        return {key: block._replace(QA=bases[key].A, QG=bases[key].G) for key, block in factors.items()}
 
     def invert_block(self, factors: Factors, damping: Float[Tensor, ""]) -> tuple[damped.Rotated, Tensor, Diagnostics]:
         """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
         added = added_by_factors(factors, damping) if self.damping_form == "factored" else damping
         denominator = factors.scale + added
-        ok = (denominator > 0).all() & torch.isfinite(denominator.sum())
+        lowest = denominator.amin((1, 2))
+        ok = (lowest > 0) & kron.finite(denominator)
         inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
-        return inverse, ok, {"jitter": torch.zeros_like(damping), "condition": spread(denominator.flatten(-2)).amax()}
+        return inverse, ok, {"jitter": torch.zeros_like(lowest), "condition": spread(denominator.flatten(1))}
 
     def matvec_block(self, factors: Factors, W: Matrix) -> Matrix:
         """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
@@ -136,6 +130,11 @@ def ekfac(damping_form: DampingForm | str = "factored", diagonal_above: int = DI
         HyperparameterError: a negative width.
     """
     return EKFAC(damping_form, diagonal_above)
+
+
+def basis(pair: Pair) -> Pair:
+    """Return the eigenvectors of both moments."""
+    return Pair(psd_eigh(pair.A).vectors, psd_eigh(pair.G).vectors)
 
 
 def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:

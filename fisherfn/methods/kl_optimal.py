@@ -89,7 +89,7 @@ class KLOptimal(OneTerm):
     def _half_sweep(self, product: Callable[[Factor], Factor], unit: Factor) -> Factor:
         """Return the best factor of one side for a given one, of mean eigenvalue 1, of the other side."""
         inverse, ok, _, _ = damped_inverse(unit, unit.new_full(unit.shape[:1], self.relative_damping))
-        inverse = torch.where(ok, inverse, torch.nan)
+        inverse = kron.where(ok, inverse, torch.nan)
         return kron.times(product(inverse), 1 / kron.dot(unit, inverse))
 
 

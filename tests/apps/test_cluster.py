@@ -176,3 +176,25 @@ def test_the_job_of_ccc_msub_reads_its_arguments_and_resumes(job):
     first, second = (job.folder / "said").read_text().splitlines()
     assert first.startswith("-m torch.distributed.run --standalone --nproc_per_node 4 apps/train_mlp.py")
     assert first.endswith("--save_every 100 --overwrite --data DIGITS") and " --resume --data DIGITS" in second
+
+
+def test_an_array_trains_the_parts_of_a_sweep_which_merge_into_one(job):
+    """The second part was stopped in its first job: it goes back into the queue, and ends in its second job."""
+    grid = ["--data", "own:load", "--batch_size", "8", "--optim", "sgd", "--lr", "0.1,0.01,0.001", "--num_epochs", "1"]
+    variables = {"RUN": "mine", "SLURM_ARRAY_TASK_COUNT": "2"}
+    first = job("sweep.sbatch", *grid, SLURM_JOB_ID="5", SLURM_ARRAY_TASK_ID="0", **variables)
+    assert first.returncode == 0, first.stderr_text
+    part = job.folder / "results" / "sweep" / "mine" / "slice-1-of-2"
+    said = stand_in(job, f'mkdir -p {part}\necho "$*" >>said\necho "{{}}" >{part}/sweep.json\nexit 143')
+    second = {"SLURM_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1", **variables}
+    assert job("sweep.sbatch", *grid, **second, **said).returncode == 143
+    assert (job.folder / "scontrol.log").read_text() == "requeue 6\n"
+    assert job("sweep.sbatch", *grid, **second, **said).returncode == 143
+    starts = [line.split("--slice env ")[1].split()[0] for line in (job.folder / "said").read_text().splitlines()]
+    assert starts == ["--overwrite", "--resume"]
+    (part / "sweep.json").unlink()
+    assert job("sweep.sbatch", *grid, **second).returncode == 0
+    merge = [sys.executable, "apps/sweep.py", *grid, "--result_name", "mine", "--slice", "merge"]
+    done = subprocess.run(merge, cwd=job.folder, capture_output=True, text=True, check=True)
+    assert "missing" not in done.stderr and "not ended" not in done.stderr
+    assert len((part.parent / "table.csv").read_text().splitlines()) == 4

@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import yaml
 
 import sweep
 from common.checkpoints import load_checkpoint
-from common.config import read
+from common.config import ConfigError, read
 from common.sweep import auto, report, stages
 from common.sweep.grid import parse_grid, rows, slice_of
 from common.train_config import TrainConfig
@@ -132,6 +135,57 @@ def test_slices_together_are_the_whole_sweep(own, monkeypatch, capsys):
         assert one["run"] == other["run"] and float(one["train_loss"]) == pytest.approx(float(other["train_loss"]))
     assert (merged / "best.yml").read_text() == (whole / "best.yml").read_text()
     assert slice_of(5, (1, 2)) == [1, 3]
+
+
+SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+TORCHRUN = ("RANK", "WORLD_SIZE")
+
+
+@pytest.mark.parametrize("names", [SLURM, TORCHRUN], ids=["slurm", "torchrun"])
+def test_two_processes_with_a_slice_each_give_the_table_of_one_bit_for_bit(own, names):
+    argv = [*BASE, *FIXED, "--damping", "0.1,1", "--seed", "0,1", "--models_at_once", "1"]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    inherited = {name: value for name, value in os.environ.items() if name not in (*SLURM, *TORCHRUN)}
+    command = [sys.executable, sweep.__file__, *argv, "--slice", "env"]
+    environments = [inherited | dict(zip(names, (str(part), "2"), strict=True)) for part in range(2)]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for environment in environments]
+    assert [process.communicate(timeout=300) and process.returncode for process in processes] == [0, 0]
+    merged = sweep.main([*argv, "--slice", "merge"])
+    assert numbers(merged) == numbers(whole) and len(numbers(whole)) == 8
+    for name in ("best.yml", "best_test.yml"):
+        assert (merged / name).read_text() == (whole / name).read_text()
+
+
+def test_only_slices_of_one_sweep_are_merged(own, capsys):
+    sweep.main([*BASE, *FIXED, "--slice", "0/2"])
+    with pytest.raises(ConfigError, match="slice-0-of-2 was started with another argv"):
+        sweep.main([*BASE, *FIXED, "--lr", "0.3,0.2", "--slice", "merge"])
+    with pytest.raises(ConfigError, match="slice-0-of-2 was started with another by"):
+        sweep.main([*BASE, *FIXED, "--by", "test_loss", "--slice", "merge"])
+    sweep.main([*BASE, *FIXED, "--slice", "1/3"])
+    with pytest.raises(ConfigError, match="slices of 2 and of 3 parts"):
+        sweep.main([*BASE, *FIXED, "--slice", "merge"])
+    with pytest.raises(ConfigError, match="this slice has no runs: the grid has only 2"):
+        sweep.main([*BASE, *FIXED, "--slice", "2/3"])
+
+
+def test_an_array_that_is_not_numbered_from_0_is_refused(own, monkeypatch, capsys):
+    """The only part of an array that is started again has the count 1: it must not take the whole grid."""
+    for name, value in zip(SLURM, ("1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        sweep.main([*BASE, *FIXED, "--slice", "env"])
+    assert "number the array from 0, and start a single part with --slice i/n" in capsys.readouterr().err
+
+
+def test_runs_that_a_slice_has_not_finished_are_named(own, capsys):
+    for part in ("0/2", "1/2"):
+        folder = sweep.main([*BASE, *FIXED, "--slice", part])
+    lines = stages.read(folder / "metrics.jsonl")
+    (folder / "metrics.jsonl").unlink()
+    stages.append(folder / "metrics.jsonl", lines[:-1])
+    sweep.main([*BASE, *FIXED, "--slice", "merge"])
+    assert "1 of 2 runs have not ended: 1" in capsys.readouterr().err
 
 
 def test_shared_data_is_that_of_the_first_seed(own):

@@ -7,7 +7,7 @@ wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +59,9 @@ def choose(problem: Problem, rows: Sequence[int], steps: int) -> tuple[int, list
     return min(found, key=lambda each: each.seconds).members, found
 
 
-def cost(group: Group, at: Snapshot, steps: int, repeat: int = 2) -> float:
+def cost(
+    group: Group, at: Snapshot, steps: int, repeat: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds per step of a group, averaged over the refreshes of a run of this length."""
     cadence = group.problem.optimizer.cadence
     dues = [tuple(cadence(step)) for step in range(max(1, min(steps, HORIZON)))]
@@ -70,7 +72,7 @@ def cost(group: Group, at: Snapshot, steps: int, repeat: int = 2) -> float:
     for due in sorted(set(dues), reverse=True):
         index = dues.index(due)
         group.step(at._replace(step=index), batch, draws)
-        best = min(_timed(group, at._replace(step=index), batch, draws) for _ in range(repeat))
+        best = min(_timed(group, at._replace(step=index), batch, draws, clock) for _ in range(repeat))
         total += best * dues.count(due) / len(dues)
     return total
 
@@ -92,9 +94,15 @@ def free_memory(at: Snapshot) -> float:
         return float("inf")
 
 
-def _timed(group: Group, at: Snapshot, batch: tuple[torch.Tensor, torch.Tensor], draws: list[torch.Generator]) -> float:
-    start = time.perf_counter()
+def _timed(
+    group: Group,
+    at: Snapshot,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    draws: list[torch.Generator],
+    clock: Callable[[], float],
+) -> float:
+    start = clock()
     group.step(at, batch, draws)
     if at.active.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
