@@ -185,6 +185,28 @@ def solve(system: System, gradients: Mapping[str, Gradient]) -> dict[str, Tensor
     return {key: _remainder(V, taps[key], c) / damping.to(dtype) for key, V in v.items()}
 
 
+def solve_own(
+    system: System, coefficients: Float[Tensor, " n"], inner: bool
+) -> tuple[dict[str, Tensor], Tensor | tuple[()]]:
+    r"""Return `(F + λI)⁻¹ ∇` for a gradient in the rows of F, `∇ = 1/N Σ c_n W_n`; with ⟨∇, nat⟩ if requested.
+
+    With b = c/√N the gradient is Ub, so that $(U U^\top + \lambda I)^{-1} U b = U y$ with
+    $y = (U^\top U + \lambda I)^{-1} b$. Neither the gradient nor its inner products with the rows are computed, and
+    ⟨∇, nat⟩ is `‖b‖² − λ bᵀy`.
+    """
+    taps, factor, damping = system
+    dtype, n = next(iter(taps.values())).dtype, examples(taps)
+    if in_parameters(taps):
+        c = (coefficients / n).to(dtype).unsqueeze(0)
+        v = {key: combine(tap, c) for key, tap in taps.items()}
+        nat = solve(system, v)
+        return nat, torch.stack([(V * nat[key]).sum() for key, V in v.items()]).sum() if inner else ()
+    b = coefficients.double() / math.sqrt(n)
+    y = _cholesky_solve(factor, b)
+    nat = {key: combine(tap, (y / math.sqrt(n)).to(dtype).unsqueeze(0)) for key, tap in taps.items()}
+    return nat, (b @ b - damping.double() * (b @ y)).to(dtype) if inner else ()
+
+
 def _rows_serve(tap: Any, V: Gradient) -> bool:
     """Return True if the inner products can be computed from rows of both taps, without forming W or ∇."""
     if isinstance(V, Tensor):

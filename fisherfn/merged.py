@@ -15,6 +15,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Size, Tensor
 
 from fisherfn import rows, tree
@@ -138,12 +139,23 @@ class SumStats(Stats):
         context = {name: stats.context for name, stats in terms.items()} if layout.has_context else ()
         n = sum(stats.examples for stats in terms.values())
         losses = torch.cat([weights[name] * n / stats.examples * stats.losses for name, stats in terms.items()])
-        return cls(loss, outputs, context, {}, checks, layout, {}, losses, terms, weights)
+        return cls(loss, outputs, context, {}, checks, layout, {}, losses, terms=terms, weights=weights)
 
     @property
     def examples(self) -> int:
         """The number of examples of all terms."""
         return sum(stats.examples for stats in self.terms.values())
+
+    @property
+    def coefficients(self) -> Float[Tensor, " n"] | None:
+        """The c of the gradient `1/N Σ c_n W_n` in the per-example gradients of `taps`; None if there is no such c."""
+        parts = []
+        for name, stats in self.terms.items():
+            own = stats.coefficients
+            if own is None:
+                return None
+            parts.append(own * self._share(name) ** 0.5)  # the loss tap has the whole factor, `lazy_tap` its root
+        return torch.cat(parts)
 
     def lazy_tap(self, key: str) -> AnyTap:
         """Return the block's tap: the examples of all terms, scaled so that its Fisher is the weighted sum."""
@@ -197,7 +209,9 @@ def _flatten(stats: SumStats) -> tuple[list[Any], Any]:
 
 def _unflatten(children: list[Any], facts: Any) -> SumStats:
     loss, outputs, context, layers, checks, plain, losses, terms = children
-    return SumStats(loss, outputs, context, layers, checks, facts[0], plain, losses, terms, dict(facts[1]))
+    return SumStats(
+        loss, outputs, context, layers, checks, facts[0], plain, losses, terms=terms, weights=dict(facts[1])
+    )
 
 
 tree.register(SumStats, _flatten, _unflatten)

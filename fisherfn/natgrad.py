@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fisherfn import dataset, tree
-from fisherfn.base import Estimated, Method, Which, chosen
+from fisherfn.base import Estimated, Method
 from fisherfn.errors import StructureError, expect, expect_number, expect_positive
 from fisherfn.methods import named
-from fisherfn.state import State
+from fisherfn.state import State, if_ok, info_of
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
 from fisherfn.types import Info, Model, PyTree, Tree, at_least_single
 from fisherfn.views import Views
+from fisherfn.which import Which, chosen
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class NaturalGradient(Views):
         new, result = self._updated(state, stats, weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
-        return _all_ok(info, new, state), info
+        return if_ok(info, new, state), info
 
     def invert(self, state: State, *, only: Collection[str] | None = None) -> tuple[State, Info]:
         """Recompute the damped inverses from the factors; if any check fails, return the input state.
@@ -77,7 +78,7 @@ class NaturalGradient(Views):
         self._check_state(state)
         new, result = self._inverted(state, True if only is None else self._which(only))
         info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
-        return _all_ok(info, new, state), info
+        return if_ok(info, new, state), info
 
     def fit(
         self,
@@ -121,7 +122,7 @@ class NaturalGradient(Views):
         state, info = dataset.fit(self.method, empty, loader, collect, generator)
         state, result = self._inverted(state)
         info = self._info(info.checks | {"factorisation": result.ok}, loss=info.loss, diagnostics=result.diagnostics)
-        return _all_ok(info, state, empty), info
+        return if_ok(info, state, empty), info
 
     def step(
         self,
@@ -186,10 +187,11 @@ class NaturalGradient(Views):
             new = new if damping is None else new._replace(damping=damping(new))
             new, result = self._inverted(new, which)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
-        nat, product = self._precondition(new, grads, inner)
+        own = stats.coefficients if which is True and isinstance(stats, Stats) and stats is grads else None
+        nat, product = self._precondition(new, grads, inner, own)
         checks["step"] = tree.finite_each(product.matrices)
         info = self._info(checks, inner=product.inner, diagnostics=diagnostics)
-        return nat, state if new is state else _all_ok(info, new, state), info
+        return nat, state if new is state else if_ok(info, new, state), info
 
     advance = step_from
     """The name of `step_from` in version 0.1, for one more version."""
@@ -218,8 +220,15 @@ class NaturalGradient(Views):
         result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
         return counted._replace(factors=result.factors), result
 
+    def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
+        return info_of(self.layout.block_shapes, checks, **measured)
+
+    @property
+    def _coupled(self) -> str:
+        return self.method.name if self.method.couples else ""
+
     def _which(self, invert: bool | Collection[str]) -> Which:
-        return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self.method)
+        return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self._coupled)
 
     def _inverted(self, state: State, which: Which = True) -> tuple[State, Estimated]:
         if isinstance(which, bool):
@@ -228,15 +237,6 @@ class NaturalGradient(Views):
         result = self.method.invert({key: state.factors[key] for key in state.factors if key in which}, state.damping)
         passed = dict.fromkeys(state.factors, torch.ones_like(state.count, dtype=torch.bool))
         return state._replace(inverses=state.inverses | result.factors), result._replace(ok=passed | result.ok)
-
-    def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
-        """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""
-        keys = [block.key for block in self.layout.blocks]
-        batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
-        blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
-        masks = [_all(batch).expand(len(keys)), *blocks] if batch else blocks
-        ok = reduce(torch.logical_and, masks).unbind()
-        return Info(checks=checks, ok=dict(zip(keys, ok, strict=True)), **measured)
 
 
 def natural_gradient(
@@ -286,12 +286,3 @@ def natural_gradient(
     likelihood = known_likelihood(likelihood, fisher, samples)
     layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused, uncovered=uncovered)
     return NaturalGradient(model, layout, likelihood, fisher, samples, method)
-
-
-def _all_ok(info: Info, new: State, old: State) -> State:
-    """Return the new state if all checks passed, else the old one."""
-    return tree.select(_all(info.ok.values()), new, old)
-
-
-def _all(masks: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(masks)).all()

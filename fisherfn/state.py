@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherfn.types import PyTree
+from fisherfn import tree
+from fisherfn.types import Info, PyTree
 
 
 class State(NamedTuple):
@@ -43,3 +46,17 @@ class State(NamedTuple):
         r = n / mean
         rho = torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
         return self._replace(count=count, examples=mean), rho
+
+
+def info_of(keys: Collection[str], checks: dict[str, Any], **measured: Any) -> Info:
+    """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""
+    batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
+    blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
+    masks = [torch.stack(batch).all().expand(len(keys)), *blocks] if batch else blocks
+    ok = reduce(torch.logical_and, masks).unbind()
+    return Info(checks=checks, ok=dict(zip(keys, ok, strict=True)), **measured)
+
+
+def if_ok(info: Info, new: State, old: State) -> State:
+    """Return the new state if all checks passed, else the old one."""
+    return tree.select(torch.stack(list(info.ok.values())).all(), new, old)

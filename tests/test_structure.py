@@ -54,6 +54,7 @@ FLOORS = {
             "per_example",
             "free_constant",
             "shares",
+            "which",
         ],
         Floor("ground", 0),
     ),

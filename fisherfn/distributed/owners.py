@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.distributed.ranks import Ranks, from_bytes
 from fisherfn.distributed.triangles import filled, triangle
 from fisherfn.gradients import Gradient
@@ -25,6 +25,7 @@ from fisherfn.operators import Kind
 from fisherfn.shares import costs, owners
 from fisherfn.taps import AnyTap
 from fisherfn.types import PyTree, Shape
+from fisherfn.which import Which
 
 
 @dataclass(frozen=True)

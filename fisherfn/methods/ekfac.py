@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import products
-from fisherfn.base import Diagnostics, Updated, Which, factorwise
+from fisherfn.base import Diagnostics, Updated, factorwise
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import psd_eigh, spread
@@ -35,6 +35,7 @@ from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
 from fisherfn.taps import AnyTap, means
 from fisherfn.types import Matrix, PyTree, Shape
+from fisherfn.which import Which, includes
 
 
 class Factors(NamedTuple):
@@ -72,7 +73,7 @@ class EKFAC(KroneckerMethod):
 
     def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
-        follows = {key: inverting if isinstance(inverting, bool) else key in inverting for key in taps}
+        follows = {key: includes(inverting, key) for key in taps}
         bases = {key: self._moments_and_basis(old[key], tap, rho, follows[key]) for key, tap in taps.items()}
         measures = {key: partial(diagonal, QA=QA, QG=QG) for key, (_, _, QA, QG) in bases.items()}
         for key, new in means(taps, measures).items():

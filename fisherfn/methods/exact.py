@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import lowrank, rows, tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure
 from fisherfn.gradients import Gradient
@@ -32,6 +32,7 @@ from fisherfn.lowrank import System, combine, examples, gram, inner_products, to
 from fisherfn.per_example import example_matrices, squares
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Shape
+from fisherfn.which import Which
 
 UNKNOWNS = 16384
 """Size of the largest system that is factorised: 2 GiB in float64."""
@@ -101,6 +102,18 @@ class Exact(Method):
         for system in inverses.values():
             solved |= lowrank.solve(system, {key: gradients[key] for key in system.taps})
         products = [_inner(gradient, solved[key]) for key, gradient in gradients.items()] if inner else []
+        return Preconditioned(solved, torch.stack(products).sum() if inner else ())
+
+    def precondition_own(
+        self, inverses: dict[str, System], c: Float[Tensor, " n"], shapes: Mapping[str, Shape], inner: bool
+    ) -> Preconditioned:
+        """Return `(F + λI)⁻¹ ∇` for `∇ = 1/N Σ c_n W_n` in the rows of F, group by group."""
+        solved: dict[str, Tensor] = {}
+        products = []
+        for system in inverses.values():
+            nat, product = lowrank.solve_own(system, c, inner)
+            solved |= {key: matrix.reshape(shapes[key][:3]) for key, matrix in nat.items()}
+            products.append(product)
         return Preconditioned(solved, torch.stack(products).sum() if inner else ())
 
     def matvec(self, factors: Taps, matrices: Matrices) -> dict[str, Tensor]:

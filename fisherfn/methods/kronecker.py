@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import gradients, rearrangement, rows
-from fisherfn.base import Diagnostics, LayerMethod, Updated, Which
+from fisherfn.base import Diagnostics, LayerMethod, Updated
 from fisherfn.errors import HyperparameterError, expect_count, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
@@ -25,6 +25,7 @@ from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair, Sum
 from fisherfn.per_example import squares
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Product, PyTree, Shape
+from fisherfn.which import Which
 
 DampingForm = Literal["factored", "eigen"]
 

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned
 from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
@@ -54,6 +54,7 @@ from fisherfn.methods.kfac import KFAC
 from fisherfn.operators import Kind
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import PyTree, Shape
+from fisherfn.which import Which
 
 FORMS = ("multiplicative", "balanced", "additive")
 ALIASES = {"tpselepedis": "tselepidis"}

@@ -205,7 +205,7 @@ class Collector:
         checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
-        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll, kind == "empirical")
 
     def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
         valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)

@@ -46,12 +46,19 @@ class Stats(OneProcess):
     """The gradient of the mean loss for the parameters that are in no block and take the plain gradient."""
     losses: Tensor = field(default_factory=lambda: torch.full((1,), torch.nan))
     """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
+    empirical: bool = False
+    """True if the Fisher is made of the gradients of the loss on the data."""
 
     @property
     def examples(self) -> int:
         """The number of examples, N."""
         block = self.layout.blocks[0]
         return self.layers[block.key].inputs[0].shape[0] // block.uses[0].repeats
+
+    @property
+    def coefficients(self) -> Float[Tensor, " n"] | None:
+        """The c of the gradient `1/N Σ c_n W_n` in the per-example gradients of `taps`; None if there is no such c."""
+        return self.losses.new_ones(self.examples, dtype=torch.float64) if self.empirical else None
 
     @property
     def taps(self) -> dict[str, Tap]:
@@ -102,14 +109,14 @@ class Stats(OneProcess):
         return gradient(self.layout.block(key), stats.inputs, stats.loss_grads)
 
 
-def _flatten(stats: Stats) -> tuple[list[Any], Layout]:
+def _flatten(stats: Stats) -> tuple[list[Any], tuple[Layout, bool]]:
     fields = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
-    return fields, stats.layout
+    return fields, (stats.layout, stats.empirical)
 
 
-def _unflatten(children: list[Any], layout: Layout) -> Stats:
+def _unflatten(children: list[Any], config: tuple[Layout, bool]) -> Stats:
     loss, outputs, context, layers, checks, plain, losses = children
-    return Stats(loss, outputs, context, layers, checks, layout, plain, losses)
+    return Stats(loss, outputs, context, layers, checks, config[0], plain, losses, config[1])
 
 
 tree.register(Stats, _flatten, _unflatten)
