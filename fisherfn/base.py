@@ -31,6 +31,10 @@ Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 """Finished blocks in any order: key, new factors, diagnostics."""
 
 
+Rho: TypeAlias = Tensor | Mapping[str, Tensor]
+"""The weight of the old factors in the running average: one number, or one per block."""
+
+
 class Estimated(NamedTuple):
     """New factors (or inverses), masks that are true if they are valid, and diagnostics."""
 
@@ -73,7 +77,7 @@ class Method(ABC):
         """Return empty factors and inverses; preconditioning with these gives grad/λ."""
 
     @abstractmethod
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Return factors of these statistics, blended with weight ρ on the old ones.
 
         `inverting` names the blocks that `invert` follows for; methods may skip work needed only for inversion.
@@ -167,10 +171,12 @@ class LayerMethod(Method):
         del inverting
         return self.blend(old, self.estimate(tap, old), rho), {}
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
-        """Update all blocks; a method overrides this if many blocks at once cost less."""
+    def update_blocks(
+        self, old: PyTree, taps: Mapping[str, AnyTap], rho: Mapping[str, Tensor], inverting: Which
+    ) -> Updated:
+        """Update the blocks of these taps; a method overrides this if many blocks at once cost less."""
         for key, tap in taps.items():
-            yield key, *self.update_block(old[key], tap, rho, includes(inverting, key))
+            yield key, *self.update_block(old[key], tap, rho[key], includes(inverting, key))
 
     def apply_tap(self, inverse: PyTree, tap: Tap, inner: bool) -> Product:
         """Multiply the gradient of a loss tap by the inverse, with ⟨∇, nat⟩ if requested."""
@@ -214,12 +220,13 @@ class LayerMethod(Method):
         pairs = {key: self.init_block(shape, dtype, device, damping) for key, shape in shapes.items()}
         return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
-        """Update all blocks; a block is valid if its factors are finite."""
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
+        """Update the blocks of these taps; a block is valid if its factors are finite."""
+        rho = dict.fromkeys(taps, rho) if isinstance(rho, Tensor) else rho
         new, ok, diagnostics = {}, {}, {}
         for key, blended, measured in self.update_blocks(factors, taps, rho, inverting):
             new[key], ok[key], diagnostics[key] = blended, tree.finite(blended), measured
-        return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
+        return Estimated({key: new[key] for key in taps}, {key: ok[key] for key in taps}, _by_name(diagnostics))
 
     def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
         """Invert all blocks that are given."""

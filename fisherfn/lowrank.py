@@ -88,9 +88,16 @@ def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
     sums, start = [], 0
     for part in tap.windows():
         here = c[:, start : start + part.sizes.n]
-        sums.append(rows.outer(torch.einsum("sn,ksnto->knto", here, part.g), part.a))
+        sums.append(rows.outer(_weighted(part.g, here), part.a))
         start += part.sizes.n
     return reduce(torch.add, sums)
+
+
+def _weighted(g: Float[Tensor, "k s n t o"], c: Float[Tensor, "s n"]) -> Float[Tensor, "k n t o"]:
+    """Return `Σ_s c_sn g_sn`."""
+    if g.shape[1] == 1:
+        return g.squeeze(1) * c.reshape(-1, 1, 1)
+    return torch.einsum("sn,ksnto->knto", c, g)
 
 
 def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
@@ -119,7 +126,10 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
     k, s, n, t, o, _ = x.sizes
     _, r, m, u, _, _ = y.sizes
     products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
-    inputs = rows.gram(x.a, y.a).reshape(k, 1, n, t, 1, m, u)
+    inputs = rows.gram(x.a, y.a)
+    if s == t == r == u == 1:
+        return (products * inputs).sum(0).unsqueeze(0) if k > 1 else products * inputs
+    inputs = inputs.reshape(k, 1, n, t, 1, m, u)
     return (products.reshape(k, s, n, t, r, m, u) * inputs).sum((0, 3, 6)).reshape(s, n, r * m)
 
 
@@ -219,7 +229,7 @@ def _remainder(V: Gradient, tap: Any, c: Float[Tensor, "s n"]) -> Float[Tensor, 
     """Return `V − Σ_sn c_sn W_sn`, in one product for a gradient given as a loss tap."""
     if isinstance(V, Tensor):
         return V - combine(tap, c).reshape(V.shape)
-    g = torch.cat([V.g.squeeze(1) / V.sizes.n, torch.einsum("sn,ksnto->knto", -c, tap.g)], 1)
+    g = torch.cat([V.g.squeeze(1) / V.sizes.n, _weighted(tap.g, -c)], 1)
     return rows.outer(g, torch.cat([rows.dense(V.a), rows.dense(tap.a)], 1))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.types import Info, PyTree
+from fisherfn.which import Which, includes
 
 
 class State(NamedTuple):
@@ -20,10 +21,12 @@ class State(NamedTuple):
     Attributes:
         damping: λ, in the units of the Fisher of the mean loss.
         ema: weight of the old factors in the running average.
-        count: number of updates so far.
+        count: number of updates so far, each of all blocks or of some.
         examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
         factors: the result of `update` for each block, in the method's own structure.
         inverses: the result of `invert`, computed from the factors.
+        block_count: number of updates of each block, in the order of the blocks.
+        block_examples: mean number of examples per update of each block.
     """
 
     damping: Float[Tensor, ""]
@@ -32,20 +35,41 @@ class State(NamedTuple):
     examples: Float[Tensor, ""]
     factors: PyTree
     inverses: PyTree
+    block_count: Int[Tensor, " b"] | tuple[()] = ()
+    block_examples: Float[Tensor, " b"] | tuple[()] = ()
 
-    def counted(self, n: float | Tensor) -> tuple[State, Float[Tensor, ""]]:
-        """Count one more update with n examples; return also the weight ρ of the old factors in the running average.
+    def complete(self, keys: Collection[str]) -> State:
+        """Return the state with counts for each block, which are all equal in one from a version without them."""
+        if isinstance(self.block_count, Tensor):
+            return self
+        blocks = len(keys)
+        return self._replace(block_count=self.count.repeat(blocks), block_examples=self.examples.repeat(blocks))
 
-        ρ = min(1 − 1/k, ema) in update k for batches of equal size; a smaller batch counts less.
+    def counted(
+        self, n: float | Tensor, keys: Collection[str], which: Which = True
+    ) -> tuple[State, dict[str, Float[Tensor, ""]]]:
+        """Count one more update of some blocks with n examples; return also the weight ρ of each one's old factors.
+
+        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less.
         """
-        count = self.count + 1
-        k = count.to(self.ema.dtype)
+        old_count, old_examples = self.complete(keys)[-2:]
+        count, examples, _ = self._averaged(self.count, self.examples, n)
+        block_count, block_examples, rho = self._averaged(old_count, old_examples, n)
+        if which is not True:
+            mask = torch.tensor([includes(which, key) for key in keys], device=self.ema.device)
+            block_count = torch.where(mask, block_count, old_count)
+            block_examples = torch.where(mask, block_examples, old_examples)
+        new = self._replace(count=count, examples=examples, block_count=block_count, block_examples=block_examples)
+        return new, {key: each for key, each in zip(keys, rho.unbind(), strict=True) if includes(which, key)}
+
+    def _averaged(self, count: Tensor, examples: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next number of updates, their mean number of examples, and ρ."""
+        k = (count + 1).to(self.ema.dtype)
         # a state from a version that did not count examples: assume that its batches had this size
-        before = torch.where((self.count > 0) & (self.examples == 0), n, self.examples)
+        before = torch.where((count > 0) & (examples == 0), n, examples)
         mean = before + (n - before) / k
         r = n / mean
-        rho = torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
-        return self._replace(count=count, examples=mean), rho
+        return count + 1, mean, torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
 
 
 def info_of(keys: Collection[str], checks: dict[str, Any], **measured: Any) -> Info:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from fisherfn.errors import StructureError
 
 Which: TypeAlias = bool | frozenset[str]
-"""The blocks to refresh: all, none, or those with these keys."""
+"""The blocks to refresh: all (True), none (False), or those with these keys."""
 
 
 def chosen(asked: Collection[str] | object, keys: Collection[str], coupled: str = "") -> Which:
@@ -31,7 +31,8 @@ def chosen(asked: Collection[str] | object, keys: Collection[str], coupled: str 
         raise StructureError(
             f"{coupled} couples its blocks, so it updates and inverts them together: pass True or False."
         )
-    return frozenset(asked)
+    found = frozenset(asked)
+    return len(found) > 0 if len(found) in (0, len(keys)) else found
 
 
 def includes(which: Which, key: str) -> bool:

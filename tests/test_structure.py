@@ -68,6 +68,7 @@ FLOORS = {
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
     **dict.fromkeys(["views", "dataset", "influence", "merged"], Floor("roof", 4)),
+    "refreshes": Floor("roof", 4.5),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
     **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),

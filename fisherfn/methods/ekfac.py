@@ -71,15 +71,17 @@ class EKFAC(KroneckerMethod):
         QA, QG = psd_eigh(A).vectors, psd_eigh(G).vectors
         return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
+    def update_blocks(
+        self, old: PyTree, taps: Mapping[str, AnyTap], rho: Mapping[str, Tensor], inverting: Which
+    ) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
         follows = {key: includes(inverting, key) for key in taps}
-        bases = {key: self._moments_and_basis(old[key], tap, rho, follows[key]) for key, tap in taps.items()}
+        bases = {key: self._moments_and_basis(old[key], tap, rho[key], follows[key]) for key, tap in taps.items()}
         measures = {key: partial(diagonal, QA=QA, QG=QG) for key, (_, _, QA, QG) in bases.items()}
         for key, new in means(taps, measures).items():
             A, G, QA, QG = bases[key]
             before = moved(old[key], QA, QG) if follows[key] else old[key].scale
-            scale = torch.lerp(new, before, rho.to(new.dtype))
+            scale = torch.lerp(new, before, rho[key].to(new.dtype))
             yield key, Factors(A, G, QA, QG, scale), {}
 
     def _moments_and_basis(

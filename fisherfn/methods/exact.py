@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import lowrank, rows, tree
-from fisherfn.base import Estimated, Method, Preconditioned
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure
 from fisherfn.gradients import Gradient
@@ -65,7 +65,7 @@ class Exact(Method):
         nothing = torch.zeros(0, 0, dtype=torch.float64, device=device)
         return taps, {key: System(group, nothing, damping.clone()) for key, group in self.groups(taps).items()}
 
-    def update(self, factors: Taps, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: Taps, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Replace the statistics by the newest ones, in the precision of the state, at least float32.
 
         Raises:

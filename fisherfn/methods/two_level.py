@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
@@ -133,7 +133,7 @@ class TwoLevel(Method):
         like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
         return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
 
-    def update(self, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: Factors, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Update the fine method; replace the statistics if an inversion follows."""
         fine = self.fine.update(factors.fine, taps, rho, inverting)
         if not inverting:
