@@ -8,7 +8,8 @@ from torch import nn
 
 import fisherfn as ff
 from fisherfn.methods import METHODS
-from fisherfn.shares import costs
+from fisherfn.shares import costs, dealt, moment_costs
+from fisherfn.stagger import _positions
 from tests.oracles import close
 
 SEPARATE = [name for name, build in METHODS.items() if not build().couples]
@@ -260,9 +261,9 @@ def test_updates_of_some_blocks_that_cannot_be_are_typed_errors():
 # ------------------------------------------------------------------------------------------------- the cadence
 
 
-def test_every_block_once_per_period_and_never_with_statistics():
+def test_every_block_once_per_period_and_never_with_statistics_that_are_taken_together():
     ng, _, _ = small()
-    cadence = ff.staggered(ng, update_every=2, invert_every=6)
+    cadence = ff.staggered(ng, update_every=2, invert_every=6, stagger_statistics=False)
     assert cadence(0) == (True, True)
     dues = [cadence(step) for step in range(6, 18)]
     assert [due.update for due in dues] == [True, False] * 6
@@ -274,12 +275,67 @@ def test_every_block_once_per_period_and_never_with_statistics():
 def test_groups_cost_the_same():
     """Sixteen equal layers and a wide one, in five of six steps: no step has more than the wide one costs."""
     ng, _, _ = small(widths=(*[4] * 17, 9))
-    groups = ff.staggered(ng, update_every=6, invert_every=6).groups
+    groups = ff.staggered(ng, update_every=6, invert_every=6, stagger_statistics=False).groups
     work = costs(ng.layout.block_shapes, 100)
     shares = [sum(work[key] for key in group) for group in groups]
     largest = max(work.values())
     assert shares[0] == 0 and max(shares) == largest
     assert max(shares[1:]) - min(shares[1:]) <= largest
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_every_block_is_updated_and_inverted_as_often_as_by_a_usual_cadence(method):
+    """Sixteen layers and a wide one; the loads are recomputed from the groups, by the definition of the costs."""
+    ng, _, _ = small(method, widths=(*[4] * 17, 9))
+    every, period, keys = 3, 6, keys_of(ng)
+    shapes, rows = ng.layout.block_shapes, dict.fromkeys(keys, 5)
+    cadence = ff.staggered(ng, update_every=every, invert_every=period, examples=5)
+    assert cadence(0) == (True, True)
+    dues = [cadence(step) for step in range(period, 3 * period)]
+    for start in range(0, len(dues), every):
+        assert sorted(key for due in dues[start : start + every] for key in due.update) == sorted(keys)
+    for start in range(0, len(dues), period):
+        assert sorted(key for due in dues[start : start + period] for key in due.invert) == sorted(keys)
+    if method == "ekfac":
+        assert all(due.invert <= due.update for due in dues)
+    moments, inversions, backward = (
+        moment_costs(shapes, rows, 100),
+        costs(shapes, 100),
+        5.0 * sum(o * i for _, o, i, _ in shapes.values()),
+    )
+
+    def longest(groups):
+        return max(
+            backward * bool(update) + sum(moments[key] for key in update) + sum(inversions[key] for key in invert)
+            for update, invert in groups
+        )
+
+    together = [(set(keys) if step % every == 0 else (), set(keys) if step == 0 else ()) for step in range(period)]
+    assert longest(dues[:period]) < 0.6 * longest(together)
+    found = dealt(moments, inversions, backward, every, period, method == "ekfac")
+    assert longest(zip(found.updates, found.inversions, strict=True)) == pytest.approx(found.longest)
+    assert [*zip(found.updates, found.inversions, strict=True)] == [tuple(due) for due in dues[:period]]
+
+
+def test_an_expensive_backward_pass_is_made_once_per_interval():
+    """The number of steps with statistics is the smallest one that does not make the longest step longer."""
+    moments, inversions = dict.fromkeys("abcd", 1.0), dict.fromkeys("abcd", 0.0)
+    for backward, steps in ((1000.0, 1), (0.0, 4)):
+        found = dealt(moments, inversions, backward, 4, 4)
+        assert sum(map(bool, found.updates)) == steps
+        assert found.longest == backward + 4 / steps
+    assert sum(map(bool, dealt(moments, dict.fromkeys("abcd", 50.0), 0.5, 4, 4).updates)) <= 2
+
+
+def test_statistics_of_a_layer_cost_more_with_more_positions():
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    model, params, context = ff.functional(net)
+    x = torch.randn(3, 2, 6, 6, generator=generator)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
+    stats = ng.stats(params, (x, torch.zeros(3, 5)), context=context, generator=generator)
+    for block in ng.layout.blocks:
+        assert _positions(block) == stats.lazy_tap(block.key).sizes.t
 
 
 def test_blocks_of_ekfac_are_inverted_where_their_eigenvectors_are_found():
@@ -288,7 +344,8 @@ def test_blocks_of_ekfac_are_inverted_where_their_eigenvectors_are_found():
     state = ng.init(params, damping=0.1)
     bases = []
     for step in range(7):
-        _, state, info = ng.step(params, state, batches[step // 2 % 2], **cadence(step)._asdict())
+        x, y = batches[step % 2]
+        _, state, info = ng.step(params, state, ((1 + step) * x, y), **cadence(step)._asdict())
         ff.check(info)
         bases.append({key: factors.QA for key, factors in state.factors.items()})
     assert all(due.update for due in map(cadence, range(12)) if due.invert)
@@ -330,3 +387,5 @@ def test_errors_teach():
         ff.staggered(ng, update_every=3, invert_every=10)
     with pytest.raises(ff.errors.HyperparameterError, match="update_every"):
         ff.staggered(ng, update_every=0)
+    with pytest.raises(ff.errors.HyperparameterError, match="examples"):
+        ff.staggered(ng, examples=0)
