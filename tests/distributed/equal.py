@@ -183,9 +183,7 @@ def errors(rank, group):
         "shape": lambda: ng.stats(params, (x if first else x[:, :-1], y), generator=same),
         "generator": lambda: ng.stats(params, (x, y), generator=random),
         "arguments": lambda: ng.stats(params, (x, y), generator=same, curvature=first),
-        "blocks": lambda: ng.stats(
-            params, (x, y), generator=same, curvature=first or {next(iter(ng.layout.block_shapes))}
-        ),
+        "blocks": lambda: ng.stats(params, (x, y), generator=same, curvature=first or some),
         "empty": lambda: ng.stats(params, (x[:0], y[:0]), generator=same),
         "invert": lambda: ng.step(params, state, (x, y), generator=same, invert=first),
         "state": lambda: ng.step_from(state if first else (), found_stats),
