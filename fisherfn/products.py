@@ -42,6 +42,20 @@ def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
     return F.pad(y, (0, missing)) if missing and y.shape[-1] >= WIDE else y
 
 
+def gram(rows: Float[Tensor, "k m i"]) -> Float[Tensor, "k m m"]:
+    """Return `rows rowsᵀ`; for many rows only the blocks on and right of the diagonal are computed, 5/8 of the work."""
+    m, i = rows.shape[1:]
+    if m < WIDE or i < m // 2:
+        return matmul(rows, rows.mT)
+    size = -(-m // 4)
+    gram = rows.new_empty(rows.shape[0], m, m)
+    for start in range(0, m, size):
+        panel = rows[:, start : start + size] @ rows[:, start:].mT
+        gram[:, start : start + size, start:] = panel
+        gram[:, start:, start : start + size] = panel.mT
+    return gram
+
+
 def square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
     """Return `flatᵀ flat`; for many rows only the blocks on and above the diagonal are computed, 5/8 of the work."""
     m, i = flat.shape[1:]

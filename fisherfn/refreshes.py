@@ -52,6 +52,7 @@ class Refreshes(Views):
         *,
         weight: float | Tensor | None = None,
         only: Collection[str] | None = None,
+        inverting: bool | Collection[str] = True,
     ) -> tuple[State, Info]:
         """Update the running average of the factors from `stats`; if any check fails, return the input state.
 
@@ -62,6 +63,8 @@ class Refreshes(Views):
             stats: statistics of a batch.
             weight: weight of these statistics relative to those of other updates; None: their number of examples.
             only: keys of blocks; None: all that have statistics.
+            inverting: whether `invert` follows, or for which blocks. Otherwise E-KFAC keeps its basis, which saves most
+                of the time.
 
         Raises:
             StructureError: no block has such a key or no statistics, or the method couples the blocks.
@@ -71,7 +74,7 @@ class Refreshes(Views):
         if weight is not None:
             expect_positive("weight", weight)
         which, state = self._which(stats.sampled if only is None else only), state.complete(self.layout.block_shapes)
-        new, result = self._updated(state, stats, which, weight=weight)
+        new, result = self._updated(state, stats, which, self._which(inverting), weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
         return if_ok(info, new, state), info
