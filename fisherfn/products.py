@@ -45,7 +45,7 @@ def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
 def gram(rows: Float[Tensor, "k m i"]) -> Float[Tensor, "k m m"]:
     """Return `rows rowsᵀ`; for many rows only the blocks on and right of the diagonal are computed, 5/8 of the work."""
     m, i = rows.shape[1:]
-    if m < WIDE or i < m // 2:
+    if m < WIDE or i < m:
         return matmul(rows, rows.mT)
     size = -(-m // 4)
     gram = rows.new_empty(rows.shape[0], m, m)

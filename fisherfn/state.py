@@ -40,10 +40,8 @@ class State(NamedTuple):
 
     def complete(self, keys: Collection[str]) -> State:
         """Return the state with counts for each block, which are all equal in one from a version without them."""
-        if isinstance(self.block_count, Tensor):
-            return self
-        blocks = len(keys)
-        return self._replace(block_count=self.count.repeat(blocks), block_examples=self.examples.repeat(blocks))
+        block_count, block_examples = self._of_blocks(len(keys))
+        return self._replace(block_count=block_count, block_examples=block_examples)
 
     def counted(
         self, n: float | Tensor, keys: Collection[str], which: Which = True
@@ -52,7 +50,7 @@ class State(NamedTuple):
 
         ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less.
         """
-        old_count, old_examples = self.complete(keys)[-2:]
+        old_count, old_examples = self._of_blocks(len(keys))
         count, examples, _ = self._averaged(self.count, self.examples, n)
         block_count, block_examples, rho = self._averaged(old_count, old_examples, n)
         if which is not True:
@@ -61,6 +59,12 @@ class State(NamedTuple):
             block_examples = torch.where(mask, block_examples, old_examples)
         new = self._replace(count=count, examples=examples, block_count=block_count, block_examples=block_examples)
         return new, {key: each for key, each in zip(keys, rho.unbind(), strict=True) if includes(which, key)}
+
+    def _of_blocks(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """Return the number of updates of each block, and their mean number of examples."""
+        if isinstance(self.block_count, Tensor) and isinstance(self.block_examples, Tensor):
+            return self.block_count, self.block_examples
+        return self.count.repeat(blocks), self.examples.repeat(blocks)
 
     def _averaged(self, count: Tensor, examples: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the next number of updates, their mean number of examples, and ρ."""

@@ -113,7 +113,7 @@ class Exact(Method):
         for system in inverses.values():
             nat, product = lowrank.solve_own(system, c, inner)
             solved |= {key: matrix.reshape(shapes[key][:3]) for key, matrix in nat.items()}
-            products.append(product)
+            products += [product] if isinstance(product, Tensor) else []
         return Preconditioned(solved, torch.stack(products).sum() if inner else ())
 
     def matvec(self, factors: Taps, matrices: Matrices) -> dict[str, Tensor]:

@@ -38,17 +38,8 @@ from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
 from fisherfn.methods.coarse_spaces import (
-    COARSE,
-    Rows,
-    Space,
-    lifted,
-    ones,
-    published,
-    restricted,
-    solved,
-    space,
-    spectral,
-)
+    COARSE, Rows, Space, lifted, ones, published, restricted, solved, space, spectral,
+)  # fmt: skip
 from fisherfn.methods.exact import Taps, compact, empty_tap
 from fisherfn.methods.kfac import KFAC
 from fisherfn.operators import Kind
