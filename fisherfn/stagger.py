@@ -18,7 +18,6 @@ from typing import NamedTuple
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_count, expect_number
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.shares import costs, dealt, moment_costs, owners
-from fisherfn.stats import Block
 
 EXAMPLES = 256
 """The batch size for which statistics are dealt to the steps, unless another one is given."""
@@ -93,7 +92,7 @@ def staggered(
     limit, blocks = getattr(ng.method, "diagonal_above", 0), ng.layout.blocks
     work, together = costs(ng.layout.block_shapes, limit), ng.method.inverts_updated
     if stagger_statistics:
-        rows = {block.key: examples * _positions(block) for block in blocks}
+        rows = {block.key: examples * block.positions for block in blocks}
         moments = moment_costs(ng.layout.block_shapes, rows, limit)
         backward = sum(rows[block.key] * math.prod(block.shape) for block in blocks)
         shares = dealt(moments, work, backward, update_every, invert_every, together)
@@ -104,9 +103,3 @@ def staggered(
     place = owners(work, len(steps))
     groups = [frozenset(key for key in place if steps[place[key]] == step) for step in range(invert_every)]
     return Staggered(update_every, tuple(groups))
-
-
-def _positions(block: Block) -> int:
-    """Return the number of shared positions of a block's layer, T, over all its uses."""
-    k, o, _ = block.shape
-    return sum(max(1, use.repeats * math.prod(use.output_shape) // (k * o)) for use in block.uses)

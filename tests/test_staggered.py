@@ -9,7 +9,6 @@ from torch import nn
 import fisherfn as ff
 from fisherfn.methods import METHODS
 from fisherfn.shares import costs, dealt, moment_costs
-from fisherfn.stagger import _positions
 from tests.oracles import close
 
 SEPARATE = [name for name, build in METHODS.items() if not build().couples]
@@ -335,7 +334,7 @@ def test_statistics_of_a_layer_cost_more_with_more_positions():
     ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
     stats = ng.stats(params, (x, torch.zeros(3, 5)), context=context, generator=generator)
     for block in ng.layout.blocks:
-        assert _positions(block) == stats.lazy_tap(block.key).sizes.t
+        assert block.positions == stats.lazy_tap(block.key).sizes.t
 
 
 def test_blocks_of_ekfac_are_inverted_where_their_eigenvectors_are_found():

@@ -38,8 +38,17 @@ from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
 from fisherfn.methods.coarse_spaces import (
-    COARSE, Rows, Space, lifted, ones, published, restricted, solved, space, spectral,
-)  # fmt: skip
+    COARSE,
+    Rows,
+    Space,
+    lifted,
+    ones,
+    published,
+    restricted,
+    solved,
+    space,
+    spectral,
+)
 from fisherfn.methods.exact import Taps, compact, empty_tap
 from fisherfn.methods.kfac import KFAC
 from fisherfn.operators import Kind
@@ -277,10 +286,9 @@ def two_level(
 
 def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, Tensor]:
     """Return `F_• z = F z + λ z`, given `c = Σ_l ⟨W, z^l⟩` of every sample and example."""
-    n = examples(inverse.taps)
 
     def of(tap: Tap, v: Tensor) -> Tensor:
-        weights = (c / n).to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
+        weights = (c / examples(inverse.taps)).to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
         return combine(tap, weights).reshape(v.shape) + inverse.damping.to(v.dtype) * v
 
     return {key: of(tap, z[key]) for key, tap in inverse.taps.items()}
