@@ -181,6 +181,9 @@ def test_statistics_of_some_blocks_are_of_these_in_every_term():
             wanted = expected if other == key else state
             close(ff.tree.flatten(found.factors[other]), ff.tree.flatten(wanted.factors[other]))
             close(ff.tree.flatten(found.inverses[other]), ff.tree.flatten(wanted.inverses[other]))
+    first, second, _ = keys_of(both)
+    assert both.stats(params, batch, curvature={first}).terms["net"].sampled == {first}
+    assert both.stats(params, batch, curvature={second}).terms["layer"].sampled is False
     assert both.stats(params, batch, curvature=set()).sampled is False
 
 
