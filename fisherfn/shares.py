@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from fisherfn.types import Shape
 
+MOVED = 128
+"""Multiplications in the time in which a number of a layer's rows is read and written as often as its use needs."""
+
 SAME = 1.02
 """Ratio up to which two longest steps are equally long."""
 
@@ -33,11 +36,19 @@ def costs(shapes: Mapping[str, Shape], limit: int) -> dict[str, float]:
 
 
 def moment_costs(shapes: Mapping[str, Shape], rows: Mapping[str, int], limit: int) -> dict[str, float]:
-    """Return the cost of the moments of each block, in multiplications: k rows (i² + o²); diagonals are free."""
+    """Return the cost of the moments of each block, in multiplications: k rows (i² + o²), and the rows themselves.
+
+    A diagonal costs no product.
+    """
     return {
-        key: k * rows[key] * float((0 if i > limit or one_hot else i**2) + (0 if o > limit else o**2))
+        key: k * rows[key] * float((0 if i > limit or one_hot else i**2) + (0 if o > limit else o**2) + MOVED * (i + o))
         for key, (k, o, i, one_hot) in shapes.items()
     }
+
+
+def backward_cost(shapes: Mapping[str, Shape], rows: Mapping[str, int]) -> float:
+    """Return the cost of a backward pass to the activations, in multiplications."""
+    return sum(k * rows[key] * float(o * i + MOVED * (i + o)) for key, (k, o, i, _) in shapes.items())
 
 
 class Dealt(NamedTuple):

@@ -11,13 +11,12 @@ E-KFAC finds its eigenvectors in updates, so its blocks are inverted in steps th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_count, expect_number
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.shares import costs, dealt, moment_costs, owners
+from fisherfn.shares import backward_cost, costs, dealt, moment_costs, owners
 
 EXAMPLES = 256
 """The batch size for which statistics are dealt to the steps, unless another one is given."""
@@ -89,12 +88,12 @@ def staggered(
         )
     if ng.method.couples:
         raise StructureError(f"{ng.method.name} couples its blocks, so it inverts them together: use ff.Cadence.")
-    limit, blocks = getattr(ng.method, "diagonal_above", 0), ng.layout.blocks
+    limit = getattr(ng.method, "diagonal_above", 0)
     work, together = costs(ng.layout.block_shapes, limit), ng.method.inverts_updated
     if stagger_statistics:
-        rows = {block.key: examples * block.positions for block in blocks}
+        rows = {block.key: examples * block.positions for block in ng.layout.blocks}
         moments = moment_costs(ng.layout.block_shapes, rows, limit)
-        backward = sum(rows[block.key] * math.prod(block.shape) for block in blocks)
+        backward = backward_cost(ng.layout.block_shapes, rows)
         shares = dealt(moments, work, backward, update_every, invert_every, together)
         return Staggered(update_every, shares.inversions, shares.updates)
     with_statistics = range(0, invert_every, update_every)
