@@ -7,7 +7,7 @@ that its functions take and return.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import equal_shapes, tree
-from fisherfn.errors import StructureError
 from fisherfn.gradients import Gradient, as_matrix
 from fisherfn.operators import Kind, check_size, log_determinant
 from fisherfn.per_example import example_matrices, matrix_windows
 from fisherfn.taps import AnyTap, Tap, added
 from fisherfn.types import Matrix, Product, PyTree, Shape
+from fisherfn.which import Which, includes
 
 Diagnostics = dict[str, Tensor]
 """Measurements by name. The names are fixed for a method, so that the structure of `info` is fixed."""
@@ -30,8 +30,8 @@ Diagnostics = dict[str, Tensor]
 Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 """Finished blocks in any order: key, new factors, diagnostics."""
 
-Which: TypeAlias = bool | frozenset[str]
-"""The blocks to invert: all, none, or those with these keys."""
+Rho: TypeAlias = Tensor | Mapping[str, Tensor]
+"""The weight of the old factors in the running average: one number, or one per block."""
 
 
 class Estimated(NamedTuple):
@@ -76,7 +76,7 @@ class Method(ABC):
         """Return empty factors and inverses; preconditioning with these gives grad/λ."""
 
     @abstractmethod
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Return factors of these statistics, blended with weight ρ on the old ones.
 
         `inverting` names the blocks that `invert` follows for; methods may skip work needed only for inversion.
@@ -89,6 +89,13 @@ class Method(ABC):
     @abstractmethod
     def precondition(self, inverses: PyTree, gradients: Mapping[str, Gradient], inner: bool) -> Preconditioned:
         """Return the preconditioned gradients; a gradient is a matrix or a dense loss tap."""
+
+    def precondition_own(
+        self, inverses: PyTree, c: Float[Tensor, " n"], shapes: Mapping[str, Shape], inner: bool
+    ) -> Preconditioned | None:
+        """Return the preconditioned `1/N Σ c_n W_n` of the examples that were inverted; None: no cheaper way."""
+        del inverses, c, shapes, inner
+        return None
 
     @abstractmethod
     def matvec(self, factors: PyTree, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,11 +172,12 @@ class LayerMethod(Method):
         del inverting
         return self.blend(old, self.estimate(tap, old), rho), {}
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
-        """Update all blocks; a method overrides this if many blocks at once cost less."""
+    def update_blocks(
+        self, old: PyTree, taps: Mapping[str, AnyTap], rho: Mapping[str, Tensor], inverting: Which
+    ) -> Updated:
+        """Update the blocks of these taps; a method overrides this if many blocks at once cost less."""
         for key, tap in taps.items():
-            follows = inverting if isinstance(inverting, bool) else key in inverting
-            yield key, *self.update_block(old[key], tap, rho, follows)
+            yield key, *self.update_block(old[key], tap, rho[key], includes(inverting, key))
 
     def apply_tap(self, inverse: PyTree, tap: Tap, inner: bool) -> Product:
         """Multiply the gradient of a loss tap by the inverse, with ⟨∇, nat⟩ if requested."""
@@ -213,12 +221,13 @@ class LayerMethod(Method):
         pairs = {key: self.init_block(shape, dtype, device, damping) for key, shape in shapes.items()}
         return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
-        """Update all blocks; a block is valid if its factors are finite."""
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
+        """Update the blocks of these taps; a block is valid if its factors are finite."""
+        rho = dict.fromkeys(taps, rho) if isinstance(rho, Tensor) else rho
         new, ok, diagnostics = {}, {}, {}
         for key, blended, measured in self.update_blocks(factors, taps, rho, inverting):
             new[key], ok[key], diagnostics[key] = blended, tree.finite(blended), measured
-        return Estimated({key: new[key] for key in factors}, {key: ok[key] for key in factors}, _by_name(diagnostics))
+        return Estimated({key: new[key] for key in taps}, {key: ok[key] for key in taps}, _by_name(diagnostics))
 
     def invert(self, factors: PyTree, damping: Float[Tensor, ""]) -> Estimated:
         """Invert all blocks that are given, those of equal shapes together."""
@@ -274,22 +283,6 @@ class LayerMethod(Method):
 def factorwise(old: PyTree, new: PyTree, rho: Float[Tensor, ""]) -> PyTree:
     """Return `ρ old + (1 − ρ) new`, factor by factor."""
     return tree.map(lambda o, n: torch.lerp(n, o, rho.to(n.dtype)), old, new)
-
-
-def chosen(invert: Collection[str] | object, keys: Collection[str], method: Method) -> Which:
-    """Return which blocks to invert, given their keys, or a flag for all.
-
-    Raises:
-        StructureError: no block has such a key, or the method couples the blocks.
-    """
-    if not isinstance(invert, Collection):
-        return bool(invert)
-    wrong = [invert] if isinstance(invert, str) else [key for key in invert if key not in keys]
-    if wrong:
-        raise StructureError(f"pass blocks as a set of the keys {', '.join(map(repr, keys))}; got {wrong[0]!r}.")
-    if invert and method.couples:
-        raise StructureError(f"{method.name} couples its blocks, so it inverts them together: pass True or False.")
-    return frozenset(invert)
 
 
 def _by_name(diagnostics: Mapping[str, Diagnostics]) -> dict[str, Diagnostics]:

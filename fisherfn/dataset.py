@@ -65,7 +65,7 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
     total, loss = 0, torch.zeros(())
     checks: dict[str, Any] | None = None
     for stats in parts:
-        counted, rho = state.counted(float(stats.examples))
+        counted, rho = state.counted(float(stats.examples), stats.layout.block_shapes)
         taps = dict(stats.lazy_taps)
         if stats.examples > AT_ONCE:  # in chunks: no matrix of all pairs of examples is formed
             taps = {key: ChunkedTap(tap, AT_ONCE) for key, tap in taps.items()}

@@ -88,9 +88,16 @@ def combine(tap: AnyTap, c: Float[Tensor, "s n"]) -> Float[Tensor, "k o i"]:
     sums, start = [], 0
     for part in tap.windows():
         here = c[:, start : start + part.sizes.n]
-        sums.append(rows.outer(torch.einsum("sn,ksnto->knto", here, part.g), part.a))
+        sums.append(rows.outer(_weighted(part.g, here), part.a))
         start += part.sizes.n
     return reduce(torch.add, sums)
+
+
+def _weighted(g: Float[Tensor, "k s n t o"], c: Float[Tensor, "s n"]) -> Float[Tensor, "k n t o"]:
+    """Return `Σ_s c_sn g_sn`."""
+    if g.shape[1] == 1:
+        return g.squeeze(1) * c.reshape(-1, 1, 1)
+    return torch.einsum("sn,ksnto->knto", c, g)
 
 
 def gram(tap: AnyTap, other: AnyTap | None = None) -> Float[Tensor, "m p"]:
@@ -119,7 +126,10 @@ def _pairs(x: Tap, y: Tap) -> Float[Tensor, "s n m"]:
     k, s, n, t, o, _ = x.sizes
     _, r, m, u, _, _ = y.sizes
     products = x.g.reshape(k, s * n * t, o) @ y.g.reshape(k, r * m * u, o).mT
-    inputs = rows.gram(x.a, y.a).reshape(k, 1, n, t, 1, m, u)
+    inputs = rows.gram(x.a, y.a)
+    if s == t == r == u == 1:
+        return (products * inputs).sum(0).unsqueeze(0) if k > 1 else products * inputs
+    inputs = inputs.reshape(k, 1, n, t, 1, m, u)
     return (products.reshape(k, s, n, t, r, m, u) * inputs).sum((0, 3, 6)).reshape(s, n, r * m)
 
 
@@ -185,6 +195,28 @@ def solve(system: System, gradients: Mapping[str, Gradient]) -> dict[str, Tensor
     return {key: _remainder(V, taps[key], c) / damping.to(dtype) for key, V in v.items()}
 
 
+def solve_own(
+    system: System, coefficients: Float[Tensor, " n"], inner: bool
+) -> tuple[dict[str, Tensor], Tensor | tuple[()]]:
+    r"""Return `(F + λI)⁻¹ ∇` for a gradient in the rows of F, `∇ = 1/N Σ c_n W_n`; with ⟨∇, nat⟩ if requested.
+
+    With b = c/√N the gradient is Ub, so that $(U U^\top + \lambda I)^{-1} U b = U y$ with
+    $y = (U^\top U + \lambda I)^{-1} b$. Neither the gradient nor its inner products with the rows are computed, and
+    ⟨∇, nat⟩ is `‖b‖² − λ bᵀy`.
+    """
+    taps, factor, damping = system
+    dtype, n = next(iter(taps.values())).dtype, examples(taps)
+    if in_parameters(taps):
+        c = (coefficients / n).to(dtype).unsqueeze(0)
+        v = {key: combine(tap, c) for key, tap in taps.items()}
+        nat = solve(system, v)
+        return nat, torch.stack([(V * nat[key]).sum() for key, V in v.items()]).sum() if inner else ()
+    b = coefficients.double() / math.sqrt(n)
+    y = _cholesky_solve(factor, b)
+    nat = {key: combine(tap, (y / math.sqrt(n)).to(dtype).unsqueeze(0)) for key, tap in taps.items()}
+    return nat, (b @ b - damping.double() * (b @ y)).to(dtype) if inner else ()
+
+
 def _rows_serve(tap: Any, V: Gradient) -> bool:
     """Return True if the inner products can be computed from rows of both taps, without forming W or ∇."""
     if isinstance(V, Tensor):
@@ -197,7 +229,7 @@ def _remainder(V: Gradient, tap: Any, c: Float[Tensor, "s n"]) -> Float[Tensor, 
     """Return `V − Σ_sn c_sn W_sn`, in one product for a gradient given as a loss tap."""
     if isinstance(V, Tensor):
         return V - combine(tap, c).reshape(V.shape)
-    g = torch.cat([V.g.squeeze(1) / V.sizes.n, torch.einsum("sn,ksnto->knto", -c, tap.g)], 1)
+    g = torch.cat([V.g.squeeze(1) / V.sizes.n, _weighted(tap.g, -c)], 1)
     return rows.outer(g, torch.cat([rows.dense(V.a), rows.dense(tap.a)], 1))
 
 

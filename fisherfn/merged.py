@@ -15,6 +15,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Size, Tensor
 
 from fisherfn import rows, tree
@@ -23,10 +24,11 @@ from fisherfn.joined import JoinedTap, silent_tap
 from fisherfn.layers import FallbackConfig
 from fisherfn.per_example import example_matrices
 from fisherfn.stats import Block, Layout, Stats
+from fisherfn.stats.block_taps import lazy
 from fisherfn.stats.layout import Use
-from fisherfn.stats.statistics import lazy
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Shape, Tree
+from fisherfn.which import Which
 
 Layouts = Mapping[str, Layout]
 
@@ -97,6 +99,14 @@ def _touching(layout: Layout, names: tuple[str, ...]) -> tuple[Block, ...]:
     return tuple(block for block in layout.blocks if set(block.names) & set(names))
 
 
+def blocks_of(term: Layout, whole: Layout, which: Which) -> Which:
+    """Return the blocks of a term that the chosen common blocks consist of."""
+    if isinstance(which, bool):
+        return which
+    names = {name for key in which for name in whole.block(key).names}
+    return frozenset(block.key for block in term.blocks if names & set(block.names))
+
+
 @lru_cache(maxsize=4096)  # asked for each tap of each step
 def _serves(whole: Block, blocks: tuple[Block, ...]) -> bool:
     """Return True if the taps of a term's blocks are taps of this one, or are so with a column of zeros."""
@@ -126,9 +136,11 @@ class SumStats(Stats):
     """The statistics of each term."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weight of each term in the loss."""
+    which: Which = True
+    """The common blocks with Fisher samples."""
 
     @classmethod
-    def of(cls, terms: dict[str, Stats], weights: dict[str, float], layout: Layout) -> SumStats:
+    def of(cls, terms: dict[str, Stats], weights: dict[str, float], layout: Layout, which: Which = True) -> SumStats:
         """Add the statistics of the terms."""
         loss = torch.stack([weights[name] * stats.loss for name, stats in terms.items()]).sum()
         outputs = torch.cat([stats.outputs.flatten() for stats in terms.values()])
@@ -138,17 +150,34 @@ class SumStats(Stats):
         context = {name: stats.context for name, stats in terms.items()} if layout.has_context else ()
         n = sum(stats.examples for stats in terms.values())
         losses = torch.cat([weights[name] * n / stats.examples * stats.losses for name, stats in terms.items()])
-        return cls(loss, outputs, context, {}, checks, layout, {}, losses, terms, weights)
+        return cls(loss, outputs, context, {}, checks, layout, {}, losses, terms=terms, weights=weights, which=which)
 
     @property
     def examples(self) -> int:
         """The number of examples of all terms."""
         return sum(stats.examples for stats in self.terms.values())
 
+    @property
+    def sampled(self) -> Which:
+        """The common blocks with Fisher samples: all, none, or those with these keys."""
+        return self.which
+
+    @property
+    def coefficients(self) -> Float[Tensor, " n"] | None:
+        """The c of the gradient `1/N Σ c_n W_n` in the per-example gradients of `taps`; None if there is no such c."""
+        parts = []
+        for name, stats in self.terms.items():
+            own = stats.coefficients
+            if own is None:
+                return None
+            parts.append(own * self._share(name) ** 0.5)  # the loss tap has the whole factor, `lazy_tap` its root
+        return torch.cat(parts)
+
     def lazy_tap(self, key: str) -> AnyTap:
         """Return the block's tap: the examples of all terms, scaled so that its Fisher is the weighted sum."""
         taps = {name: self._term_tap(name, key, Stats.lazy_tap) for name in self.terms}
-        samples = max(stats.layers[stats.layout.blocks[0].key].grads[0].shape[0] for stats in self.terms.values())
+        layers = (layer for stats in self.terms.values() for layer in stats.layers.values())
+        samples = max(layer.grads[0].shape[0] for layer in layers if layer.grads)
         return JoinedTap(tuple(taps.values()), tuple(self._share(name) ** 0.5 for name in taps), samples)
 
     def lazy_loss_tap(self, key: str) -> AnyTap:
@@ -192,12 +221,24 @@ class SumStats(Stats):
 
 def _flatten(stats: SumStats) -> tuple[list[Any], Any]:
     leaves = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
-    return [*leaves, stats.terms], (stats.layout, tuple(stats.weights.items()))
+    return [*leaves, stats.terms], (stats.layout, tuple(stats.weights.items()), stats.which)
 
 
 def _unflatten(children: list[Any], facts: Any) -> SumStats:
     loss, outputs, context, layers, checks, plain, losses, terms = children
-    return SumStats(loss, outputs, context, layers, checks, facts[0], plain, losses, terms, dict(facts[1]))
+    return SumStats(
+        loss,
+        outputs,
+        context,
+        layers,
+        checks,
+        facts[0],
+        plain,
+        losses,
+        terms=terms,
+        weights=dict(facts[1]),
+        which=facts[2],
+    )
 
 
 tree.register(SumStats, _flatten, _unflatten)

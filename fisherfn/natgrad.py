@@ -4,80 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fisherfn import dataset, tree
-from fisherfn.base import Estimated, Method, Which, chosen
-from fisherfn.errors import StructureError, expect, expect_number, expect_positive
+from fisherfn.base import Method
+from fisherfn.errors import StructureError, expect
 from fisherfn.methods import named
-from fisherfn.state import State
+from fisherfn.refreshes import Refreshes
+from fisherfn.state import State, if_ok
 from fisherfn.stats import Batch, FisherKind, Stats, build, known_likelihood
-from fisherfn.types import Info, Model, PyTree, Tree, at_least_single
-from fisherfn.views import Views
+from fisherfn.types import Info, Model, PyTree, Tree
 
 
 @dataclass(frozen=True)
-class NaturalGradient(Views):
+class NaturalGradient(Refreshes):
     """A natural gradient for one model: pure functions of params, state and batch. Made by `natural_gradient`.
 
-    `stats`, `noise`, `for_shape` and `implicit_fisher` come from `Collector`, methods that read a state from `Views`.
+    `stats`, `noise`, `for_shape` and `implicit_fisher` come from `Collector`, methods that read a state from `Views`,
+    `init`, `update` and `invert` from `Refreshes`.
     """
-
-    def init(self, params: Tree, *, damping: float | Tensor = 1e-3, ema: float | Tensor = 0.95) -> State:
-        """Return the empty state: before the first `invert`, preconditioning gives grad/λ.
-
-        Args:
-            params: the parameters, with the names and shapes of the build.
-            damping: λ ≥ 0, in the units of the Fisher of the mean NLL. A tensor may be batched under `torch.vmap`.
-            ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema) for batches of equal size.
-
-        Raises:
-            HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
-        """
-        self.layout.validate(params)
-        expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
-        expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-        like = next(iter(params.values()))
-        dtype, device = at_least_single(like.dtype), like.device
-        λ = torch.as_tensor(damping, dtype=dtype, device=device)
-        factors, inverses = self.method.init(self.layout.block_shapes, dtype, device, λ)
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        ema = torch.as_tensor(ema, dtype=dtype, device=device)
-        return State(λ, ema, count, torch.zeros((), dtype=dtype, device=device), factors, inverses)
-
-    def update(self, state: State, stats: Stats, *, weight: float | Tensor | None = None) -> tuple[State, Info]:
-        """Update the running average of the factors from `stats`; if any check fails, return the input state.
-
-        Args:
-            state: the current state.
-            stats: statistics of a batch.
-            weight: weight of these statistics relative to those of other updates; None: their number of examples.
-        """
-        self._check_state(state)
-        self._check_stats(stats)
-        if weight is not None:
-            expect_positive("weight", weight)
-        new, result = self._updated(state, stats, weight=weight)
-        checks = {**stats.checks, "statistics": result.ok}
-        info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
-        return _all_ok(info, new, state), info
-
-    def invert(self, state: State, *, only: Collection[str] | None = None) -> tuple[State, Info]:
-        """Recompute the damped inverses from the factors; if any check fails, return the input state.
-
-        With `only`, the blocks with these keys are inverted, and the others keep their inverses.
-
-        Raises:
-            StructureError: no block has such a key, or the method couples the blocks.
-        """
-        self._check_state(state)
-        new, result = self._inverted(state, True if only is None else self._which(only))
-        info = self._info({"factorisation": result.ok}, diagnostics=result.diagnostics)
-        return _all_ok(info, new, state), info
 
     def fit(
         self,
@@ -121,7 +70,7 @@ class NaturalGradient(Views):
         state, info = dataset.fit(self.method, empty, loader, collect, generator)
         state, result = self._inverted(state)
         info = self._info(info.checks | {"factorisation": result.ok}, loss=info.loss, diagnostics=result.diagnostics)
-        return _all_ok(info, state, empty), info
+        return if_ok(info, state, empty), info
 
     def step(
         self,
@@ -129,7 +78,7 @@ class NaturalGradient(Views):
         state: State,
         batch: Batch,
         *,
-        update: bool = True,
+        update: bool | Collection[str] = True,
         invert: bool | Collection[str] = True,
         inner: bool = False,
         fisher: FisherKind | None = None,
@@ -143,10 +92,11 @@ class NaturalGradient(Views):
 
         If any check fails, the input state is returned unchanged.
 
-        `invert` may be the keys of some blocks (`ff.staggered`); the others keep their inverses. Labels are sampled
-        only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the cheapest way. See `stats` for
-        the other arguments and the errors raised.
+        `update` and `invert` may be the keys of some blocks (`ff.staggered`); the others keep their factors or
+        inverses. Labels are sampled only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the
+        cheapest way. See `stats` for the other arguments and the errors raised.
         """
+        update = self._which(update)
         stats = self.stats(
             params, batch, fisher=fisher, samples=samples, generator=generator if update else None,
             noise=noise if update else None, context=context, chunk_size=chunk_size, curvature=update,
@@ -170,9 +120,12 @@ class NaturalGradient(Views):
         inverses; default: the λ of the state.
         """
         self._check_step(state, grads, stats, invert=invert, inner=inner, damping=damping)
-        which = self._which(invert)
-        if damping is not None and not isinstance(which, bool):
-            raise StructureError("this λ is that of a refresh of all blocks: pass invert=True or False.")
+        state = state if stats is None else state.complete(self.layout.block_shapes)
+        which, updated = self._which(invert), False if stats is None else self._which(stats.sampled)
+        if damping is not None and not (isinstance(which, bool) and isinstance(updated, bool)):
+            raise StructureError(
+                "this λ is that of a refresh of all blocks: pass update=True and invert=True, or False."
+            )
         checks: dict[str, Any] = {}
         for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
             checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
@@ -180,16 +133,17 @@ class NaturalGradient(Views):
             checks["gradient"] = tree.finite(grads)
         new, diagnostics = state, {}
         if stats is not None:
-            new, result = self._updated(new, stats, which)
+            new, result = self._updated(new, stats, updated, which)
             checks["statistics"], diagnostics = result.ok, result.diagnostics
         if which:
             new = new if damping is None else new._replace(damping=damping(new))
             new, result = self._inverted(new, which)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
-        nat, product = self._precondition(new, grads, inner)
+        own = stats.coefficients if which is True and isinstance(stats, Stats) and stats is grads else None
+        nat, product = self._precondition(new, grads, inner, own)
         checks["step"] = tree.finite_each(product.matrices)
         info = self._info(checks, inner=product.inner, diagnostics=diagnostics)
-        return nat, state if new is state else _all_ok(info, new, state), info
+        return nat, state if new is state else if_ok(info, new, state), info
 
     advance = step_from
     """The name of `step_from` in version 0.1, for one more version."""
@@ -209,34 +163,6 @@ class NaturalGradient(Views):
         for given in (grads, stats):
             if isinstance(given, Stats):
                 self._check_stats(given)
-
-    def _updated(
-        self, state: State, stats: Stats, inverting: Which = True, weight: float | Tensor | None = None
-    ) -> tuple[State, Estimated]:
-        """Return the updated state, valid or not, and the result of the method's update with its masks."""
-        counted, rho = state.counted(float(stats.examples) if weight is None else weight)
-        result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
-        return counted._replace(factors=result.factors), result
-
-    def _which(self, invert: bool | Collection[str]) -> Which:
-        return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self.method)
-
-    def _inverted(self, state: State, which: Which = True) -> tuple[State, Estimated]:
-        if isinstance(which, bool):
-            result = self.method.invert(state.factors, state.damping)
-            return state._replace(inverses=result.factors), result
-        result = self.method.invert({key: state.factors[key] for key in state.factors if key in which}, state.damping)
-        passed = dict.fromkeys(state.factors, torch.ones_like(state.count, dtype=torch.bool))
-        return state._replace(inverses=state.inverses | result.factors), result._replace(ok=passed | result.ok)
-
-    def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
-        """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""
-        keys = [block.key for block in self.layout.blocks]
-        batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
-        blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
-        masks = [_all(batch).expand(len(keys)), *blocks] if batch else blocks
-        ok = reduce(torch.logical_and, masks).unbind()
-        return Info(checks=checks, ok=dict(zip(keys, ok, strict=True)), **measured)
 
 
 def natural_gradient(
@@ -286,12 +212,3 @@ def natural_gradient(
     likelihood = known_likelihood(likelihood, fisher, samples)
     layout = build(model, params, tree.plain(x), () if context is None else context, unused=unused, uncovered=uncovered)
     return NaturalGradient(model, layout, likelihood, fisher, samples, method)
-
-
-def _all_ok(info: Info, new: State, old: State) -> State:
-    """Return the new state if all checks passed, else the old one."""
-    return tree.select(_all(info.ok.values()), new, old)
-
-
-def _all(masks: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(masks)).all()

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 ALIGNED = 16
 """Length of which a row of a wide product is made a multiple, in numbers."""
 
+FEW = 16
+"""Rows of a product below which a copy of its right side takes longer than the product."""
+
 WIDE = 256
 """Width from which a product of many rows with themselves is split into blocks."""
 
@@ -24,7 +27,7 @@ def matmul(x: Float[Tensor, "... m j"], y: Float[Tensor, "... j i"]) -> Float[Te
 
 def product(x: Float[Tensor, "k m j"], y: Float[Tensor, "k j i"], factor: float = 1.0) -> Float[Tensor, "k m i"]:
     """Return `factor · x y`, equally fast for odd and even widths."""
-    width, wide = y.shape[-1], _aligned(y)
+    width, wide = y.shape[-1], _aligned(y) if x.shape[-2] >= FEW else y
     result = torch.baddbmm(x.new_zeros(()), x, wide, beta=0, alpha=factor)
     return result if wide is y else result[..., :width]
 
@@ -37,6 +40,20 @@ def _aligned(y: Float[Tensor, "k j i"]) -> Float[Tensor, "k j wide"]:
     """
     missing = -y.shape[-1] % ALIGNED
     return F.pad(y, (0, missing)) if missing and y.shape[-1] >= WIDE else y
+
+
+def gram(rows: Float[Tensor, "k m i"]) -> Float[Tensor, "k m m"]:
+    """Return `rows rowsᵀ`; for many rows only the blocks on and right of the diagonal are computed, 5/8 of the work."""
+    m, i = rows.shape[1:]
+    if m < WIDE or i < m:
+        return matmul(rows, rows.mT)
+    size = -(-m // 4)
+    gram = rows.new_empty(rows.shape[0], m, m)
+    for start in range(0, m, size):
+        panel = rows[:, start : start + size] @ rows[:, start:].mT
+        gram[:, start : start + size, start:] = panel
+        gram[:, start:, start : start + size] = panel.mT
+    return gram
 
 
 def square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherfn.types import PyTree
+from fisherfn import tree
+from fisherfn.types import Info, PyTree
+from fisherfn.which import Which, includes
 
 
 class State(NamedTuple):
@@ -17,10 +21,12 @@ class State(NamedTuple):
     Attributes:
         damping: λ, in the units of the Fisher of the mean loss.
         ema: weight of the old factors in the running average.
-        count: number of updates so far.
+        count: number of updates so far, each of all blocks or of some.
         examples: mean number of examples per update, or mean weight: a smaller batch counts less in the average.
         factors: the result of `update` for each block, in the method's own structure.
         inverses: the result of `invert`, computed from the factors.
+        block_count: number of updates of each block, in the order of the blocks.
+        block_examples: mean number of examples per update of each block.
     """
 
     damping: Float[Tensor, ""]
@@ -29,17 +35,56 @@ class State(NamedTuple):
     examples: Float[Tensor, ""]
     factors: PyTree
     inverses: PyTree
+    block_count: Int[Tensor, " b"] | tuple[()] = ()
+    block_examples: Float[Tensor, " b"] | tuple[()] = ()
 
-    def counted(self, n: float | Tensor) -> tuple[State, Float[Tensor, ""]]:
-        """Count one more update with n examples; return also the weight ρ of the old factors in the running average.
+    def complete(self, keys: Collection[str]) -> State:
+        """Return the state with counts for each block, which are all equal in one from a version without them."""
+        block_count, block_examples = self._of_blocks(len(keys))
+        return self._replace(block_count=block_count, block_examples=block_examples)
 
-        ρ = min(1 − 1/k, ema) in update k for batches of equal size; a smaller batch counts less.
+    def counted(
+        self, n: float | Tensor, keys: Collection[str], which: Which = True
+    ) -> tuple[State, dict[str, Float[Tensor, ""]]]:
+        """Count one more update of some blocks with n examples; return also the weight ρ of each one's old factors.
+
+        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less.
         """
-        count = self.count + 1
-        k = count.to(self.ema.dtype)
+        old_count, old_examples = self._of_blocks(len(keys))
+        count, examples, _ = self._averaged(self.count, self.examples, n)
+        block_count, block_examples, rho = self._averaged(old_count, old_examples, n)
+        if which is not True:
+            mask = torch.tensor([includes(which, key) for key in keys], device=self.ema.device)
+            block_count = torch.where(mask, block_count, old_count)
+            block_examples = torch.where(mask, block_examples, old_examples)
+        new = self._replace(count=count, examples=examples, block_count=block_count, block_examples=block_examples)
+        return new, {key: each for key, each in zip(keys, rho.unbind(), strict=True) if includes(which, key)}
+
+    def _of_blocks(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """Return the number of updates of each block, and their mean number of examples."""
+        if isinstance(self.block_count, Tensor) and isinstance(self.block_examples, Tensor):
+            return self.block_count, self.block_examples
+        return self.count.repeat(blocks), self.examples.repeat(blocks)
+
+    def _averaged(self, count: Tensor, examples: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next number of updates, their mean number of examples, and ρ."""
+        k = (count + 1).to(self.ema.dtype)
         # a state from a version that did not count examples: assume that its batches had this size
-        before = torch.where((self.count > 0) & (self.examples == 0), n, self.examples)
+        before = torch.where((count > 0) & (examples == 0), n, examples)
         mean = before + (n - before) / k
         r = n / mean
-        rho = torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
-        return self._replace(count=count, examples=mean), rho
+        return count + 1, mean, torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
+
+
+def info_of(keys: Collection[str], checks: dict[str, Any], **measured: Any) -> Info:
+    """Return an `Info` whose masks combine these checks; checks of the batch apply to every block."""
+    batch = [mask for mask in checks.values() if isinstance(mask, Tensor)]
+    blocks = [torch.stack([masks[key] for key in keys]) for masks in checks.values() if isinstance(masks, dict)]
+    masks = [torch.stack(batch).all().expand(len(keys)), *blocks] if batch else blocks
+    ok = reduce(torch.logical_and, masks).unbind()
+    return Info(checks=checks, ok=dict(zip(keys, ok, strict=True)), **measured)
+
+
+def if_ok(info: Info, new: State, old: State) -> State:
+    """Return the new state if all checks passed, else the old one."""
+    return tree.select(torch.stack(list(info.ok.values())).all(), new, old)

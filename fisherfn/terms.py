@@ -9,7 +9,7 @@ per-example gradients of all terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from fisherfn.base import Method
 from fisherfn.errors import FisherfnError, HyperparameterError, StructureError, expect, expect_number
-from fisherfn.merged import SumStats, merged
+from fisherfn.merged import SumStats, blocks_of, merged
 from fisherfn.methods import named
 from fisherfn.natgrad import NaturalGradient, natural_gradient
 from fisherfn.stats import FisherKind
 from fisherfn.types import Model, PyTree, Tree
+from fisherfn.which import chosen
 
 T = TypeVar("T")
 
@@ -60,7 +61,16 @@ class TermSum(NaturalGradient):
     terms: Mapping[str, NaturalGradient]
     weights: Mapping[str, float]
 
-    def stats(self, params: Tree, batch: Any, *, context: PyTree = None, noise: Any = None, **options: Any) -> SumStats:
+    def stats(
+        self,
+        params: Tree,
+        batch: Any,
+        *,
+        context: PyTree = None,
+        noise: Any = None,
+        curvature: bool | Collection[str] = True,
+        **options: Any,
+    ) -> SumStats:
         """Return loss, gradient and curvature statistics of one batch per term.
 
         Args:
@@ -68,18 +78,21 @@ class TermSum(NaturalGradient):
             batch: a dict with inputs and targets of each term.
             context: a dict with the context of each term that has one.
             noise: a dict with the noise of each term that samples labels, from `ng.noise`.
+            curvature: as for a single term; keys are those of the common blocks.
             options: as for a single term; a generator serves the terms in order.
 
         Raises:
-            StructureError: a term without batch, or a batch without term.
+            StructureError: a term without batch, a batch without term, or keys of no block.
             EmptyBatchError: a term without examples; see `NaturalGradient.stats` for the others.
         """
         self._check_terms(batch)
+        which = chosen(curvature, self.layout.block_shapes)
         collected = {}
         for name, term in self.terms.items():
             mine: dict[str, Any] = {"context": (context or {}).get(name), "noise": (noise or {}).get(name)}
+            mine["curvature"] = blocks_of(term.layout, self.layout, which)
             collected[name] = _in_term(name, partial(term.stats, params, batch[name], **mine, **options))
-        return SumStats.of(collected, dict(self.weights), self.layout)
+        return SumStats.of(collected, dict(self.weights), self.layout, which)
 
     def loss(self, params: Tree, batch: Any, *, context: PyTree = None) -> Tensor:
         """Return the weighted sum of the terms' mean negative log-likelihoods."""

@@ -159,13 +159,16 @@ class Views(Collector):
         """Return the gradient of each block, in the form that is cheapest to precondition."""
         return {block.key: cheapest_gradient(stats, block) for block in self.layout.blocks}
 
-    def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
-        gradients: Mapping[str, Tensor | Tap]
-        if isinstance(grads, Stats):
-            gradients = self._gradients(grads)
-        else:
-            gradients = self.layout.matrices(grads)
-        product = self.method.precondition(state.inverses, gradients, inner)
+    def _precondition(
+        self, state: State, grads: Tree | Stats, inner: bool, own: Tensor | None = None
+    ) -> tuple[Tree, Preconditioned]:
+        """Return the preconditioned gradient; `own` are its coefficients in the examples that were just inverted."""
+        product = None
+        if own is not None:
+            product = self.method.precondition_own(state.inverses, own, self.layout.block_shapes, inner)
+        if product is None:
+            gradients = self._gradients(grads) if isinstance(grads, Stats) else self.layout.matrices(grads)
+            product = self.method.precondition(state.inverses, gradients, inner)
         plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
         if plain and inner:
             product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))

@@ -124,7 +124,7 @@ def test_an_update_of_nothing_is_the_estimate_of_one_batch(method):
         expected = method.blend(empty[key], method.estimate(tap, empty[key]), 0 * ONE)
         same(updated[key], expected)
         same(LayerMethod.update_block(method, empty[key], tap, 0 * ONE, True)[0], expected)
-        same(list(LayerMethod.update_blocks(method, empty, {key: tap}, 0 * ONE, True))[0][1], expected)
+        same(list(LayerMethod.update_blocks(method, empty, {key: tap}, {key: 0 * ONE}, True))[0][1], expected)
 
 
 def test_the_default_average_is_factor_by_factor():

@@ -31,3 +31,11 @@ def test_a_product_with_itself_in_panels_is_the_product(width, rows):
 def test_products_of_matrices_and_of_batches_of_them(x, y):
     x, y = normal(*x), normal(*y, seed=1)
     close(products.matmul(x, y), torch.einsum("...mj,...ji->...mi", x, y))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 3), (256, 300), (259, 260)])
+def test_a_gram_matrix_is_that_of_the_rows(rows, width):
+    """Small ones in one product, large ones by panels of four sizes, some of them unequal."""
+    x = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close(products.gram(x), x @ x.mT)
+    close(torch.vmap(products.gram)(x.unsqueeze(1))[:, 0], x @ x.mT)

@@ -227,7 +227,9 @@ def test_a_state_of_before_examples_were_counted_goes_on():
     ng, params = build(net, x, fisher="type2")
     stats = ng.stats(params, (x, y), context={})
     state, _ = ng.update(ng.init(params), stats)
-    old, _ = ng.update(state._replace(examples=torch.zeros_like(state.examples)), stats)
+    old, _ = ng.update(
+        state._replace(examples=torch.zeros_like(state.examples), block_count=(), block_examples=()), stats
+    )
     new, _ = ng.update(state, stats)
     assert float(old.examples) == float(new.examples) == 8
     close(old.factors["weight"].A, new.factors["weight"].A)

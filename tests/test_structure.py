@@ -8,14 +8,14 @@ From the top (a file may import from lower floors of its own tower, and from the
     F7   optim                                             the shell for other people's loops, on the roof
     F6   adapt, distributed; stagger                       how far a step goes, and several processes, on the roof
     F5   natgrad, compiled                                 the roof, which alone knows both towers
-    F4   views, dataset                                    what a state says; factors of many batches
+    F4   views, dataset; refreshes                         what a state says; factors of many batches; new states
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
          lowrank, rearrangement
          gradients
          linalg
-    F0   types, masked, tree, errors, calls, operators, state      the ground, which both towers stand on
+    F0   types, masked, tree, errors, calls, operators, state, which  the ground, which both towers stand on
          members, equal_shapes, products, rows, taps, per_example
 """
 
@@ -55,6 +55,7 @@ FLOORS = {
             "per_example",
             "free_constant",
             "shares",
+            "which",
         ],
         Floor("ground", 0),
     ),
@@ -68,6 +69,7 @@ FLOORS = {
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
     **dict.fromkeys(["views", "dataset", "influence", "merged"], Floor("roof", 4)),
+    "refreshes": Floor("roof", 4.5),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),
     **dict.fromkeys(["adapt", "laplace", "distributed"], Floor("roof", 6)),

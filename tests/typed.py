@@ -148,6 +148,7 @@ TESTS = (
     "tests/decompositions/test_attention.py::test_gpt_2_writes_its_linear_layers_transposed_and_merged",
     "tests/layers/test_elementwise.py::test_another_path_than_at_the_build_is_an_error",
     "tests/methods/test_exact.py::test_a_gradient_in_rows_is_stepped_like_its_matrix",
+    "tests/methods/test_exact.py::test_so_are_gradients_of_weighted_examples_chunks_and_terms",
     "tests/methods/test_exact.py::test_its_own_fisher_is_at_no_distance",
     "tests/methods/test_kronecker_operator.py::test_an_update_leaves_statistics_and_the_old_state_as_they_were",
     "tests/methods/test_two_level.py::test_the_forms_are_different_steps",

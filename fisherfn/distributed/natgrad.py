@@ -72,7 +72,7 @@ class DataParallel(SharedStates):
         noise: Tensor | None = None,
         context: PyTree = None,
         chunk_size: int | None = None,
-        curvature: bool = True,
+        curvature: bool | Collection[str] = True,
     ) -> ReducedStats:
         """Return loss, gradient and curvature statistics of the global batch; `batch` is this rank's part.
 
@@ -84,9 +84,10 @@ class DataParallel(SharedStates):
             RankError: on every rank, if the ranks disagree or the call failed on one of them.
         """
         kind = self.fisher_kind if fisher is None else fisher
-        sampled = curvature and kind == "mc"
+        sampled = bool(curvature) and kind == "mc"
+        blocks = sorted(curvature) if isinstance(curvature, Collection) else curvature
         facts = {
-            "the arguments of ng.stats": (kind, samples, curvature, sampled and noise is None, placement(params)),
+            "the arguments of ng.stats": (kind, samples, blocks, sampled and noise is None, placement(params)),
             "the generator": of_tensors({"state": generator.get_state()}) if sampled and generator is not None else 0,
         }
         shard = self._agreed(facts, partial(self._count, params, batch, kind, context))
@@ -114,7 +115,7 @@ class DataParallel(SharedStates):
     def reduced(self, stats: Stats) -> ReducedStats:
         """Return the statistics of the global batch, given those of this rank, as `ff.join` returns them."""
         expect(stats, Stats, "stats", "pass what ng.local.stats(params, batch) or ff.join returned")
-        sampled = bool(next(iter(stats.layers.values())).grads)
+        sampled = [key for key, layer in stats.layers.items() if layer.grads]
         shard = self._agreed({"the kind of statistics": sampled}, lambda: stats.examples)
         return reduced(stats, self.ranks, shard)
 
@@ -134,7 +135,8 @@ class DataParallel(SharedStates):
 
         invert, inner, damping = (options[name] for name in ("invert", "inner", "damping"))
         blocks = sorted(invert) if isinstance(invert, Collection) else invert
-        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), stats is not None)
+        sampled = isinstance(stats, Stats) and [key for key, layer in stats.layers.items() if layer.grads]
+        asked = (blocks, inner, damping is not None, isinstance(grads, Stats), sampled)
         agreed(self.ranks, {"the arguments of a step (invert, inner, damping, statistics)": asked}, fits)
 
     def _gradients(self, stats: Stats) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.distributed.ranks import Ranks, from_bytes
 from fisherfn.distributed.triangles import filled, triangle
 from fisherfn.gradients import Gradient
@@ -25,6 +25,7 @@ from fisherfn.operators import Kind
 from fisherfn.shares import costs, owners
 from fisherfn.taps import AnyTap
 from fisherfn.types import PyTree, Shape
+from fisherfn.which import Which
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Owned(Method):
         """Return the empty state of the method."""
         return self.inner.init(shapes, dtype, device, damping)
 
-    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: PyTree, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Update the factors of all blocks, which every rank needs for its part of later messages."""
         return self.inner.update(factors, taps, rho, inverting)
 

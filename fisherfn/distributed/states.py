@@ -103,9 +103,11 @@ class SharedStates(NaturalGradient):
         """Return the method whose inverses stay with their owners, if there is one."""
         return preconditioners(self.method)
 
-    def _precondition(self, state: State, grads: Tree | Stats, inner: bool) -> tuple[Tree, Preconditioned]:
+    def _precondition(
+        self, state: State, grads: Tree | Stats, inner: bool, own: Tensor | None = None
+    ) -> tuple[Tree, Preconditioned]:
         """Return the preconditioned gradient, sharded as the parameters of the statistics are."""
-        nat, product = super()._precondition(state, grads, inner)
+        nat, product = super()._precondition(state, grads, inner, own)
         sharding = grads.sharding if isinstance(grads, ReducedStats) else None
         return nat if sharding is None else sharding.scatter(nat), product
 

@@ -80,8 +80,8 @@ class ReducedStats(Stats):
         """Return the tap of a block for the sampled labels of the global batch."""
         if not self.layers[key].grads:
             raise StructureError(
-                f"block {key!r} has no Fisher samples: these statistics were made with curvature=False. "
-                "Call ng.stats without it to update the curvature."
+                f"block {key!r} has no Fisher samples: these statistics were made with curvature=False or for other "
+                "blocks. Call ng.stats without it to update the curvature."
             )
         return self._sampled.tap(key)
 
@@ -91,7 +91,7 @@ class ReducedStats(Stats):
 
     @cached_property
     def _sampled(self) -> Exchange:
-        raw = {key: Raw(stats.inputs, stats.grads) for key, stats in self.layers.items()}
+        raw = {key: Raw(stats.inputs, stats.grads) for key, stats in self.layers.items() if stats.grads}
         return Exchange(self.ranks, self.shard, self.layout, raw)
 
     @cached_property
@@ -119,7 +119,8 @@ def reduced(stats: Stats, ranks: Ranks, shard: Shard, sharding: Sharding | None 
     outputs, losses = (stats.outputs, stats.losses) if own else (stats.outputs[:0], stats.losses[:0])
     return ReducedStats(
         mean.to(stats.loss), outputs, stats.context, stats.layers, masks, stats.layout,
-        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses, matrices, ranks, shard, sharding,
+        {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses,
+        stats.empirical, matrices, ranks, shard, sharding,
     )  # fmt: skip
 
 
@@ -128,16 +129,16 @@ def stand_in(values: PyTree) -> PyTree:
     return tree.map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, values)
 
 
-def _flatten(stats: ReducedStats) -> tuple[list[Any], tuple[Layout, Ranks, Shard, Sharding | None]]:
+def _flatten(stats: ReducedStats) -> tuple[list[Any], tuple[Layout, bool, Ranks, Shard, Sharding | None]]:
     children = [
         stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses, stats.matrices
     ]  # fmt: skip
-    return children, (stats.layout, stats.ranks, stats.shard, stats.sharding)
+    return children, (stats.layout, stats.empirical, stats.ranks, stats.shard, stats.sharding)
 
 
-def _unflatten(children: list[Any], static: tuple[Layout, Ranks, Shard, Sharding | None]) -> ReducedStats:
+def _unflatten(children: list[Any], static: tuple[Layout, bool, Ranks, Shard, Sharding | None]) -> ReducedStats:
     loss, outputs, context, layers, checks, plain, losses, matrices = children
-    layout, ranks, shard, sharding = static
+    layout, empirical, ranks, shard, sharding = static
     return ReducedStats(
         loss,
         outputs,
@@ -147,6 +148,7 @@ def _unflatten(children: list[Any], static: tuple[Layout, Ranks, Shard, Sharding
         layout,
         cast(Tree, plain),
         losses,
+        empirical,
         matrices,
         ranks,
         shard,

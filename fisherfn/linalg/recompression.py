@@ -29,13 +29,14 @@ def recompressed(sums: Sequence[Sequence[Pair]], weights: Sequence[Tensor], rank
 
     Args:
         sums: the terms of each block; the small matrices of all blocks are solved together.
-        weights: w, the same for all blocks.
+        weights: w, for each term one number for all blocks, or one per block.
         rank: number of terms of the result.
     """
     A, G = ([torch.stack([getattr(pair, side) for pair in terms], 1) for terms in sums] for side in ("A", "G"))
     K_A, K_G = torch.cat([_gram(of_block) for of_block in A]), torch.cat([_gram(of_block) for of_block in G])
-    M = torch.stack(list(weights)).to(K_A.dtype).unsqueeze(-1)
-    sound = torch.isfinite((K_A + K_G).sum((-2, -1), keepdim=True) + M.sum())  # group by group
+    each = torch.stack([w.expand(len(sums)) for w in weights], -1).to(K_A.dtype)  # one row per block
+    M = torch.cat([w.expand(len(of_block), -1) for w, of_block in zip(each, A, strict=True)]).unsqueeze(-1)
+    sound = torch.isfinite((K_A + K_G + M).sum((-2, -1), keepdim=True))  # group by group
     squares, vectors = _psd(torch.where(sound, K_G, 0.0))
     MH = M * vectors * squares.sqrt().unsqueeze(-2)
     squares, y = _psd(torch.where(sound, MH.mT @ K_A @ MH, 0.0))

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import products
-from fisherfn.base import Diagnostics, Updated, Which, factorwise
+from fisherfn.base import Diagnostics, Updated, factorwise
 from fisherfn.equal_shapes import each
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
@@ -36,6 +36,7 @@ from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
 from fisherfn.taps import AnyTap, means
 from fisherfn.types import Matrix, PyTree, Shape
+from fisherfn.which import Which, includes
 
 
 class Factors(NamedTuple):
@@ -72,16 +73,18 @@ class EKFAC(KroneckerMethod):
         QA, QG = basis(Pair(A, G))
         return Factors(A, G, QA, QG, tap.mean(partial(diagonal, QA=QA, QG=QG)))
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
+    def update_blocks(
+        self, old: PyTree, taps: Mapping[str, AnyTap], rho: Mapping[str, Tensor], inverting: Which
+    ) -> Updated:
         """Average the moments, recompute their eigenvectors if `inverting`, and average the eigenvalues."""
         news = {key: moments(tap, self.diagonal_above) for key, tap in taps.items()}
-        averages = {key: factorwise(Pair(old[key].A, old[key].G), new, rho) for key, new in news.items()}
-        changed = {key: pair for key, pair in averages.items() if inverting is True or inverting and key in inverting}
+        averages = {key: factorwise(Pair(old[key].A, old[key].G), new, rho[key]) for key, new in news.items()}
+        changed = {key: pair for key, pair in averages.items() if includes(inverting, key)}
         bases = {key: Pair(old[key].QA, old[key].QG) for key in taps} | each(basis, changed)
         measures = {key: partial(diagonal, QA=Q.A, QG=Q.G) for key, Q in bases.items()}
         for key, new in means(taps, measures).items():
             before = moved(old[key], *bases[key]) if key in changed else old[key].scale
-            scale = torch.lerp(new, before, rho.to(new.dtype))
+            scale = torch.lerp(new, before, rho[key].to(new.dtype))
             yield key, Factors(averages[key].A, averages[key].G, bases[key].A, bases[key].G, scale), {}
 
     def between_passes(self, factors: dict[str, Factors]) -> dict[str, Factors]:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import lowrank, rows, tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure
 from fisherfn.gradients import Gradient
@@ -32,6 +32,7 @@ from fisherfn.lowrank import System, combine, examples, gram, inner_products, to
 from fisherfn.per_example import example_matrices, squares
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Shape
+from fisherfn.which import Which
 
 UNKNOWNS = 16384
 """Size of the largest system that is factorised: 2 GiB in float64."""
@@ -64,7 +65,7 @@ class Exact(Method):
         nothing = torch.zeros(0, 0, dtype=torch.float64, device=device)
         return taps, {key: System(group, nothing, damping.clone()) for key, group in self.groups(taps).items()}
 
-    def update(self, factors: Taps, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: Taps, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Replace the statistics by the newest ones, in the precision of the state, at least float32.
 
         Raises:
@@ -101,6 +102,18 @@ class Exact(Method):
         for system in inverses.values():
             solved |= lowrank.solve(system, {key: gradients[key] for key in system.taps})
         products = [_inner(gradient, solved[key]) for key, gradient in gradients.items()] if inner else []
+        return Preconditioned(solved, torch.stack(products).sum() if inner else ())
+
+    def precondition_own(
+        self, inverses: dict[str, System], c: Float[Tensor, " n"], shapes: Mapping[str, Shape], inner: bool
+    ) -> Preconditioned:
+        """Return `(F + λI)⁻¹ ∇` for `∇ = 1/N Σ c_n W_n` in the rows of F, group by group."""
+        solved: dict[str, Tensor] = {}
+        products = []
+        for system in inverses.values():
+            nat, product = lowrank.solve_own(system, c, inner)
+            solved |= {key: matrix.reshape(shapes[key][:3]) for key, matrix in nat.items()}
+            products += [product] if isinstance(product, Tensor) else []
         return Preconditioned(solved, torch.stack(products).sum() if inner else ())
 
     def matvec(self, factors: Taps, matrices: Matrices) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fisherfn.base import factorwise
@@ -51,15 +52,16 @@ class KFACCorrected(Iterated, TwoTerms):
         """Start from the previous correction."""
         return (previous.second,)
 
-    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Sequence[Tensor]) -> list[Sum]:
         """Average the pair of K-FAC; return it with the best product for the rest of the averaged operator."""
         pairs = list(zip(old, new, strict=True))
         shifts = [Pair(before.first.A - now.first.A, before.first.G - now.first.G) for before, now in pairs]
         sums = [(before.second, now.second, shift) for (before, now), shift in zip(pairs, shifts, strict=True)]
-        seconds = recompressed(sums, [rho, 1 - rho, rho * (1 - rho)], rank=1)
+        ρ = torch.stack(list(rho))
+        seconds = recompressed(sums, [ρ, 1 - ρ, ρ * (1 - ρ)], rank=1)
         return [
-            Sum(factorwise(before.first, now.first, rho), second)
-            for (before, now), (second,) in zip(pairs, seconds, strict=True)
+            Sum(factorwise(before.first, now.first, r), second)
+            for (before, now), (second,), r in zip(pairs, seconds, rho, strict=True)
         ]
 
 

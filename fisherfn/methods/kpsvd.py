@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fisherfn.linalg.golub_kahan import LinearMap, Triplet, leading
@@ -42,9 +43,10 @@ class KPSVD(Iterated, OneTerm):
         """Start from the previous product."""
         return (previous,)
 
-    def blend_together(self, old: Sequence[Pair], new: Sequence[Pair], rho: Tensor) -> list[Pair]:
+    def blend_together(self, old: Sequence[Pair], new: Sequence[Pair], rho: Sequence[Tensor]) -> list[Pair]:
         """Return the best product for `ρ old + (1 − ρ) new` of each block."""
-        return [pair for (pair,) in recompressed(list(zip(old, new, strict=True)), [rho, 1 - rho], rank=1)]
+        ρ = torch.stack(list(rho))
+        return [pair for (pair,) in recompressed(list(zip(old, new, strict=True)), [ρ, 1 - ρ], rank=1)]
 
 
 def kpsvd(

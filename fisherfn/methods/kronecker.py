@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import gradients, rearrangement, rows
-from fisherfn.base import Diagnostics, LayerMethod, Updated, Which
+from fisherfn.base import Diagnostics, LayerMethod, Updated
 from fisherfn.errors import HyperparameterError, expect_count, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
@@ -25,6 +25,7 @@ from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair, Sum
 from fisherfn.per_example import squares
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Product, PyTree, Shape
+from fisherfn.which import Which
 
 DampingForm = Literal["factored", "eigen"]
 
@@ -202,8 +203,8 @@ class Iterated(KroneckerSum):
         """Return the products whose sum is the start of the iteration."""
 
     @abstractmethod
-    def blend_together(self, old: Sequence[PyTree], new: Sequence[PyTree], rho: Tensor) -> Sequence[PyTree]:
-        """Return the running average of each block."""
+    def blend_together(self, old: Sequence[PyTree], new: Sequence[PyTree], rho: Sequence[Tensor]) -> Sequence[PyTree]:
+        """Return the running average of each block; ρ is a number per block."""
 
     def known(self, tap: AnyTap) -> Pair | None:
         """Return a first term that needs no iteration; the triplets are then those of the residual."""
@@ -216,15 +217,18 @@ class Iterated(KroneckerSum):
 
     def blend(self, old: PyTree, new: PyTree, rho: Tensor) -> PyTree:
         """Return the running average of one block."""
-        return self.blend_together([old], [new], rho)[0]
+        return self.blend_together([old], [new], [rho])[0]
 
-    def update_blocks(self, old: PyTree, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which) -> Updated:
+    def update_blocks(
+        self, old: PyTree, taps: Mapping[str, AnyTap], rho: Mapping[str, Tensor], inverting: Which
+    ) -> Updated:
         """Update group by group."""
         del inverting
         for keys in rearrangement.group_by_batch_size(taps):
             before = [old[key] for key in keys]
             new, measured = self._estimate([taps[key] for key in keys], before)
-            yield from zip(keys, self.blend_together(before, new, rho), measured, strict=True)
+            blended = self.blend_together(before, new, [rho[key] for key in keys])
+            yield from zip(keys, blended, measured, strict=True)
 
     def _estimate(self, taps: Sequence[AnyTap], previous: Sequence[PyTree]) -> tuple[list[PyTree], list[Diagnostics]]:
         blocks = [rearrangement.rearranged(tap, self.start(old)) for tap, old in zip(taps, previous, strict=True)]

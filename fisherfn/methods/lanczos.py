@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fisherfn.linalg.damped import FLOOR
@@ -42,10 +43,11 @@ class Lanczos(Iterated, TwoTerms):
         """Start from both previous terms; the first alone would not lead to the second."""
         return previous
 
-    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Tensor) -> list[Sum]:
+    def blend_together(self, old: Sequence[Sum], new: Sequence[Sum], rho: Sequence[Tensor]) -> list[Sum]:
         """Return the best two terms for `ρ old + (1 − ρ) new` of each block."""
         sums = [(*before, *now) for before, now in zip(old, new, strict=True)]
-        return [Sum(*terms) for terms in recompressed(sums, [rho, rho, 1 - rho, 1 - rho], rank=2)]
+        ρ = torch.stack(list(rho))
+        return [Sum(*terms) for terms in recompressed(sums, [ρ, ρ, 1 - ρ, 1 - ρ], rank=2)]
 
 
 def lanczos(

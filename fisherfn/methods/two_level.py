@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import Estimated, Method, Preconditioned, Which
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, expect, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
@@ -54,6 +54,7 @@ from fisherfn.methods.kfac import KFAC
 from fisherfn.operators import Kind
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import PyTree, Shape
+from fisherfn.which import Which
 
 FORMS = ("multiplicative", "balanced", "additive")
 ALIASES = {"tpselepedis": "tselepidis"}
@@ -132,7 +133,7 @@ class TwoLevel(Method):
         like = {key: torch.zeros(0, *shape[:3], dtype=dtype, device=device) for key, shape in shapes.items()}
         return Factors(factors, taps, like), Inverse(inverses, dict(taps), damping.clone(), nothing)
 
-    def update(self, factors: Factors, taps: Mapping[str, AnyTap], rho: Tensor, inverting: Which = True) -> Estimated:
+    def update(self, factors: Factors, taps: Mapping[str, AnyTap], rho: Rho, inverting: Which = True) -> Estimated:
         """Update the fine method; replace the statistics if an inversion follows."""
         fine = self.fine.update(factors.fine, taps, rho, inverting)
         if not inverting:
@@ -285,10 +286,9 @@ def two_level(
 
 def _damped(inverse: Inverse, c: Float[Tensor, " m"], z: Matrices) -> dict[str, Tensor]:
     """Return `F_• z = F z + λ z`, given `c = Σ_l ⟨W, z^l⟩` of every sample and example."""
-    n = examples(inverse.taps)
 
     def of(tap: Tap, v: Tensor) -> Tensor:
-        weights = (c / n).to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
+        weights = (c / examples(inverse.taps)).to(tap.g.dtype).reshape(tap.sizes.s, tap.sizes.n)
         return combine(tap, weights).reshape(v.shape) + inverse.damping.to(v.dtype) * v
 
     return {key: of(tap, z[key]) for key, tap in inverse.taps.items()}

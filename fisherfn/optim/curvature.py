@@ -264,7 +264,10 @@ class Curvature(Copies):
             return self._rest.curvature
         empty = ng.init(params, damping=self._damping, ema=self._options.ema)
         device = next(iter(params.values())).device
-        saved = {"examples": empty.examples} | saved if saved else saved  # from a version that did not count examples
+        if saved:  # from a version that did not count examples, or not those of each block
+            counts = {"block_count": saved["count"], "block_examples": saved.get("examples", empty.examples)}
+            counts = {name: each.to(device).repeat(len(ng.layout.blocks)) for name, each in counts.items()}
+            saved = {"examples": empty.examples} | counts | saved
         return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
 
 

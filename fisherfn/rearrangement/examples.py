@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import rows
+from fisherfn import products, rows
 from fisherfn.linalg.golub_kahan import LinearMap, Vector
 from fisherfn.linalg.kron import Factor, Forms, Pair
 from fisherfn.taps import AnyTap, Tap
@@ -101,7 +101,7 @@ def _input_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
     if tap.one_hot:
         return rows.gram(tap.a).double()
     a = rows.dense(tap.a).squeeze(2).double()  # in float64, so that numerical noise does not make the matrix indefinite
-    return a.square() @ a.square().mT if diagonal else (a @ a.mT).square()
+    return products.gram(a.square()) if diagonal else products.gram(a).square()
 
 
 def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
@@ -110,8 +110,10 @@ def _output_gram(tap: Tap, diagonal: bool) -> Float[Tensor, "k n n"]:
     g = tap.g.squeeze(3).double()
     if diagonal:
         squares = g.square().sum(1)
-        return squares @ squares.mT
+        return products.gram(squares)
     if s * s <= s * o + o:  # in units of n² o: pairs of samples against forming Γ, n s o² (n ~ o), and its products
+        if s == 1:
+            return products.gram(g.squeeze(1)).square()
         pairs = ((g[:, r] @ g[:, q].mT).square() for r in range(s) for q in range(s))
         return reduce(operator.add, pairs)
     step = max(1, STEP // (k * n * o))

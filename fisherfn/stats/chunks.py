@@ -110,8 +110,10 @@ def join(chunks: Sequence[Stats]) -> Stats:
     if not chunks:
         raise EmptyBatchError("there are no statistics to join: pass what ng.stats returned for each microbatch.")
     first = chunks[0]
-    kinds = {(type(chunk), chunk.layout.shapes, tuple(chunk.checks)) for chunk in chunks}
-    if kinds - {(Stats, first.layout.shapes, tuple(first.checks))}:
+    kinds = {
+        (type(chunk), chunk.layout.shapes, tuple(chunk.checks), chunk.empirical, chunk.sampled) for chunk in chunks
+    }
+    if kinds - {(Stats, first.layout.shapes, tuple(first.checks), first.empirical, first.sampled)}:
         raise StructureError(
             "the statistics are of different nets or kinds, or reduced over ranks already: join what one ng.stats "
             "returned; on several ranks ng.local.stats, and then pass the result to ng.reduced."
@@ -129,7 +131,7 @@ def join(chunks: Sequence[Stats]) -> Stats:
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain
     }
     losses = torch.cat([chunk.losses for chunk in chunks])
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses)
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses, first.empirical)
 
 
 def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -35,6 +35,7 @@ from fisherfn.stats.passes import fisher_cotangents, loss_cotangent, pull_all, r
 from fisherfn.stats.singles import example_gradients
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree, at_least_single
+from fisherfn.which import Which, chosen, includes
 
 FisherKind: TypeAlias = Literal["mc", "type2", "empirical"] | str
 
@@ -100,7 +101,7 @@ class Collector:
         noise: Tensor | None = None,
         context: PyTree = None,
         chunk_size: int | None = None,
-        curvature: bool = True,
+        curvature: bool | Collection[str] = True,
     ) -> Stats:
         """Return loss, gradient and curvature statistics of one batch.
 
@@ -113,11 +114,12 @@ class Collector:
             noise: `[N, S, …]` from `ng.noise`.
             context: for models with a context.
             chunk_size: examples per forward and backward pass, to limit memory; the result is that of the whole batch.
-            curvature: False samples no labels; such statistics only serve `grads` and `precondition`.
+            curvature: False samples no labels; such statistics only serve `grads` and `precondition`. The keys of some
+                blocks give statistics that update only these.
 
         Raises:
             ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
-            StructureError: names or a context that differ from the build.
+            StructureError: names or a context that differ from the build; keys of no block.
             NoiseError: "mc" with neither `generator` nor `noise`.
             LikelihoodError: the likelihood lacks a method that this Fisher needs, or couples examples across chunks.
             TargetError: targets of the wrong type.
@@ -126,9 +128,10 @@ class Collector:
         given = checked(self.layout, batch, context)
         kind = self.fisher_kind if fisher is None else fisher
         check_fisher(kind)
-        if curvature and kind == "mc":
+        which = chosen(curvature, self.layout.block_shapes)
+        if which and kind == "mc":
             noise = self._noise_of(given, generator, noise, samples)
-        part = partial(self._collect, params, kind if curvature else None)
+        part = partial(self._collect, params, kind if which else None, which)
         if chunk_size is None or chunk_size >= given.examples:
             return part(given.x, given.y, noise, given.context)
         expect_count("chunk_size", chunk_size)
@@ -176,7 +179,7 @@ class Collector:
 
     @border()
     def _collect(
-        self, params: Tree, kind: str | None, x: PyTree, y: PyTree, noise: Tensor | None, context: PyTree
+        self, params: Tree, kind: str | None, which: Which, x: PyTree, y: PyTree, noise: Tensor | None, context: PyTree
     ) -> Stats:
         """Return the statistics of a checked batch or chunk; `kind` is None for statistics without curvature."""
         layout = self.layout
@@ -196,16 +199,17 @@ class Collector:
             grads |= {name: (g[1:],) for name, g in singles.items()}
         if kind == "empirical":  # labels are the data's targets: the backward pass of the loss is reused
             grads = {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in loss_grads.items()}
-        if kind is None:
-            grads = dict.fromkeys(loss_grads, ())
-        layers = {b.key: LayerStats(inputs[b.weight], grads[b.weight], loss_grads[b.weight]) for b in layout.blocks}
+        layers = {
+            b.key: LayerStats(inputs[b.weight], grads[b.weight] if includes(which, b.key) else (), loss_grads[b.weight])
+            for b in layout.blocks
+        }
         loss = nll.mean()
         numbers = [leaf for leaf in tree.leaves(x) if leaf.is_floating_point()]
         finite = tree.finite_inputs([loss.new_zeros(()), *numbers])
         checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
-        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll, kind == "empirical")
 
     def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
         valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)

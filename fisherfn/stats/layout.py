@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +100,12 @@ class Block:
         probe = torch.empty(self.weight_shape, device="meta")
         k, o, i = self.family.to_matrix(probe, self.config).shape
         return k, o, i + (self.bias is not None)
+
+    @property
+    def positions(self) -> int:
+        """The number of shared positions of the layer, T, in all its uses together."""
+        k, o, _ = self.shape
+        return sum(max(1, use.repeats * math.prod(use.output_shape) // (k * o)) for use in self.uses)
 
     def matrix(self, values: Tree) -> Float[Tensor, "k o i"]:
         """Return the block's part of a tree like params as its matrix W, with the bias as the last column."""

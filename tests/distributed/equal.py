@@ -38,9 +38,10 @@ def trained(ng, params, x, y, how: str, steps: int = STEPS):
     # the default for classes is the KL bound; K-FAC stands for steps whose sizes come from the quadratic model
     rule = "model" if ng.method.name == "kfac" else "auto"
     opt = ff.adaptive(ng, rule=rule, model_examples=5) if how == "adaptive" else None
+    some = True if ng.method.couples or opt is not None else {next(iter(ng.layout.block_shapes))}
     state = ng.init(params, damping=0.1) if opt is None else opt.init(params)
     for k in range(steps):
-        cadence = {"update": k % 4 != 3, "invert": k % 2 == 0, "generator": random}
+        cadence = {"update": some if k % 4 == 1 else k % 4 != 3, "invert": k % 2 == 0, "generator": random}
         if opt is not None:
             params, state, _ = opt.step(params, state, (x, y), **cadence)
         else:
@@ -172,6 +173,7 @@ def errors(rank, group):
     random = torch.Generator().manual_seed(rank)
     same = torch.Generator().manual_seed(0)
     state = ng.init(params, damping=0.1)
+    some = {next(iter(ng.layout.block_shapes))}
     found_stats = ng.stats(params, (x, y), generator=same)
     local_stats = ng.local.stats(params, (x, y), generator=torch.Generator().manual_seed(0))
     cases = {
@@ -181,6 +183,7 @@ def errors(rank, group):
         "shape": lambda: ng.stats(params, (x if first else x[:, :-1], y), generator=same),
         "generator": lambda: ng.stats(params, (x, y), generator=random),
         "arguments": lambda: ng.stats(params, (x, y), generator=same, curvature=first),
+        "blocks": lambda: ng.stats(params, (x, y), generator=same, curvature=first or some),
         "empty": lambda: ng.stats(params, (x[:0], y[:0]), generator=same),
         "invert": lambda: ng.step(params, state, (x, y), generator=same, invert=first),
         "state": lambda: ng.step_from(state if first else (), found_stats),

@@ -95,6 +95,7 @@ def test_a_step_sends_gradient_moments_and_inverses_once(ranks):
         ("shape", "RankError: the call failed on rank 1 of 2"),
         ("generator", "RankError: the ranks disagree on the generator"),
         ("arguments", "RankError: the ranks disagree on the arguments of ng.stats"),
+        ("blocks", "RankError: the ranks disagree on the arguments of ng.stats"),
         ("empty", "EmptyBatchError: no rank has an example"),
         ("invert", "RankError: the ranks disagree on the arguments of a step (invert"),
         ("state", "RankError: the call failed on rank 1 of 2, so no rank can go on. Rank 1: StructureError"),

@@ -161,7 +161,14 @@ def test_a_step_without_invert_moves_the_scalings_in_the_old_basis():
     batch = (0.5 * problem.x, problem.y)
     _, kept, _ = run.ng.step(problem.params, state, batch, invert=False)
     _, moved, _ = run.ng.step(problem.params, state, batch)
-    new = blocks(run.ng.stats(problem.params, batch))
+    stats = run.ng.stats(problem.params, batch)
+    first, *_ = keys = list(kept.factors)
+    by_key = dict.fromkeys(keys, kept)
+    for inverting, expected in ((False, by_key), ({first}, by_key | {first: moved})):
+        alone, _ = run.ng.update(state, stats, inverting=inverting)
+        for key in keys:
+            close(ff.tree.flatten(alone.factors[key]), ff.tree.flatten(expected[key].factors[key]))
+    new = blocks(stats)
     for key, factors in kept.factors.items():
         close(factors.QA, state.factors[key].QA)
         assert differs(moved.factors[key].QA, state.factors[key].QA, 1e-3)

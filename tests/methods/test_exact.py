@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import jacrev
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fisherfn as ff
 from fisherfn.types import Shape
@@ -285,3 +286,112 @@ def test_overlap_with_statistics_of_another_size_is_that_of_the_dense_blocks(pos
     cross, square = method.overlap(method.update(empty, {"w": tap}, one).factors, {"w": other})["w"]
     close(cross, (F_state * F_other).sum())
     close(square, F_state.square().sum())
+
+
+# ------------------------------------------------------------------------------ a gradient in the rows of the Fisher
+
+
+IDS = ["mlp-categorical", "conv", "conv-groups", "tokens", "scale-vector"]
+
+
+def both_ways(ng, params, batch, damping=0.1, **given):
+    """Return (nat, ⟨∇, nat⟩) of a step whose gradient is in the Fisher's rows, and with another one's coefficients."""
+    state = ng.init(params, damping=damping)
+    nat, _, info = ng.step(params, state, batch, inner=True, **given)
+    ff.check(info)
+    stats = ng.stats(params, batch, **given)
+    assert stats.coefficients is not None
+    other, _, its_info = ng.step_from(state, stats.grads, stats, inner=True)
+    return (nat, info.inner), (other, its_info.inner)
+
+
+@STRUCTURES
+@pytest.mark.parametrize("id", IDS)
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_a_gradient_in_the_rows_of_the_fisher_is_stepped_like_any_other(id, structure, damping):
+    problem = zoo.pick(id)
+    ng = problem.build(method=ff.exact(structure=structure), fisher="empirical")
+    (nat, inner), (expected, product) = both_ways(ng, problem.params, problem.batch, damping)
+    close(nat, expected, tol=1e-7)
+    close(inner, product)
+    dense = definition(problem, structure, "empirical")
+    grads = dict(ng.stats(problem.params, problem.batch).grads)
+    close(nat, dense_solve(dense, grads, damping), tol=1e-7)
+    close(inner, vec(grads) @ vec(nat))
+
+
+@STRUCTURES
+def test_so_are_gradients_of_weighted_examples_chunks_and_terms(structure):
+    problem = zoo.pick("mlp-categorical")
+    x, y, params, method = problem.x, problem.y, problem.params, ff.exact(structure=structure)
+    weights = torch.rand(len(x), generator=zoo.generator(1), dtype=torch.float64)
+    weighted = zoo.replace(problem, likelihood=ff.Weighted(problem.likelihood)).build(method=method, fisher="empirical")
+    plain = problem.build(method=method, fisher="empirical")
+    term = ff.Term(problem.model, x, problem.likelihood, fisher="empirical")
+    terms = ff.sum_of_terms({"few": term, "many": term._replace(weight=2.5)}, params, method=method)
+    batches = {"few": (x[:2], y[:2]), "many": (x, y)}
+    for ng, batch, options in (
+        (weighted, (x, (y, weights)), {}),
+        (plain, (x, y), {"chunk_size": 2}),
+        (terms, batches, {}),
+    ):
+        (nat, inner), (expected, product) = both_ways(ng, params, batch, 0.01, **options)
+        close(nat, expected, tol=1e-7)
+        close(inner, product)
+
+
+def test_so_is_a_gradient_if_the_system_is_that_of_the_parameters():
+    problem = zoo.pick("scale-vector")
+    total = sum(leaf.numel() for leaf in problem.params.values())
+    x, y = (torch.cat([part] * (2 + total // len(problem.x))) for part in problem.batch)
+    ng = problem.build(method=ff.exact(), fisher="empirical")
+    (nat, inner), (expected, product) = both_ways(ng, problem.params, (x, y))
+    close(nat, expected, tol=1e-7)
+    close(inner, product)
+
+
+def test_so_are_compiled_and_vmapped_gradients():
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=ff.exact(), fisher="empirical")
+    expected = {damping: both_ways(ng, problem.params, problem.batch, damping)[1][0] for damping in (0.1, 0.7)}
+    state = ng.init(problem.params, damping=0.1)
+    nat, _, _ = ff.compile(ng.step, backend="eager")(problem.params, state, problem.batch)
+    close(nat, expected[0.1], tol=1e-7)
+    dampings = torch.tensor(list(expected), dtype=torch.float64)
+    many = torch.vmap(lambda damping: ng.step(problem.params, state._replace(damping=damping), problem.batch)[0])
+    for index, each in enumerate(expected.values()):
+        close({name: leaf[index] for name, leaf in many(dampings).items()}, each, tol=1e-7)
+
+
+def test_other_gradients_have_no_coefficients():
+    """Sampled labels, old inverses, another batch: these take the way of any gradient."""
+    problem = zoo.pick("mlp-categorical")
+    assert sampled(problem).stats.coefficients is None
+    ng = problem.build(method=ff.exact(), fisher="empirical")
+    stats, empty = ng.stats(problem.params, problem.batch), ng.init(problem.params, damping=0.1)
+    assert ng.stats(problem.params, problem.batch, curvature=False).coefficients is None
+    other = ng.stats(problem.params, (2 * problem.x, problem.y))
+    state = ng.invert(ng.update(empty, other)[0])[0]
+    dense = oracles.fisher_matrix(zoo.replace(problem, x=2 * problem.x), "empirical")
+    nat, _, _ = ng.step_from(state, stats, stats, invert=False)
+    close(nat, dense_solve(dense, dict(stats.grads), 0.1), tol=1e-7)
+    nat, _, _ = ng.step_from(empty, stats, other)
+    close(nat, dense_solve(dense, dict(stats.grads), 0.1), tol=1e-7)
+
+
+def test_a_step_multiplies_the_rows_once():
+    """Forward, backward to the activations, two Gram matrices and one product of rows per layer, and little else."""
+    widths, n = (64, 96, 64), 16
+    net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+    model, params, context = ff.functional(net)
+    x = torch.rand(n, 64, generator=zoo.generator(0))
+    ng = ff.natural_gradient(
+        model, params, x, likelihood=ff.Gaussian(), method="exact", fisher="empirical", context=context
+    )
+    state = ng.init(params, damping=1.0)
+    with FlopCounterMode(display=False) as counter:
+        ng.step(params, state, (x, x), context=context)
+    pairs = list(zip(widths, widths[1:], strict=False))
+    products = 2 * n * sum(i * o + (i + 1) * o for i, o in pairs) + 2 * n * pairs[1][0] * pairs[1][1]
+    grams = 2 * n * n * sum(i + 1 + o for i, o in pairs)
+    assert counter.get_total_flops() <= 1.1 * (products + grams)

@@ -35,12 +35,18 @@ def spread(ms: list[float]) -> Spread:
 
 
 def cadences(one: Prepared) -> dict[str, Refreshes]:
-    """Return the default cadence with all blocks at once, and with a few blocks per step."""
-    whole, staggered = ff.Cadence.fixed(5, 10), ff.staggered(one.ng, 5, 10)
-    return {
-        "all blocks at once": lambda step: whole(step)._asdict(),
-        "staggered": lambda step: staggered(step)._asdict(),
+    """Return the default cadence with all blocks at once, with staggered inversions, and with statistics too."""
+    examples = ff.tree.leaves(one.problem.batch[0])[0].shape[0]
+    found: dict[str, Callable[[int], Any]] = {
+        "all blocks at once": ff.Cadence.fixed(5, 10),
+        "inversions staggered": ff.staggered(one.ng, 5, 10, stagger_statistics=False),
+        "staggered": ff.staggered(one.ng, 5, 10, examples=examples),
     }
+
+    def arguments(cadence: Callable[[int], Any]) -> Refreshes:
+        return lambda step: cadence(step)._asdict()
+
+    return {name: arguments(cadence) for name, cadence in found.items()}
 
 
 def run(one: Prepared, refreshes: Refreshes, steps: int, device: str) -> list[float]:

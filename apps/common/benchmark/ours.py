@@ -118,13 +118,19 @@ COMPILED: dict[str, Callable[[Problem], Contender]] = {
 """The same, compiled."""
 
 
+SAME_BASIS = "without inversion"
+"""The name of a refresh in a step that does not invert, in which E-KFAC keeps its basis."""
+
+
 def refreshes(problem: Problem) -> dict[str, Step]:
-    """Build calls for statistics and factors of every method, without gradient or step."""
+    """Build calls for statistics and factors of every method, without gradient or step; E-KFAC in both bases."""
 
-    def refresh(one: Prepared) -> Step:
-        return lambda: one.ng.update(one.state, one.stats())
+    def refresh(one: Prepared, inverting: bool = True) -> Step:
+        return lambda: one.ng.update(one.state, one.stats(), inverting=inverting)
 
-    return {method: refresh(prepared(problem, method)) for method in ff.METHODS}
+    ready = {method: prepared(problem, method) for method in ff.METHODS}
+    calls = {method: refresh(one) for method, one in ready.items()}
+    return calls | {f"{method}, {SAME_BASIS}": refresh(ready[method], False) for method in ("ekfac",)}
 
 
 FORWARD_BACKWARD, IN_TOTAL, GRAM = "forward and backward", "exact natural gradient", "its Gram matrix"
