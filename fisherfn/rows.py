@@ -173,6 +173,9 @@ def outer_each(g: Float[Tensor, "k s n t o"], a: Rows) -> Float[Tensor, "k s n o
     """Return `Σ_t g aᵀ` of every sample and example."""
     if not isinstance(a, Phases):
         return torch.einsum("ksnto,knti->ksnoi", g, dense(a))
+    first, *others = a.parts
+    if not others and isinstance(first.positions, tuple) and len(first.columns) == a.width:  # columns in another order
+        return torch.einsum("ksnto,knti->ksnoi", g, first.a).index_select(4, first.columns.argsort())
     k, s, n, _, o = g.shape
     out = g.new_zeros(k, s, n, o, a.width)
     for part in a.parts:

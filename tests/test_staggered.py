@@ -246,9 +246,6 @@ def test_updates_of_some_blocks_that_cannot_be_are_typed_errors():
         ff.join([some, ng.stats(params, batches[0])])
     with pytest.raises(ff.errors.StructureError, match="all blocks"):
         ng.step_from(state, some, some, damping=lambda new: new.damping)
-    adaptive = ff.adaptive(ng)
-    with pytest.raises(ff.errors.StructureError, match="all blocks"):
-        adaptive.step(params, adaptive.init(params), batches[0], update={first})
     for name in ("exactNG", "twolevel_kfac"):
         coupled, params, batches = small(name)
         state, keys = coupled.init(params), set(keys_of(coupled))

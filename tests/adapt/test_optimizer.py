@@ -446,3 +446,15 @@ def test_settings_that_contradict_are_refused(options, words):
 def test_unknown_rules_are_named():
     with pytest.raises(ff.errors.UnknownNameError, match="did you mean 'model'"), as_installed():
         ff.adaptive(built(mlp()), rule="modle")
+
+
+@pytest.mark.parametrize("refresh", ["update", "invert"])
+def test_a_refresh_of_some_blocks_is_refused(refresh):
+    """The new λ is that of a refresh of all blocks."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    model, params, context = ff.functional(net)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), fisher="type2", context=context)
+    opt = ff.adaptive(ng)
+    with as_installed(), pytest.raises(ff.errors.StructureError, match="all blocks"):
+        opt.step(params, opt.init(params), (x, y), context=context, **{refresh: {"0"}})
