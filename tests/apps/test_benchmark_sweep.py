@@ -1,0 +1,34 @@
+"""The benchmark of sweeps: tables in pages, and what is called compiling."""
+
+from pathlib import Path
+
+import benchmark_sweep
+from benchmark_sweep import CASES, COMPILED, IN_MEMORY, compiling, peak, put
+
+PAGE = Path(__file__).parents[2] / "docs" / "sweeps.md"
+
+
+def test_a_table_replaces_that_of_its_name_only(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.read_text())
+    for name in ("speed", "compiled", "memory"):
+        before = page.read_text()
+        start, end = (f"<!-- sweep {name}: {what} -->\n" for what in ("begin", "end"))
+        put(["| a |", "|---|"], str(page), name)
+        head, _, rest = before.partition(start)
+        assert page.read_text() == head + start + "| a |\n|---|\n" + end + rest.partition(end)[2]
+
+
+def test_compiling_is_what_the_first_call_takes_longer(monkeypatch):
+    times, results = iter([10.0, 25.0, 27.0]), iter([3.0, 0.5])
+    monkeypatch.setattr(benchmark_sweep, "with_compilers", lambda: next(times))
+    assert compiling(lambda: next(results)) == (0.5, 13.0)
+
+
+def test_the_peak_is_at_least_the_memory_in_use():
+    in_use = int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+    assert peak() >= in_use > 0
+
+
+def test_the_cases_have_numbers_by_which_other_processes_find_them():
+    assert all(case in CASES for case in (*IN_MEMORY, *(case for case, _ in COMPILED)))
