@@ -104,6 +104,16 @@ def test_without_redrawing_the_points_are_those_of_the_first_step_and_the_test_p
     assert torch.equal(fixed.tests, redrawn.tests)
 
 
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_published_errors_are_divided_by_the_size_of_the_solution(name):
+    problem = problems.PROBLEMS[name]
+    size = problem.solution(points(200_000, problem.dimensions)).square().mean().sqrt()
+    assert study_pinn.SIZES[name] == pytest.approx(float(size), rel=0.01)
+    for method, errors in study_pinn.relative(name).items():
+        for step, error in errors.items():
+            assert error * study_pinn.SIZES[name] == pytest.approx(study_pinn.PUBLISHED[name][method][step])
+
+
 @pytest.fixture
 def small(monkeypatch):
     """The first problem with few points."""
@@ -251,7 +261,7 @@ def test_the_study_runs_what_is_missing_and_its_table_has_the_published_rows(sma
     monkeypatch.setattr(study_pinn, "run", None)  # nothing is missing
     study_pinn.main(config(10))
     printed = capsys.readouterr().out
-    assert "| POISSON_2D | *published: ENGD per layer* |  | 5.5e-03 | 2.7e-05 | 2.1e-07 | |" in printed
+    assert "| POISSON_2D | *published: ENGD per layer* |  | 1.1e-02 | 5.4e-05 | 4.2e-07 | |" in printed
     assert (tmp_path / "train_pinn" / "pinn.png").exists()
     missing = study_pinn.main(dataclasses.replace(config(0), result_dir=str(tmp_path / "none")))
     assert missing == {"POISSON_2D": {"exact": {}, "adam": {}}}
