@@ -34,6 +34,13 @@ Rho: TypeAlias = Tensor | Mapping[str, Tensor]
 """The weight of the old factors in the running average: one number, or one per block."""
 
 
+class Own(NamedTuple):
+    """The vector `1/N Σ c_sn W_sn + λφ` in the per-example gradients of the newest statistics; φ may be absent."""
+
+    coefficients: Float[Tensor, "s n"]
+    near: Mapping[str, Matrix] | None
+
+
 class Estimated(NamedTuple):
     """New factors (or inverses), masks that are true if they are valid, and diagnostics."""
 
@@ -91,10 +98,10 @@ class Method(ABC):
         """Return the preconditioned gradients; a gradient is a matrix or a dense loss tap."""
 
     def precondition_own(
-        self, inverses: PyTree, c: Float[Tensor, " n"], shapes: Mapping[str, Shape], inner: bool
+        self, inverses: PyTree, own: Own, shapes: Mapping[str, Shape], inner: bool
     ) -> Preconditioned | None:
-        """Return the preconditioned `1/N Σ c_n W_n` of the examples that were inverted; None: no cheaper way."""
-        del inverses, c, shapes, inner
+        """Return the preconditioned gradient given in the examples that were inverted; None: no better way."""
+        del inverses, own, shapes, inner
         return None
 
     @abstractmethod

@@ -30,6 +30,7 @@ from fisherfn.linalg.solve import add_diagonal
 from fisherfn.operators import check_size
 from fisherfn.per_example import example_matrices, flat_example_matrices
 from fisherfn.taps import WINDOW, AnyTap, Sizes, Tap
+from fisherfn.types import Matrix
 
 EIGENVALUES = 16384
 """The largest matrix whose eigenvalues are computed: 2 GiB in float64."""
@@ -196,25 +197,35 @@ def solve(system: System, gradients: Mapping[str, Gradient]) -> dict[str, Tensor
 
 
 def solve_own(
-    system: System, coefficients: Float[Tensor, " n"], inner: bool
+    system: System, c: Float[Tensor, "s n"], near: Mapping[str, Matrix] | None, inner: bool
 ) -> tuple[dict[str, Tensor], Tensor | tuple[()]]:
-    r"""Return `(F + λI)⁻¹ ∇` for a gradient in the rows of F, `∇ = 1/N Σ c_n W_n`; with ⟨∇, nat⟩ if requested.
+    r"""Return `(F + λI)⁻¹ (∇ + λφ)` for a gradient in the rows of F, `∇ = 1/N Σ c_sn W_sn`; with ⟨∇, nat⟩ if requested.
 
-    With b = c/√N the gradient is Ub, so that $(U U^\top + \lambda I)^{-1} U b = U y$ with
-    $y = (U^\top U + \lambda I)^{-1} b$. Neither the gradient nor its inner products with the rows are computed, and
-    ⟨∇, nat⟩ is `‖b‖² − λ bᵀy`.
+    With b = c/√N the gradient is Ub, so that
+
+    $$(U U^\top + \lambda I)^{-1} (U b + \lambda\varphi) = \varphi + U y, \qquad
+    y = (U^\top U + \lambda I)^{-1} (b - U^\top\varphi).$$
+
+    Neither the gradient nor its inner products with the rows are computed, and without φ, ⟨∇, nat⟩ is `‖b‖² − λ bᵀy`.
+    Nothing is divided by λ: `solve` returns (∇ − U…)/λ, whose rounding errors are of size ε‖∇‖/λ in the directions
+    that no row has, and outweigh the step once λ is near ε tr F.
     """
     taps, factor, damping = system
     dtype, n = next(iter(taps.values())).dtype, examples(taps)
     if in_parameters(taps):
-        c = (coefficients / n).to(dtype).unsqueeze(0)
-        v = {key: combine(tap, c) for key, tap in taps.items()}
-        nat = solve(system, v)
+        v = {key: combine(tap, (c / n).to(dtype)) for key, tap in taps.items()}
+        pull = {} if near is None else {key: (damping * near[key]).to(dtype) for key in v}
+        nat = solve(system, {key: V + pull[key].reshape(V.shape) if pull else V for key, V in v.items()})
         return nat, torch.stack([(V * nat[key]).sum() for key, V in v.items()]).sum() if inner else ()
-    b = coefficients.double() / math.sqrt(n)
-    y = _cholesky_solve(factor, b)
-    nat = {key: combine(tap, (y / math.sqrt(n)).to(dtype).unsqueeze(0)) for key, tap in taps.items()}
-    return nat, (b @ b - damping.double() * (b @ y)).to(dtype) if inner else ()
+    b = c.double().reshape(-1) / math.sqrt(n)
+    rhs = b if near is None else b - total(taps, near).reshape(-1).double() / math.sqrt(n)
+    y = _cholesky_solve(factor, rhs)
+    step = (y / math.sqrt(n)).to(dtype).reshape(c.shape)
+    nat = {key: combine(tap, step) for key, tap in taps.items()}
+    if near is None:
+        return nat, (b @ b - damping.double() * (b @ y)).to(dtype) if inner else ()
+    pulled = {key: near[key].reshape(W.shape).to(dtype) + W for key, W in nat.items()}
+    return pulled, (b @ (total(taps, pulled).reshape(-1).double() / math.sqrt(n))).to(dtype) if inner else ()
 
 
 def _rows_serve(tap: Any, V: Gradient) -> bool:

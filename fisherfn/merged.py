@@ -163,15 +163,15 @@ class SumStats(Stats):
         return self.which
 
     @property
-    def coefficients(self) -> Float[Tensor, " n"] | None:
-        """The c of the gradient `1/N Σ c_n W_n` in the per-example gradients of `taps`; None if there is no such c."""
-        parts = []
+    def coefficients(self) -> Float[Tensor, "s n"] | None:
+        """The c of the gradient `1/N Σ c_sn W_sn` in the per-example gradients of `taps`; None if it is not known."""
+        parts: list[Tensor] = []
         for name, stats in self.terms.items():
             own = stats.coefficients
-            if own is None:
+            if own is None or len(own) != len(parts[0] if parts else own):  # terms with other numbers of columns
                 return None
             parts.append(own * self._share(name) ** 0.5)  # the loss tap has the whole factor, `lazy_tap` its root
-        return torch.cat(parts)
+        return torch.cat(parts, 1)
 
     def lazy_tap(self, key: str) -> AnyTap:
         """Return the block's tap: the examples of all terms, scaled so that its Fisher is the weighted sum."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfn import dataset, tree
-from fisherfn.base import Method
+from fisherfn.base import Method, Own
 from fisherfn.errors import StructureError, expect
 from fisherfn.methods import named
 from fisherfn.refreshes import Refreshes
@@ -113,11 +113,13 @@ class NaturalGradient(Refreshes):
         invert: bool | Collection[str] = True,
         inner: bool = False,
         damping: Callable[[State], Tensor] | None = None,
+        near: Tree | None = None,
     ) -> tuple[Tree, State, Info]:
         """Compute a step from existing gradients and statistics: `update`, `invert`, then `precondition`.
 
         See `step`. Without `stats` there is no update. `damping`, a function of the updated state, gives the λ of the
-        inverses; default: the λ of the state.
+        inverses; default: the λ of the state. With `near`, a tree φ like params, the step is (F + λI)⁻¹ (∇ + λφ): λ
+        then damps its distance from φ.
         """
         self._check_step(state, grads, stats, invert=invert, inner=inner, damping=damping)
         state = state if stats is None else state.complete(self.layout.block_shapes)
@@ -139,8 +141,13 @@ class NaturalGradient(Refreshes):
             new = new if damping is None else new._replace(damping=damping(new))
             new, result = self._inverted(new, which)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
-        own = stats.coefficients if which is True and isinstance(stats, Stats) and stats is grads else None
-        nat, product = self._precondition(new, grads, inner, own)
+        c = stats.coefficients if which is True and isinstance(stats, Stats) and stats is grads else None
+        own = None if c is None else Own(c, None if near is None else self.layout.matrices(near))
+        pulled: Tree | Stats = grads
+        if near is not None and own is None:
+            plain = grads.grads if isinstance(grads, Stats) else grads
+            pulled = {name: g + (new.damping * near[name]).to(g.dtype) for name, g in plain.items()}
+        nat, product = self._precondition(new, pulled, inner, own)
         checks["step"] = tree.finite_each(product.matrices)
         info = self._info(checks, inner=product.inner, diagnostics=diagnostics)
         return nat, state if new is state else if_ok(info, new, state), info

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import LayerMethod, Method, Preconditioned
+from fisherfn.base import LayerMethod, Method, Own, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.gradients import tap_is_cheaper
@@ -160,9 +160,9 @@ class Views(Collector):
         return {block.key: cheapest_gradient(stats, block) for block in self.layout.blocks}
 
     def _precondition(
-        self, state: State, grads: Tree | Stats, inner: bool, own: Tensor | None = None
+        self, state: State, grads: Tree | Stats, inner: bool, own: Own | None = None
     ) -> tuple[Tree, Preconditioned]:
-        """Return the preconditioned gradient; `own` are its coefficients in the examples that were just inverted."""
+        """Return the preconditioned gradient; `own` is the gradient in the examples that were just inverted."""
         product = None
         if own is not None:
             product = self.method.precondition_own(state.inverses, own, self.layout.block_shapes, inner)

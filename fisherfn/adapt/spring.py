@@ -10,7 +10,8 @@ $\nabla = J^\top r$,
 
 $$\varphi \leftarrow (F + \lambda I)^{-1} (\nabla + \lambda\mu\varphi),$$
 
-which is one preconditioned gradient, for any likelihood, any sum of terms, and any method that approximates F.
+which is one preconditioned gradient, for any likelihood, any sum of terms, and any method that approximates F. For the
+exact Fisher of squared losses, `fisherfn.lowrank.solve_own` computes the first form, which stays accurate for a tiny λ.
 
 Goldshlager, Abrahamsen & Lin 2024, *A Kaczmarz-inspired approach to accelerate the optimization of neural network
 wavefunctions*.
@@ -70,9 +71,8 @@ class Spring:
         """
         expect(state, SpringState, "state", "pass what spring.init(params) or spring.step returned")
         stats = self.ng.stats(params, batch, **options)
-        pull = tree.scale(state.direction, self.momentum * state.curvature.damping)
-        given = tree.add(stats.grads, {name: leaf.to(params[name].dtype) for name, leaf in pull.items()})
-        direction, curvature, info = self.ng.step_from(state.curvature, given, stats)
+        near = tree.scale(state.direction, self.momentum)
+        direction, curvature, info = self.ng.step_from(state.curvature, stats, stats, near=near)
         ok = torch.stack(list(info.ok.values())).all()
         new = SpringState(curvature, tree.select(ok, direction, state.direction))
         return direction, new, info._replace(loss=stats.loss, context=stats.context)

@@ -120,7 +120,7 @@ def reduced(stats: Stats, ranks: Ranks, shard: Shard, sharding: Sharding | None 
     return ReducedStats(
         mean.to(stats.loss), outputs, stats.context, stats.layers, masks, stats.layout,
         {name: grad.to(stats.plain[name]) for name, grad in plain.items()}, losses,
-        stats.empirical, matrices, ranks, shard, sharding,
+        stats.empirical, (), matrices, ranks, shard, sharding,
     )  # fmt: skip
 
 
@@ -149,6 +149,7 @@ def _unflatten(children: list[Any], static: tuple[Layout, bool, Ranks, Shard, Sh
         cast(Tree, plain),
         losses,
         empirical,
+        (),
         matrices,
         ranks,
         shard,

@@ -17,12 +17,14 @@ from fisherfn.errors import LikelihoodError, ShapeError, expect
 class Likelihood(Protocol):
     """The likelihood protocol.
 
-    Your own likelihood needs `nll`, `sample` for "mc", and `fisher_sqrt` for "type2". Five more methods are optional:
+    Your own likelihood needs `nll`, `sample` for "mc", and `fisher_sqrt` for "type2". Six more methods are optional:
 
     - `noise(shape, generator, dtype)`: the noise for `sample`, if it is not one uniform number per output;
     - `valid(outputs, targets)`: a mask that is true if the targets are in range;
     - `score(outputs, targets)`: the gradient of `nll` in the outputs, cheaper than by autograd;
     - `fisher_product(outputs, v)`: the output Fisher times v, cheaper than from the columns of its root;
+    - `column_weights(cotangent)`: the weights `[columns, N]` of the columns of `fisher_sqrt` whose sum is a cotangent
+      `[N, …]` of the outputs, with which the exact natural gradient stays accurate for a tiny λ;
     - `observed(outputs, targets)`, if observations have different weights: the likelihood that scores sampled labels,
       and a weight per example or position that multiplies the Fisher of "mc" and "type2".
     """

@@ -51,6 +51,10 @@ class Gaussian:
         r"""Return one column per output: $e_j / \sigma$."""
         return diagonal_columns(torch.full_like(outputs, 1 / math.sqrt(self.variance)))
 
+    def column_weights(self, cotangent: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n"]:
+        r"""Return the weights of the columns of `fisher_sqrt` whose sum is a cotangent of the outputs: σ times it."""
+        return math.sqrt(self.variance) * cotangent.reshape(len(cotangent), -1).mT
+
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         r"""Return $v / \sigma^2$."""
         return v / self.variance

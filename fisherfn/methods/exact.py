@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import lowrank, rows, tree
-from fisherfn.base import Estimated, Method, Preconditioned, Rho
+from fisherfn.base import Estimated, Method, Own, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure
 from fisherfn.gradients import Gradient
@@ -105,13 +105,13 @@ class Exact(Method):
         return Preconditioned(solved, torch.stack(products).sum() if inner else ())
 
     def precondition_own(
-        self, inverses: dict[str, System], c: Float[Tensor, " n"], shapes: Mapping[str, Shape], inner: bool
+        self, inverses: dict[str, System], own: Own, shapes: Mapping[str, Shape], inner: bool
     ) -> Preconditioned:
-        """Return `(F + λI)⁻¹ ∇` for `∇ = 1/N Σ c_n W_n` in the rows of F, group by group."""
+        """Return `(F + λI)⁻¹ (∇ + λφ)` for `∇ = 1/N Σ c_sn W_sn` in the rows of F, group by group."""
         solved: dict[str, Tensor] = {}
         products = []
         for system in inverses.values():
-            nat, product = lowrank.solve_own(system, c, inner)
+            nat, product = lowrank.solve_own(system, own.coefficients, own.near, inner)
             solved |= {key: matrix.reshape(shapes[key][:3]) for key, matrix in nat.items()}
             products += [product] if isinstance(product, Tensor) else []
         return Preconditioned(solved, torch.stack(products).sum() if inner else ())

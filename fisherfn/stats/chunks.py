@@ -131,7 +131,10 @@ def join(chunks: Sequence[Stats]) -> Stats:
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain
     }
     losses = torch.cat([chunk.losses for chunk in chunks])
-    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses, first.empirical)
+    known = [chunk.residuals for chunk in chunks if isinstance(chunk.residuals, Tensor)]
+    residuals = torch.cat(known, 1) if len(known) == len(chunks) else ()
+    own = first.empirical, residuals
+    return Stats(loss, outputs, chunks[-1].context, layers, checks, first.layout, plain, losses, *own)
 
 
 def _cat(parts: Sequence[tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:

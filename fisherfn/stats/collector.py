@@ -209,7 +209,9 @@ class Collector:
         checks = {"inputs": finite, "targets": self._valid(outputs, y), "loss": torch.isfinite(loss)}
         if plain:
             checks["gradient"] = tree.finite(plain)
-        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll, kind == "empirical")
+        weights = getattr(self.likelihood, "column_weights", None) if kind == "type2" else None
+        residuals = () if weights is None else weights(loss_cot)
+        return Stats(loss, outputs, new_context, layers, checks, layout, plain, nll, kind == "empirical", residuals)
 
     def _valid(self, outputs: Tensor, y: PyTree) -> Tensor:
         valid: Callable[[Tensor, Any], Tensor] | None = getattr(self.likelihood, "valid", None)

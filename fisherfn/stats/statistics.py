@@ -48,6 +48,8 @@ class Stats(OneProcess):
     """The negative log-likelihood of each example; NaN in a watched pass, whose loss is not known."""
     empirical: bool = False
     """True if the Fisher is made of the gradients of the loss on the data."""
+    residuals: Float[Tensor, "s n"] | tuple[()] = ()
+    """The gradient of the loss in the columns of the Fisher of "type2", if the likelihood knows it."""
 
     @property
     def examples(self) -> int:
@@ -62,9 +64,11 @@ class Stats(OneProcess):
         return len(keys) > 0 if len(keys) in (0, len(self.layers)) else keys
 
     @property
-    def coefficients(self) -> Float[Tensor, " n"] | None:
-        """The c of the gradient `1/N Σ c_n W_n` in the per-example gradients of `taps`; None if there is no such c."""
-        return self.losses.new_ones(self.examples, dtype=torch.float64) if self.empirical else None
+    def coefficients(self) -> Float[Tensor, "s n"] | None:
+        """The c of the gradient `1/N Σ c_sn W_sn` in the per-example gradients of `taps`; None if it is not known."""
+        if self.empirical:
+            return self.losses.new_ones(1, self.examples, dtype=torch.float64)
+        return self.residuals if isinstance(self.residuals, Tensor) else None
 
     @property
     def taps(self) -> dict[str, Tap]:
@@ -116,13 +120,15 @@ class Stats(OneProcess):
 
 
 def _flatten(stats: Stats) -> tuple[list[Any], tuple[Layout, bool]]:
-    fields = [stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses]
+    fields = [
+        stats.loss, stats.outputs, stats.context, stats.layers, stats.checks, stats.plain, stats.losses, stats.residuals
+    ]  # fmt: skip
     return fields, (stats.layout, stats.empirical)
 
 
 def _unflatten(children: list[Any], config: tuple[Layout, bool]) -> Stats:
-    loss, outputs, context, layers, checks, plain, losses = children
-    return Stats(loss, outputs, context, layers, checks, config[0], plain, losses, config[1])
+    loss, outputs, context, layers, checks, plain, losses, residuals = children
+    return Stats(loss, outputs, context, layers, checks, config[0], plain, losses, config[1], residuals)
 
 
 tree.register(Stats, _flatten, _unflatten)

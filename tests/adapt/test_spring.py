@@ -6,6 +6,7 @@ import torch
 import fisherfn as ff
 from fisherfn.errors import HyperparameterError, StructureError
 from tests.adapt.problems import built, mlp
+from tests.adapt.problems import flat as vector
 from tests.test_terms import MODELS, dense, flat, net, problem, terms_of
 
 
@@ -43,6 +44,54 @@ def stacked(params, batch, models, weights):
         rows.append(scale * torch.cat([J[name].reshape(len(residual), -1) for name in params], -1))
         residuals.append(scale * residual)
     return torch.cat(rows), torch.cat(residuals)
+
+
+@pytest.mark.parametrize("likelihood", [ff.Gaussian(), ff.Bernoulli()], ids=["squared loss", "cross entropy"])
+@pytest.mark.parametrize("examples", [3, 12], ids=["few examples", "few parameters"])
+@pytest.mark.parametrize("method", ["exact", "kfac"])
+def test_a_direction_is_pulled_by_its_share_of_the_damping(method, examples, likelihood):
+    """φ ← (F̂ + λI)⁻¹ (∇ + λμφ), with the dense matrix of any method whose damping is λI."""
+    case = mlp(likelihood, examples=examples)
+    built_method = ff.exact() if method == "exact" else ff.kfac(damping_form="eigen")
+    ng, batch = built(case, built_method, fisher="type2"), (case.x, case.y)
+    state = ff.spring(ng, momentum=0.5).init(case.params, damping=0.1)
+    phi = ff.tree.map(torch.ones_like, case.params)
+    direction, state, _ = ff.spring(ng, momentum=0.5).step(case.params, state._replace(direction=phi), batch)
+    F = ng.approximation(state.curvature).dense()
+    grads = vector(ng.stats(case.params, batch).grads)
+    expected = torch.linalg.solve(F + 0.1 * torch.eye(len(F)).double(), grads + 0.05)
+    torch.testing.assert_close(vector(direction), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["full", "block"])
+def test_a_damping_near_the_rounding_errors_of_the_fisher(structure):
+    """Steps stay in the span of the rows: divided by such a λ, rounding errors would outweigh them elsewhere.
+
+    The oracle is least squares with the rows [J; √λ I], whose condition is only the root of that of F + λI.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, d, generator=g, dtype=torch.float64) for d in (20, 1))
+    x = x * torch.logspace(0, -6, 20, dtype=torch.float64)
+    params = {"w": torch.randn(1, 20, generator=g, dtype=torch.float64)}
+    ng = ff.natural_gradient(
+        lambda p, x: x @ p["w"].mT, params, x, likelihood=ff.Gaussian(), method=ff.exact(structure), fisher="type2"
+    )
+    J, r = x / 6**0.5, ((x @ params["w"].mT - y) / 6**0.5).squeeze(1)
+    damping, near = 10 * torch.finfo(torch.float64).eps * J.square().sum(), 1e-3 * torch.randn(20, generator=g).double()
+    spring = ff.spring(ng, momentum=0.5)
+    state = spring.init(params, damping=damping)._replace(direction={"w": near.reshape(1, 20) / 0.5})
+    direction, _, info = spring.step(params, state, (x, y))
+    ff.check(info)
+
+    def objective(step):
+        return (J @ step - r).square().sum() + damping * (step - near).square().sum()
+
+    root = damping.sqrt() * torch.eye(20, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([J, root]), torch.cat([r, damping.sqrt() * near]), driver="gelsd").solution
+    moved = direction["w"].squeeze(0) - near
+    beside = moved - torch.linalg.pinv(J) @ (J @ moved)
+    assert beside.norm() <= 1e-9 * moved.norm()
+    assert objective(direction["w"].squeeze(0)) <= 1.1 * objective(best)
 
 
 def test_without_momentum_it_is_the_natural_gradient():

@@ -340,6 +340,40 @@ def test_so_are_gradients_of_weighted_examples_chunks_and_terms(structure):
         close(inner, product)
 
 
+@STRUCTURES
+@pytest.mark.parametrize("outputs", [(), (3,), (2, 2)], ids=str)
+def test_so_are_gradients_of_squared_losses_with_type2(structure, outputs):
+    """Their Fisher's columns are the Jacobian over σ, and its weights the residuals over σ."""
+    g = zoo.generator(3)
+    params = {"w": torch.randn((*outputs, 30), generator=g).double(), "b": torch.randn(outputs, generator=g).double()}
+    x, y = torch.randn(5, 30, generator=g).double(), torch.randn((5, *outputs), generator=g).double()
+
+    def model(p, x):
+        return torch.tanh(torch.tensordot(x, p["w"], ([1], [-1])) + p["b"])
+
+    method, likelihood = ff.exact(structure=structure), ff.Gaussian(variance=0.3)
+    ng = ff.natural_gradient(model, params, x, likelihood=likelihood, method=method, fisher="type2")
+    term = ff.Term(model, x, likelihood)
+    terms = ff.sum_of_terms({"few": term, "many": term._replace(weight=2.5)}, params, method=method)
+    for built, batch, options in (
+        (ng, (x, y), {}),
+        (ng, (x, y), {"chunk_size": 2}),
+        (terms, {"few": (x[:2], y[:2]), "many": (x, y)}, {}),
+    ):
+        (nat, inner), (expected, product) = both_ways(built, params, batch, 0.01, **options)
+        close(nat, expected, tol=1e-7)
+        close(inner, product)
+
+
+def test_the_weights_of_weighted_squared_losses_are_not_known():
+    problem = zoo.replace(zoo.pick("mlp-categorical"), likelihood=ff.Weighted(ff.Gaussian()))
+    targets = torch.zeros_like(problem.model(problem.params, problem.x)), torch.ones(len(problem.x)).double()
+    ng = ff.natural_gradient(
+        problem.model, problem.params, problem.x, likelihood=problem.likelihood, method="exactNG", fisher="type2"
+    )
+    assert ng.stats(problem.params, (problem.x, targets)).coefficients is None
+
+
 def test_so_is_a_gradient_if_the_system_is_that_of_the_parameters():
     problem = zoo.pick("scale-vector")
     total = sum(leaf.numel() for leaf in problem.params.values())
