@@ -35,10 +35,13 @@ Rho: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 class Own(NamedTuple):
-    """The vector `1/N Σ c_sn W_sn + λφ` in the per-example gradients of the newest statistics; φ may be absent."""
+    """A gradient `1/N Σ c_sn W_sn` in the examples that were just inverted, and φ, towards which the step is pulled."""
 
-    coefficients: Float[Tensor, "s n"]
-    near: Mapping[str, Matrix] | None
+    coefficients: Float[Tensor, "s n"] | None = None
+    near: Mapping[str, Matrix] | None = None
+
+
+NOTHING = Own()
 
 
 class Estimated(NamedTuple):

@@ -142,12 +142,8 @@ class NaturalGradient(Refreshes):
             new, result = self._inverted(new, which)
             checks["factorisation"], diagnostics = result.ok, diagnostics | result.diagnostics
         c = stats.coefficients if which is True and isinstance(stats, Stats) and stats is grads else None
-        own = None if c is None else Own(c, None if near is None else self.layout.matrices(near))
-        pulled: Tree | Stats = grads
-        if near is not None and own is None:
-            plain = grads.grads if isinstance(grads, Stats) else grads
-            pulled = {name: g + (new.damping * near[name]).to(g.dtype) for name, g in plain.items()}
-        nat, product = self._precondition(new, pulled, inner, own)
+        own = Own(c, None if near is None else self.layout.matrices(near))
+        nat, product = self._precondition(new, grads, inner, own)
         checks["step"] = tree.finite_each(product.matrices)
         info = self._info(checks, inner=product.inner, diagnostics=diagnostics)
         return nat, state if new is state else if_ok(info, new, state), info

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import LayerMethod, Method, Own, Preconditioned
+from fisherfn.base import NOTHING, LayerMethod, Method, Own, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
-from fisherfn.gradients import tap_is_cheaper
+from fisherfn.gradients import as_matrix, tap_is_cheaper
 from fisherfn.lowrank import eigenvalues
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State
@@ -160,14 +160,17 @@ class Views(Collector):
         return {block.key: cheapest_gradient(stats, block) for block in self.layout.blocks}
 
     def _precondition(
-        self, state: State, grads: Tree | Stats, inner: bool, own: Own | None = None
+        self, state: State, grads: Tree | Stats, inner: bool, own: Own = NOTHING
     ) -> tuple[Tree, Preconditioned]:
-        """Return the preconditioned gradient; `own` is the gradient in the examples that were just inverted."""
+        """Return the preconditioned gradient, pulled towards `own.near`."""
         product = None
-        if own is not None:
+        if own.coefficients is not None:
             product = self.method.precondition_own(state.inverses, own, self.layout.block_shapes, inner)
         if product is None:
             gradients = self._gradients(grads) if isinstance(grads, Stats) else self.layout.matrices(grads)
+            if own.near is not None:
+                pulls = {key: state.damping * φ for key, φ in own.near.items()}
+                gradients = {key: as_matrix(V) + pulls[key].to(V.dtype) for key, V in gradients.items()}
             product = self.method.precondition(state.inverses, gradients, inner)
         plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
         if plain and inner:

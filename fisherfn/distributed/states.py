@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from fisherfn.base import Own, Preconditioned
+from fisherfn.base import NOTHING, Own, Preconditioned
 from fisherfn.distributed.agreement import agreed, fingerprint
 from fisherfn.distributed.preconditioners import OwnerPreconditions, alone, preconditioners, with_inverses
 from fisherfn.distributed.ranks import Ranks
@@ -104,7 +104,7 @@ class SharedStates(NaturalGradient):
         return preconditioners(self.method)
 
     def _precondition(
-        self, state: State, grads: Tree | Stats, inner: bool, own: Own | None = None
+        self, state: State, grads: Tree | Stats, inner: bool, own: Own = NOTHING
     ) -> tuple[Tree, Preconditioned]:
         """Return the preconditioned gradient, sharded as the parameters of the statistics are."""
         nat, product = super()._precondition(state, grads, inner, own)

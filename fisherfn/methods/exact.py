@@ -110,6 +110,7 @@ class Exact(Method):
         """Return `(F + λI)⁻¹ (∇ + λφ)` for `∇ = 1/N Σ c_sn W_sn` in the rows of F, group by group."""
         solved: dict[str, Tensor] = {}
         products = []
+        assert own.coefficients is not None
         for system in inverses.values():
             nat, product = lowrank.solve_own(system, own.coefficients, own.near, inner)
             solved |= {key: matrix.reshape(shapes[key][:3]) for key, matrix in nat.items()}
