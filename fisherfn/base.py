@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import equal_shapes, tree
-from fisherfn.gradients import Gradient, as_matrix
+from fisherfn.gradients import Gradient, Own, as_matrix
 from fisherfn.operators import Kind, check_size, log_determinant
 from fisherfn.per_example import example_matrices, matrix_windows
 from fisherfn.taps import AnyTap, Tap, added
@@ -32,16 +32,6 @@ Updated: TypeAlias = Iterator[tuple[str, PyTree, Diagnostics]]
 
 Rho: TypeAlias = Tensor | Mapping[str, Tensor]
 """The weight of the old factors in the running average: one number, or one per block."""
-
-
-class Own(NamedTuple):
-    """A gradient `1/N Σ c_sn W_sn` in the examples that were just inverted, and φ, towards which the step is pulled."""
-
-    coefficients: Float[Tensor, "s n"] | None = None
-    near: Mapping[str, Matrix] | None = None
-
-
-NOTHING = Own()
 
 
 class Estimated(NamedTuple):

@@ -6,7 +6,8 @@ A gradient is either a matrix `W` or, cheaper for wide layers, a loss tap with `
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,9 +17,19 @@ from fisherfn import products, rows
 from fisherfn.linalg.damped import Inverse, rotated_back
 from fisherfn.linalg.kron import Factor, Pair, right
 from fisherfn.taps import Sizes, Tap
-from fisherfn.types import Product
+from fisherfn.types import Matrix, Product
 
 Gradient: TypeAlias = Tensor | Tap
+
+
+class Own(NamedTuple):
+    """A gradient `1/N Σ c_sn W_sn` in the examples that were just inverted, and φ, towards which the step is pulled."""
+
+    coefficients: Float[Tensor, "s n"] | None = None
+    near: Mapping[str, Matrix] | None = None
+
+
+NOTHING = Own()
 
 
 def as_matrix(gradient: Gradient) -> Float[Tensor, "k o i"]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfn import dataset, tree
-from fisherfn.base import Method, Own
+from fisherfn.base import Method
 from fisherfn.errors import StructureError, expect
+from fisherfn.gradients import Own
 from fisherfn.methods import named
 from fisherfn.refreshes import Refreshes
 from fisherfn.state import State, if_ok

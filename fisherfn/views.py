@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.base import NOTHING, LayerMethod, Method, Own, Preconditioned
+from fisherfn.base import LayerMethod, Method, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
-from fisherfn.gradients import as_matrix, tap_is_cheaper
+from fisherfn.gradients import NOTHING, Own, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import eigenvalues
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State

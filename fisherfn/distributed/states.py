@@ -7,13 +7,14 @@ from functools import partial
 
 from torch import Tensor
 
-from fisherfn.base import NOTHING, Own, Preconditioned
+from fisherfn.base import Preconditioned
 from fisherfn.distributed.agreement import agreed, fingerprint
 from fisherfn.distributed.preconditioners import OwnerPreconditions, alone, preconditioners, with_inverses
 from fisherfn.distributed.ranks import Ranks
 from fisherfn.distributed.sharded import placement, sharding_of, stand_ins
 from fisherfn.distributed.stats import ReducedStats
 from fisherfn.errors import StructureError, expect
+from fisherfn.gradients import NOTHING, Own
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.state import State
 from fisherfn.stats import Stats

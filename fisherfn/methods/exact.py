@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import lowrank, rows, tree
-from fisherfn.base import Estimated, Method, Own, Preconditioned, Rho
+from fisherfn.base import Estimated, Method, Preconditioned, Rho
 from fisherfn.errors import HyperparameterError, unknown
 from fisherfn.fisher import STRUCTURES, Structure
-from fisherfn.gradients import Gradient
+from fisherfn.gradients import Gradient, Own
 from fisherfn.linalg.solve import condition, floored
 from fisherfn.lowrank import System, combine, examples, gram, inner_products, total
 from fisherfn.per_example import example_matrices, squares
