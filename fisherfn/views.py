@@ -168,10 +168,13 @@ class Views(Collector):
             product = self.method.precondition_own(state.inverses, own, self.layout.block_shapes, inner)
         if product is None:
             gradients = self._gradients(grads) if isinstance(grads, Stats) else self.layout.matrices(grads)
-            if own.near is not None:
-                pulls = {key: state.damping * φ for key, φ in own.near.items()}
+            pulls = {key: state.damping * φ for key, φ in (own.near or {}).items()}
+            if pulls:
                 gradients = {key: as_matrix(V) + pulls[key].to(V.dtype) for key, V in gradients.items()}
             product = self.method.precondition(state.inverses, gradients, inner)
+            if pulls and inner:  # ⟨∇, nat⟩ is that of the gradient alone
+                more = [(pulls[key] * nat).sum() for key, nat in product.matrices.items()]
+                product = product._replace(inner=product.inner - sum(more))
         plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
         if plain and inner:
             product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))

@@ -61,6 +61,11 @@ def test_a_direction_is_pulled_by_its_share_of_the_damping(method, examples, lik
     grads = vector(ng.stats(case.params, batch).grads)
     expected = torch.linalg.solve(F + 0.1 * torch.eye(len(F)).double(), grads + 0.05)
     torch.testing.assert_close(vector(direction), expected, rtol=1e-8, atol=1e-10)
+    stats = ng.stats(case.params, batch)
+    near = ff.tree.scale(phi, 0.5)
+    nat, _, info = ng.step_from(ng.init(case.params, damping=0.1), stats, stats, inner=True, near=near)
+    torch.testing.assert_close(vector(nat), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(info.inner, grads @ expected)
 
 
 @pytest.mark.parametrize("structure", ["full", "block"])
