@@ -47,13 +47,7 @@ def gram(rows: Float[Tensor, "k m i"]) -> Float[Tensor, "k m m"]:
     m, i = rows.shape[1:]
     if m < WIDE or i < m:
         return matmul(rows, rows.mT)
-    size = -(-m // 4)
-    gram = rows.new_empty(rows.shape[0], m, m)
-    for start in range(0, m, size):
-        panel = rows[:, start : start + size] @ rows[:, start:].mT
-        gram[:, start : start + size, start:] = panel
-        gram[:, start:, start : start + size] = panel.mT
-    return gram
+    return _in_panels(rows)
 
 
 def square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
@@ -63,10 +57,16 @@ def square(flat: Float[Tensor, "k m i"]) -> Float[Tensor, "k i i"]:
         wide = _aligned(flat)
         moment = matmul(wide.mT, wide)
         return moment if wide is flat else moment[:, :i, :i]
-    width = -(-i // 4)
-    square = flat.new_empty(flat.shape[0], i, i)
-    for start in range(0, i, width):
-        panel = flat[..., start : start + width].mT @ flat[..., start:]
-        square[:, start : start + width, start:] = panel
-        square[:, start:, start : start + width] = panel.mT
-    return square
+    return _in_panels(flat.mT)
+
+
+def _in_panels(rows: Float[Tensor, "k m i"]) -> Float[Tensor, "k m m"]:
+    """Return `rows rowsᵀ` from four panels on and right of the diagonal, and their transposes."""
+    m = rows.shape[1]
+    size = -(-m // 4)
+    gram = rows.new_empty(rows.shape[0], m, m)
+    for start in range(0, m, size):
+        panel = rows[:, start : start + size] @ rows[:, start:].mT
+        gram[:, start : start + size, start:] = panel
+        gram[:, start:, start : start + size] = panel.mT
+    return gram
