@@ -4,13 +4,15 @@
 
 1. search: every baseline with 6 learning rates x 2 schedules on seed 0 (SOAP 3 x 2);
 2. repeat: the best of each, and every natural gradient without any number, on all seeds;
-3. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
+3. endure: every natural gradient without any number on each seed for twice the length, and for a few hundred steps
+   with other batch sizes; none may diverge or stop learning;
+4. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
 A run is one line in `FOLDER/NET.jsonl`, written when it is finished; finished runs are not repeated. The study can
-therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search
-and repeat count steps and may share the machine; the race needs it alone. `--phases report` writes the tables and
-pictures.
+therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search,
+repeat and endure count steps and may share the machine; the race needs it alone. `--phases report` writes the tables
+and pictures.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
 from common.runs import reported
 from common.steps import Optimizer
-from common.study import NETS, Net, Run, best, read, write
+from common.study import BATCHES, NETS, RACES, SHORT, TWICE, Net, Run, best, read, write
 from common.study_report import report
 from common.train_config import APPS, TrainConfig
 from common.trainer import cadence, make_optimizer, make_task
 
-PHASES = ("search", "repeat", "race", "report")
+PHASES = ("search", "repeat", "endure", "race", "report")
 CORE = "MNIST,CURVES,CURVES_TANH,FACES,CIFAR10"
 
 RATES = 6
@@ -58,7 +60,7 @@ class CompareConfig:
     nets: str = option(CORE, f"comma-separated nets: {', '.join(NETS)}")
     optims: str = option("sgd,adam,adamw,kfac", "optimizers: sgd, adam, adamw, soap, and every natural gradient")
     phases: str = option("search,repeat,report", f"phases, in this order: {', '.join(PHASES)}")
-    seeds: int = option(3, "number of seeds 0, 1, … of the repeats and the race", check=POSITIVE)
+    seeds: int = option(3, "number of seeds 0, 1, … of everything but the search", check=POSITIVE)
     compile: bool = option(False, "compile the steps of the race")
     threads: int = option(2, "number of torch threads", check=POSITIVE)
     data_path: str | None = option(None, "folder with the files of the data sets; null: ./data")
@@ -80,12 +82,19 @@ def main(config: CompareConfig) -> None:
     for net in nets:
         records = Path(config.folder) / f"{net}.jsonl"
         for run in (run for phase in PHASES if phase in phases for run in planned(phase, net, optims, config, records)):
-            if run.key not in {other.key for other in read(records)}:
+            if run.key not in keys(records):
                 done = execute(run, NETS[net], config)
-                write(records, done)
-                print(done.line(), flush=True)
+                for part in (done, done.half(NETS[net].epochs)) if done.kind == TWICE else (done,):
+                    if part.key not in keys(records):
+                        write(records, part)
+                        print(part.line(), flush=True)
     if "report" in phases:
         report(Path(config.folder), nets, Path(config.page) if config.page else None)
+
+
+def keys(records: Path) -> set[tuple[Any, ...]]:
+    """Return what the recorded runs were asked to do."""
+    return {run.key for run in read(records)}
 
 
 def listed(value: str) -> list[str]:
@@ -98,6 +107,11 @@ def planned(phase: str, net: str, optims: list[str], config: CompareConfig, reco
     if phase == "search":
         for optim in (name for name in optims if name in BASELINES):
             yield from searched(net, optim)
+    elif phase == "endure":
+        for optim in (name for name in optims if name not in BASELINES):
+            free = Run(net, optim, None, None, 0)
+            yield from (free._replace(seed=seed, kind=TWICE) for seed in range(config.seeds))
+            yield from (free._replace(kind=f"batch {size}") for size in BATCHES)
     elif phase in ("repeat", "race"):
         for seed in range(config.seeds):
             for optim in optims:
@@ -107,7 +121,7 @@ def planned(phase: str, net: str, optims: list[str], config: CompareConfig, reco
                 elif phase == "repeat":
                     yield run._replace(seed=seed)
                 elif optim not in BASELINES or optim == "adam":
-                    yield run._replace(seed=seed, race="compiled" if config.compile else "plain")
+                    yield run._replace(seed=seed, kind="compiled" if config.compile else "plain")
 
 
 def searched(net: str, optim: str) -> Iterator[Run]:
@@ -123,7 +137,7 @@ def winner(net: str, optim: str, runs: list[Run]) -> Run | None:
     """Return the run of a search with the lowest final training loss; a natural gradient has no search."""
     if optim not in BASELINES:
         return Run(net, optim, None, None, seed=0)
-    chosen = best([run for run in runs if run.optim == optim and run.seed == 0 and not run.race])
+    chosen = best([run for run in runs if run.optim == optim and run.seed == 0 and not run.kind])
     return None if chosen is None else chosen.fresh()
 
 
@@ -135,17 +149,19 @@ def execute(run: Run, net: Net, config: CompareConfig) -> Run:
     task, module = make_task(full, data)
     optimizer = optimizer_of(run, net, full)(task, module)
     warm = 0.0
-    if run.race == "compiled":  # graphs belong to an optimizer, and a baseline would change its net
+    if run.kind == "compiled":  # graphs belong to an optimizer, and a baseline would change its net
         spare = optimizer_of(run, net, full)(task) if run.optim in BASELINES else optimizer
         warm = warmed(spare, task, full)
-    target = None if run.optim in BASELINES or not run.race else target_of(run, config)
     points: list[tuple[float, ...]] = []
     stopped = ""
-    went = Settings(net.epochs, full.batch_size, full.seed, progress=False)
-    race = Race(task, points, target, math.ceil(len(task.train[0]) / full.batch_size))
+    steps = math.ceil(len(task.train[0]) / full.batch_size)
+    went = Settings(lasting(run, net, steps), full.batch_size, full.seed, progress=False)
+    target = target_of(run, config) if run.kind in RACES and run.optim not in BASELINES else None
+    race, limit = Race(task, points, target, steps), Limit(task, points)
+    watch = race.watch if run.kind in RACES else limit.watch if run.batch_size else lambda *_: None
     try:
-        for epoch in train(task, optimizer, start(task, optimizer), went, race.watch if run.race else lambda *_: None):
-            if not run.race:
+        for epoch in train(task, optimizer, start(task, optimizer), went, watch):
+            if run.kind not in RACES:
                 points.append(tuple(epoch.metrics[k] for k in ("step", "seconds", "train_loss", "test_loss")))
             if not math.isfinite(epoch.metrics["train_loss"]):
                 stopped = "diverged"
@@ -161,10 +177,15 @@ def settings(run: Run, net: Net, config: CompareConfig) -> TrainConfig:
     """Return the trainer's configuration of a run."""
     optim = "sgd" if run.optim in BASELINES else run.optim
     given: dict[str, Any] = {"data": net.data, "model": net.model, "optim": optim, "seed": run.seed}
-    given |= {"data_path": config.data_path, "compile": run.race == "compiled"}
-    if net.batch_size:
-        given["batch_size"] = net.batch_size
+    given |= {"data_path": config.data_path, "compile": run.kind == "compiled"}
+    if run.batch_size or net.batch_size:
+        given["batch_size"] = run.batch_size or net.batch_size
     return APPS[net.app](**given)
+
+
+def lasting(run: Run, net: Net, steps: int) -> int:
+    """Return the epochs of a run, each of so many steps."""
+    return math.ceil(SHORT / steps) if run.batch_size else net.epochs * (2 if run.kind == TWICE else 1)
 
 
 def optimizer_of(run: Run, net: Net, full: TrainConfig) -> Callable[..., Optimizer]:
@@ -204,14 +225,29 @@ def warmed(optimizer: Optimizer, task: Task, full: TrainConfig) -> float:
 def target_of(run: Run, config: CompareConfig) -> float:
     """Return the final training loss of the tuned Adam with this seed."""
     records = read(Path(config.folder) / f"{run.net}.jsonl")
-    ends = [other for other in records if other.optim == "adam" and other.race == run.race and other.seed == run.seed]
+    ends = [other for other in records if other.optim == "adam" and other.kind == run.kind and other.seed == run.seed]
     if not ends:
         raise ConfigError(f"{run.net}: no race of adam with seed {run.seed} yet; name adam first in --optims")
     return ends[0].points[-1][2]
 
 
 class Reached(Exception):
-    """The race is over."""
+    """A run is over before its last epoch is."""
+
+
+@dataclass
+class Limit:
+    """Ends a run after `SHORT` steps, with the loss there."""
+
+    task: Task
+    points: list[tuple[float, ...]]
+
+    def watch(self, step: int, at: Callable[[], Snapshot]) -> None:
+        """Evaluate and end the run where it is due; see `common.loop.Watch`."""
+        if step == SHORT:
+            loss, _ = evaluate(self.task, at(), self.task.train)
+            self.points.append((step, at().seconds, loss, math.nan))
+            raise Reached
 
 
 @dataclass

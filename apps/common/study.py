@@ -77,6 +77,17 @@ NETS: dict[str, Net] = {
 """The first five are the core of the study; the same command does the rest."""
 
 
+RACES = ("plain", "compiled")
+
+TWICE = "twice"
+
+BATCHES = (32, 128, 2048)
+"""Batch sizes of the short runs of the phase endure."""
+
+SHORT = 300
+"""Steps of a run with one of these."""
+
+
 class Run(NamedTuple):
     """A run: what it was asked to do, and what came of it.
 
@@ -86,9 +97,10 @@ class Run(NamedTuple):
         lr: learning rate; None where the optimizer finds it.
         schedule: of the learning rate; None likewise.
         seed: of everything.
-        race: "plain" or "compiled" where time is measured, else empty.
+        kind: "plain" or "compiled" for a race, "twice" for a run of twice the length, "batch N" for `SHORT` steps with
+            batches of N, empty for the runs that search and repeat.
         points: (step, seconds of training, training loss, test loss), at every epoch or more often.
-        stopped: "diverged", the name of an error, "reached" (the target of a race), or empty.
+        stopped: "diverged", the name of an error, "reached" (the target of a race or `SHORT`), or empty.
         warm: seconds of compiling.
         threads: of torch.
     """
@@ -98,7 +110,7 @@ class Run(NamedTuple):
     lr: float | None
     schedule: Schedule | None
     seed: int
-    race: str = ""
+    kind: str = ""
     points: list[tuple[float, ...]] = []
     stopped: str = ""
     warm: float = 0.0
@@ -107,11 +119,21 @@ class Run(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The run that was asked for."""
-        return self.net, self.optim, self.lr, self.schedule, self.seed, self.race
+        return self.net, self.optim, self.lr, self.schedule, self.seed, self.kind
 
     def fresh(self) -> Run:
         """Return the same run before it was made."""
         return Run(*self.key)
+
+    def half(self, epochs: int) -> Run:
+        """Return the run of half the length that a run of twice the length goes through: nothing depends on the end."""
+        whole = len(self.points) > epochs
+        return self._replace(kind="", points=self.points[: epochs + 1], stopped="" if whole else self.stopped)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Batch size of a short run; None for the net's."""
+        return int(self.kind.removeprefix("batch ")) if self.kind.startswith("batch ") else None
 
     @property
     def loss(self) -> float:
@@ -124,7 +146,7 @@ class Run(NamedTuple):
         how = "" if self.lr is None else f" lr {self.lr:g} {self.schedule}"
         seconds = self.points[-1][1] if self.points else 0.0
         note = f" {self.stopped}" if self.stopped else ""
-        return f"{self.net} {self.optim}{how} seed {self.seed} {self.race} {self.loss:.5f} {seconds:.1f} s{note}"
+        return f"{self.net} {self.optim}{how} seed {self.seed} {self.kind} {self.loss:.5f} {seconds:.1f} s{note}"
 
 
 def read(path: Path) -> list[Run]:

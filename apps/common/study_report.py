@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from common.atomic import replace_text
 from common.baselines import BASELINES
 from common.benchmark.report import table
 from common.plots import INK, dress, look, new_figure, save_figure
-from common.study import NETS, TITLES, Run, best, read
+from common.study import BATCHES, NETS, TITLES, TWICE, Run, best, read
 
 TARGET = "adam"
 """The optimizer whose final loss the others have to reach."""
@@ -30,15 +29,17 @@ def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
     Args:
         folder: folder with the records.
         nets: nets to report, in this order; a net without records is named as not run.
-        page: Markdown with `<!-- table: compare -->` and `<!-- end of table -->`; the picture goes beside it, to
-            images/compare.png. None: print only.
+        page: Markdown with `<!-- table: compare -->`, `<!-- table: endure -->` and `<!-- end of table -->` after each;
+            the picture goes beside it, to images/compare.png. None: print only.
     """
     runs = {net: read(folder / f"{net}.jsonl") for net in nets}
-    text = tables(runs)
-    print(text)
+    written = {"compare": tables(runs), "endure": endurance(runs)}
+    print("\n\n".join(written.values()))
     if page is not None:
-        pattern = re.compile(r"(<!-- table: compare -->\n).*?(<!-- end of table -->)", re.S)
-        replace_text(page, pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text()))
+        for name, text in written.items():
+            before, marked, rest = page.read_text().partition(f"<!-- table: {name} -->\n")
+            if marked:
+                replace_text(page, before + marked + text + "\n" + rest[rest.index("<!-- end of table -->") :])
         picture(runs, page.parent / "images" / "compare.png")
 
 
@@ -53,8 +54,8 @@ def of_net(runs: list[Run]) -> str:
     """Return the table of one net: settings, final losses, steps and time until the final loss of tuned Adam."""
     rows = []
     for optim in [name for name in TITLES if any(run.optim == name for run in runs)]:
-        trials = [run for run in runs if run.optim == optim and run.seed == 0 and not run.race]
-        raced = [run for run in runs if run.optim == optim and run.race == "plain"]
+        trials = [run for run in runs if run.optim == optim and run.seed == 0 and not run.kind]
+        raced = [run for run in runs if run.optim == optim and run.kind == "plain"]
         chosen = best(trials) or (raced[0].fresh() if raced else None)
         if chosen is None:
             rows.append([TITLES[optim], "–", str(len(trials)), "no run ended", "", "", "", ""])
@@ -71,9 +72,38 @@ def of_net(runs: list[Run]) -> str:
     return table(head, rows)
 
 
+def endurance(runs: dict[str, list[Run]]) -> str:
+    """Return a table of how every natural gradient's runs ended: one row per net, method and kind of run."""
+    rows = []
+    for net, found in runs.items():
+        for optim in (name for name in TITLES if name not in BASELINES):
+            for kind in ("", TWICE, *(f"batch {size}" for size in BATCHES)):
+                ended = [run for run in found if run.optim == optim and run.kind == kind]
+                if ended:
+                    rows.append([NETS[net].title, TITLES[optim], *ending(ended)])
+    head = ["net", "optimizer", "batch size", "seeds", "steps", "training loss at the start", "at the end"]
+    return table([*head, "lower than at three quarters"], rows)
+
+
+def ending(runs: Sequence[Run]) -> list[str]:
+    """Return how runs that differ in the seed ended, in words.
+
+    A run still learns at its end if its loss is lower than after three quarters of its points.
+    """
+    ended = [run for run in runs if math.isfinite(run.loss)]
+    losses = [run.loss for run in ended]
+    learning = sum(run.loss < run.points[3 * len(run.points) // 4 - 1][2] for run in ended)
+    last = f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else "".join(f"{loss:.4f}" for loss in losses)
+    failed = len(runs) - len(ended)
+    return [
+        str(runs[0].batch_size or "of the trainer"), str(len(runs)), f"{max(run.points[-1][0] for run in runs):,.0f}",
+        f"{runs[0].points[0][2]:.3f}", last + (f", {failed} failed" if failed else ""), f"{learning} of {len(runs)}",
+    ]  # fmt: skip
+
+
 def repeats(runs: Sequence[Run], chosen: Run) -> list[Run]:
     """Return the runs with these settings for all seeds, without the race."""
-    return [run for run in runs if run.key[:4] == chosen.key[:4] and not run.race]
+    return [run for run in runs if run.key[:4] == chosen.key[:4] and not run.kind]
 
 
 def settings(run: Run) -> str:
@@ -91,8 +121,8 @@ def spread(values: Sequence[float]) -> str:
 
 def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
     """Return the steps until the final loss of tuned Adam on the same seed, relative to Adam's steps."""
-    adam = best([run for run in runs if run.optim == TARGET and run.seed == 0 and not run.race])
-    ends = {run.seed: run for run in runs if run.optim == TARGET and run.race == "plain"}
+    adam = best([run for run in runs if run.optim == TARGET and run.seed == 0 and not run.kind])
+    ends = {run.seed: run for run in runs if run.optim == TARGET and run.kind == "plain"}
     ends |= {run.seed: run for run in repeats(runs, adam)} if adam else {}
     ratios = []
     for run in seeds:
@@ -104,8 +134,8 @@ def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
 
 def in_time(runs: Sequence[Run], optim: str, kind: str) -> str:
     """Return the same ratio for the seconds of the race, with the seconds of compilation."""
-    adam = {run.seed: run for run in runs if run.optim == TARGET and run.race == kind}
-    raced = [run for run in runs if run.optim == optim and run.race == kind and run.seed in adam]
+    adam = {run.seed: run for run in runs if run.optim == TARGET and run.kind == kind}
+    raced = [run for run in runs if run.optim == optim and run.kind == kind and run.seed in adam]
     ratios = [
         run.points[-1][1] / adam[run.seed].points[-1][1] if run.stopped == "reached" or optim == TARGET else math.inf
         for run in raced
@@ -131,8 +161,8 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
     figure = new_figure(width=10.0, height=3.2 * len(rows) + 0.5)
     for axes, (net, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
         for name in names:
-            chosen = best([run for run in found if run.optim == name and run.seed == 0 and not run.race])
-            raced = [run for run in found if run.optim == name and run.race == "plain"]
+            chosen = best([run for run in found if run.optim == name and run.seed == 0 and not run.kind])
+            raced = [run for run in found if run.optim == name and run.kind == "plain"]
             for run in (repeats(found, chosen) if chosen else []) or raced:
                 draw(axes[0], run.points, 0, looks[name])
             for run in raced:

@@ -38,8 +38,8 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
     asked = config(tmp_path, optims="adam,kfac", phases="search,repeat,race,report", page=str(page))
     compare.main(asked)
     runs = study.read(tmp_path / "records" / "TINY.jsonl")
-    kinds = [(run.optim, run.lr, run.schedule, run.seed, run.race) for run in runs]
-    chosen = study.best([run for run in runs if run.optim == "adam" and run.seed == 0 and not run.race])
+    kinds = [(run.optim, run.lr, run.schedule, run.seed, run.kind) for run in runs]
+    chosen = study.best([run for run in runs if run.optim == "adam" and run.seed == 0 and not run.kind])
     assert kinds[:4] == [("adam", lr, kind, 0, "") for lr in (0.01, 0.004642) for kind in ("constant", "cosine")]
     settings = (chosen.lr, chosen.schedule)
     assert kinds[4:7] == [("kfac", None, None, 0, ""), ("adam", *settings, 1, ""), ("kfac", None, None, 1, "")]
@@ -55,6 +55,49 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
 
     monkeypatch.setattr(compare, "execute", again)
     compare.main(asked)
+
+
+def test_a_run_of_twice_the_length_is_the_repeat_too_and_short_runs_end_where_they_should(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(compare, "SHORT", 5)
+    for module in (study_report, compare):
+        monkeypatch.setattr(module, "BATCHES", (300, 1000))
+    asked = config(tmp_path, optims="adam,kfac", phases="endure")
+    compare.main(asked)
+    repeated = config(tmp_path / "other", optims="kfac", phases="repeat")
+    compare.main(repeated)
+    runs = {run.key[1:]: run for run in study.read(tmp_path / "records" / "TINY.jsonl")}
+    again = {run.key[1:]: run for run in study.read(tmp_path / "other" / "records" / "TINY.jsonl")}
+    kinds = [("kfac", None, None, seed, kind) for seed in (0, 1) for kind in ("twice", "")]
+    assert list(runs) == [*kinds, *(("kfac", None, None, 0, f"batch {size}") for size in (300, 1000))]
+    for seed in (0, 1):
+        key = ("kfac", None, None, seed, "")
+        losses = [[point[::2] for point in side[key].points] for side in (runs, again)]
+        assert losses[0] == losses[1] and len(losses[0]) == 2
+        twice = runs["kfac", None, None, seed, "twice"].points
+        assert [point[::2] for point in twice[:2]] == losses[0] and twice[2][0] == 2 * twice[1][0]
+    examples = len(load("DIGITS").train[0])
+    for size in (300, 1000):
+        run = runs["kfac", None, None, 0, f"batch {size}"]
+        per_epoch = math.ceil(examples / size)
+        assert [point[0] for point in run.points] == [*range(0, 5, per_epoch), 5]
+        assert run.stopped == "reached" and run.points[-1][2] < run.points[0][2]
+    text = study_report.endurance({"TINY": list(runs.values())})
+    cells = [[cell.strip() for cell in line.split("|")[3:6]] for line in text.splitlines()[2:]]
+    whole = ["of the trainer", "2"]
+    assert cells == [[*whole, "6"], [*whole, "12"], ["300", "1", "5"], ["1000", "1", "5"]]
+
+
+def test_endings_name_what_failed_and_who_still_learns():
+    def run(losses, **more):
+        return Run(
+            "MNIST", "kfac", None, None, 0, points=[(2 * i, 0.0, loss, 0) for i, loss in enumerate(losses)], **more
+        )
+
+    ends = study_report.ending(
+        [run([1, 0.5, 0.4, 0.3, 0.2]), run([1, 0.5, 0.1, 0.1, 0.15]), run([1, 2], stopped="diverged")]
+    )
+    assert ends == ["of the trainer", "3", "8", "1.000", "0.1500 to 0.2000, 1 failed", "1 of 3"]
+    assert study_report.ending([run([1, 0.5], kind="batch 32")])[:1] == ["32"]
 
 
 def test_a_race_does_not_count_its_evaluations_and_ends_at_the_target(monkeypatch):
@@ -134,7 +177,7 @@ def test_ratios_compare_seeds_with_the_same_seed_of_adam():
     kfac = [run("kfac", 0, [1, 0.5, 0.4]), run("kfac", 1, [1, 0.5, 0.4])]
     assert study_report.in_steps(runs + kfac, kfac) == "not reached (0.25 to –)"
     assert study_report.in_steps(runs + kfac, kfac[:1]) == "0.25"
-    race = [run("adam", 0, [1, 0.5], race="plain"), run("kfac", 0, [1, 0.8, 0.5], race="plain", stopped="reached")]
+    race = [run("adam", 0, [1, 0.5], kind="plain"), run("kfac", 0, [1, 0.8, 0.5], kind="plain", stopped="reached")]
     assert study_report.in_time(race, "kfac", "plain") == "2.00"
     assert study_report.in_time(race, "kfac", "compiled") == ""
 
