@@ -43,8 +43,8 @@ def adaptive(
         ema: weight of the old factors, in [0, 1).
         weight_decay: w, decoupled: α w θ is subtracted in addition to the step.
         model_examples: number of examples of each batch for the quadratic model; None for an eighth, at least
-            32, or 8 if each has several labels. A net that couples examples (batch norm in training mode) always uses
-            all of them.
+            32, or 8 if each has several labels. A net that couples examples (batch norm in training mode) uses at
+            least 32, normalised by themselves.
         average: weight ξ of the old average of the parameters, `state.average`; None: no average. Martens & Grosse
             use 0.99.
         look_back: whether a step is undone if the loss of the next batch is too high. Switch it off if the loss also

@@ -88,15 +88,18 @@ class Examples(NamedTuple):
     def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
         """Return the first `wanted` examples of a batch with these statistics.
 
-        None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more.
-        They are all if the net mixes them (batch norm in training mode).
+        None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more. A net that couples its
+        examples (batch norm in training mode) always gets at least 32. It normalises the part by itself, before and
+        after the step: prediction and change are of one function, whose noise grows as the part shrinks.
         """
         x, y = pair(batch)
         here = tree.leaves(x)[0].shape[0]
         n = stats.total(here)
         if wanted is None:
             wanted = max(n // PART, EXAMPLES, math.ceil(LABELS / labels_per_example(ng)))
-        if ng.layout.couples or wanted >= n:
+        if ng.layout.couples:
+            wanted = max(wanted, LABELS)
+        if wanted >= n:
             return cls(ng, (x, y), context, stats, here, n)
         held = stats.first(wanted, here)
         part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))

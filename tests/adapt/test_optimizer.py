@@ -333,25 +333,37 @@ def test_both_losses_of_the_ratio_are_of_the_same_dropout():
     assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4), "a tiny step is as predicted"
 
 
-def test_batch_norm_is_modelled_on_the_whole_batch_and_moves_its_statistics_once():
+def test_batch_norm_is_modelled_on_a_part_that_it_normalises_by_itself_and_moves_its_statistics_once():
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.3), torch.nn.Linear(5, 2)
+    ).double()
     model, params, context = ff.functional(net)
     problem = mlp(ff.Gaussian(), examples=300)
+    context = context | {"dropout": ff.dropout_seeds(300, torch.Generator().manual_seed(0))}
     ng = ff.natural_gradient(model, params, problem.x, likelihood=ff.Gaussian(), context=context)
     assert ng.layout.couples
-    opt = ff.adaptive(ng, lr=1e-9, momentum=0.0, damping=1.0, model_examples=64)
-    _, _, info = opt.step(
-        params, opt.init(params), (problem.x, problem.y), generator=torch.Generator().manual_seed(0), context=context
-    )
-    assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4)
-    found = []
-    for examples in (64, 300):
-        free = ff.adaptive(ng, damping=1.0, model_examples=examples)
-        noise = ng.noise((problem.x, problem.y), torch.Generator().manual_seed(0))
-        _, _, seen = free.step(params, free.init(params), (problem.x, problem.y), noise=noise, context=context)
-        found.append(float(seen.adapted.learning_rate))
-    assert found[0] == found[1], "the model is that of all examples, whatever part was asked for"
+    batch, noise = (problem.x, problem.y), ng.noise((problem.x, problem.y), torch.Generator().manual_seed(0))
+    tiny = ff.adaptive(ng, lr=1e-9, momentum=0.0, damping=1.0, model_examples=64)
+    _, _, info = tiny.step(params, tiny.init(params), batch, noise=noise, context=context)
+    assert float(info.adapted.reduction_ratio) == pytest.approx(1.0, abs=1e-4), "both losses are of one function"
+    nat, _, _ = ng.step(params, ng.init(params, damping=1.0), batch, noise=noise, context=context)
+
+    def size(part: int) -> float:
+        """The minimiser of the model of the first examples, as a batch of their own."""
+        own = context | {"dropout": context["dropout"][:part]}
+
+        def outputs(p):
+            return model(p, problem.x[:part], own)[0]
+
+        f, moved = torch.func.jvp(outputs, (params,), (nat,))
+        curvature = float(moved.square().sum()) / part + float(flat(nat).square().sum())
+        return float((moved * (f - problem.y[:part])).sum()) / part / curvature
+
+    for asked, part in ((2, 32), (64, 64), (None, 37), (300, 300)):
+        free = ff.adaptive(ng, momentum=0.0, damping=1.0, model_examples=asked)
+        _, _, seen = free.step(params, free.init(params), batch, noise=noise, context=context)
+        assert float(seen.adapted.learning_rate) == pytest.approx(size(part), rel=1e-9), asked
     net(problem.x)
     assert all(torch.equal(info.context[name], buffer) for name, buffer in net.named_buffers())
 
