@@ -52,6 +52,9 @@ CHECKS, CLOSER, CLOSE = 4, 5, 1.25
 With 20 steps between two evaluations a race of 180 steps would be known to a tenth only.
 """
 
+Ready = dict[tuple[str, str], Optimizer]
+"""Compiled natural gradients by net and method: pure functions, so that one trains every seed."""
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -79,11 +82,12 @@ def main(config: CompareConfig) -> None:
         for wrong in (name for name in given if name not in known):
             raise ConfigError(f"{what} must be among {', '.join(known)}, got {wrong!r}")
     torch.set_num_threads(config.threads)
+    ready: Ready = {}
     for net in nets:
         records = Path(config.folder) / f"{net}.jsonl"
         for run in (run for phase in PHASES if phase in phases for run in planned(phase, net, optims, config, records)):
             if run.key not in keys(records):
-                done = execute(run, NETS[net], config)
+                done = execute(run, NETS[net], config, ready)
                 for part in (done, done.half(NETS[net].epochs)) if done.kind == TWICE else (done,):
                     if part.key not in keys(records):
                         write(records, part)
@@ -141,17 +145,19 @@ def winner(net: str, optim: str, runs: list[Run]) -> Run | None:
     return None if chosen is None else chosen.fresh()
 
 
-def execute(run: Run, net: Net, config: CompareConfig) -> Run:
-    """Train and return the run with its points."""
+def execute(run: Run, net: Net, config: CompareConfig, ready: Ready) -> Run:
+    """Train and return the run with its points; a natural gradient that was compiled is added to `ready`."""
     full = settings(run, net, config)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     full = dataclasses.replace(full, model=full.model or full.model_for(data))
     task, module = make_task(full, data)
-    optimizer = optimizer_of(run, net, full)(task, module)
+    known = ready.get((run.net, run.optim)) if run.kind == "compiled" else None
+    optimizer = known or optimizer_of(run, net, full)(task, module)
     warm = 0.0
-    if run.kind == "compiled":  # graphs belong to an optimizer, and a baseline would change its net
-        spare = optimizer_of(run, net, full)(task) if run.optim in BASELINES else optimizer
-        warm = warmed(spare, task, full)
+    if run.kind == "compiled" and known is None:  # graphs belong to an optimizer
+        own = run.optim not in BASELINES  # a baseline would change its net
+        warm = warmed(optimizer if own else optimizer_of(run, net, full)(task), task, full)
+        ready |= {(run.net, run.optim): optimizer} if own else {}
     points: list[tuple[float, ...]] = []
     stopped = ""
     steps = math.ceil(len(task.train[0]) / full.batch_size)

@@ -1,5 +1,6 @@
 """The comparison with tuned baselines: its runs, its records, and what its tables say."""
 
+import dataclasses
 import json
 import math
 
@@ -187,6 +188,26 @@ def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
     assert study.best([nothing]) is None and compare.winner("TINY", "adam", [nothing]) is None
     assert "no run ended" in study_report.of_net([nothing])
     json.dumps(nothing._asdict())
+
+
+def test_a_compiled_race_compiles_a_natural_gradient_once_for_all_seeds(tmp_path, tiny, monkeypatch):
+    built, make = [], compare.make_optimizer
+
+    def uncompiled(full, task):
+        built.append(full.seed)
+        return make(dataclasses.replace(full, compile=False), task)
+
+    monkeypatch.setattr(compare, "make_optimizer", uncompiled)
+    monkeypatch.setattr(compare, "warmed", lambda *_: 5.0)
+    monkeypatch.setattr(compare, "target_of", lambda run, config: 0.0)
+    asked = config(tmp_path, optims="kfac", phases="race", compile=True)
+    compare.main(asked)
+    first, second = study.read(tmp_path / "records" / "TINY.jsonl")
+    assert built == [0] and (first.warm, second.warm) == (5, 0)
+    assert first.points[-1][2] != second.points[-1][2]
+    again = compare.execute(second.fresh(), study.NETS["TINY"], asked, ready={})
+    own, shared = ([point[2] for point in run.points] for run in (again, second))
+    assert own == pytest.approx(shared, rel=1e-6) and built == [0, 1]
 
 
 @pytest.mark.parametrize("wrong", [{"nets": "MNISTT"}, {"optims": "adm"}, {"phases": "serch"}])
