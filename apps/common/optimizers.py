@@ -26,6 +26,7 @@ from common.steps import (
     Penalty,
     Stepped,
     Tree,
+    compiled,
     descend,
     given,
     gradient,
@@ -42,7 +43,7 @@ def sgd(
     nesterov: bool = False,
     weight_decay: Number = 0.0,
     penalty: Penalty | None = None,
-    compile: bool = False,
+    compiled_batch: int | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent: `v ← μ v + ∇`, then along v (or `∇ + μ v`, Nesterov's look-ahead)."""
 
@@ -52,7 +53,7 @@ def sgd(
         direction = ff.tree.add(grads, velocity, scale=momentum) if nesterov else velocity
         return Stepped(descend(params, direction, lr, weight_decay), velocity, info.context, info)
 
-    return uniform(ff.tree.zeros_like, move, compile)
+    return uniform(ff.tree.zeros_like, move, compiled_batch)
 
 
 class AdamState(NamedTuple):
@@ -72,7 +73,7 @@ def adam(
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     penalty: Penalty | None = None,
-    compile: bool = False,
+    compiled_batch: int | None = None,
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay."""
 
@@ -92,7 +93,7 @@ def adam(
             descend(params, direction, lr, weight_decay), AdamState(first, second, count), info.context, info
         )
 
-    return uniform(init, move, compile)
+    return uniform(init, move, compiled_batch)
 
 
 class NaturalState(NamedTuple):
@@ -114,7 +115,7 @@ def natural(
     cadence: ff.Cadence = ff.Cadence.fixed(5, 10),  # noqa: B008  # immutable
     fisher_batch_size: int | None = None,
     penalty: Penalty | None = None,
-    compile: bool = False,
+    compiled_batch: int | None = None,
 ) -> Optimizer:
     """The natural gradient with KL clip and momentum: `v ← μ v + clip(F̂⁻¹∇)`, then along v.
 
@@ -129,7 +130,7 @@ def natural(
         cadence: steps that compute statistics and refresh inverses.
         fisher_batch_size: examples for the statistics, the first of each (shuffled) batch; None for all.
         penalty: added to the loss; its gradient is preconditioned with the rest.
-        compile: compile steps, one graph each with and without statistics and inverses.
+        compiled_batch: batch size of compiled steps, one graph each with and without statistics and inverses.
     """
     follow = _clipped_momentum(lr, kl_bound, momentum)
 
@@ -170,7 +171,7 @@ def natural(
     ) -> Stepped:
         return move(params, state, batch, context, _labels(noise, update), update, invert)
 
-    moved = ff.compile(move) if compile else move
+    moved = compiled(move, compiled_batch)
 
     def step(params: Tree, state: NaturalState, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         update, invert = cadence(index)
@@ -179,7 +180,7 @@ def natural(
     return Optimizer(init, draw, step, flagged, cadence)
 
 
-def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) -> Optimizer:
+def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compiled_batch: int | None = None) -> Optimizer:
     """The adaptive natural gradient, `ff.adaptive`, as an optimizer of the trainers.
 
     After a rejected step, statistics and inverses are refreshed at once.
@@ -191,7 +192,7 @@ def adaptive(opt: ff.Adaptive, cadence: ff.Cadence, *, compile: bool = False) ->
         new, state, info = step(params, state, batch[:2], update=update, invert=invert, noise=labels, context=context)
         return Stepped(new, state, info.context, info)
 
-    moved = ff.compile(opt.step) if compile else opt.step
+    moved = compiled(opt.step, compiled_batch)
 
     def draw(batch: Batch, generator: torch.Generator) -> Any:
         return opt.ng.noise(batch[:2], generator) if opt.ng.fisher_kind == "mc" else ()
@@ -220,7 +221,7 @@ def implicit(
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
     iterations: int = 20,
-    compile: bool = False,
+    compiled_batch: int | None = None,
 ) -> Optimizer:
     """The exact natural gradient by conjugate gradients through the model, starting from the last solution.
 
@@ -242,7 +243,7 @@ def implicit(
             descend(params, velocity, lr, weight_decay), ImplicitState(solution, velocity), info.context, info
         )
 
-    return uniform(init, move, compile)
+    return uniform(init, move, compiled_batch)
 
 
 def _labels(noise: Any, update: bool) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch.func import grad
 
 import fisherfn as ff
 from common import ranks
+
+R = TypeVar("R")
 
 Tree = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
@@ -54,9 +56,26 @@ Number = float | Tensor
 """A hyperparameter; a tensor may be batched under `torch.vmap`."""
 
 
-def uniform(init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compile: bool) -> Optimizer:
+def compiled(step: Callable[..., R], batch_size: int | None) -> Callable[..., R]:
+    """Compile a step `(params, state, batch, …)` for batches of one size; None compiles nothing.
+
+    A smaller batch, the last one of an epoch, runs uncompiled: its graphs would double the minutes of compiling.
+    """
+    if batch_size is None:
+        return step
+    fast = ff.compile(step)
+
+    def chosen(params: Tree, state: Any, batch: Batch, *more: Any, **named: Any) -> R:
+        return (fast if len(batch[0]) == batch_size else step)(params, state, batch, *more, **named)
+
+    return chosen
+
+
+def uniform(
+    init: Callable[[Tree], Any], move: Callable[[Tree, Any, Batch, Any], Stepped], compiled_batch: int | None
+) -> Optimizer:
     """Build an optimizer without randomness, whose steps are all of one kind."""
-    moved = ff.compile(move) if compile else move
+    moved = compiled(move, compiled_batch)
 
     def step(params: Tree, state: Any, batch: Batch, context: Any, noise: Any, index: int) -> Stepped:
         return moved(params, state, batch, context)

@@ -108,7 +108,8 @@ def optimizer_with(
         ng: the natural gradient; None for sgd and adam.
         given: values of `NUMBERS`; a natural gradient chooses those of lr, momentum and damping that are missing.
     """
-    shared: dict[str, Any] = {"weight_decay": given["weight_decay"], "compile": config.compile}
+    whole = min(config.batch_size, len(task.train[0])) if config.compile else None
+    shared: dict[str, Any] = {"weight_decay": given["weight_decay"], "compiled_batch": whole}
     if ng is None:
         lr = _tuned(given.get("lr"), "lr")
         if config.optim == "sgd":
@@ -131,7 +132,7 @@ def optimizer_with(
     kl_bound = kl_bound if isinstance(kl_bound, Tensor) else kl_bound or None
     auto: dict[str, Any] = {name: given.get(name, "auto") for name in ("lr", "momentum", "damping")}
     adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound, ema=given["ema"], weight_decay=given["weight_decay"])
-    return optimizers.adaptive(adaptive, cadence(config), compile=config.compile)
+    return optimizers.adaptive(adaptive, cadence(config), compiled_batch=whole)
 
 
 def cadence(config: TrainConfig) -> ff.Cadence:

@@ -7,6 +7,7 @@ import torch
 
 import fisherfn as ff
 from common import optimizers
+from common.steps import compiled
 
 STEPS = 7
 COMPILE = ff.compile
@@ -261,6 +262,16 @@ def test_compiled_optimizers_walk_the_same_way(problem, monkeypatch):
 
     monkeypatch.setattr(ff, "compile", compile_eagerly)
     for name, make in makers.items():
-        runs = [run(make(compile=c), params, context, batches, torch.Generator().manual_seed(0)) for c in (False, True)]
+        sizes = (None, len(batches[0][0]))
+        runs = [run(make(compiled_batch=n), params, context, batches, torch.Generator().manual_seed(0)) for n in sizes]
         torch.testing.assert_close(ff.tree.flatten(runs[1]), ff.tree.flatten(runs[0]), msg=name)
     assert len(traced) == len(makers)
+
+
+def test_only_batches_of_the_given_size_run_compiled(monkeypatch):
+    monkeypatch.setattr(ff, "compile", lambda step: lambda *args, **named: ("compiled", step(*args, **named)))
+    step = compiled(lambda params, state, batch, context, flag=False: (len(batch[0]), flag), 4)
+    batch = (torch.zeros(4, 2), torch.zeros(4))
+    assert step({}, (), batch, (), flag=True) == ("compiled", (4, True))
+    assert step({}, (), (batch[0][:3], batch[1][:3]), ()) == (3, False)
+    assert compiled(step, None) is step
