@@ -102,8 +102,11 @@ def ending(runs: Sequence[Run]) -> list[str]:
 
 
 def repeats(runs: Sequence[Run], chosen: Run) -> list[Run]:
-    """Return the runs with these settings for all seeds, without the race."""
-    return [run for run in runs if run.key[:4] == chosen.key[:4] and not run.kind]
+    """Return the whole runs with these settings, one per seed; a baseline's race is one too."""
+    same = [run for run in runs if run.key[:4] == chosen.key[:4]]
+    whole = {run.seed: run for run in same if run.kind == "plain" and run.optim in BASELINES}
+    whole |= {run.seed: run for run in same if not run.kind}
+    return list(whole.values())
 
 
 def settings(run: Run) -> str:

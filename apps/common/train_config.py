@@ -116,7 +116,7 @@ class TrainConfig(RunConfig):
         None, "steps between inverses; null: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
     )
 
-    compile: bool = option(False, "compile steps of whole batches: minutes at the start, then faster; needs a C++ compiler")
+    compile: bool = option(False, "compile steps of whole batches: minutes at first, then faster; needs a C++ compiler")
     num_workers: int = option(0, "processes that load data; none on a GPU", check=NON_NEGATIVE)
 
     @staticmethod
