@@ -175,6 +175,9 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
         axes[0].set_ylabel("training loss", color=INK)
         for panel in axes:
             panel.set_yscale("log")
+        if not any(run.kind == "plain" for run in found):
+            axes[1].set_axis_off()
+            axes[1].text(0.5, 0.5, "race not run", transform=axes[1].transAxes, ha="center", color=INK)
     handles = [Line2D([], [], label=TITLES[name], **looks[name]) for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 7), frameon=False, labelcolor=INK)
     path.parent.mkdir(exist_ok=True)
