@@ -33,7 +33,7 @@ def test_every_number_of_a_natural_gradient_reaches_it(own, monkeypatch):
     (ng,), settings = built(monkeypatch, "natural", *more.split())
     assert settings == {
         "lr": 0.3, "damping": 0.04, "kl_bound": 0.05, "momentum": 0.6, "ema": 0.7, "weight_decay": 0.08,
-        "cadence": ff.Cadence((9, 9), (11, 11), ff.Cadence().growth), "fisher_batch_size": 6, "compile": False,
+        "cadence": ff.Cadence((9, 9), (11, 11), ff.Cadence().growth), "fisher_batch_size": 6, "compiled_batch": None,
     }  # fmt: skip
     assert (ng.fisher_kind, ng.samples, ng.method) == ("type2", 3, ff.kfac())
 
@@ -51,8 +51,18 @@ def test_every_number_of_a_first_order_optimizer_reaches_it(own, monkeypatch):
     with monkeypatch.context() as patch:
         _, sgd = built(patch, "sgd", *"--optim sgd --lr 0.3 --momentum 0.6 --nesterov true --weight_decay 0.08".split())
     _, adam = built(monkeypatch, "adam", *"--optim adam --lr 0.3 --beta_1 0.6 --beta_2 0.7 --weight_decay 0.08".split())
-    assert sgd == {"lr": 0.3, "momentum": 0.6, "nesterov": True, "weight_decay": 0.08, "compile": False}
-    assert adam == {"lr": 0.3, "betas": (0.6, 0.7), "weight_decay": 0.08, "compile": False}
+    assert sgd == {"lr": 0.3, "momentum": 0.6, "nesterov": True, "weight_decay": 0.08, "compiled_batch": None}
+    assert adam == {"lr": 0.3, "betas": (0.6, 0.7), "weight_decay": 0.08, "compiled_batch": None}
+
+
+def test_steps_are_compiled_for_whole_batches_of_any_optimizer(own, monkeypatch):
+    examples = len(load("own:load").train[0])
+    for optim, factory in (("sgd", "sgd"), ("kfac", "adaptive")):
+        for asked, whole in ((7, 7), (10**6, examples)):
+            with monkeypatch.context() as patch:
+                more = f"--optim {optim} --compile true --batch_size {asked}" + (" --lr 0.3" if optim == "sgd" else "")
+                _, settings = built(patch, factory, *more.split())
+            assert settings["compiled_batch"] == whole
 
 
 def test_the_seed_and_the_scheme_decide_the_initial_parameters(own):
