@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from common.atomic import replace_text
 from common.baselines import BASELINES
-from common.benchmark.report import table
+from common.benchmark.report import filled, table
 from common.plots import INK, dress, look, new_figure, save_figure
 from common.study import BATCHES, NETS, TITLES, TWICE, Run, best, read
 
@@ -36,10 +36,7 @@ def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
     written = {"compare": tables(runs), "endure": endurance(runs)}
     print("\n\n".join(written.values()))
     if page is not None:
-        for name, text in written.items():
-            before, marked, rest = page.read_text().partition(f"<!-- table: {name} -->\n")
-            if marked:
-                replace_text(page, before + marked + text + "\n" + rest[rest.index("<!-- end of table -->") :])
+        replace_text(page, filled(page.read_text(), written))
         picture(runs, page.parent / "images" / "compare.png")
 
 

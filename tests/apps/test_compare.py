@@ -35,7 +35,8 @@ def config(tmp_path, **more):
 
 def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text("Before.\n<!-- table: compare -->\nold\n<!-- end of table -->\nAfter.\n")
+    tables = [f"<!-- table: {name} -->\nold\n<!-- end of table -->\n" for name in ("compare", "endure")]
+    page.write_text("Before.\n" + "".join(tables) + "After.\n")
     asked = config(tmp_path, optims="adam,kfac", phases="search,repeat,race,report", page=str(page))
     compare.main(asked)
     runs = study.read(tmp_path / "records" / "TINY.jsonl")
@@ -181,6 +182,22 @@ def test_ratios_compare_seeds_with_the_same_seed_of_adam():
     race = [run("adam", 0, [1, 0.5], kind="plain"), run("kfac", 0, [1, 0.8, 0.5], kind="plain", stopped="reached")]
     assert study_report.in_time(race, "kfac", "plain") == "2.00"
     assert study_report.in_time(race, "kfac", "compiled") == ""
+
+
+def test_a_whole_run_of_each_seed_counts_once_and_only_a_baselines_race_is_whole():
+    def run(optim, seed, kind, loss):
+        lr, schedule = (None, None) if optim == "kfac" else (0.1, "cosine")
+        return Run("MNIST", optim, lr, schedule, seed, kind=kind, points=[(1, 1.0, loss, loss)])
+
+    adam = [
+        run("adam", 0, "plain", 1),
+        run("adam", 0, "", 2),
+        run("adam", 1, "plain", 3),
+        run("adam", 2, "compiled", 4),
+    ]
+    kfac = [run("kfac", 0, "", 5), run("kfac", 1, "plain", 6), run("kfac", 2, "twice", 7)]
+    assert [each.loss for each in study_report.repeats(adam, adam[1].fresh())] == [2, 3]
+    assert [each.loss for each in study_report.repeats(kfac, kfac[0].fresh())] == [5]
 
 
 def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
