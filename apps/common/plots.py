@@ -215,7 +215,7 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, Points], looks: Mapping[
     dress(axes, title, "")
     axes.title.set_fontsize(10)
     if logarithmic:
-        _scale(axes, [y for points in curves.values() for _, y in points if y != 0])
+        scale(axes, [y for points in curves.values() for _, y in points if y != 0])
 
 
 def _dotted(y: Sequence[float]) -> list[int]:
@@ -225,7 +225,7 @@ def _dotted(y: Sequence[float]) -> list[int]:
 
 
 def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
-    """Use a logarithmic axis with readable ticks if losses are positive and span more than a factor of two."""
+    """Scale an axis for the losses of all runs."""
     losses = [
         m[name]
         for metrics in runs.values()
@@ -233,10 +233,11 @@ def _scale_losses(axes: Axes, runs: Mapping[str, Metrics]) -> None:
         for name in ("train_loss", "test_loss")
         if name in m
     ]
-    _scale(axes, losses)
+    scale(axes, losses)
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def scale(axes: Axes, values: Sequence[float]) -> None:
+    """Use a logarithmic axis with readable ticks if the values are positive and span more than a factor of two."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite or min(finite) <= 0 or max(finite) < 2 * min(finite):
         return

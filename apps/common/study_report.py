@@ -9,28 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from common.atomic import replace_text
 from common.baselines import BASELINES
 from common.benchmark.report import filled, table
-from common.plots import INK, dress, look, new_figure, save_figure
+from common.plots import INK, PALETTE, dress, look, new_figure, save_figure, scale
 from common.study import BATCHES, NETS, TITLES, TWICE, Run, best, read
 
 TARGET = "adam"
 """The optimizer whose final loss the others have to reach."""
 
-Points = Sequence[tuple[float, ...]]
-
 
 def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
-    """Print the tables, draw the picture, and write both into a page between its markers.
+    """Print the tables, draw the pictures, and write them into a page between its markers.
 
     Args:
         folder: folder with the records.
         nets: nets to report, in this order; a net without records is named as not run.
         page: Markdown with `<!-- table: compare -->`, `<!-- table: endure -->` and `<!-- end of table -->` after each;
-            the picture goes beside it, to images/compare.png. None: print only.
+            the pictures go beside it, to images/compare.png and images/compare_methods.png. None: print only.
     """
     runs = {net: read(folder / f"{net}.jsonl") for net in nets}
     written = {"compare": tables(runs), "endure": endurance(runs)}
@@ -38,6 +37,7 @@ def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
     if page is not None:
         replace_text(page, filled(page.read_text(), written))
         picture(runs, page.parent / "images" / "compare.png")
+        methods(runs, page.parent / "images" / "compare_methods.png")
 
 
 def tables(runs: dict[str, list[Run]]) -> str:
@@ -154,34 +154,68 @@ def ratio(values: Sequence[float]) -> str:
 
 
 def picture(runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw one row per net: training loss by step (all seeds) and by second of the race."""
+    """Draw one row per net: training loss of the baselines and of K-FAC, by step and by second of the race."""
     rows = {net: found for net, found in runs.items() if found}
-    names = [name for name in TITLES if any(run.optim == name for found in rows.values() for run in found)]
-    looks = {name: look(index) | {"linewidth": 1.2, "markersize": 0} for index, name in enumerate(names)}
+    names = drawn([*BASELINES, "kfac"], rows)
     figure = new_figure(width=10.0, height=3.2 * len(rows) + 0.5)
     for axes, (net, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
-        for name in names:
-            chosen = best([run for run in found if run.optim == name and run.seed == 0 and not run.kind])
-            raced = [run for run in found if run.optim == name and run.kind == "plain"]
-            for run in (repeats(found, chosen) if chosen else []) or raced:
-                draw(axes[0], run.points, 0, looks[name])
-            for run in raced:
-                draw(axes[1], run.points, 1, looks[name])
-        dress(axes[0], NETS[net].title, "step")
-        dress(axes[1], "until the final loss of tuned Adam", "seconds of training")
+        races = {name: [run for run in found if run.optim == name and run.kind == "plain"] for name in names}
+        panel(axes[0], NETS[net].title, {name: whole(found, name) or races[name] for name in names}, "step")
+        panel(axes[1], "until the final loss of tuned Adam", races, "seconds of training")
         axes[0].set_ylabel("training loss", color=INK)
-        for panel in axes:
-            panel.set_yscale("log")
-        if not any(run.kind == "plain" for run in found):
+        if not any(races.values()):
             axes[1].set_axis_off()
             axes[1].text(0.5, 0.5, "race not run", transform=axes[1].transAxes, ha="center", color=INK)
-    handles = [Line2D([], [], label=TITLES[name], **looks[name]) for name in names]
+    legend(figure, names, path)
+
+
+def methods(runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw training loss by step of every natural gradient, a panel per net that has several; nothing if none has."""
+    natural = [name for name in TITLES if name not in BASELINES]
+    rows = {net: found for net, found in runs.items() if len(drawn(natural, {net: found})) > 1}
+    if not rows:
+        return
+    names = drawn(natural, rows)
+    figure = new_figure(width=4.6 * len(rows) + 0.6, height=4.6)
+    for axes, (net, found) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+        panel(axes, NETS[net].title, {name: whole(found, name) for name in names}, "step")
+    figure.axes[0].set_ylabel("training loss", color=INK)
+    legend(figure, names, path)
+
+
+def drawn(names: Sequence[str], runs: dict[str, list[Run]]) -> list[str]:
+    """Return the optimizers that have whole runs or races on any net."""
+    return [
+        name
+        for name in names
+        if any(run.optim == name and run.kind in ("", "plain") for found in runs.values() for run in found)
+    ]
+
+
+def whole(runs: Sequence[Run], name: str) -> list[Run]:
+    """Return the whole runs of an optimizer with its best settings, one per seed."""
+    chosen = best([run for run in runs if run.optim == name and run.seed == 0 and not run.kind])
+    return repeats(runs, chosen) if chosen else []
+
+
+def panel(axes: Axes, title: str, curves: dict[str, list[Run]], x: str) -> None:
+    """Draw the runs of each optimizer, without their initial losses."""
+    for index, found in enumerate(curves.values()):
+        for run in found:
+            shown = [(point[0 if x == "step" else 1], point[2]) for point in run.points if point[0]]
+            axes.plot([a for a, _ in shown], [b for _, b in shown], **line(index))
+    dress(axes, title, x)
+    scale(axes, [point[2] for found in curves.values() for run in found for point in run.points if point[0]])
+
+
+def line(index: int) -> dict[str, Any]:
+    """Return the style of an optimizer's lines."""
+    return look(index) | {"linewidth": 1.2, "markersize": 0, "linestyle": "-" if index < len(PALETTE) else "--"}
+
+
+def legend(figure: Figure, names: Sequence[str], path: Path) -> None:
+    """Name the optimizers above the panels, and write the picture."""
+    handles = [Line2D([], [], label=TITLES[name], **line(index)) for index, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 7), frameon=False, labelcolor=INK)
     path.parent.mkdir(exist_ok=True)
     save_figure(figure, path)
-
-
-def draw(axes: Axes, points: Points, x: int, style: dict[str, Any]) -> None:
-    """Draw one run without its initial loss."""
-    shown = [(point[x], point[2]) for point in points if point[0]]
-    axes.plot([a for a, _ in shown], [b for _, b in shown], **style)

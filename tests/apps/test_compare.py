@@ -50,6 +50,7 @@ def test_search_repeat_race_and_report(tmp_path, tiny, capsys, monkeypatch):
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
     assert "**tiny net**" in text and "| Adam " in text and "| K-FAC     | none " in text
     assert (tmp_path / "images" / "compare.png").exists()
+    assert not (tmp_path / "images" / "compare_methods.png").exists()
     assert "TINY adam lr 0.01 constant seed 0" in capsys.readouterr().out
 
     def again(*_):
@@ -87,6 +88,19 @@ def test_a_run_of_twice_the_length_is_the_repeat_too_and_short_runs_end_where_th
     cells = [[cell.strip() for cell in line.split("|")[3:6]] for line in text.splitlines()[2:]]
     whole = ["of the trainer", "2"]
     assert cells == [[*whole, "6"], [*whole, "12"], ["300", "1", "5"], ["1000", "1", "5"]]
+
+
+def test_methods_are_drawn_where_a_net_has_several_of_them(tmp_path):
+    def run(optim, kind=""):
+        return Run("MNIST", optim, None, None, 0, kind=kind, points=[(0, 0.0, 1.0, 1.0), (2, 1.0, 0.5, 0.5)])
+
+    one = {"MNIST": [run("kfac"), run("adam"), run("lanczos", "batch 32")]}
+    study_report.methods(one, tmp_path / "methods.png")
+    assert not list(tmp_path.iterdir())
+    two = {"MNIST": [*one["MNIST"], run("exactNG")], "FACES": one["MNIST"]}
+    assert study_report.drawn(["lanczos", "exactNG", "kfac", "sgd"], two) == ["exactNG", "kfac"]
+    study_report.methods(two, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").exists()
 
 
 def test_endings_name_what_failed_and_who_still_learns():
