@@ -151,15 +151,32 @@ def execute(run: Run, net: Net, config: CompareConfig, ready: Ready) -> Run:
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     full = dataclasses.replace(full, model=full.model or full.model_for(data))
     task, module = make_task(full, data)
-    known = ready.get((run.net, run.optim)) if run.kind == "compiled" else None
-    optimizer = known or optimizer_of(run, net, full)(task, module)
-    warm = 0.0
-    if run.kind == "compiled" and known is None:  # graphs belong to an optimizer
-        own = run.optim not in BASELINES  # a baseline would change its net
-        warm = warmed(optimizer if own else optimizer_of(run, net, full)(task), task, full)
-        ready |= {(run.net, run.optim): optimizer} if own else {}
+    optimizer, warm = prepared(run, net, full, task, module, ready)
+    points, stopped = trained(run, net, full, config, task, optimizer)
+    return run._replace(points=points, stopped=stopped, warm=warm, threads=config.threads)
+
+
+def prepared(
+    run: Run, net: Net, full: TrainConfig, task: Task, module: torch.nn.Module, ready: Ready
+) -> tuple[Optimizer, float]:
+    """Return the optimizer of a run, compiled before it starts, and the seconds of compiling."""
+    build = optimizer_of(run, net, full)
+    if run.kind != "compiled":
+        return build(task, module), 0.0
+    if run.optim in BASELINES:  # the steps of another one are timed: a baseline changes its net
+        return build(task, module), warmed(build(task), task, full)
+    key = run.net, run.optim
+    if key in ready:
+        return ready[key], 0.0
+    ready[key] = build(task, module)
+    return ready[key], warmed(ready[key], task, full)
+
+
+def trained(
+    run: Run, net: Net, full: TrainConfig, config: CompareConfig, task: Task, optimizer: Optimizer
+) -> tuple[list[tuple[float, ...]], str]:
+    """Train; return the points of the run and why it stopped before its last epoch, if it did."""
     points: list[tuple[float, ...]] = []
-    stopped = ""
     steps = math.ceil(len(task.train[0]) / full.batch_size)
     went = Settings(lasting(run, net, steps), full.batch_size, full.seed, progress=False)
     target = target_of(run, config) if run.kind in RACES and run.optim not in BASELINES else None
@@ -170,13 +187,12 @@ def execute(run: Run, net: Net, config: CompareConfig, ready: Ready) -> Run:
             if run.kind not in RACES:
                 points.append(tuple(epoch.metrics[k] for k in ("step", "seconds", "train_loss", "test_loss")))
             if not math.isfinite(epoch.metrics["train_loss"]):
-                stopped = "diverged"
-                break
+                return points, "diverged"
     except Reached:
-        stopped = "reached"
+        return points, "reached"
     except ff.FisherfnError as error:
-        stopped = type(error).__name__
-    return run._replace(points=points, stopped=stopped, warm=warm, threads=config.threads)
+        return points, type(error).__name__
+    return points, ""
 
 
 def settings(run: Run, net: Net, config: CompareConfig) -> TrainConfig:
