@@ -39,7 +39,16 @@ class Seen(NamedTuple):
         fine = (self.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
         sizes = [shape.numel() for _, shape in stats.layout.shapes]
         dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
-        return sound & (~fine | dead)
+        return sound & (~fine | (dead & self.alive.any()))
+
+    def remembered(self, state: AdaptiveState) -> Seen:
+        """Return what the next batch is compared with.
+
+        A batch without any gradient (no target counts) says nothing: the batch before it is kept.
+        """
+        any_ = self.alive.any()
+        before = (state.loss, state.spread, state.alive)
+        return Seen(*(torch.where(any_, mine, old) for mine, old in zip(self, before, strict=True)))
 
 
 def alive(nat: Tree) -> Bool[Tensor, " parameters"]:

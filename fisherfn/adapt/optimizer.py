@@ -38,6 +38,7 @@ from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
 from fisherfn.adapt.look_back import Seen, alive
+from fisherfn.adapt.scales import decay, scaled
 from fisherfn.adapt.state import Adapted, AdaptiveState
 from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
@@ -101,7 +102,7 @@ class Adaptive:
         noise: Tensor | None = None,
         context: PyTree = None,
         chunk_size: int | None = None,
-        lr_scale: float | Tensor | dict[str, float] = 1.0,
+        lr_scale: float | Tensor | dict[str, Any] = 1.0,
     ) -> tuple[Tree, AdaptiveState, Info]:
         """Take one step and return (new params, new state, info); `info.adapted` holds the choices.
 
@@ -133,10 +134,10 @@ class Adaptive:
         )  # fmt: skip
         seen = Seen.of(stats, alive(nat))
         if isinstance(lr_scale, dict):
-            nat, lr_scale = {name: lr_scale[name] * leaf for name, leaf in nat.items()}, 1.0
+            nat, lr_scale = scaled(nat, lr_scale)
         before = state
         if update:
-            units = torch.where(state.curvature.count == 0, self._unit(curvature), state.first_curvature)
+            units = torch.where(state.first_curvature == 0, self._unit(curvature), state.first_curvature)
             state = state._replace(first_curvature=units)
         if invert:
             zero = torch.zeros_like(state.actual)
@@ -144,6 +145,7 @@ class Adaptive:
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
         back = seen.undoes(state, stats) if self.look_back else torch.zeros_like(state.rejected)
+        seen = seen.remembered(state)
         # along the direction of a line search the loss need not fall on a part of the batch
         wanted = stats.examples if self.rule == "line_search" else self.model_examples
         examples = Examples.of(self.ng, batch, context, wanted, stats)
@@ -161,7 +163,7 @@ class Adaptive:
         if self.damping is not None:
             return updated.damping
         unit = self._unit(updated)
-        first = torch.where(state.curvature.count == 0, unit, state.first_curvature)
+        first = torch.where(state.first_curvature == 0, unit, state.first_curvature)
         nothing = (state.predicted == 0) | within_noise(state.loss, state.actual, torch.float32)
         moved = adapted_damping(
             updated.damping,
@@ -170,7 +172,7 @@ class Adaptive:
             floor=FLOOR * (first * unit).sqrt(),
             frozen=nothing,
         )
-        start = (state.curvature.count == 0) & (unit > 0)
+        start = (state.first_curvature == 0) & (unit > 0)
         return torch.where(start, START * unit, moved)
 
     # ------------------------------------------------------------------------------------------------- 2. the length
@@ -194,13 +196,14 @@ class Adaptive:
             weights = torch.ones_like(model.slope)
         elif self.rule == "line_search":
             model = examples.model(params, [nat])
-            weights = examples.searched(params, nat)
+            weights = examples.searched(params, nat) * lr_scale
             rate, momentum = -weights[0], torch.zeros_like(weights[0])
             update = along(nat, None, rate, momentum)
         else:
             model = examples.model(params, [nat, state.update])
             weights = model.minimiser(curvature.damping.double(), (None if rate is None else -rate, momentum))
-            weights = torch.stack([weights[0] * lr_scale, weights[1]])
+            if rate is None:  # a given one is scaled already
+                weights = torch.stack([weights[0] * lr_scale, weights[1]])
             rate, momentum = -weights[0], weights[1]
             update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
@@ -257,7 +260,7 @@ class Adaptive:
         )
         # decoupled: not part of the model, and ρ was measured before it
         if isinstance(self.weight_decay, Tensor) or self.weight_decay:
-            shrinks = torch.where(accepted, tried.learning_rate * self.weight_decay, 0.0)
+            shrinks = torch.where(accepted, decay(tried.learning_rate, self.weight_decay), 0.0)
             result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
         zero = torch.zeros_like(tried.actual)

@@ -132,10 +132,20 @@ def quadratic_model(
     curvature = flat @ products.flatten(1).double().T
     return QuadraticModel(
         slope=flat @ slope_of_outputs.flatten().double(),
-        curvature=0.5 * (curvature + curvature.T),  # symmetric in spite of numerical noise
+        curvature=_convex(0.5 * (curvature + curvature.T)),  # symmetric in spite of numerical noise
         gram=_gram(directions),
         losses=losses.detach(),
     )
+
+
+def _convex(curvature: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Return the curvature without directions in which it is negative: there the damping alone limits the step.
+
+    A Fisher has none. The second derivative of a plain callable has, where the loss is not convex in the outputs; its
+    model would have no minimum, and a step of length 0 in every batch would train nothing.
+    """
+    convex = curvature.diagonal() >= 0
+    return torch.where(convex[:, None] & convex, curvature, 0.0)
 
 
 def without_examples(directions: Sequence[Tree], losses: Float[Tensor, " n"]) -> QuadraticModel:

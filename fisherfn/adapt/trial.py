@@ -17,10 +17,11 @@ from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, Stats, pair, run, window
+from fisherfn.stats.processes import squared_error
 from fisherfn.types import PyTree, Tree
 
 PART, LABELS, EXAMPLES = 8, 32, 8
-"""The quadratic model is that of the first N / PART examples, but of at least so many labels and examples."""
+"""The quadratic model is that of N / PART examples, but of at least so many labels and examples."""
 
 SIGMAS = 2.0
 """Increase of the loss, in standard errors, up to which a step that was not fitted to its examples is accepted.
@@ -86,7 +87,7 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, ng: NaturalGradient, batch: Batch, context: PyTree, wanted: int | None, stats: Stats) -> Examples:
-        """Return the first `wanted` examples of a batch with these statistics.
+        """Return `wanted` examples, spread over a batch with these statistics.
 
         None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more. A net that couples its
         examples (batch norm in training mode) always gets at least 32. It normalises the part by itself, before and
@@ -101,10 +102,10 @@ class Examples(NamedTuple):
             wanted = max(wanted, LABELS)
         if wanted >= n:
             return cls(ng, (x, y), context, stats, here, n)
-        held = stats.first(wanted, here)
-        part = tree.map(lambda leaf: leaf[:held] if leaf.ndim else leaf, (x, y))
-        context = None if context is None else window(ng.layout, context, slice(0, held))
-        return cls(ng, part, context, stats, held, wanted)
+        some = torch.tensor(stats.part(wanted, here), dtype=torch.long, device=stats.loss.device)
+        part = tree.map(lambda leaf: leaf[some] if leaf.ndim else leaf, (x, y))
+        context = None if context is None else window(ng.layout, context, some)
+        return cls(ng, part, context, stats, len(some), wanted)
 
     def losses(self, params: Tree) -> Float[Tensor, " n"]:
         """Return the loss of each example that this process holds."""
@@ -134,7 +135,7 @@ class Examples(NamedTuple):
         before = before.double()
         each = self.losses(new).double() - before
         change, square, loss = self.means(each, each.square(), before)
-        return change, ((square - change.square()).clamp(min=0) / self.size).sqrt(), loss
+        return change, squared_error((square - change.square()).clamp(min=0), self.size).sqrt(), loss
 
     def searched(self, params: Tree, nat: Tree) -> Float[Tensor, "1"]:
         """Return the negative of the step size of the grid with the lowest loss."""

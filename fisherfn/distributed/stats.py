@@ -16,6 +16,7 @@ from fisherfn.distributed.sharded import Sharding
 from fisherfn.distributed.taps import Exchange, Raw, ReducedTap
 from fisherfn.errors import StructureError
 from fisherfn.stats import Layout, Stats
+from fisherfn.stats.processes import spread, squared_error
 from fisherfn.types import Matrix, PyTree, Tree
 
 
@@ -49,9 +50,10 @@ class ReducedStats(Stats):
         del here
         return self.shard.total
 
-    def first(self, wanted: int, here: int) -> int:
-        """Return how many of the first `wanted` examples of the global batch are on this rank."""
-        return max(0, min(wanted - self.shard.start, here))
+    def part(self, wanted: int, here: int) -> list[int]:
+        """Return which examples of this rank are among `wanted` ones spread over the global batch."""
+        own = range(self.shard.start, self.shard.start + min(self.shard.own, here))
+        return [at - own.start for at in spread(wanted, self.shard.total) if at in own]
 
     def mean(self, value: PyTree, examples: int) -> PyTree:
         """Return the mean over the examples of all ranks, given the mean over `examples` ones here, in one message."""
@@ -70,7 +72,7 @@ class ReducedStats(Stats):
         counts = table.new_tensor(self.shard.counts)
         mean = (counts * table[:, 0]).sum() / self.examples
         variance = (table[:, 1] + counts * (table[:, 0] - mean).square()).sum() / self.examples
-        return mean, variance / max(self.examples - 1, 1)
+        return mean, squared_error(variance, self.examples)
 
     def gradient(self, key: str) -> Matrix:
         """Return the gradient of the mean loss over all ranks for one block, as its matrix."""

@@ -77,8 +77,8 @@ def independent(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Ten
     return mask
 
 
-def window(layout: Layout, context: PyTree, examples: slice) -> PyTree:
-    """Return the context of a slice of examples: leaves with one entry per example are sliced."""
+def window(layout: Layout, context: PyTree, examples: slice | Tensor) -> PyTree:
+    """Return the context of some examples, a slice or positions: leaves with one entry per example are indexed."""
     pairs = zip(tree.leaves(context), layout.by_example(context), strict=True)
     return tree.replace_leaves(context, [leaf[examples] if mine else leaf for leaf, mine in pairs])
 

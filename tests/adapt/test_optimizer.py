@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.stats.processes import spread
 from tests.adapt.problems import Problem, built, dense_fisher, flat, loss, mlp, quadratic, unflat
 from tests.zoo import as_installed
 
@@ -150,10 +151,10 @@ def test_a_step_of_given_length_is_rejected_only_for_a_clear_increase(ones, reje
     start = {"w": torch.zeros(2, 1, dtype=torch.float64)}
     x = torch.ones(256, 1, dtype=torch.float64)
     y = torch.zeros(256, dtype=torch.int64)
-    y[:ones] = 1
+    y[spread(32, 256)[:ones]] = 1
     problem = Problem(lambda p, x: x @ p["w"].T, start, x, y, ff.Categorical())
     mean = (ones - 16) / 16  # of the changes ±1 of the logit, with variance 1 − mean²
-    assert rejected == (mean > 2 * ((1 - mean**2) / 32) ** 0.5)
+    assert rejected == (mean > 2 * ((1 - mean**2) / 31) ** 0.5)
     _, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
     assert bool(info.adapted.rejected) == rejected
     assert info.adapted.reduction_ratio < 0  # their loss increased
@@ -350,15 +351,16 @@ def test_batch_norm_is_modelled_on_a_part_that_it_normalises_by_itself_and_moves
     nat, _, _ = ng.step(params, ng.init(params, damping=1.0), batch, noise=noise, context=context)
 
     def size(part: int) -> float:
-        """The minimiser of the model of the first examples, as a batch of their own."""
-        own = context | {"dropout": context["dropout"][:part]}
+        """The minimiser of the model of a part of the examples, as a batch of their own."""
+        some = spread(part, 300)
+        own = context | {"dropout": context["dropout"][some]}
 
         def outputs(p):
-            return model(p, problem.x[:part], own)[0]
+            return model(p, problem.x[some], own)[0]
 
         f, moved = torch.func.jvp(outputs, (params,), (nat,))
         curvature = float(moved.square().sum()) / part + float(flat(nat).square().sum())
-        return float((moved * (f - problem.y[:part])).sum()) / part / curvature
+        return float((moved * (f - problem.y[some])).sum()) / part / curvature
 
     for asked, part in ((2, 32), (64, 64), (None, 37), (300, 300)):
         free = ff.adaptive(ng, momentum=0.0, damping=1.0, model_examples=asked)

@@ -1,6 +1,7 @@
 """A group of one rank: the data-parallel calls are those of one process."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fisherfn.distributed import Ranks, data_parallel, inversion_owners
 from fisherfn.distributed.build import owner_sends_less, shared
 from fisherfn.distributed.preconditioners import OwnerPreconditions
 from fisherfn.distributed.ranks import Shard, crossing
-from fisherfn.distributed.stats import stand_in
+from fisherfn.distributed.stats import ReducedStats, stand_in
+from fisherfn.stats.processes import spread
 from tests import zoo
 from tests.distributed import equal
 
@@ -187,13 +189,25 @@ def test_a_shard_knows_its_place():
     assert stand_in((torch.ones(0, 3), torch.ones(0)))[0].shape == (1, 3)
 
 
+@pytest.mark.parametrize("wanted", [0, 3, 8, 100])
+def test_the_parts_of_all_ranks_are_that_of_the_batch(wanted):
+    counts = (3, 0, 5, 4)
+    found = []
+    for rank, own in enumerate(counts):
+        shard = Shard(rank, counts)
+        stats = SimpleNamespace(shard=shard)
+        found += [shard.start + at for at in ReducedStats.part(stats, wanted, max(own, 1))]  # or one stand-in
+    assert found == spread(wanted, sum(counts))
+
+
 def test_a_tap_of_a_group_has_the_type_and_the_windows_of_one_process():
     problem, x, y = equal.batch()
     ng = problem.build(method="kfac")
     alone = data_parallel(ng)
     noise = alone.noise((x, y), zoo.generator(0))
     stats, same = alone.stats(problem.params, (x, y), noise=noise), ng.stats(problem.params, (x, y), noise=noise)
-    assert [stats.first(wanted, len(x)) for wanted in (2, len(x), 100)] == [2, len(x), len(x)]
+    for wanted in (0, 2, len(x), 100):
+        assert stats.part(wanted, len(x)) == same.part(wanted, len(x)) == spread(wanted, len(x))
     for key in stats.layers:
         found, expected = stats.lazy_tap(key), same.lazy_tap(key)
         assert found.dtype == expected.dtype
