@@ -12,25 +12,23 @@ from torch import Tensor, nn
 
 from fisherfn import tree
 from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
-from fisherfn.errors import BATCH_CHECKS, StructureError, expect, expect_number, unknown
+from fisherfn.errors import BATCH_CHECKS, StructureError, expect_number, unknown
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
 from fisherfn.optim.ranks import alone, dropout, spread
+from fisherfn.optim.saved import Saved
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
 from fisherfn.state import State
 from fisherfn.stats import Stats, pair
 from fisherfn.types import Info, Model, PyTree, Tree
 
-VERSION = 1
-"""Version of the saved form."""
-
 Outcome: TypeAlias = tuple[Tree, State, Info]
 """The natural gradient, the new state and the info, as `ng.step` returns them."""
 
 
-class Curvature(Copies):
+class Curvature(Copies, Saved):
     """The natural gradient of a module, built at the first batch, with its state, cadence and random generator.
 
     A copy works on the copied net; watched statistics that were not used yet stay with the original.
@@ -61,7 +59,7 @@ class Curvature(Copies):
                     lambda model, params, context: self._options.build(model, params, x, context), x
                 )
                 ng = spread(ng, compiled=bool(self._options.compile))
-                self._state = self._restored(ng, self._saved)
+                self._hold(self._restored(ng, self._saved))
             self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
             self._by_kind[self.network.kind(x)] = ng
         kind = self.network.kind(_inputs(x))
@@ -93,18 +91,35 @@ class Curvature(Copies):
         return self._state
 
     @property
+    def _damping_path(self) -> str:
+        """The name of λ in the saved form."""
+        return "damping" if self._adaptive is None else "curvature/damping"
+
+    @property
     def damping(self) -> float:
         """The damping λ."""
-        return self._damping if self._state is None else float(self._state.damping)
+        saved = self._saved.get(self._damping_path)
+        known = saved if self._state is None else self._state.damping
+        return self._damping if known is None else float(known)
 
     @damping.setter
     def damping(self, value: float) -> None:
         expect_number("damping", value, lambda v: v >= 0, "must be >= 0")
-        self._damping = value
         if self._state is not None:
             self._state = self._state._replace(damping=torch.full_like(self._state.damping, float(value)))
-        if self._rest is not None and self._state is not None:
-            self._rest = self._rest._replace(curvature=self._state)
+            if self._rest is not None:
+                self._rest = self._rest._replace(curvature=self._state)
+        elif self._saved:
+            saved = self._saved[self._damping_path]
+            self._saved[self._damping_path] = torch.full_like(saved, float(value))
+        elif self._options.damping == "auto":
+            raise StructureError(
+                f"the damping is measured at the first batch, which would replace {value}: set it after that batch, or "
+                "pass damping= to the constructor."
+            )
+        elif self._adaptive is not None:
+            self._adaptive["damping"] = value
+        self._damping = value
 
     # -------------------------------------------------------------------------------------------------- the step
 
@@ -151,7 +166,7 @@ class Curvature(Copies):
 
     def _measured(self, ng: NaturalGradient) -> Callable[[State], Tensor] | None:
         """Return a function that measures λ once, at the first refresh of the inverses, if no λ was given."""
-        if self._options.damping != "auto" or self._rest is not None or self.steps:
+        if self._options.damping != "auto" or self.steps:
             return None
         return lambda new: START * ng.trace(new).to(new.damping) / sum(s.numel() for _, s in ng.layout.shapes)
 
@@ -203,6 +218,8 @@ class Curvature(Copies):
                 f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
                 'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
             )
+        if all(p.grad is None for p in self.network.parameters().values()):
+            self.forget(used=True)  # zero_grad dropped their batch
         if not self.updates:
             yield
             return
@@ -212,8 +229,14 @@ class Curvature(Copies):
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))
 
-    def watched(self) -> Stats:
-        """Return the statistics of all passes since the last step."""
+    def taken(self) -> Stats | None:
+        """Return the statistics of all passes since the last step, and forget the passes; None if none are due."""
+        try:
+            return self._watched() if self.updates else None
+        finally:
+            self.forget()
+
+    def _watched(self) -> Stats:
         if not self._passes:
             raise StructureError(
                 "this step needs statistics, and none were collected: pass the batch, step((x, y)), or run the net in "
@@ -226,50 +249,6 @@ class Curvature(Copies):
         """Drop the watched passes: all of them, or those with a backward pass."""
         self._passes = [each for each in self._passes if used and not each.used]
 
-    # ------------------------------------------------------------------------------------------------ saved form
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""
-        held = self._state if self._rest is None else self._rest
-        flat = dict(self._saved) if held is None else tree.flatten(held)
-        return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a saved state; before the first batch it is kept until the layers are found.
-
-        Raises:
-            StructureError: not a saved form of this library, or that of another net or method.
-        """
-        expect(saved, dict, "a saved curvature", "pass what state_dict() returned")
-        if saved.keys() != {"version", "steps", "generator", "state"} or saved["version"] != VERSION:
-            raise StructureError(
-                f"the saved curvature has entries {sorted(saved)} and version {saved.get('version')}, expected version "
-                f"{VERSION}: load what state_dict() of this class returned."
-            )
-        if self.ng is None:
-            self._saved = dict(saved["state"])
-        else:
-            self._state = self._restored(self.ng, saved["state"])
-        self.steps = int(saved["steps"])
-        self._generator.set_state(saved["generator"].cpu())
-        self.forget()
-
-    def _restored(self, ng: NaturalGradient, saved: dict[str, Tensor]) -> State:
-        params = self.network.values()
-        if self._adaptive is not None:
-            rest = adaptive(ng, **self._adaptive).init(params)
-            device = rest.curvature.damping.device
-            moved = {path: leaf.to(device) for path, leaf in saved.items()}
-            self._rest = tree.unflatten(rest, moved) if saved else rest
-            return self._rest.curvature
-        empty = ng.init(params, damping=self._damping, ema=self._options.ema)
-        device = next(iter(params.values())).device
-        if saved:  # from a version that did not count examples, or not those of each block
-            counts = {"block_count": saved["count"], "block_examples": saved.get("examples", empty.examples)}
-            counts = {name: each.to(device).repeat(len(ng.layout.blocks)) for name, each in counts.items()}
-            saved = {"examples": empty.examples} | counts | saved
-        return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
-
 
 def _inputs(x: PyTree) -> PyTree:
     """Return several inputs as a tuple (data loaders turn it into a list) or as a dict."""
@@ -281,5 +260,7 @@ def _finite(x: PyTree) -> PyTree:
     floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not bool(tree.finite_inputs(floats)):
         error, text = BATCH_CHECKS["inputs"]
-        raise error(f"{text}. This is the first batch, with which the layers are found: or pass example_inputs=x.")
+        raise error(
+            f"{text}. This is the first batch of this shape, with which layers are found: or pass example_inputs=x."
+        )
     return x

@@ -28,8 +28,8 @@ class Network:
         expect(net, nn.Module, "net", "pass the torch.nn.Module whose parameters are trained")
         self.net = net
         self._chosen: list[Tensor] = []
-        self._fixed: set[str] | None = None
-        self._seeded = False
+        self._fixed: dict[str, Any] | None = None
+        self._seeded: dict[Any, bool] = {}
         self._low: torch.dtype | None = None
         self.unused: frozenset[str] = frozenset()
         """Parameters that the outputs do not depend on; they are not changed."""
@@ -40,14 +40,19 @@ class Network:
         """Set the parameters to train."""
         if self._fixed is not None:
             raise StructureError("the layers were found at the first batch: make a new optimizer for more parameters.")
-        self._chosen = list(chosen)
-        self.parameters()
+        before, self._chosen = self._chosen, list(chosen)
+        try:
+            self.parameters()
+        except StructureError:
+            self._chosen = before
+            raise
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name: the chosen ones that require a gradient.
 
         Raises:
-            StructureError: a parameter of another net, no parameter, or other parameters than at the build.
+            StructureError: a parameter of another net, no parameter, or other parameters than at the build (names,
+                types or devices).
         """
         own = dict(self.net.named_parameters())
         chosen = {id(p) for p in self._chosen}
@@ -59,12 +64,23 @@ class Network:
         found = {name: p for name, p in own.items() if id(p) in chosen and p.requires_grad}
         if not found:
             raise StructureError("there is no parameter to train: none of the given parameters requires a gradient.")
-        if self._fixed is not None and set(found) != self._fixed:
-            raise StructureError(
-                f"{sorted(set(found) ^ self._fixed)[:4]} were frozen or unfrozen after the first batch, when layers "
-                "were found: make a new optimizer at that point."
-            )
+        if self._fixed is not None:
+            if found.keys() != self._fixed.keys():
+                raise StructureError(
+                    f"{sorted(found.keys() ^ self._fixed.keys())[:4]} were frozen or unfrozen after the first batch, "
+                    "when layers were found: make a new optimizer at that point."
+                )
+            moved = [name for name, p in found.items() if _place(p) != self._fixed[name]]
+            if moved:
+                raise StructureError(
+                    f"{moved[:4]} have another type or device than at the first batch, when layers were found: move "
+                    "the net before that, or make a new optimizer after moving it."
+                )
         return found
+
+    def names(self) -> dict[int, str]:
+        """Return the names of the trained parameters that the outputs depend on, by `id`."""
+        return {id(p): name for name, p in self.parameters().items() if name not in self.unused}
 
     def values(self) -> Tree:
         """Return the values of the trained parameters, without autograd."""
@@ -87,7 +103,7 @@ class Network:
         """Return the buffers, and dropout seeds for the examples of `x` if the net has dropout."""
         buffers = {name: buffer.detach() for name, buffer in self.net.named_buffers()}
         draw = dropout_seeds if ranks is None else ranks.dropout_seeds
-        return buffers | {"dropout": draw(examples(x), generator)} if self._seeded else buffers
+        return buffers | {"dropout": draw(examples(x), generator)} if self._seeded[self.kind(x)] else buffers
 
     def kind(self, x: PyTree) -> Any:
         """Return the key of a build: the example shapes of the inputs, and the mode of every module."""
@@ -118,16 +134,17 @@ class Network:
     def build(self, make: Callable[[Model, Tree, Tree], T], x: PyTree) -> T:
         """Call `make(model, params, context)`, with dropout seeds in the context if the net needs them."""
         check_net(self.net)
-        self._seeded = any(isinstance(m, _DROPS) for m in self.net.modules())
+        kind = self.kind(x)  # with net.eval() it may need none
+        self._seeded[kind] = any(isinstance(m, _DROPS) for m in self.net.modules())
         params, generator = self.values(), torch.Generator().manual_seed(0)
         try:
             made = make(self.model(), params, self.context(x, generator))
         except NoiseError:  # the net may call F.dropout by itself
-            if self._seeded:
+            if self._seeded[kind]:
                 raise
-            self._seeded = True
+            self._seeded[kind] = True
             made = make(self.model(), params, self.context(x, generator))
-        self._fixed = set(params)
+        self._fixed = {name: _place(p) for name, p in params.items()}
         return made
 
     def model(self) -> Model:
@@ -142,6 +159,10 @@ class Network:
             return outputs.float() if low is not None and isinstance(outputs, Tensor) else outputs, context
 
         return model
+
+
+def _place(p: Tensor) -> tuple[torch.dtype, torch.device]:
+    return p.dtype, p.device
 
 
 def examples(x: PyTree) -> int:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fisherfn.adapt import default_kl_bound, kl_clip
 from fisherfn.base import Method
-from fisherfn.errors import HyperparameterError, StructureError, check, expect_number, unknown
+from fisherfn.errors import HyperparameterError, NonFiniteError, StructureError, check, expect_number, unknown
 from fisherfn.optim.curvature import Curvature, Outcome
+from fisherfn.optim.groups import check_groups, descend, factors, listed, shrink, tensors
 from fisherfn.optim.options import Options
 from fisherfn.optim.with_curvature import WithCurvature
 from fisherfn.stats import pair
-from fisherfn.types import Info, PyTree, Tree
+from fisherfn.types import Info, PyTree
 
 PATIENCE = 10
 """Number of consecutive steps that `on_bad="skip"` skips before it raises."""
@@ -113,7 +114,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             MissingPackageError: `compile` without a C++ compiler, raised by the first step.
         """
         for name, value in (("lr", lr), ("momentum", momentum)):
-            if isinstance(value, str) and value != "auto":
+            if value is None or (isinstance(value, str) and value != "auto"):
                 raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
         options = Options(
             likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
@@ -122,16 +123,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         )  # fmt: skip
         self._auto_lr = lr == "auto"
         self._adapts = self._auto_lr or damping == "auto"
-        rule = "model" if kl_bound is None else "auto"
-        self._kl_bound: Any = "auto" if self._adapts and kl_bound is None else kl_bound
+        self._kl_bound: Any = kl_bound
         if kl_bound == "auto":
             kl_bound = None
         elif kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         self._lr = 1.0 if isinstance(lr, str) else lr
         adaptive: dict[str, Any] = {
-            "lr": lr if isinstance(lr, str) else float(lr), "momentum": momentum, "damping": damping, "rule": rule,
-            "kl_bound": kl_bound, "ema": ema,
+            "lr": lr if isinstance(lr, str) else float(lr), "momentum": momentum, "damping": damping,
+            "rule": "model" if self._kl_bound is None else "auto", "kl_bound": kl_bound, "ema": ema,
         }  # fmt: skip
         self._curvature = Curvature(net, options, adaptive=adaptive if self._adapts else None)
         if on_bad not in ("raise", "skip"):
@@ -161,16 +161,19 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         """
         if callable(batch):
             batch, closure = None, batch
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if closure is not None and not callable(closure):
+            raise StructureError("step takes the batch as one pair: write opt.step((x, y)).")
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if self._adapts and batch is not None:
             return self._adapted(batch)
         if self._auto_lr:
             raise StructureError(
                 "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or pass lr=."
             )
+        check_groups(self.param_groups)
+        if batch is not None and not self._found(batch):
+            return torch.tensor(torch.nan)
         rate = max(group["lr"] for group in self.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = self._outcome(batch, clips)
@@ -179,7 +182,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if clips:
             bound = default_kl_bound(self._curvature.ready()) if self._kl_bound == "auto" else self._kl_bound
             nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=bound)
-        self._move(nat)
+        descend(self.param_groups, self.state, self._curvature.network.names(), nat)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         return loss if batch is None else self.info.loss
@@ -187,31 +190,40 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
     def _adapted(self, batch: Any) -> Any:
         """Take an adaptive step."""
         network = self._curvature.network
-        self._curvature.build(pair(batch)[0])  # finds the parameters that the outputs depend on
-        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
-        groups = [(names[id(p)], group) for group in self.param_groups for p in group["params"] if id(p) in names]
-        scales = dict.fromkeys(network.parameters(), 1.0)
-        scales |= {name: float(group["lr"]) / float(self._lr) for name, group in groups}
-        scales |= dict.fromkeys(network.unused, scales[groups[0][0]])
-        common = next(iter(scales.values()))
-        same = all(scale == common for scale in scales.values())
+        check_groups(self.param_groups, momentum=self.defaults["momentum"])
+        if not self._found(batch):  # also finds the parameters that the outputs depend on
+            return torch.tensor(torch.nan)
+        names = network.names()
+        scales = factors(self.param_groups, names, float(self._lr))
+        largest = max(scales.values())
+        same = min(scales.values()) == largest
         before = self._curvature.damping
-        params, state, self.info = self._curvature.adapted(batch, common if same else scales)
+        each = dict.fromkeys(network.unused, largest) | scales
+        params, state, self.info = self._curvature.adapted(batch, largest if same else each)
         if not _all_ok(self.info):
             return self._refuse()
         found = self.info.adapted
         for name, p in network.parameters().items():
             p.copy_(params[name])
-        for name, group in groups:
-            if group["weight_decay"] and not found.rejected:
-                step = found.learning_rate * scales[name] * group["weight_decay"]
-                network.parameters()[name].mul_(1 - step)
+        if not found.rejected:
+            relative = {key: scales[name] / (largest or 1.0) for key, name in names.items()}
+            shrink(self.param_groups, found.learning_rate, relative)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         if not self._warned and float(found.damping) > before:
             self._warned = True
             warnings.warn(f"a step was rejected: the damping rose from {before:g} to {found.damping:g}.", stacklevel=3)
         return self.info.loss
+
+    def _found(self, batch: Any) -> bool:
+        """Find the layers with a batch, if they are not known; return False to skip one that is not finite."""
+        try:
+            self._curvature.build(pair(batch)[0])
+        except NonFiniteError:
+            if not self._skips():
+                raise
+            return False
+        return True
 
     def _outcome(self, batch: Any, inner: bool) -> Outcome:
         curvature = self._curvature
@@ -223,30 +235,17 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
                 "your own loss and backward, run the net in `with opt.watch(x):` and call loss.backward() before."
             )
         grads = curvature.network.gradients()
-        stats = curvature.watched() if curvature.updates else None
-        curvature.forget()
-        return curvature.of_gradients(grads, stats, inner=inner)
+        return curvature.of_gradients(grads, curvature.taken(), inner=inner)
 
     def _refuse(self, loss: Any = None) -> Any:
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._on_bad == "raise" or self._in_a_row >= PATIENCE:
+        if not self._skips():
             check(self.info)
         return self.info.loss if loss is None else loss
 
-    def _move(self, nat: Tree) -> None:
-        network = self._curvature.network
-        names = {id(p): name for name, p in network.parameters().items() if name not in network.unused}
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if id(p) in names):
-                direction, state = nat[names[id(p)]], self.state[p]
-                if group["momentum"]:
-                    old = state.get("momentum_buffer")
-                    direction = direction if old is None else direction + group["momentum"] * old
-                    state["momentum_buffer"] = direction
-                if group["weight_decay"]:
-                    direction = direction + group["weight_decay"] * p
-                p.add_(direction * -group["lr"])
+    def _skips(self) -> bool:
+        """Count a step that failed, and return whether to skip it."""
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        return self._on_bad == "skip" and self._in_a_row < PATIENCE
 
     # ---------------------------------------------------------------------------------- the rest of an optimizer
 
@@ -257,15 +256,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             HyperparameterError: a learning rate, momentum or weight decay outside its range.
             StructureError: parameters of another net, or the layers were found already.
         """
-        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "lr": (lambda v: v >= 0, "must be >= 0"),
-            "momentum": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
-            "weight_decay": (lambda v: v >= 0, "must be >= 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            expect_number(name, {**self.defaults, **param_group}[name], holds, rule)
-        super().add_param_group(param_group)
-        self._curvature.network.train(p for group in self.param_groups for p in group["params"])
+        check_groups([{**self.defaults, **param_group}])
+        before = [p for group in self.param_groups for p in group["params"]]
+        param_group = listed(param_group)
+        self._curvature.network.train([*before, *tensors(param_group)])
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:  # a parameter twice, or not a tensor
+            self._curvature.network.train(before)
+            raise StructureError(f"{error}: give each parameter of the net once.") from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as in torch, and the watched statistics that belong to them."""
@@ -273,7 +272,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         self._curvature.forget(used=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        # a learning-rate scheduler wraps `step` of this very object
+        own = {name: v for name, v in vars(self).items() if not name.startswith("_optimizer_") and name != "step"}
         return {**own, **super().__getstate__()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,11 +288,12 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         """
         if "curvature" not in state_dict:
             raise StructureError(f"the saved optimizer has no curvature, only {sorted(state_dict)}: it is another one.")
-        self._curvature.load_state_dict(state_dict["curvature"])
+        load = self._curvature.loading(state_dict["curvature"])  # everything is checked before anything changes
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise StructureError(f"{error}: make the same parameter groups as those that were saved.") from error
+        load()
 
 
 def _all_ok(info: Info) -> bool:

@@ -109,14 +109,13 @@ class Preconditioner(WithCurvature):
         """
         curvature = self._curvature
         self._unscale()
+        if batch is not None:  # before gradients are read: finds the parameters that the outputs depend on
+            curvature.build(_split(batch)[0])
         grads = self._gradients(batch)
         if curvature.scaler is not None and not bool(torch.stack([g.isfinite().all() for g in grads.values()]).all()):
             curvature.forget()
             return
-        if batch is not None:
-            curvature.build(_split(batch)[0])
-        stats = self._statistics(batch) if curvature.updates else None
-        curvature.forget()
+        stats = self._statistics(batch)
         rate = 0.0 if self._optimizer is None else max(group["lr"] for group in self._optimizer.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = curvature.of_gradients(grads, stats, inner=clips)
@@ -132,9 +131,11 @@ class Preconditioner(WithCurvature):
             return grads
         return averaged(grads, examples(_split(batch)[0]))
 
-    def _statistics(self, batch: Any) -> Stats:
-        if batch is None:
-            return self._curvature.watched()
+    def _statistics(self, batch: Any) -> Stats | None:
+        """Return the statistics if they are due."""
+        if batch is None or not self._curvature.updates:
+            return self._curvature.taken()
+        self._curvature.forget()
         if self._likelihood is None:
             raise LikelihoodError("a batch needs a likelihood: pass likelihood=ff.Categorical() or another, or watch.")
         x, y = _split(batch)
@@ -182,8 +183,8 @@ class _Unlabelled:
         self._likelihood = likelihood
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("valid", "_likelihood"):
-            raise AttributeError(name)  # there are no targets to check
+        if name in ("valid", "score", "_likelihood"):
+            raise AttributeError(name)  # there are no targets to check or to compare with
         return getattr(self._likelihood, name)
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:

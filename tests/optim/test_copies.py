@@ -166,3 +166,17 @@ def test_a_pickle_of_an_older_version_says_how_to_go_on():
 
 def test_the_former_place_of_the_optimizer_is_an_alias():
     assert importlib.import_module("fisherfn.optim.natural_gradient").NaturalGradient is ff.optim.NaturalGradient
+
+
+def test_a_copy_trains_its_own_net_although_a_scheduler_wrapped_the_step_of_the_original():
+    case = problem(steps=3)
+    opt = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical(), lr=0.3)
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+    assert "step" in vars(opt)
+    opt.step(case.batches[0])
+    before = copy.deepcopy(case.net.state_dict())
+    for way in (copy.deepcopy, pickled):
+        net, other = way((case.net, opt))
+        other.step(case.batches[1])
+        assert not all_equal(case.net, net)
+        assert all(torch.equal(case.net.state_dict()[name], leaf) for name, leaf in before.items())

@@ -229,3 +229,42 @@ def test_missing_gradients_are_named():
     pre._curvature.network.net.bias.grad = None
     with pytest.raises(E.StructureError, match=r"'bias' have no gradient: call loss.backward"):
         pre.step(X)
+
+
+UNLABELLED = {
+    "gaussian": (ff.Gaussian(), lambda n: torch.zeros(n, CLASSES, dtype=torch.float64)),
+    "gaussian with a scale": (ff.Gaussian(0.5), lambda n: torch.zeros(n, CLASSES, dtype=torch.float64)),
+    "bernoulli": (ff.Bernoulli(), lambda n: torch.zeros(n, CLASSES, dtype=torch.float64)),
+    "classes": (LABELS, lambda n: torch.zeros(n, dtype=torch.int64)),
+    "smoothed classes": (ff.Categorical(label_smoothing=0.1), lambda n: torch.zeros(n, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("method", ["kfac", "exactNG"])
+@pytest.mark.parametrize("fisher", ["mc", "type2"])
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_inputs_alone_serve_every_likelihood(name, fisher, method):
+    """The sampled Fisher does not depend on targets, so it is that of any."""
+    likelihood, targets = UNLABELLED[name]
+    case = problem()
+    x, y = case.batches[0][0], targets(8)
+    pre = ff.optim.Preconditioner(case.net, likelihood=likelihood, fisher=fisher, method=method, damping=0.1)
+    likelihood.nll(case.net(x), y).mean().backward()
+    grads = {n: p.grad.clone() for n, p in case.net.named_parameters()}
+    pre.step(x)
+    model, params, _ = ff.functional(case.net)
+    ng = ff.natural_gradient(model, params, x, likelihood=likelihood, fisher=fisher, method=method, context={})
+    stats = ng.stats(params, (x, y), generator=torch.Generator().manual_seed(0), context={})
+    nat, _, _ = ng.step_from(ng.init(params, damping=0.1, ema=0.95), grads, stats)
+    for n, p in case.net.named_parameters():
+        torch.testing.assert_close(p.grad, nat[n], rtol=1e-10, atol=1e-10)
+
+
+def test_a_parameter_that_the_outputs_ignore_needs_no_gradient_at_the_first_batch():
+    case = problem()
+    case.net.register_parameter("spare", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    pre = ff.optim.Preconditioner(case.net, likelihood=LABELS)
+    x, y = case.batches[0]
+    F.cross_entropy(case.net(x), y).backward()
+    pre.step(x)
+    assert case.net.spare.grad is None and int(pre.curvature.count) == 1

@@ -263,3 +263,46 @@ def test_a_watched_pass_computes_the_same_outputs(make):
     with pre.watch():
         outputs = net(x)
     torch.testing.assert_close(outputs, net(x), rtol=1e-12, atol=1e-12)
+
+
+def watched_step(net, sgd, pre, batch, *, dropped=None):
+    """A step after a batch whose gradients were dropped; the gradients of the second batch."""
+    for x, y in [dropped, batch] if dropped else [batch]:
+        sgd.zero_grad()
+        with pre.watch(x):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+    pre.step()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def test_a_batch_whose_gradients_were_dropped_does_not_count():
+    case = problem(steps=2)
+    found = []
+    for dropped in (None, case.batches[0]):
+        net = case.again()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        pre = ff.optim.Preconditioner(net, damping=0.1)
+        found.append(watched_step(net, sgd, pre, case.batches[1], dropped=dropped))
+    for alone, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, alone)
+
+
+@pytest.mark.parametrize("drop_in", [ff.optim.NaturalGradient, ff.optim.Preconditioner])
+def test_a_pass_without_backward_stops_one_step_only(drop_in):
+    case = problem(steps=1)
+    x, y = case.batches[0]
+    options = {"lr": 0.1} if drop_in is ff.optim.NaturalGradient else {}
+    opt = drop_in(case.net, likelihood=ff.Categorical(), fisher="empirical", damping=0.1, **options)
+    F.cross_entropy(case.net(x), y).backward()
+    with opt.watch(x):
+        case.net(x)
+    with pytest.raises(ff.errors.StructureError, match="no backward pass"):
+        opt.step()
+    for p in case.net.parameters():
+        p.grad = None
+    with opt.watch(x):
+        loss = F.cross_entropy(case.net(x), y)
+    loss.backward()
+    opt.step()
+    assert int(opt.curvature.count) == 1

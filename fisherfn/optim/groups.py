@@ -1,0 +1,79 @@
+"""The parameter groups of the drop-in optimizer: their checks, their factors in an adaptive step, and fixed steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fisherfn.adapt.scales import decay
+from fisherfn.errors import StructureError, expect_number
+from fisherfn.types import Tree
+
+Groups = Sequence[dict[str, Any]]
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda v: v >= 0, "must be >= 0"),
+    "momentum": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+    "weight_decay": (lambda v: v >= 0, "must be >= 0"),
+}
+
+
+def check_groups(groups: Groups, *, momentum: float | None = None) -> None:
+    """Check the numbers of groups, which schedulers change between steps.
+
+    Args:
+        groups: the parameter groups.
+        momentum: the momentum that all must have: that of an adaptive step, which has one for all parameters.
+
+    Raises:
+        HyperparameterError: a learning rate, momentum or weight decay outside its range.
+        StructureError: another momentum.
+    """
+    for group in groups:
+        for name, (holds, rule) in RULES.items():
+            expect_number(name, group[name], holds, rule)
+        if momentum is not None and group["momentum"] != momentum:
+            raise StructureError(
+                f"a parameter group has momentum {group['momentum']}, and an adaptive step has one momentum for all "
+                "parameters: pass momentum= to the constructor, and cycle_momentum=False to schedulers."
+            )
+
+
+def listed(param_group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with its parameters in a list, which can be read twice; torch refuses a set."""
+    given = param_group["params"]
+    return {**param_group, "params": given if isinstance(given, (Tensor, set)) else list(given)}
+
+
+def tensors(param_group: Mapping[str, Any]) -> list[Tensor]:
+    """Return the parameters of a group as given to `add_param_group`: one, several, or pairs with their names."""
+    given = param_group["params"]
+    return [each[1] if isinstance(each, tuple) else each for each in ([given] if isinstance(given, Tensor) else given)]
+
+
+def factors(groups: Groups, names: Mapping[int, str], lr: float) -> dict[str, float]:
+    """Return by name the learning rate of every parameter in a group, relative to that of the constructor."""
+    return {names[id(p)]: float(group["lr"]) / lr for group in groups for p in group["params"] if id(p) in names}
+
+
+def shrink(groups: Groups, learning_rate: Tensor, relative: Mapping[int, float]) -> None:
+    """Decay parameters by their share of α w, with the learning rate of each relative to the largest, by `id`."""
+    for group in groups:
+        for p in (p for p in group["params"] if group["weight_decay"] and id(p) in relative):
+            p.mul_(1 - decay(learning_rate * relative[id(p)], group["weight_decay"]).to(p))
+
+
+def descend(groups: Groups, states: Mapping[Tensor, dict[str, Any]], names: Mapping[int, str], nat: Tree) -> None:
+    """Take a step with momentum and weight decay; parameters without a name are left as they are."""
+    for group in groups:
+        for p in (p for p in group["params"] if id(p) in names):
+            direction, state = nat[names[id(p)]], states[p]
+            if group["momentum"]:
+                old = state.get("momentum_buffer")
+                direction = direction if old is None else direction + group["momentum"] * old
+                state["momentum_buffer"] = direction
+            if group["weight_decay"]:
+                direction = direction + group["weight_decay"] * p
+            p.add_(direction * -group["lr"])

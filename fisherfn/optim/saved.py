@@ -1,0 +1,90 @@
+"""The saved form of a curvature: flat tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.adapt import AdaptiveState, adaptive
+from fisherfn.errors import StructureError, expect
+from fisherfn.natgrad import NaturalGradient
+from fisherfn.optim.network import Network
+from fisherfn.optim.options import Options
+from fisherfn.state import State
+
+VERSION = 1
+"""Version of the saved form."""
+
+
+class Saved:
+    """Saves and loads the state, the number of steps and the random generator of a curvature."""
+
+    network: Network
+    ng: NaturalGradient | None
+    steps: int
+    forget: Callable[..., None]
+    _options: Options
+    _adaptive: dict[str, Any] | None
+    _damping: float
+    _generator: torch.Generator
+    _state: State | None
+    _rest: AdaptiveState | None
+    _saved: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""
+        held = self._state if self._rest is None else self._rest
+        flat = dict(self._saved) if held is None else tree.flatten(held)
+        return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from a saved state; before the first batch it is kept until the layers are found."""
+        self.loading(saved)()
+
+    def loading(self, saved: dict[str, Any]) -> Callable[[], None]:
+        """Check a saved state, and return a function that continues from it.
+
+        Raises:
+            StructureError: not a saved form of this library, or that of another net or method.
+        """
+        expect(saved, dict, "a saved curvature", "pass what state_dict() returned")
+        if saved.keys() != {"version", "steps", "generator", "state"} or saved["version"] != VERSION:
+            raise StructureError(
+                f"the saved curvature has entries {sorted(saved)} and version {saved.get('version')}, expected version "
+                f"{VERSION}: load what state_dict() of this class returned."
+            )
+        known = None if self.ng is None else self._restored(self.ng, saved["state"])
+
+        def load() -> None:
+            if known is None:
+                self._saved = dict(saved["state"])
+            else:
+                self._hold(known)
+            self.steps = int(saved["steps"])
+            self._generator.set_state(saved["generator"].cpu())
+            self.forget()
+
+        return load
+
+    def _hold(self, state: State | AdaptiveState) -> None:
+        self._state = state.curvature if isinstance(state, AdaptiveState) else state
+        self._rest = state if isinstance(state, AdaptiveState) else None
+
+    def _restored(self, ng: NaturalGradient, saved: dict[str, Tensor]) -> State | AdaptiveState:
+        params = self.network.values()
+        if self._adaptive is not None:
+            rest = adaptive(ng, **self._adaptive).init(params)
+            device = rest.curvature.damping.device
+            moved = {path: leaf.to(device) for path, leaf in saved.items()}
+            return tree.unflatten(rest, moved) if saved else rest
+        empty = ng.init(params, damping=self._damping, ema=self._options.ema)
+        device = next(iter(params.values())).device
+        if saved:  # from a version that did not count examples, or not those of each block
+            counts = {"block_count": saved["count"], "block_examples": saved.get("examples", empty.examples)}
+            counts = {name: each.to(device).repeat(len(ng.layout.blocks)) for name, each in counts.items()}
+            saved = {"examples": empty.examples} | counts | saved
+        return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
