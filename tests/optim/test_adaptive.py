@@ -283,7 +283,7 @@ def test_a_group_that_is_refused_is_not_kept():
     case = problem(steps=3)
     first, *others = case.net.parameters()
     opt = ff.optim.NaturalGradient(case.net, [first], likelihood=LABELS)
-    for refused in ([nn.Parameter(torch.ones(2))], [first]):  # of another net, and twice
+    for refused in ([first], [nn.Parameter(torch.ones(2))]):  # twice, and of another net
         with pytest.raises(E.StructureError):
             opt.add_param_group({"params": refused})
     opt.step(case.batches[0])
