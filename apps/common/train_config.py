@@ -83,7 +83,7 @@ class TrainConfig(RunConfig):
         check=NON_NEGATIVE,
     )  # fmt: skip
     kl_bound: float | None = option(
-        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers",
+        None, "KL bound, 0 for no bound; default: no bound for autoencoders, 0.001 for classifiers",
         aliases=("clipping", "kl_clip"), check=NON_NEGATIVE,
     )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)

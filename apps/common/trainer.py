@@ -128,11 +128,18 @@ def optimizer_with(
         )
     if config.fisher_batch_size is not None:
         raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and kl_bound, too")
-    kl_bound = given.get("kl_bound")
-    kl_bound = kl_bound if isinstance(kl_bound, Tensor) else kl_bound or None
     auto: dict[str, Any] = {name: given.get(name, "auto") for name in ("lr", "momentum", "damping")}
-    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound, ema=given["ema"], weight_decay=given["weight_decay"])
+    adaptive = ff.adaptive(ng, **auto, **_length(ng, given), ema=given["ema"], weight_decay=given["weight_decay"])
     return optimizers.adaptive(adaptive, cadence(config), compiled_batch=whole)
+
+
+def _length(ng: ff.NaturalGradient, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rule of adaptive steps, and their KL bound; 0 is the rule without one, which "auto" need not be."""
+    kl_bound = given.get("kl_bound")
+    if kl_bound is None or isinstance(kl_bound, Tensor) or kl_bound > 0:
+        return {"kl_bound": kl_bound}
+    searches = ng.method.name == "exactNG" and not {"lr", "momentum"} & given.keys()
+    return {"rule": "line_search" if searches else "model"}
 
 
 def cadence(config: TrainConfig) -> ff.Cadence:

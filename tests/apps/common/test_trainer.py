@@ -47,6 +47,21 @@ def test_every_number_of_an_adaptive_natural_gradient_reaches_it(own, monkeypatc
     assert (cadence.update, cadence.invert) == (ff.Cadence().update, (7, 7))
 
 
+@pytest.mark.parametrize(
+    ("more", "rule", "kl_bound"),
+    [
+        ("--optim kfac", "clip", 1e-3),
+        ("--optim kfac --kl_bound 0", "model", None),
+        ("--optim kfac --kl_bound 0 --momentum 0.9", "model", None),
+        ("--optim exactNG --kl_bound 0", "line_search", None),
+        ("--optim exactNG --kl_bound 0 --lr 0.1", "model", None),
+    ],
+)
+def test_a_kl_bound_of_0_is_no_bound_on_a_classifier(own, monkeypatch, more, rule, kl_bound):
+    (opt, _), _ = built(monkeypatch, "adaptive", *more.split())
+    assert (opt.rule, opt.kl_bound) == (rule, kl_bound)
+
+
 def test_every_number_of_a_first_order_optimizer_reaches_it(own, monkeypatch):
     with monkeypatch.context() as patch:
         _, sgd = built(patch, "sgd", *"--optim sgd --lr 0.3 --momentum 0.6 --nesterov true --weight_decay 0.08".split())
