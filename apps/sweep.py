@@ -120,8 +120,8 @@ def main(argv: list[str]) -> Path:
     if not mine:
         raise ConfigError(f"this slice has no runs: the grid has only {len(grid)}")
     check_device(config.device)
-    opened(folder, sweep, settings | {"slice": part})
     config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
+    opened(folder, sweep, settings | {"slice": part})  # after the errors of options, data and nets
     examples = problem.task.train[0].shape[0]
     steps = config.num_epochs * math.ceil(examples / config.batch_size)
     size = group_size(folder, problem, mine, steps, sweep)

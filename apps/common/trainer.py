@@ -40,6 +40,13 @@ METHOD_OPTIONS = {
 }
 """Options that only some methods have, and the names of the methods' own arguments."""
 
+CURVATURE = (
+    "damping", "kl_bound", "ema", *METHOD_OPTIONS, "cg_steps", "fisher", "fisher_samples", "fisher_batch_size",
+    "update_every", "invert_every",
+)  # fmt: skip
+FIRST_ORDER = {"sgd": ("momentum", "nesterov"), "adam": ("beta_1", "beta_2")}
+"""Options of the optimizers without curvature, besides learning rate and weight decay."""
+
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
     """Return the recorded settings of a first-order optimizer for this model and data, or the trainer's defaults."""
@@ -89,6 +96,19 @@ def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
         raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
     ng = ranks.spread(natural_gradient(config, task)) if config.optim in ff.METHODS else None
     return optimizer_with(config, task, ng, numbers(config))
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise `ConfigError` if an option was given that only other optimizers have."""
+    own = FIRST_ORDER.get(config.optim, ("momentum", *CURVATURE))
+    others = {name for options in (*FIRST_ORDER.values(), CURVATURE) for name in options} - {*own}
+    for field in dataclasses.fields(config):
+        if field.name in others and getattr(config, field.name) not in (field.default, "auto"):
+            raise ConfigError(_foreign(field.name, config.optim))
+
+
+def _foreign(name: str, optim: str) -> str:
+    return f"{name} is no option of {optim}: leave it out, or choose another optim"
 
 
 def numbers(config: TrainConfig) -> dict[str, float]:
@@ -179,7 +199,7 @@ def method(config: TrainConfig) -> ff.Method:
     for name, parameter in METHOD_OPTIONS.items():
         if getattr(config, name) is not None:
             if parameter not in known:
-                raise ConfigError(f"{name} is no option of {config.optim}: leave it out, or choose another optim")
+                raise ConfigError(_foreign(name, config.optim))
             options[parameter] = getattr(config, name)
     return build(**options)
 
@@ -197,7 +217,12 @@ class Supervised(Training[TrainConfig]):
 
     @staticmethod
     def completed(config: TrainConfig, data: Data) -> TrainConfig:
-        """Return the configuration with the default model and, for first-order optimizers, the tuned settings."""
+        """Return the configuration with the default model and, for first-order optimizers, the tuned settings.
+
+        Raises:
+            ConfigError: an option that the optimizer does not have.
+        """
+        check_options(config)
         model = config.model or config.model_for(data)
         config = filled(config, {"model": model})
         settings = tuned(config.app, model, data.name, config.optim)
