@@ -43,7 +43,7 @@ class BenchmarkConfig:
 
     rounds: int = option(20, "number of interleaved rounds, over which medians are taken", check=POSITIVE)
     workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; also resnet50 and gpt2_block")
-    batch_size: int | None = option(None, "batch size; null: the default of each net", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; default: that of each net", check=POSITIVE)
     peers: bool = option(False, "time other libraries too")
     compile: bool = option(True, "time compiled steps too; compiling takes a few minutes per net")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")

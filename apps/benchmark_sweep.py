@@ -76,13 +76,13 @@ MEMBERS = (1, 8, 32, 64)
 class Config:
     """The settings of the benchmark."""
 
-    case: int | None = option(None, "number of a single case; null: all cases")
+    case: int | None = option(None, "number of a single case; default: all cases")
     members: int = option(64, "largest number of models", check=POSITIVE)
     half: bool = option(False, "only print the time of one model, for two processes at once")
     compile: bool = option(False, "compiled steps of loops and groups, for a few cases")
     memory: bool = option(False, "peak memory of groups, each in a new process, for a few cases")
     peak: bool = option(False, "only print the peak memory of one group of so many members")
-    page: str | None = option(None, "page whose table is replaced; null: print it")
+    page: str | None = option(None, "page whose table is replaced; default: print it")
 
 
 def net_of(case: Case) -> tuple[torch.nn.Module, tuple[int, ...]]:

@@ -57,11 +57,11 @@ class SearchConfig:
     """The problem and the budget of a search."""
 
     app: str = option("train_mlp", "trainer", choices=APPS)
-    model: str | None = option(None, "net; null: the default net for the data")
-    data: str | None = option(None, "data set; null: the trainer's default")
-    data_path: str | None = option(None, "folder with the data files")
+    model: str | None = option(None, "net; default: the one for the data")
+    data: str | None = option(None, "data set; default: that of the trainer")
+    data_path: str | None = option(None, "folder with the data files; default: ./data")
     num_epochs: int = option(20, "epochs per trial", check=POSITIVE)
-    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
     seed: int = option(0, "seed of initialisation, data order and labels", check=NON_NEGATIVE)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
 
