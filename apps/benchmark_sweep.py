@@ -22,7 +22,7 @@ import torch._inductor.config as inductor
 
 import fisherfn as ff
 from common.atomic import replace_text
-from common.config import POSITIVE, option, parse
+from common.config import POSITIVE, Check, option, parse
 from common.data import Data, Split
 from common.loop import Task, sound
 from common.memory import keep_freed_memory
@@ -76,7 +76,10 @@ MEMBERS = (1, 8, 32, 64)
 class Config:
     """The settings of the benchmark."""
 
-    case: int | None = option(None, "number of a single case; default: all cases")
+    case: int | None = option(
+        None, "number of a single case; default: all cases",
+        check=Check(f"from 0 to {len(CASES) - 1}", lambda case: 0 <= case < len(CASES)),
+    )  # fmt: skip
     members: int = option(64, "largest number of models", check=POSITIVE)
     half: bool = option(False, "only print the time of one model, for two processes at once")
     compile: bool = option(False, "compiled steps of loops and groups, for a few cases")

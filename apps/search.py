@@ -21,7 +21,7 @@ import fisherfn as ff
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
 from common.data import Data, load
 from common.loop import Settings, start, train
-from common.runs import reported
+from common.runs import check_device, reported
 from common.train_config import APPS, TrainConfig
 from common.trainer import TUNED, make_optimizer, make_task
 
@@ -70,6 +70,7 @@ def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
     """Return the shared configuration of all trials, with its model named, and the data."""
     given = {key: value for key, value in dataclasses.asdict(config).items() if key != "app" and value is not None}
     full = APPS[config.app](**given)
+    check_device(full.device)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     return dataclasses.replace(full, model=full.model or full.model_for(data)), data
 
