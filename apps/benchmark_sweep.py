@@ -210,7 +210,7 @@ def compiled_row(case: Case, members: int) -> str:
 def compiled_table() -> list[str]:
     """Return the lines of the table of compiled steps."""
     inductor.compile_threads = 1  # others compile in processes whose time is not that of a child
-    parts = ("loop, ms", "compiled", "two processes", "compiled", "group", "compiled")
+    parts = ("loop, ms", "loop, compiled", "two processes", "two processes, compiled", "group", "group, compiled")
     gains = ("speed-up, compiled", "against two, compiled", "compiling, s: loop", "compiling, s: group")
     lines = [f"| case | models | {' | '.join((*parts, *gains))} |", "|---" * 12 + "|"]
     for case, members in COMPILED:
