@@ -69,14 +69,14 @@ class ErrorConfig:
     """The settings of the training and of the measurements."""
 
     app: str = option("train_mlp", "trainer whose nets and data are used", choices=APPS)
-    data: str | None = option(None, "data set; null: the trainer's default", aliases=("dataset",))
-    data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
+    data: str | None = option(None, "data set; default: that of the trainer", aliases=("dataset",))
+    data_path: str | None = option(None, "folder with the data files; default: ./data", aliases=("data_root",))
     download: bool = option(False, "fetch published files that are missing")
-    model: str | None = option(None, "model; null: the default for the data")
-    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    model: str | None = option(None, "model; default: the one for the data")
+    batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
     steps: int = option(1200, "steps of Adam", check=NON_NEGATIVE)
     lr: float | None = option(
-        None, "learning rate of Adam; null: the tuned value", aliases=("learning_rate",), check=POSITIVE
+        None, "learning rate of Adam; default: the tuned value", aliases=("learning_rate",), check=POSITIVE
     )
 
     every: int = option(25, "steps between measurements of the error", check=POSITIVE)
@@ -88,7 +88,7 @@ class ErrorConfig:
         "mc", "labels: sampled, exact expectation, or those of the data"
     )
     fisher_samples: int = option(1, "sampled labels per example, for mc", check=POSITIVE)
-    damping: float | None = option(None, "λ of the compared steps; null: 1", check=POSITIVE)
+    damping: float | None = option(None, "λ of the compared steps; default: 1", check=POSITIVE)
     damping_form: Literal["factored", "eigen"] = option("factored", "form of the damping")
     eigenvalues: int = option(
         50, "number of leading eigenvalues", check=Check("from 1 to 200", lambda count: 1 <= count <= 200)
@@ -96,7 +96,7 @@ class ErrorConfig:
 
     seed: int = option(0, "random seed", check=NON_NEGATIVE)
     result_dir: str = option("results", "folder for results")
-    result_name: str | None = option(None, "name of the result folder; null: from data, model and seed", check=PLAIN)
+    result_name: str | None = option(None, "name of the result folder; default: from data, model and seed", check=PLAIN)
     overwrite: bool = option(False, "replace an existing result of that name")
     quiet: bool = option(False, "no progress bar")
 

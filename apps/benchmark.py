@@ -30,7 +30,7 @@ from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
 from common.benchmark.problems import WORKLOADS, Problem, problem
 from common.config import POSITIVE, ConfigError, option, parse
-from common.runs import reported
+from common.runs import check_device, reported
 
 EXACT_ON, EXACT_EXAMPLES = ("AE_CURVES", "cuda_convnet"), 128
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -43,7 +43,7 @@ class BenchmarkConfig:
 
     rounds: int = option(20, "number of interleaved rounds, over which medians are taken", check=POSITIVE)
     workloads: str = option(",".join(WORKLOADS), "nets to time, comma-separated; also resnet50 and gpt2_block")
-    batch_size: int | None = option(None, "batch size; null: the default of each net", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; default: that of each net", check=POSITIVE)
     peers: bool = option(False, "time other libraries too")
     compile: bool = option(True, "time compiled steps too; compiling takes a few minutes per net")
     refresh: bool = option(True, "time every method's refresh, and the exact natural gradient")
@@ -158,6 +158,7 @@ def write(numbers: report.Numbers, config: BenchmarkConfig) -> None:
 def main(config: BenchmarkConfig) -> None:
     """Time all workloads and print their tables."""
     names = chosen(config)
+    check_device(config.device)
     torch.set_num_threads(config.threads)
     if config.device.startswith("cuda"):
         # torch's default uses TensorFloat-32 for convolutions but not for products

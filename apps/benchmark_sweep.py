@@ -22,7 +22,7 @@ import torch._inductor.config as inductor
 
 import fisherfn as ff
 from common.atomic import replace_text
-from common.config import POSITIVE, option, parse
+from common.config import POSITIVE, Check, option, parse
 from common.data import Data, Split
 from common.loop import Task, sound
 from common.memory import keep_freed_memory
@@ -76,13 +76,16 @@ MEMBERS = (1, 8, 32, 64)
 class Config:
     """The settings of the benchmark."""
 
-    case: int | None = option(None, "number of a single case; null: all cases")
+    case: int | None = option(
+        None, "number of a single case; default: all cases",
+        check=Check(f"from 0 to {len(CASES) - 1}", lambda case: 0 <= case < len(CASES)),
+    )  # fmt: skip
     members: int = option(64, "largest number of models", check=POSITIVE)
     half: bool = option(False, "only print the time of one model, for two processes at once")
     compile: bool = option(False, "compiled steps of loops and groups, for a few cases")
     memory: bool = option(False, "peak memory of groups, each in a new process, for a few cases")
     peak: bool = option(False, "only print the peak memory of one group of so many members")
-    page: str | None = option(None, "page whose table is replaced; null: print it")
+    page: str | None = option(None, "page whose table is replaced; default: print it")
 
 
 def net_of(case: Case) -> tuple[torch.nn.Module, tuple[int, ...]]:
@@ -207,7 +210,7 @@ def compiled_row(case: Case, members: int) -> str:
 def compiled_table() -> list[str]:
     """Return the lines of the table of compiled steps."""
     inductor.compile_threads = 1  # others compile in processes whose time is not that of a child
-    parts = ("loop, ms", "compiled", "two processes", "compiled", "group", "compiled")
+    parts = ("loop, ms", "loop, compiled", "two processes", "two processes, compiled", "group", "group, compiled")
     gains = ("speed-up, compiled", "against two, compiled", "compiling, s: loop", "compiling, s: group")
     lines = [f"| case | models | {' | '.join((*parts, *gains))} |", "|---" * 12 + "|"]
     for case, members in COMPILED:

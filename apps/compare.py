@@ -3,9 +3,9 @@
 `python apps/compare.py --data_path DIR` goes through the nets, in this order for each:
 
 1. search: every baseline with 6 learning rates x 2 schedules on seed 0 (SOAP 3 x 2);
-2. repeat: the best of each, and every natural gradient without any number, on all seeds;
-3. endure: every natural gradient without any number on each seed for twice the length, and for a few hundred steps
-   with other batch sizes; none may diverge or stop learning;
+2. repeat: the best of each, and every natural gradient without hyperparameters, on all seeds;
+3. endure: every natural gradient without hyperparameters, on each seed for twice the length, and for a few hundred
+   steps with other batch sizes; none may diverge or stop learning;
 4. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
    training loss at which that Adam ended; plain, and compiled with `--compile`.
 
@@ -66,7 +66,7 @@ class CompareConfig:
     seeds: int = option(3, "number of seeds 0, 1, … of everything but the search", check=POSITIVE)
     compile: bool = option(False, "compile the steps of the race")
     threads: int = option(2, "number of torch threads", check=POSITIVE)
-    data_path: str | None = option(None, "folder with the files of the data sets; null: ./data")
+    data_path: str | None = option(None, "folder with the files of the data sets; default: ./data")
     page: str | None = option(None, "page for the tables; the picture is written next to it")
     folder: str = option("results/compare", "folder for the records")
 

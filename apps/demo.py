@@ -22,8 +22,8 @@ class DemoConfig:
     """The settings of the demonstration."""
 
     data: str = option("CURVES", "data set")
-    model: str | None = option("AE_CURVES_TANH", "net; null: the default net for the data")
-    data_path: str | None = option(None, "folder with the data files")
+    model: str | None = option("AE_CURVES_TANH", "net; default: the one for the data")
+    data_path: str | None = option(None, "folder with the data files; default: ./data")
     num_epochs: int = option(15, "epochs per optimizer")
     seed: int = option(0, "seed of initialisation, data order and labels")
     result_dir: str = option("results", "folder for the results")

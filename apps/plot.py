@@ -11,13 +11,17 @@ from pathlib import Path
 from common.gan.pictures import curves
 from common.plots import loss_curves
 from common.results import MetricsError, read_metrics, result_folders
+from common.runs import reported
 
 
 def plot(places: Sequence[Path], out: Path | None) -> Path:
     """Draw every run among `places` and directly inside them; return the path of the picture."""
     folders = result_folders(places)
+    for missing in (place for place in places if not place.exists()):
+        raise MetricsError(f"there is no folder {missing}: name result folders, such as results/train_mlp/*")
     if not folders:
-        raise MetricsError(f"no metrics.jsonl in {', '.join(map(str, places))} nor one folder below")
+        where = ", ".join(map(str, places))
+        raise MetricsError(f"no results in {where}: name folders with a metrics.jsonl, or folders of such folders")
     runs = {name: read_metrics(folder) for name, folder in zip(_names(folders), folders, strict=True)}
     path = out or Path(os.path.commonpath([folder.parent for folder in folders])) / "comparison.png"
     if not path.parent.is_dir():
@@ -46,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, metavar="FILE", help="PNG file; default: comparison.png in the folder of the results"
     )
     arguments = parser.parse_args(argv)
-    try:
-        print(plot(arguments.results, arguments.out))
-    except MetricsError as error:
-        print(f"plot.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with reported():
+        try:
+            print(plot(arguments.results, arguments.out))
+        except MetricsError as error:
+            print(f"plot.py: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

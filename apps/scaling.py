@@ -52,7 +52,7 @@ START, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 class ScalingConfig:
     """The settings of a prediction or a measurement."""
 
-    measure: int | None = option(None, "rounds of a measurement on this machine; null: predict", check=POSITIVE)
+    measure: int | None = option(None, "rounds of a measurement on this machine; default: only predict", check=POSITIVE)
     batch_size: int = option(512, "global batch of the measurement", check=POSITIVE)
     threads: int = option(1, "threads per process", check=POSITIVE)
     page: str | None = option(None, "page whose tables are written")

@@ -21,7 +21,7 @@ import fisherfn as ff
 from common.config import NON_NEGATIVE, POSITIVE, option, parse
 from common.data import Data, load
 from common.loop import Settings, start, train
-from common.runs import reported
+from common.runs import check_device, reported
 from common.train_config import APPS, TrainConfig
 from common.trainer import TUNED, make_optimizer, make_task
 
@@ -57,11 +57,11 @@ class SearchConfig:
     """The problem and the budget of a search."""
 
     app: str = option("train_mlp", "trainer", choices=APPS)
-    model: str | None = option(None, "net; null: the default net for the data")
-    data: str | None = option(None, "data set; null: the trainer's default")
-    data_path: str | None = option(None, "folder with the data files")
+    model: str | None = option(None, "net; default: the one for the data")
+    data: str | None = option(None, "data set; default: that of the trainer")
+    data_path: str | None = option(None, "folder with the data files; default: ./data")
     num_epochs: int = option(20, "epochs per trial", check=POSITIVE)
-    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
     seed: int = option(0, "seed of initialisation, data order and labels", check=NON_NEGATIVE)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
 
@@ -70,6 +70,7 @@ def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
     """Return the shared configuration of all trials, with its model named, and the data."""
     given = {key: value for key, value in dataclasses.asdict(config).items() if key != "app" and value is not None}
     full = APPS[config.app](**given)
+    check_device(full.device)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     return dataclasses.replace(full, model=full.model or full.model_for(data)), data
 

@@ -23,21 +23,25 @@ from pathlib import Path
 
 import torch
 
+import fisherfn as ff
 from common.checkpoints import CheckpointError, load_checkpoint
-from common.config import NON_NEGATIVE, POSITIVE, option, parse
+from common.config import NON_NEGATIVE, POSITIVE, ConfigError, option, parse
 from common.gan.config import PLAYERS
 from common.results import CHECKPOINT, read_metrics
 from common.runs import reported
 from common.train_config import OPTIMIZERS
 
 APPS = Path(__file__).parent
-COMMON = "--data DIGITS --num_epochs 3 --damping 1 --kl_bound 0.01 --save_every 2 --quiet true"
+COMMON = "--data DIGITS --num_epochs 3 --save_every 2 --quiet true"
+CURVATURE = "--damping 1 --kl_bound 0.01"
+"""Options of natural gradients."""
 RUNS = {
     "train_mlp": "--model ToyNet --lr 0.1 --optim {}",
     "train_gan": "--width 0.02 --batch_size 128 --crit_repeats 1 --fid none --gen_optim {} --crit_optim {}",
 }
 GAN = "gan:"
 """Prefix of an optimizer's name that both players of a GAN use."""
+KNOWN = (*OPTIMIZERS, *(GAN + name for name in PLAYERS))
 ATTEMPTS = 20
 """Number of times that a run is resumed before it counts as lost."""
 
@@ -47,10 +51,7 @@ class SoakConfig:
     """The settings: duration, optimizers, seed."""
 
     minutes: float = option(10.0, "duration of the whole test", check=POSITIVE)
-    optims: str = option(
-        ",".join([*OPTIMIZERS, *(GAN + name for name in PLAYERS)]),
-        "comma-separated optimizers; gan:… for both players of a GAN",
-    )
+    optims: str = option(",".join(KNOWN), "comma-separated optimizers; gan:… for both players of a GAN")
     seed: int = option(0, "seed of moments and faults", check=NON_NEGATIVE)
     result: str = option("results/soak.json", "file for the counts")
 
@@ -92,11 +93,14 @@ FAULTS = {
 
 def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
     """Run rounds until the time is over; return counts by fault: injected, survived, lost."""
+    optims = [name.strip() for name in config.optims.split(",")]
+    for wrong in (name for name in optims if name not in KNOWN):
+        raise ConfigError(f"optims must be among {', '.join(KNOWN)}, got {wrong!r}")
     dice = random.Random(config.seed)
     counts: dict[str, Counter[str]] = {name: Counter(injected=0, survived=0, lost=0) for name in FAULTS}
     ends = time.monotonic() + 60 * config.minutes
     with tempfile.TemporaryDirectory() as folder:
-        for optim, name in itertools.cycle(itertools.product(config.optims.split(","), FAULTS)):
+        for optim, name in itertools.cycle(itertools.product(optims, FAULTS)):
             if time.monotonic() > ends:
                 break
             problem = disturbed(Path(folder), optim, FAULTS[name], dice)
@@ -136,8 +140,9 @@ def disturbed(root: Path, optim: str, fault: Fault, dice: random.Random) -> str 
 
 def trainee(optim: str) -> tuple[str, list[str]]:
     """Return the trainer of this optimizer and its arguments, except the name of the result."""
-    app = "train_gan" if optim.startswith(GAN) else "train_mlp"
-    return app, [*COMMON.split(), *RUNS[app].replace("{}", optim.removeprefix(GAN)).split()]
+    app, name = "train_gan" if optim.startswith(GAN) else "train_mlp", optim.removeprefix(GAN)
+    given = CURVATURE if name in ff.METHODS else ""
+    return app, [*COMMON.split(), *given.split(), *RUNS[app].replace("{}", name).split()]
 
 
 def command(

@@ -24,7 +24,7 @@ from common.benchmark.ours import Prepared, prepared
 from common.benchmark.problems import posed
 from common.config import POSITIVE, option, parse
 from common.models.initialisation import built, initialise
-from common.runs import reported
+from common.runs import check_device, reported
 
 THEORY = {
     "width": ("2 (batch ≪ width) to 3", "3", "2 to 3"),
@@ -111,6 +111,8 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def main(config: GrowthConfig) -> None:
     """Measure all axes; print a table and write the numbers as JSON."""
+    check_device(config.device)
+    Path(config.result).parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     numbers: dict[str, Any] = {}
     print(f"{'':12}{'statistics':>12}{'theory':>24}{'inverses':>12}{'theory':>12}{'step':>8}{'theory':>12}")

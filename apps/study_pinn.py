@@ -66,15 +66,13 @@ class StudyConfig:
     steps: int = option(300, "steps of each run; 0: only the table of existing runs", check=NON_NEGATIVE)
     redraw: int | None = option(
         None,
-        "steps between new training points; 0: never; null: as published",
+        "steps between new training points; 0: never; default: as published",
         check=NON_NEGATIVE,
     )
-    damping: float | None = option(
-        None, "damping λ of all runs; null: the default of each optimizer", check=NON_NEGATIVE
-    )
+    damping: float | None = option(None, "damping λ of all runs; default: that of each optimizer", check=NON_NEGATIVE)
     seed: int = option(0, "random seed of points and nets", check=NON_NEGATIVE)
     result_dir: str = option("results", "folder for all results")
-    picture: str | None = option(None, "file for the picture; null: pinn.png in the folder of the runs")
+    picture: str | None = option(None, "file for the picture; default: pinn.png in the folder of the runs")
 
 
 def runs(config: StudyConfig) -> Iterator[PinnConfig]:

@@ -40,13 +40,13 @@ class StudyConfig:
     """The settings of the study."""
 
     app: str = option("train_mlp", "trainer", choices=APPS)
-    model: str | None = option(None, "model; null: the default for the data")
-    data: str | None = option(None, "data set; null: the trainer's default")
-    data_path: str | None = option(None, "folder of data files")
+    model: str | None = option(None, "model; default: the one for the data")
+    data: str | None = option(None, "data set; default: that of the trainer")
+    data_path: str | None = option(None, "folder with the data files; default: ./data")
     optims: str = option("sgd,adam,kfac", "comma-separated optimizers")
     seeds: int = option(3, "runs per optimizer, seeds 0, 1, …", check=POSITIVE)
     num_epochs: int = option(10, "epochs per run", check=NON_NEGATIVE)
-    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
+    batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     result_dir: str = option("results", "folder for results")
     resume: bool = option(False, "keep finished runs and continue unfinished ones; otherwise all runs start again")

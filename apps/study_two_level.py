@@ -67,12 +67,12 @@ class StudyConfig:
     """The settings of the study."""
 
     app: str = option("train_mlp", "trainer whose nets and data are used", choices=APPS)
-    data: str | None = option(None, "data set; null: the trainer's default", aliases=("dataset",))
-    data_path: str | None = option(None, "folder of data files", aliases=("data_root",))
-    model: str | None = option(None, "model; null: the default for the data")
-    batch_size: int | None = option(None, "batch size; null: the trainer's default", check=POSITIVE)
-    damping: float | None = option(None, "λ; null: 1", check=POSITIVE)
-    kl_bound: float | None = option(None, "KL bound; null: 0.01", aliases=("clipping",), check=POSITIVE)
+    data: str | None = option(None, "data set; default: that of the trainer", aliases=("dataset",))
+    data_path: str | None = option(None, "folder with the data files; default: ./data", aliases=("data_root",))
+    model: str | None = option(None, "model; default: the one for the data")
+    batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
+    damping: float | None = option(None, "λ; default: 1", check=POSITIVE)
+    kl_bound: float | None = option(None, "KL bound; default: 0.01", aliases=("clipping",), check=POSITIVE)
     steps: int = option(200, "steps per run", check=POSITIVE)
     seeds: int = option(3, "runs per method, seeds 0, 1, …", check=POSITIVE)
     points: int = option(3, "batches of the K-FAC run on which distances are measured", check=POSITIVE)

@@ -25,7 +25,7 @@ from common.memory import keep_freed_memory
 from common.results import ResultExistsError
 from common.runs import check_device, reported, stopped, watched_saver
 from common.sweep import auto, report, stages
-from common.sweep.grid import Values, configured, parse_grid, rows, slice_of
+from common.sweep.grid import SWEPT, Values, configured, parse_grid, rows, slice_of
 from common.sweep.group import Problem
 from common.train_config import APPS, TrainConfig
 from common.trainer import Supervised, make_task
@@ -55,10 +55,10 @@ class SweepConfig:
         "i/n: the i-th of n parts, counted from 0; env: from Slurm's or torchrun's variables; merge: join all parts",
     )
     result_dir: str = option("results", "folder for all results")
-    result_name: str | None = option(None, "name of the result folder; null: from data and optimizer")
+    result_name: str | None = option(None, "name of the result folder; default: from data and optimizer")
     overwrite: bool = option(False, "replace an existing result of that name")
     resume: bool = option(False, "continue an existing sweep")
-    save_every: int | None = option(None, "steps between checkpoints within an epoch; null: none", check=POSITIVE)
+    save_every: int | None = option(None, "steps between checkpoints within an epoch; default: none", check=POSITIVE)
     quiet: bool = option(False, "print only the table")
 
     def __post_init__(self) -> None:
@@ -100,7 +100,8 @@ def part_of(text: str | None) -> tuple[int, int] | None:
 def main(argv: list[str]) -> Path:
     """Run a sweep, or a part of it, and return its result folder."""
     own, rest = split(argv)
-    sweep = parse(SweepConfig, own, description=__doc__)
+    listed = f"Options of the trainer that can have several values: {', '.join(SWEPT)}."
+    sweep = parse(SweepConfig, own, description=f"{__doc__}\n{listed}")
     try:
         config, values = parse_grid(APPS[sweep.app], rest)
         part = part_of(sweep.slice)
@@ -120,8 +121,8 @@ def main(argv: list[str]) -> Path:
     if not mine:
         raise ConfigError(f"this slice has no runs: the grid has only {len(grid)}")
     check_device(config.device)
-    opened(folder, sweep, settings | {"slice": part})
     config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
+    opened(folder, sweep, settings | {"slice": part})  # after the errors of options, data and nets
     examples = problem.task.train[0].shape[0]
     steps = config.num_epochs * math.ceil(examples / config.batch_size)
     size = group_size(folder, problem, mine, steps, sweep)

@@ -36,22 +36,24 @@ class PinnConfig:
     sections: ClassVar = {"data": "problem and net", "optim": "optimization", "seed": "run"}
 
     data: str = option("POISSON_2D", "equation", aliases=("problem",), choices=lambda: PROBLEMS)
-    model: str | None = option(None, "widths of the tanh net, such as 2-64-1; null: the published net")
+    model: str | None = option(None, "widths of the tanh net, such as 2-64-1; default: the published net")
     redraw: int | None = option(
         None,
-        "steps between new training points; 0: never; null: as published (1 for POISSON_5D, otherwise 0)",
+        "steps between new training points; 0: never; default: as published (1 for POISSON_5D, otherwise 0)",
         check=NON_NEGATIVE,
     )
 
     optim: str = option("exact", "optimizer", choices=lambda: DEFAULTS)
     num_steps: int = option(300, "number of steps", check=POSITIVE)
-    damping: float | None = option(None, "damping λ; null: the optimizer's default", check=NON_NEGATIVE)
-    momentum: float | None = option(None, "momentum of SPRING; null: 0.9", check=NON_NEGATIVE)
+    damping: float | None = option(None, "damping λ; default: that of the optimizer", check=NON_NEGATIVE)
+    momentum: float | None = option(None, "momentum of SPRING; default: 0.9", check=NON_NEGATIVE)
     ema: float | None = option(
-        None, "weight of old curvature in averages of kfac and dense; null: 0.95 and 0.6", check=NON_NEGATIVE
+        None, "weight of old curvature in averages of kfac and dense; default: 0.95 and 0.6", check=NON_NEGATIVE
     )
     lr: float | None = option(
-        None, "fixed learning rate in place of a line search; null: line search (adam: 1e-3, lbfgs: 1)", check=POSITIVE
+        None,
+        "fixed learning rate in place of a line search; default: line search (adam: 1e-3, lbfgs: 1)",
+        check=POSITIVE,
     )
     grid: int = option(GRID, "number of step sizes 1, 1/2, … of the line search", check=POSITIVE)
 
@@ -60,7 +62,7 @@ class PinnConfig:
     record_every: int = option(10, "steps between measurements of the error", check=POSITIVE)
     save_every: int = option(50, "steps between checkpoints", check=POSITIVE)
     result_dir: str = option("results", "folder for all results")
-    result_name: str | None = option(None, "name of the result folder; null: from problem, net, optimizer and seed")
+    result_name: str | None = option(None, "name of the result folder; default: from problem, net, optimizer and seed")
     overwrite: bool = option(False, "replace an existing result of that name")
     resume: bool = option(False, "continue from the checkpoint of an existing result")
     quiet: bool = option(False, "no progress bar and no table of results")

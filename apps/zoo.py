@@ -41,12 +41,18 @@ PATIENCE = 20
 class ZooConfig:
     """Nets to try, and the place of the results."""
 
-    nets: str = option("", "parts of names with commas between, a net with any of them is tried; empty: all")
-    quick: bool = option(False, "try sixteen nets with fewer repeats, in less than ten minutes")
+    nets: str = option(
+        "", "comma-separated parts of names: nets whose names contain one of them are tried; empty: all nets"
+    )
+    quick: bool = option(False, "try only sixteen nets, with fewer repeats: less than ten minutes")
     seconds: float = option(3.0, "CPU time for the repeats of a net in one mode", check=POSITIVE)
-    timeout: int = option(300, "CPU seconds after which a net is given up", check=POSITIVE)
-    result: str = option("results/zoo.jsonl", "file of the results; nets that it holds are not tried again")
-    again: bool = option(False, "try nets again that were refused or are not wholly in layers, after a change")
+    timeout: int = option(
+        300, "limit of CPU seconds per net; a net that exceeds it is recorded as an error", check=POSITIVE
+    )
+    result: str = option("results/zoo.jsonl", "file for the results; nets with results in it are not tried again")
+    again: bool = option(
+        False, "repeat nets that failed or have parameters outside layers, for use after a change of the library"
+    )
     page: str | None = option(None, "page whose tables are written from the results")
 
 

@@ -32,6 +32,11 @@ def test_the_readmes_code_is_about_twenty_lines():
     assert 15 <= len(lines) <= 25
 
 
+def test_the_front_page_of_the_site_has_the_readmes_code():
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert code in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_compares_by_measured_numbers():
     measured = rows((ROOT / "docs/performance.md").read_text(encoding="utf-8").split("<!-- table: mean step -->")[1])
     first = "average time per step, relative to SGD: CURVES autoencoder"

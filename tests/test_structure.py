@@ -6,9 +6,9 @@ From the top (a file may import from lower floors of its own tower, and from the
 
     __init__             public names only
     F7   optim                                             the shell for other people's loops, on the roof
-    F6   adapt, distributed; stagger                       how far a step goes, and several processes, on the roof
-    F5   natgrad, compiled                                 the roof, which alone knows both towers
-    F4   views, dataset; refreshes                         what a state says; factors of many batches; new states
+    F6   adapt, distributed, laplace; stagger              how far a step goes, several processes, a posterior
+    F5   natgrad, compiled; terms                          the roof, which alone knows both towers
+    F4   views, dataset, influence, merged; refreshes      what a state says; factors of many batches; new states
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
@@ -16,7 +16,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          gradients
          linalg
     F0   types, masked, tree, errors, calls, operators, state, which  the ground, which both towers stand on
-         members, equal_shapes, products, rows, taps, per_example
+         members, equal_shapes, products, rows, taps, joined, per_example, conjugate_gradients, shares, free_constant
 """
 
 import ast
@@ -156,6 +156,18 @@ def test_library_imports_only_go_down_their_own_tower(path):
             f"(tower {FLOORS[other].tower}, floor {FLOORS[other].height}). Imports go to lower floors of one's own "
             "tower or to the ground: move down what the two share, or up what combines them."
         )
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("# Design: two towers", "## Where to look"), ("## Structure", "## Adding a method"), ("The house", "ROOT =")],
+)
+def test_every_part_has_its_place_in_the_drawings_of_the_towers(start, end):
+    text = "".join(
+        (ROOT / file).read_text() for file in ("docs/design.md", "CONTRIBUTING.md", "tests/test_structure.py")
+    )
+    shown = text.partition(start)[2].partition(end)[0]
+    assert [part for part in FLOORS if part != "__init__" and not re.search(rf"\b{part}\b", shown)] == []
 
 
 def test_the_rule_refuses_what_it_should():

@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from common.hints import accepts, described, is_word, shown
+from common.hints import accepts, described, is_word, kinds, shown
 from common.names import is_own, nearest
 from fisherfn.errors import FisherfnError
 
@@ -60,10 +60,10 @@ FRACTION = Check("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 an error, in one line; 2 a wrong command line; 128 + N stopped by signal N (130 for "
-    "Ctrl-C), after which --resume continues a saved run."
+    "exit codes: 0 done; 1 an error, in one line; 2 a wrong command line; 128 + N stopped by signal N (130 for Ctrl-C)"
 )
-"""Text at the end of `--help`."""
+RESUMES = ", after which --resume continues a saved run"
+"""Text at the end of `--help`, and its end for apps that can resume."""
 
 
 def option(
@@ -169,11 +169,20 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- the parser
 
 
+class _Formatter(DefaultHelpFormatter):
+    """A formatter that prints the help of `_help` alone: jsonargparse would add types and defaults as Python code."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
 def _parser(Config: type, description: str | None) -> ArgumentParser:
-    usage = "%(prog)s [--config FILE] [--option VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage, epilog=EXIT_CODES, exit_on_error=False)
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(Config)
+    parser = ArgumentParser(
+        description=description, usage="%(prog)s [--config FILE] [--option VALUE ...]", exit_on_error=False,
+        epilog=f"{EXIT_CODES}{RESUMES if 'resume' in hints else ''}.", formatter_class=_Formatter,
+    )  # fmt: skip
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
     groups: dict[str, Any] = {"": parser}
     for title, field in _in_sections(Config):
         if title not in groups:
@@ -181,7 +190,9 @@ def _parser(Config: type, description: str | None) -> ArgumentParser:
         flags = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
         # `--quiet` without a value means true
         switch: dict[str, Any] = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
-        groups[title].add_argument(*flags, type=hints[field.name], default=field.default, help=_help(field), **switch)
+        groups[title].add_argument(
+            *flags, type=hints[field.name], default=field.default, **switch, help=_help(field, hints)
+        )
     return parser
 
 
@@ -196,10 +207,14 @@ def _in_sections(Config: type) -> list[tuple[str, dataclasses.Field[Any]]]:
     return sorted(found, key=lambda pair: order.index(pair[0]))
 
 
-def _help(field: dataclasses.Field[Any]) -> str:
+def _help(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
+    """Return text, choices, type and default; the text itself describes a default of None."""
     choices = _choices(field.metadata)
     own = " or pkg.module:function" if field.metadata.get("own") else ""
-    return field.metadata.get("help", "") + (f"; one of {', '.join(choices)}{own}" if choices else "")
+    text = field.metadata.get("help", "") + (f"; one of {', '.join(choices)}{own}" if choices else "")
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    notes = [kinds(hints[field.name]), "" if default in (None, "") else f"default: {default}"]
+    return text + f" ({'; '.join(filter(None, notes))})" * any(notes)
 
 
 def _choices(metadata: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,17 @@ def described(hint: Any) -> str:
     return " or ".join(map(one, alternatives(hint)))
 
 
+def kinds(hint: Any) -> str:
+    """Return the wording of a type for the help, where None is left out, and text and switches explain themselves."""
+    names = {int: "whole number", float: "number"}
+    words = [names[kind] for kind in alternatives(hint) if kind in names]
+    literals = [kind for kind in alternatives(hint) if typing.get_origin(kind) is Literal]
+    if literals and literals != [hint]:  # the parser shows the choices of an option that has no other values
+        choices = [str(choice) for literal in literals for choice in typing.get_args(literal)]
+        words.append(", ".join(choices) if words or len(choices) == 1 else f"one of {', '.join(choices)}")
+    return " or ".join(words)
+
+
 def shown(value: Any) -> str:
     """Return the wording of a value for an error."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,18 +15,20 @@ class RunConfig:
     app: ClassVar[str]
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), own=True)
-    data_path: str | None = option(None, "folder with the files of the data set; null: ./data", aliases=("data_root",))
+    data_path: str | None = option(
+        None, "folder with the files of the data set; default: ./data", aliases=("data_root",)
+    )
     download: bool = option(False, "fetch published files that are missing")
-    model: str | None = option(None, "model; null: the default for the data")
+    model: str | None = option(None, "model; default: the one for the data")
 
     seed: int = option(0, "random seed", check=NON_NEGATIVE)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     result_dir: str = option("results", "folder for all results")
-    result_name: str | None = option(None, "name of the result folder; null: from data, model, optimizers and seed")
+    result_name: str | None = option(None, "name of the result folder; default: from data, model, optimizers and seed")
     overwrite: bool = option(False, "replace an existing result of that name")
     resume: bool = option(False, "continue from the checkpoint of an existing result")
     save_every: int | None = option(
-        None, "steps between additional checkpoints within an epoch; null: none", check=POSITIVE
+        None, "steps between additional checkpoints within an epoch; default: none", check=POSITIVE
     )
     tensorboard: bool = option(False, "write event files for TensorBoard to the result folder")
     quiet: bool = option(False, "no progress bar and no line per epoch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import signal
 import sys
 import threading
@@ -28,6 +29,9 @@ C = TypeVar("C", bound=RunConfig)
 
 COUNTS = ("epoch", "step", "seconds", "batches", "skipped", "in_a_row")
 """Fields of a snapshot that a checkpoint stores as metadata."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, or of a limit on a file's size; they do not name the file."""
 
 
 class Training(ABC, Generic[C]):
@@ -124,7 +128,11 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name} cannot be used here: {str(error).splitlines()[0]} Try --device cpu") from None
+        said = str(error).splitlines()[0]
+        reason = "" if said.startswith("Expected one of") else f" (torch: {said.rstrip('.')})"  # a list of twenty
+        raise ConfigError(
+            f"device {name} cannot be used here: use cpu or cuda, for example --device cpu{reason}"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -213,9 +221,19 @@ def watched_saver(save_every: int | None, signals: list[int]) -> Callable[[int, 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Print an error that the project raises on purpose in one line, without traceback, and exit with code 1."""
+    """Print an error in one line, without traceback, and exit with code 1: one raised on purpose, or one of a file."""
     try:
         yield
     except ff.FisherfnError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        said = f"{type(error).__name__}: {error}"
+    except OSError as error:
+        if error.errno in FULL:
+            said = f"WriteError: {error.strerror}; free some space, or give another folder or file"
+        elif error.filename is not None:  # whether it was to be read or written, the error does not say
+            said = f"{type(error).__name__}: cannot use {error.filename}: {error.strerror}; give another folder or file"
+        else:
+            raise
+    else:
+        return
+    print(said, file=sys.stderr)
+    raise SystemExit(1)

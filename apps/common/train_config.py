@@ -59,18 +59,18 @@ class TrainConfig(RunConfig):
     }
 
     data: str = option("CURVES", "data set", aliases=("dataset",), choices=MLP_DATA, own=True)
-    model: str | None = option(None, "model; null: the default for the data", choices=MLPS, own=True)
+    model: str | None = option(None, "model; default: the one for the data", choices=MLPS, own=True)
     init_params: str = option("xavier_uniform", "initialisation of the parameters", choices=SCHEMES)
     optim: str = option("kfac", "optimizer", aliases=("optimizer",), choices=OPTIMIZERS)
 
     batch_size: int = option(256, "batch size", check=POSITIVE)
     num_epochs: int = option(20, "number of epochs", aliases=("epochs", "n_epochs"), check=NON_NEGATIVE)
     lr: float | Literal["auto"] | None = option(
-        None, "learning rate; auto (default): from the quadratic model of each batch; for sgd and adam the tuned value",
+        None, "learning rate; default: auto, from the quadratic model of each batch; for sgd and adam the tuned value",
         aliases=("learning_rate",), check=POSITIVE,
     )  # fmt: skip
     momentum: float | Literal["auto"] | None = option(
-        None, "momentum; auto (default): from the quadratic model of each batch; for sgd 0.9",
+        None, "momentum; default: auto, from the quadratic model of each batch; for sgd 0.9",
         check=FRACTION,
     )  # fmt: skip
     nesterov: bool = option(False, "Nesterov momentum, for sgd")
@@ -79,41 +79,43 @@ class TrainConfig(RunConfig):
     beta_2: float = option(0.999, "adam: weight of the old second moment", check=FRACTION)
 
     damping: float | Literal["auto"] | None = option(
-        None, "damping of the Fisher; auto (default): from the reduction ratio; a number is the initial value",
+        None, "damping of the Fisher; default: auto, from the reduction ratio; a number is the initial value",
         check=NON_NEGATIVE,
     )  # fmt: skip
     kl_bound: float | None = option(
-        None, "KL bound, 0 for no bound; null: no bound for autoencoders, 0.001 for classifiers",
+        None, "KL bound, 0 for no bound; default: no bound for autoencoders, 0.001 for classifiers",
         aliases=("clipping", "kl_clip"), check=NON_NEGATIVE,
     )  # fmt: skip
     ema: float = option(0.95, "weight of the old factors in the running average", check=FRACTION)
     damping_form: Literal["factored", "eigen"] | None = option(
-        None, "form of the damping; null: factored (exactNG always uses λI)"
+        None, "form of the damping; default: factored (exactNG always uses λI)"
     )
     structure: Literal["full", "block"] | None = option(
-        None, "exactNG: couple all layers, or one block per layer; null: full"
+        None, "exactNG: couple all layers, or one block per layer; default: full"
     )
     coarse_space: Literal["nicolaides", "residual", "tselepidis", "spectral", "tpselepedis"] | None = option(
-        None, "twolevel_kfac: space that couples the layers; null: nicolaides (tpselepedis means tselepidis)"
+        None, "twolevel_kfac: space that couples the layers; default: nicolaides (tpselepedis means tselepidis)"
     )
-    krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the images of the rows under K-FAC; null: 0")
+    krylov: Literal[0, 1] | None = option(None, "twolevel_kfac: 1 adds the images of the rows under K-FAC; default: 0")
     coarse_form: Literal["multiplicative", "balanced", "additive"] | None = option(
-        None, "twolevel_kfac: combination of both levels; null: balanced, which momentum and KL clip need"
+        None, "twolevel_kfac: combination of both levels; default: balanced, which momentum and KL clip need"
     )
     cg_steps: int | None = option(
-        None, "exactNG with type2: conjugate-gradient steps through the model, for many outputs; null: factorise",
+        None, "exactNG with type2: conjugate-gradient steps through the model, for many outputs; default: factorise",
         check=POSITIVE,
     )  # fmt: skip
     fisher: Literal["mc", "type2", "empirical"] = option(
         "mc", "labels of the Fisher: sampled, exact expectation, or those of the data"
     )
     fisher_samples: int = option(1, "sampled labels per example, for mc", check=POSITIVE)
-    fisher_batch_size: int | None = option(None, "examples for the statistics; null: the whole batch", check=POSITIVE)
+    fisher_batch_size: int | None = option(
+        None, "examples for the statistics; default: the whole batch; needs lr, damping and kl_bound", check=POSITIVE
+    )
     update_every: int | None = option(
-        None, "steps between statistics; null: from 2 up to 10, for exactNG 1", aliases=("T_cov",), check=POSITIVE
+        None, "steps between statistics; default: from 2 up to 10, for exactNG 1", aliases=("T_cov",), check=POSITIVE
     )
     invert_every: int | None = option(
-        None, "steps between inverses; null: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
+        None, "steps between inverses; default: from 4 up to 20, for exactNG 1", aliases=("T_inv",), check=POSITIVE
     )
 
     compile: bool = option(False, "compile steps of whole batches: minutes at first, then faster; needs a C++ compiler")
@@ -133,7 +135,9 @@ class CnnConfig(TrainConfig):
     inputs: ClassVar[Inputs] = "images"
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=CNN_DATA, own=True)
-    model: str | None = option(None, "model; null: cuda_convnet, for CIFAR10_RESTRICTED toyCNN", choices=CNNS, own=True)
+    model: str | None = option(
+        None, "model; default: cuda_convnet, for CIFAR10_RESTRICTED toyCNN", choices=CNNS, own=True
+    )
     # keeps the scale of activations through ReLUs; residual nets train with any scheme, because of batch norm
     init_params: str = option("kaiming_normal", "initialisation of the parameters", choices=SCHEMES)
     batch_size: int = option(128, "batch size", check=POSITIVE)
@@ -157,7 +161,7 @@ class AutoencoderConfig(TrainConfig):
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=AUTOENCODER_DATA, own=True)
     model: str | None = option(
-        None, "model; null: the published one for the number of colours", choices=AUTOENCODERS, own=True
+        None, "model; default: the published one for the number of colours", choices=AUTOENCODERS, own=True
     )
     init_params: str = option("default", "initialisation of the parameters; default: torch's own", choices=SCHEMES)
 

@@ -40,6 +40,13 @@ METHOD_OPTIONS = {
 }
 """Options that only some methods have, and the names of the methods' own arguments."""
 
+CURVATURE = (
+    "damping", "kl_bound", "ema", *METHOD_OPTIONS, "cg_steps", "fisher", "fisher_samples", "fisher_batch_size",
+    "update_every", "invert_every",
+)  # fmt: skip
+FIRST_ORDER = {"sgd": ("momentum", "nesterov"), "adam": ("beta_1", "beta_2")}
+"""Options of the optimizers without curvature, besides learning rate and weight decay."""
+
 
 def tuned(app: str, model: str, data: str, optim: str) -> dict[str, Any]:
     """Return the recorded settings of a first-order optimizer for this model and data, or the trainer's defaults."""
@@ -91,6 +98,19 @@ def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
     return optimizer_with(config, task, ng, numbers(config))
 
 
+def check_options(config: TrainConfig) -> None:
+    """Raise `ConfigError` if an option was given that only other optimizers have."""
+    own = FIRST_ORDER.get(config.optim, ("momentum", *CURVATURE))
+    others = {name for options in (*FIRST_ORDER.values(), CURVATURE) for name in options} - {*own}
+    for field in dataclasses.fields(config):
+        if field.name in others and getattr(config, field.name) not in (field.default, "auto"):
+            raise ConfigError(_foreign(field.name, config.optim))
+
+
+def _foreign(name: str, optim: str) -> str:
+    return f"{name} is no option of {optim}: leave it out, or choose another optim"
+
+
 def numbers(config: TrainConfig) -> dict[str, float]:
     """Return the options among `NUMBERS` that have a value."""
     found = {name: _number(getattr(config, name)) for name in NUMBERS}
@@ -128,11 +148,18 @@ def optimizer_with(
         )
     if config.fisher_batch_size is not None:
         raise ConfigError("fisher_batch_size goes with fixed numbers: give lr, damping and kl_bound, too")
-    kl_bound = given.get("kl_bound")
-    kl_bound = kl_bound if isinstance(kl_bound, Tensor) else kl_bound or None
     auto: dict[str, Any] = {name: given.get(name, "auto") for name in ("lr", "momentum", "damping")}
-    adaptive = ff.adaptive(ng, **auto, kl_bound=kl_bound, ema=given["ema"], weight_decay=given["weight_decay"])
+    adaptive = ff.adaptive(ng, **auto, **_length(ng, given), ema=given["ema"], weight_decay=given["weight_decay"])
     return optimizers.adaptive(adaptive, cadence(config), compiled_batch=whole)
+
+
+def _length(ng: ff.NaturalGradient, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rule of adaptive steps, and their KL bound; 0 is the rule without one, which "auto" need not be."""
+    kl_bound = given.get("kl_bound")
+    if kl_bound is None or isinstance(kl_bound, Tensor) or kl_bound > 0:
+        return {"kl_bound": kl_bound}
+    searches = ng.method.name == "exactNG" and not {"lr", "momentum"} & given.keys()
+    return {"rule": "line_search" if searches else "model"}
 
 
 def cadence(config: TrainConfig) -> ff.Cadence:
@@ -172,7 +199,7 @@ def method(config: TrainConfig) -> ff.Method:
     for name, parameter in METHOD_OPTIONS.items():
         if getattr(config, name) is not None:
             if parameter not in known:
-                raise ConfigError(f"{name} is no option of {config.optim}: leave it out, or choose another optim")
+                raise ConfigError(_foreign(name, config.optim))
             options[parameter] = getattr(config, name)
     return build(**options)
 
@@ -190,7 +217,12 @@ class Supervised(Training[TrainConfig]):
 
     @staticmethod
     def completed(config: TrainConfig, data: Data) -> TrainConfig:
-        """Return the configuration with the default model and, for first-order optimizers, the tuned settings."""
+        """Return the configuration with the default model and, for first-order optimizers, the tuned settings.
+
+        Raises:
+            ConfigError: an option that the optimizer does not have.
+        """
+        check_options(config)
         model = config.model or config.model_for(data)
         config = filled(config, {"model": model})
         settings = tuned(config.app, model, data.name, config.optim)

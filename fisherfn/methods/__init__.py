@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fisherfn.base import Method
-from fisherfn.errors import expect, unknown
+from fisherfn.errors import UnknownNameError, expect, unknown
 from fisherfn.methods.deflation import deflation
 from fisherfn.methods.dense import dense
 from fisherfn.methods.ekfac import ekfac
@@ -27,9 +27,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "twolevel_kfac": two_level,
     "exactNG": exact,
 }
+"""Builders of the methods for any net, by the names of the papers. `dense` and `kfac_by_term` serve special nets."""
 
 ALIASES = {"kfac_corrected": "kfac_cor", "two_level": "twolevel_kfac", "exact": "exactNG"}
 """Builders whose name is not the published one."""
+
+UNNAMED = {
+    "dense": "for layers of up to 4,096 parameters",
+    "kfac_by_term": "for a sum of terms (ff.sum_of_terms)",
+}
+"""Methods without a name for `method=`, and the nets that they are for."""
 
 
 def named(method: Method | str) -> Method:
@@ -40,6 +47,11 @@ def named(method: Method | str) -> Method:
         StructureError: neither a name nor a method.
     """
     if isinstance(method, str):
+        if method in UNNAMED:
+            raise UnknownNameError(
+                f"{method!r} is not among the names of methods, because it is {UNNAMED[method]} only: pass the method "
+                f"itself, method=ff.{method}()."
+            )
         key = ALIASES.get(method, method)
         if key not in METHODS:
             raise unknown("method", method, METHODS)

@@ -8,8 +8,8 @@ leading Kronecker product. **residual**: $M (\nabla - F_\bullet M \nabla)$, a ne
 Rows are orthonormal: within a layer by Gram–Schmidt, between layers by their supports. A row is stored flat, groups
 first and then row-major.
 
-k group, s sample, n example, m example and sample, t position, i input, o output, p row of a layer, q row of any layer,
-d entry.
+k group, s sample, n example, m example and sample, t position, i input, o output, l and j layer, p row of a layer,
+q row of any layer, d entry.
 """
 
 from __future__ import annotations
@@ -84,18 +84,18 @@ def ones(taps: Taps, vectors: int) -> Rows:
 
 
 def spectral(factors: PyTree, vectors: int) -> Rows:
-    """Return `q_G q_Aᵀ` for the smallest eigenvalues `s r` of each layer's leading Kronecker product."""
+    """Return the eigenvectors `q_G q_Aᵀ` of each layer's leading product G ⊗ A with the smallest eigenvalues."""
 
     def of(pair: Pair) -> Float[Tensor, "p d"]:
-        r, s = psd_eigh(pair.A), psd_eigh(pair.G)
-        values = s.values.unsqueeze(-1) * r.values.unsqueeze(-2)
+        of_A, of_G = psd_eigh(pair.A), psd_eigh(pair.G)
+        values = of_G.values.unsqueeze(-1) * of_A.values.unsqueeze(-2)
         smallest = values.flatten().topk(min(vectors, values.numel()), largest=False).indices
         single = torch.zeros(vectors, values.numel(), dtype=values.dtype, device=values.device)
         count = torch.arange(smallest.shape[0], device=values.device).unsqueeze(-1)
         chosen = single.index_put((count.squeeze(-1), smallest), values.new_ones(()))
         return torch.stack(
             [
-                kron.right(kron.left(s.vectors, row), kron.transpose(r.vectors)).flatten()
+                kron.right(kron.left(of_G.vectors, row), kron.transpose(of_A.vectors)).flatten()
                 for row in chosen.reshape(vectors, *values.shape)
             ]
         )
@@ -151,19 +151,21 @@ def _cholesky(matrix: Float[Tensor, "q q"], diagonal: Float[Tensor, " q"]) -> Fl
 
 
 def published(taps: Taps, damping: Float[Tensor, ""]) -> Space:
-    """Return the published space: ones, with `F_c[l, m] = (Σ E[a_l a_mᵀ]) (Σ E[g_l g_mᵀ]) + λ` for layers l, m.
+    """Return the published space: ones, with `F_c[l, j] = (Σ E[a_l a_jᵀ]) (Σ E[g_l g_jᵀ])` for layers l and j, plus λI.
 
-    The rows are not normalised. Positions are averaged in a and summed in g, so that maps of different size need no
-    interpolation. The groups of a layer count as one layer, with their exact gradient.
+    Each Σ runs over the entries of its matrix. The rows are not normalised. Positions are averaged in a and summed in
+    g, so that maps of different size need no interpolation. The groups of a layer count as one, with their exact
+    gradient.
     """
     inputs, outputs = zip(*(_sums(tap) for tap in taps.values()), strict=True)
     a, g = torch.stack(inputs).double(), torch.stack(outputs).double()
     n = examples(taps)
-    F_c = (a @ a.mT / n) * (torch.einsum("lsn,msn->lm", g, g) / n)
+    F_c = (a @ a.mT / n) * (torch.einsum("lsn,jsn->lj", g, g) / n)
     return Space(ones(taps, 1), a.new_zeros(0, len(taps)), _cholesky(F_c, damping.double().expand(len(taps))))
 
 
 def _sums(tap: Tap) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:
+    """Return the sums of a layer's inputs (averaged over positions) and of its output-gradients, per example."""
     k, _, n, t, o, i = tap.sizes
     if k == 1:
         return rows.total(tap.a).sum((0, 2)) / t, tap.g.sum((0, 3, 4))

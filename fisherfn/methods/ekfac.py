@@ -83,7 +83,7 @@ class EKFAC(KroneckerMethod):
         bases = {key: Pair(old[key].QA, old[key].QG) for key in taps} | each(basis, changed)
         measures = {key: partial(diagonal, QA=Q.A, QG=Q.G) for key, Q in bases.items()}
         for key, new in means(taps, measures).items():
-            before = moved(old[key], *bases[key]) if key in changed else old[key].scale
+            before = scale_in_new_basis(old[key], *bases[key]) if key in changed else old[key].scale
             scale = torch.lerp(new, before, rho[key].to(new.dtype))
             yield key, Factors(averages[key].A, averages[key].G, bases[key].A, bases[key].G, scale), {}
 
@@ -140,7 +140,7 @@ def basis(pair: Pair) -> Pair:
     return Pair(psd_eigh(pair.A).vectors, psd_eigh(pair.G).vectors)
 
 
-def moved(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
+def scale_in_new_basis(old: Factors, QA: Factor, QG: Factor) -> Float[Tensor, "k o i"]:
     """Return the diagonal, in a new basis, of a matrix that is diagonal in the old one."""
     scale = _above_noise(old.scale)
     if not kron.is_diagonal(QG):

@@ -107,7 +107,10 @@ class Exact(Method):
     def precondition_own(
         self, inverses: dict[str, System], own: Own, shapes: Mapping[str, Shape], inner: bool
     ) -> Preconditioned:
-        """Return `(F + λI)⁻¹ (∇ + λφ)` for `∇ = 1/N Σ c_sn W_sn` in the rows of F, group by group."""
+        """Return `(F + λI)⁻¹ (∇ + λφ)` for `∇ = 1/N Σ c_sn W_sn` in the rows of F, group by group.
+
+        φ is `own.near`, towards which the step is pulled; zero if there is none.
+        """
         solved: dict[str, Tensor] = {}
         products = []
         assert own.coefficients is not None

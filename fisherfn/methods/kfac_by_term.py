@@ -3,8 +3,8 @@ r"""K-FAC with one Kronecker product per term of the loss: $F \approx w_1\, G_1 
 For a sum of terms, such as the residuals and the boundary values of a physics-informed net, K-FAC takes the examples of
 all terms as one batch. It then pairs the mean input moment of all terms with their mean output moment, although inputs
 and output-gradients of the terms differ in size by orders of magnitude. Here each term has its own pair of moments, and
-the sum of both products is inverted exactly (`fisherfn.linalg.damped`). The first term is damped. From the third term
-on, all terms but the first share one product.
+the sum of both products is inverted exactly (`fisherfn.linalg.damped`). The first term is damped. With three or more
+terms, all but the first share one product.
 
 Scale and running average of each product are those of K-FAC, with the weight of its term in the loss in G. A loss with
 one term gives K-FAC itself.

@@ -62,7 +62,8 @@ def lanczos(
         damping_form: "factored" damps the leading term as K-FAC does. "eigen" adds λI in the eigenvectors of the
             leading term, and replaces the second term by its diagonal there.
         iterations: Golub–Kahan steps, each one application of Z and one of its transpose.
-        floor: smallest denominator 1 + w wᵀ; info.diagnostics["clipped"] counts those that were raised.
+        floor: smallest denominator `1 + w_G w_Aᵀ` of the inverse, where w_G and w_A are the second term's eigenvalues
+            relative to the first (`fisherfn.linalg.damped`); info.diagnostics["clipped"] counts those that were raised.
         diagonal_above: a factor wider than this is diagonal; the sum is the best one of this form.
 
     Raises:

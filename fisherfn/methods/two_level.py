@@ -9,7 +9,7 @@ $Q = R_0^\top F_c^{-1} R_0$,
 - **balanced**: $Q + P M P^\top$ with $P = I - Q F_\bullet$; symmetric positive definite.
 - **additive**: $M \nabla + Q \nabla$; minimises nothing.
 
-All products use one matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and from the numbers
+All products follow from the matrix of coefficients $C_{n,(l,p)} = \langle W_n^l, R_{l,p} \rangle$ and the numbers
 $c_n = \sum_l \langle W_n^l, z^l \rangle$: $R_0 F z = \frac1N C^\top c$ and $F R_0^\top \beta = \frac1N \sum_n W_n
 (C \beta)_n$, for any mixture of layers, without interpolation between feature maps or loops over pairs of layers.
 $F_c = \frac1N C^\top C + \lambda I$, because the rows are orthonormal. It is recomputed with every basis and never
@@ -19,7 +19,7 @@ follow the batch.
 Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
 Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.
 
-k group, s sample, n example, t position, i input, o output, q coarse row.
+k group, s sample, n example, m example and sample, t position, i input, o output, l layer, p row of l, q any row.
 """
 
 from __future__ import annotations

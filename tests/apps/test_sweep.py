@@ -16,6 +16,7 @@ from common.config import ConfigError, read
 from common.sweep import auto, report, stages
 from common.sweep.grid import parse_grid, rows, slice_of
 from common.train_config import TrainConfig
+from fisherfn.errors import FisherfnError
 
 BASE = ["--data", "own:load", "--num_epochs", "2", "--batch_size", "8", "--optim", "kfac", "--quiet"]
 FIXED = ["--damping", "0.1", "--kl_bound", "0.01", "--lr", "0.3,0.1"]
@@ -82,6 +83,20 @@ def test_a_killed_sweep_goes_on_bit_for_bit(own, monkeypatch, given):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     with pytest.raises(Exception, match="another argv"):
         sweep.main([*argv, "--result_name", "part", "--resume", "--lr", "0.5"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--optim", "adam", "--damping", "1,0.1"], "damping is no option of adam"),
+        (["--optim", "adam", "--lr", "1,0.1", "--kl_bound", "1"], "kl_bound is no option of adam"),
+        (["--lr", "1,0.1", "--model", "own:missing"], "no such function"),
+    ],
+)
+def test_a_sweep_that_cannot_start_leaves_nothing_behind(own, more, message):
+    with pytest.raises(FisherfnError, match=message):
+        sweep.main([*BASE, *more])
+    assert not (own / "results").exists()
 
 
 def test_halving_keeps_the_best_and_finds_that_of_the_whole_grid_for_less(own):

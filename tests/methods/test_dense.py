@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn import methods
 from fisherfn.errors import HyperparameterError
 from tests import zoo
 from tests.oracles import close, vec
@@ -62,3 +63,16 @@ def test_a_wide_layer_is_refused():
     )
     with pytest.raises(HyperparameterError, match="4,160 parameters"):
         ng.init(params)
+
+
+@pytest.mark.parametrize("name", ["dense", "kfac_by_term"])
+def test_a_method_without_a_name_says_how_to_pass_it(name):
+    with pytest.raises(ff.errors.UnknownNameError, match=rf"method=ff\.{name}\(\)") as caught:
+        methods.named(name)
+    assert "deflation" not in str(caught.value)
+    assert methods.named(getattr(ff, name)()).name == name
+
+
+def test_every_builder_has_a_name_or_is_listed_as_one_without():
+    builders = {getattr(methods, name) for name in methods.__all__ if name not in ("METHODS", "named")}
+    assert builders - set(methods.METHODS.values()) == {getattr(methods, name) for name in methods.UNNAMED}

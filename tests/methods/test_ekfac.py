@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
-from fisherfn.methods.ekfac import moved
+from fisherfn.methods.ekfac import scale_in_new_basis
 from tests import kron_oracles, oracles, strategies, zoo
 from tests.methods.kronecker import (
     FAMILY,
@@ -183,7 +183,7 @@ def test_eigenvalues_are_transferred_as_the_diagonal_of_the_old_operator():
     _, one, _ = fit(problem.run, problem.params, FAMILY["ekfac"]())
     _, two, _ = fit(given(*taps_of((2, 1, 6, 1, 4, 5), seed=3)).run, problem.params, FAMILY["ekfac"]())
     old, new = one.factors["weight"], two.factors["weight"]
-    found = moved(old, new.QA, new.QG)
+    found = scale_in_new_basis(old, new.QA, new.QG)
     for k, F in enumerate(dense(old)):
         close(found[k].flatten(), kron_oracles.diagonal_in(basis(new, k), F))
 

@@ -21,7 +21,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "fisherfn, without numbers": Variant(ff.kfac, length="auto"),
+    "fisherfn, adaptive": Variant(ff.kfac, length="auto"),
     "fisherfn, KL clip": Variant(ff.kfac, length="clip"),
     "fisherfn": Variant(ff.kfac, length="fixed"),
 }

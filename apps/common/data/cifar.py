@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.data.base import Data, DataError, Split
-from common.data.files import candidates, find, missing
+from common.data.files import candidates, command, find, missing
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
@@ -88,7 +88,7 @@ def _contents(tried: list[Path], name: str, version: Version) -> dict[str, tuple
     path = find(tried, names) or find(tried, [version.archive])
     if path is None:
         files = f"{names[0]} (or its companions) and no {version.archive}"
-        raise missing(name, files, tried, "put the binary version there, or pass download=True (--download)")
+        raise missing(name, files, tried, f"put the binary version there, or {command(name, 'train_cnn', tried[-1])}")
     if path.name == version.archive:
         contents = _unpacked(path, version)
     else:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import fisherfn as ff
 from common.data.base import Data, Split
-from common.data.files import candidates, find, missing, read_mat
+from common.data.files import candidates, command, find, missing, read_mat
 
 FOLDERS = ("olivetti", "faces", "FACES")
 PUBLISHED, PHOTOS = "newfaces_rot_single.mat", "olivettifaces.mat"
@@ -47,7 +47,7 @@ def load(data_path: str | None, seed: int) -> Data:
     tried = candidates(data_path, FOLDERS)
     path = find(tried, [PUBLISHED]) or find(tried, [PHOTOS])
     if path is None:
-        remedy = "put one there, or pass download=True (--download) for the second"
+        remedy = f"put one there, or, for the second, {command('FACES', 'train_mlp', tried[-1])}"
         raise missing("FACES", f"{PUBLISHED} or {PHOTOS}", tried, remedy)
     log.info("FACES: read from %s", path)
     train, test = published(path) if path.name == PUBLISHED else drawn(path, seed)

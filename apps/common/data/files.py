@@ -48,6 +48,11 @@ def missing(data: str, file: str, folders: Iterable[Path], remedy: str) -> DataE
     return DataError(f"{data}: found no {file} in {', '.join(map(str, folders))}; {remedy}.")
 
 
+def command(data: str, trainer: str, folder: Path) -> str:
+    """Return the command that fetches the published files of a data set into a folder that was searched."""
+    return f"fetch them with `python apps/{trainer}.py --data {data} --data_path {folder} --download`"
+
+
 def read_mat(path: Path, shape: Shape, keys: Sequence[str]) -> np.ndarray:
     """Read the array of this `shape` in a MATLAB 5 file: one of `keys`, else the only one with this shape.
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.data.base import Data, DataError, Split
-from common.data.files import candidates, find, missing
+from common.data.files import candidates, command, find, missing
 
 MNIST_FOLDERS = ("mnist", "MNIST/raw", "MNIST")
 FASHION_FOLDERS = ("fashion", "FashionMNIST/raw", "FashionMNIST", "fashion-mnist", "fashion_mnist")
 CLASSES = 10
+TRAINER = "train_mlp"  # it takes all these data sets
 DEFLATE_LIMIT = 1_032  # zlib: deflate never shrinks more than this many times
 PIECE = 1 << 20
 AGAIN = "fetch it again"
@@ -80,9 +81,8 @@ def read_part(folder: Path, part: str, name: str) -> Pair:
     for file in (f"{part}-images", f"{part}-labels"):
         path = find([folder], variants(file))
         if path is None:
-            raise missing(
-                name, f"{variants(file)[0]}[.gz]", [folder], "put it next to the others, or pass download=True"
-            )
+            remedy = f"put it next to the others, or {command(name, TRAINER, folder)}"
+            raise missing(name, f"{variants(file)[0]}[.gz]", [folder], remedy)
         paths.append(path)
     images, labels = read(paths[0], 3), read(paths[1], 1)
     if len(images) != len(labels):
@@ -154,7 +154,7 @@ def _home(tried: list[Path], name: str) -> Path:
     path = find(tried, names)
     if path is None:
         files = "train-images-idx3-ubyte[.gz] (or its three companions)"
-        raise missing(name, files, tried, "put the four IDX files there, or pass download=True (--download)")
+        raise missing(name, files, tried, f"put the four IDX files there, or {command(name, TRAINER, tried[-1])}")
     return path.parent
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.data.base import Data, DataError, Split
-from common.data.files import candidates, find, missing, read_mat
+from common.data.files import candidates, command, find, missing, read_mat
 
 FOLDERS = ("svhn", "SVHN")
 TRAIN, TEST = "train_32x32.mat", "test_32x32.mat"
@@ -25,7 +25,8 @@ def load(data_path: str | None, seed: int) -> Data:
     tried = candidates(data_path, FOLDERS)
     present = find(tried, [TRAIN, TEST])
     if present is None:
-        raise missing("SVHN", f"{TRAIN} and {TEST}", tried, "put them there, or pass download=True (--download)")
+        remedy = f"put them there, or {command('SVHN', 'train_cnn', tried[-1])}"
+        raise missing("SVHN", f"{TRAIN} and {TEST}", tried, remedy)
     train, test = (_read(present.parent, file) for file in (TRAIN, TEST))
     return Data("SVHN", Split(*train), Split(*test), "cuda_convnet", ff.Gaussian(), ff.Categorical())
 
@@ -33,7 +34,7 @@ def load(data_path: str | None, seed: int) -> Data:
 def _read(folder: Path, file: str) -> tuple[Tensor, Tensor]:
     path = find([folder], [file])
     if path is None:
-        raise missing("SVHN", file, [folder], "put it next to the other, or pass download=True (--download)")
+        raise missing("SVHN", file, [folder], f"put it next to the other, or {command('SVHN', 'train_cnn', folder)}")
     pixels = torch.from_numpy(read_mat(path, (SIZE, SIZE, 3, None), ["X"]))
     labels = torch.from_numpy(read_mat(path, (pixels.shape[-1], 1), ["y"])).flatten().long()
     if pixels.dtype != torch.uint8:

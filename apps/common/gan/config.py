@@ -36,7 +36,7 @@ class GanConfig(RunConfig):
     }
 
     data: str = option("DIGITS", "data set", aliases=("dataset",), choices=DATA, own=True)
-    model: str | None = option(None, "nets; null: dcgan for images of 28×28, residual for 32×32", choices=GANS)
+    model: str | None = option(None, "nets; default: dcgan for images of 28×28, residual for 32×32", choices=GANS)
     width: float = option(1.0, "scale of all channels, relative to the published nets", check=POSITIVE)
     critic_norm: str = option(
         "none",
@@ -75,11 +75,11 @@ class GanConfig(RunConfig):
     )
     ema: float = option(0.95, "natural gradients: weight of the old factors in the running average", check=FRACTION)
     update_every: int | None = option(
-        None, "natural gradients: steps between statistics; null: 100, for exactNG 1", aliases=("T_cov",),
+        None, "natural gradients: steps between statistics; default: 100, for exactNG 1", aliases=("T_cov",),
         check=POSITIVE,
     )  # fmt: skip
     invert_every: int | None = option(
-        None, "natural gradients: steps between inverses; null: 100, for exactNG 1", aliases=("T_inv",),
+        None, "natural gradients: steps between inverses; default: 100, for exactNG 1", aliases=("T_inv",),
         check=POSITIVE,
     )  # fmt: skip
     momentum: float = option(0.9, "momentum, for all but adam", check=FRACTION)

@@ -1,7 +1,10 @@
 """Options by any of their names, from the command line and files; errors that say in one line what is wrong."""
 
 import dataclasses
+import importlib
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import config as c
-from common.config import ConfigError, dump, filled, option, parse, read, validate
+from common.config import ConfigError, dump, filled, option, option_names, parse, read, validate
 from common.gan.config import GanConfig
 from common.train_config import APPS, TrainConfig
 
@@ -206,6 +209,42 @@ def test_help_describes_each_option(capsys):
     assert caught.value.code == 0
     assert "Do it." in out and "--T_cov" in out and "how often" in out and "default: 10" in out
     assert "which tree; one of oak, ash or pkg.module:function" in out
+
+
+PROGRAMS = sorted(path.stem for path in (Path(__file__).parents[3] / "apps").glob("*.py"))
+
+
+def shown(Config, capsys):
+    """Return the help of a configuration as one line."""
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], description=None)
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "plot"])
+def test_help_is_plain_english_and_promises_only_options_that_exist(program, capsys):
+    found = [value for value in vars(importlib.import_module(program)).values() if dataclasses.is_dataclass(value)]
+    configs = [each for each in found if any("help" in field.metadata for field in dataclasses.fields(each))]
+    assert configs
+    for each in configs:
+        text, names = shown(each, capsys), option_names(each)
+        assert not re.search(r"\bnull\b|\bNone\b|Union\[|Literal\[|type: |True|False", text), text
+        assert set(re.findall(r"--(\w+)", text)) <= {*names, "config", "option", "help"}, text
+        assert ("--resume continues" in text) == ("resume" in names)
+
+
+def test_help_states_types_and_defaults(capsys):
+    text = shown(Config, capsys)
+    assert "how many (whole number; default: 4)" in text and "how fast (number)" in text
+    assert "its name --quiet [{true,false}] say nothing (default: false)" in text
+    assert "which kind (default: mc)" in text and "from the data (number or auto)" in shown(Several, capsys)
+    assert "which one (one of a, b)" in shown(Several, capsys)
+
+
+@dataclass(frozen=True)
+class Several:
+    rate: float | Literal["auto"] | None = option(None, "how fast; default: from the data")
+    one: Literal["a", "b"] | None = option(None, "which one")
 
 
 def test_help_is_in_sections(capsys):

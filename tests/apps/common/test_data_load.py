@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import fisherfn as ff
+from common.config import read
 from common.data import DATA, Data, DataError, Split, download, load
 from common.models import MODELS
+from common.train_config import APPS
 from tests.apps.common.data_files import digits, idx_bytes, write
 from tests.apps.common.test_data_cifar import archive, is_the_small_ten, write_ten
 
@@ -213,6 +215,15 @@ def test_no_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(download.SOURCES, "MNIST", download.MNIST._replace(files=tuple(gone)))
     with pytest.raises(DataError, match="404"):
         load("MNIST", data_path=str(tmp_path / "data"), download=True)
+
+
+@pytest.mark.parametrize("name", [name for name, source in download.SOURCES.items() if source.files])
+def test_a_missing_file_names_a_command_that_fetches_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--download") as caught:
+        load(name, data_path=str(tmp_path))
+    program, *arguments = str(caught.value).split("`python apps/")[1].split("`")[0].split()
+    config = read(APPS[program.removesuffix(".py")], arguments)
+    assert (config.data, config.data_path, config.download) == (name, str(tmp_path), True)
 
 
 def test_sources_without_a_download(here: Path) -> None:

@@ -178,11 +178,16 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path, drawn):
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
-    [(["{}/nowhere"], "no metrics.jsonl in"), (["{}/a", "--out", "{}/nowhere/out.png"], "there is no folder")],
+    [
+        (["{}/nowhere"], "there is no folder {}/nowhere: name result folders"),
+        (["{}/empty"], "no results in {}/empty: name folders with a metrics.jsonl"),
+        (["{}/a", "--out", "{}/nowhere/out.png"], "there is no folder {}/nowhere to put the picture in"),
+    ],
 )
 def test_errors_are_one_line_and_exit_with_2(tmp_path, capsys, argv, expected):
     write(tmp_path / "a", [1.0])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as caught:
         plot.main([argument.format(tmp_path) for argument in argv])
     err = capsys.readouterr().err
-    assert caught.value.code == 2 and expected in err and err.count("\n") == 1
+    assert caught.value.code == 2 and expected.format(tmp_path) in err and err.count("\n") == 1

@@ -5,7 +5,7 @@ import torch
 
 import fisherfn as ff
 from common import trainer
-from common.config import read
+from common.config import ConfigError, read
 from common.data import load
 from common.train_config import TrainConfig
 from common.trainer import make_optimizer, make_task
@@ -47,12 +47,56 @@ def test_every_number_of_an_adaptive_natural_gradient_reaches_it(own, monkeypatc
     assert (cadence.update, cadence.invert) == (ff.Cadence().update, (7, 7))
 
 
+@pytest.mark.parametrize(
+    ("more", "rule", "kl_bound"),
+    [
+        ("--optim kfac", "clip", 1e-3),
+        ("--optim kfac --kl_bound 0", "model", None),
+        ("--optim kfac --kl_bound 0 --momentum 0.9", "model", None),
+        ("--optim exactNG --kl_bound 0", "line_search", None),
+        ("--optim exactNG --kl_bound 0 --lr 0.1", "model", None),
+    ],
+)
+def test_a_kl_bound_of_0_is_no_bound_on_a_classifier(own, monkeypatch, more, rule, kl_bound):
+    (opt, _), _ = built(monkeypatch, "adaptive", *more.split())
+    assert (opt.rule, opt.kl_bound) == (rule, kl_bound)
+
+
 def test_every_number_of_a_first_order_optimizer_reaches_it(own, monkeypatch):
     with monkeypatch.context() as patch:
         _, sgd = built(patch, "sgd", *"--optim sgd --lr 0.3 --momentum 0.6 --nesterov true --weight_decay 0.08".split())
     _, adam = built(monkeypatch, "adam", *"--optim adam --lr 0.3 --beta_1 0.6 --beta_2 0.7 --weight_decay 0.08".split())
     assert sgd == {"lr": 0.3, "momentum": 0.6, "nesterov": True, "weight_decay": 0.08, "compiled_batch": None}
     assert adam == {"lr": 0.3, "betas": (0.6, 0.7), "weight_decay": 0.08, "compiled_batch": None}
+
+
+@pytest.mark.parametrize(
+    ("optim", "given"),
+    [
+        ("sgd", "--damping 3"),
+        ("sgd", "--beta_1 0.5"),
+        ("adam", "--momentum 0.5"),
+        ("adam", "--nesterov true"),
+        ("adam", "--kl_bound 0"),
+        ("adam", "--structure block"),
+        ("adam", "--fisher type2"),
+        ("adam", "--ema 0.5"),
+        ("adam", "--update_every 3"),
+        ("kfac", "--nesterov true"),
+        ("kfac", "--beta_2 0.9"),
+    ],
+)
+def test_an_option_of_other_optimizers_is_an_error(own, optim, given):
+    config = read(TrainConfig, [*COMMON, "--optim", optim, *given.split()])
+    with pytest.raises(ConfigError, match=f"{given.split()[0][2:]} is no option of {optim}"):
+        trainer.Supervised.completed(config, load("own:load"))
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", "kfac", "exactNG"])
+def test_no_option_left_at_its_default_is_an_error(own, optim):
+    trainer.Supervised.completed(
+        read(TrainConfig, [*COMMON, *f"--optim {optim} --damping auto --momentum auto".split()]), load("own:load")
+    )
 
 
 def test_steps_are_compiled_for_whole_batches_of_any_optimizer(own, monkeypatch):
