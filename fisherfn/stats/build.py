@@ -72,6 +72,7 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
         outputs, _ = probe.trace()
     cotangent = cotangent_of(outputs)
     layout = _layout(probe, outputs, blocks, by_example, second.couples, left, scout)
+    layout = replace(layout, unread=tuple(name for name in left if not first.reads(name)))
     del first, second, scout  # they hold the activations of two runs
     kept, reasons = verify(probe, layout, cotangent, tolerance)
     if uncovered == "gradient":

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, StructureError
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
 from fisherfn.stats.functional import call
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Layout
+from fisherfn.stats.path import check_path
 from fisherfn.stats.shared import Followed
 from fisherfn.types import Model, PyTree, Tree
 
@@ -144,14 +145,8 @@ def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]
 
 
 def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
-    """Return the inputs of every use of every layer; raise if a layer was not used as often as at the build."""
-    for block in layout.layers:
-        uses = len(mode.records.get(block.weight, ()))
-        if uses != len(block.uses):
-            raise StructureError(
-                f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
-                "on its input. Build with inputs that take the same path."
-            )
+    """Return the inputs of every use of every layer; raise if the run took another path than the build."""
+    check_path(layout, mode)
     return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
