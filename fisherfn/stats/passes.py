@@ -44,7 +44,9 @@ def tapped_run(
         with Intercept(values, _by_layer(layout, taps), uncoupled, shared) as mode:
             outputs, new_context = call(model, values, x, context)
         shared.finish()
-        return outputs, (_inputs(layout, mode, examples), new_context)
+        check_path(layout, mode)
+        raw = [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
+        return outputs, (raw, new_context)
 
     plain = [name for name, _ in layout.uncovered]
     like, uses = tree.leaves(params)[0], (use for block in layout.layers for use in block.uses)
@@ -142,12 +144,6 @@ def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]
         return {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in pull(cotangents[0]).items()}
     pulled: Taps = vmap(pull)(cotangents)
     return pulled
-
-
-def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
-    """Return the inputs of every use of every layer; raise if the run took another path than the build."""
-    check_path(layout, mode)
-    return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:
