@@ -144,17 +144,26 @@ class Collector:
         outputs, _ = run(self.model, params, given.x, given.context)
         return self.likelihood.nll(outputs, given.y).mean()  # type: ignore[no-any-return]
 
-    def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
-        """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.
+    def implicit_fisher(
+        self, params: Tree, x: PyTree, targets: PyTree = None, *, context: PyTree = None
+    ) -> ImplicitFisher:
+        """Return the type-2 Fisher of a batch by products through the model, for networks with many outputs.
+
+        Args:
+            params: the parameters at which it is evaluated.
+            x: the inputs of the batch.
+            targets: its targets, of which only the weights of observations count: ignored positions, weights of
+                classes and of examples. None: all observations count the same.
+            context: for models with a context.
 
         Raises:
             ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
             StructureError: names or a context that differ from the build.
-            LikelihoodError: a likelihood without `fisher_sqrt`.
+            LikelihoodError: a likelihood without `fisher_sqrt`, or one with weights and no targets.
         """
         self.layout.validate(params)
-        given = checked(self.layout, (x, ()), context)
-        return ImplicitFisher(self.model, self.likelihood, params, given.x, given.context)
+        given = checked(self.layout, (x, () if targets is None else targets), context)
+        return ImplicitFisher(self.model, self.likelihood, params, given.x, given.context, targets)
 
     # ---------------------------------------------------------------------------------------------------------
 
