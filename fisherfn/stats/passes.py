@@ -69,21 +69,22 @@ def loss_cotangent(
     """Return `∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
     score = getattr(likelihood, "score", None)
     if score is not None:
-        return score(outputs, targets), _losses(likelihood, outputs, targets)
+        return score(outputs, targets), example_losses(likelihood, outputs, targets)
 
     def total(f: Tensor) -> tuple[Tensor, Tensor]:
-        losses = _losses(likelihood, f, targets)
+        losses = example_losses(likelihood, f, targets)
         return losses.sum(), losses
 
     return torch.func.grad(total, has_aux=True)(outputs)  # type: ignore[no-any-return]
 
 
-def _losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
+def example_losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
     """Return the negative log-likelihood of each example; raise unless there is one number per example."""
-    nll: Tensor = likelihood.nll(outputs, targets)
-    if nll.shape != outputs.shape[:1]:
+    nll: Any = likelihood.nll(outputs, targets)
+    if not isinstance(nll, Tensor) or nll.shape != outputs.shape[:1]:
+        found = f"shape {tuple(nll.shape)}" if isinstance(nll, Tensor) else type(nll).__name__
         raise ShapeError(
-            f"the likelihood gave shape {tuple(nll.shape)} for {outputs.shape[0]} examples; nll must return [N], "
+            f"the likelihood gave {found} for {outputs.shape[0]} examples; nll must return [N], "
             "summed over output dimensions and not averaged over examples."
         )
     return nll
