@@ -81,6 +81,13 @@ def check_entries(layout: Layout, context: PyTree, examples: int) -> None:
     """Raise unless the leaves of the context with one entry per example have as many as there are examples."""
     pairs = zip(tree.leaves(context), layout.by_example(context), strict=True)
     own = {leaf.shape[0] for leaf, mine in pairs if mine}
+    for path in layout.context_unclear:
+        entries = tree.flatten(context)[path].shape[:1]
+        if entries != (1,):
+            raise ShapeError(
+                f"context[{path!r}] has {entries.numel()} entries. The build had one example and one entry, which does "
+                "not show whether there is one per example: build with two or more examples."
+            )
     if not own <= {examples}:
         raise ShapeError(
             f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has [{examples}]: "

@@ -158,6 +158,8 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, each with True if it has one entry per example (dropout noise)."""
+    context_unclear: tuple[str, ...] = ()
+    """Leaves of the context of which a build with one example cannot tell whether they have one entry per example."""
     couples: bool = False
     """True if the model mixes the examples of a batch by design (batch norm in training mode)."""
     unused: tuple[str, ...] = ()
