@@ -17,19 +17,19 @@ MacKay 1992, *A practical Bayesian framework for backpropagation networks*; Ritt
 Laplace approximation for neural networks*; Immer et al. 2021, *Scalable marginal likelihood estimation for model
 selection in deep learning*.
 
-n example, c and d outputs, k group, o output, i input.
+n example, c and d outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import vmap
 
 from fisherfn import tree
 from fisherfn.errors import (
@@ -43,10 +43,11 @@ from fisherfn.errors import (
 )
 from fisherfn.linalg import damped
 from fisherfn.linalg.damped import Rotated
+from fisherfn.linearised import output_covariances
 from fisherfn.methods.kronecker import KroneckerMethod
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.state import State
-from fisherfn.stats import Batch, run
+from fisherfn.stats import Batch
 from fisherfn.types import Info, PyTree, Tree
 
 Prior = float | Tensor | Mapping[str, float | Tensor]
@@ -216,26 +217,21 @@ class Laplace:
         """Return the outputs of the model and their covariances under the posterior, with the model linearised in θ.
 
         The noise of the likelihood is not included. `chunk_size` limits the examples whose Jacobians are in memory.
+        Each example is run alone, with its own entries of the context (dropout seeds).
+
+        Raises:
+            StructureError: a context that differs from the build.
+            ShapeError: a context with entries for another number of examples.
+            ModelError: a model that does not run on single examples (batch norm in training mode).
         """
         _check(state)
-        inverses, layout = self._inverses(state), self.ng.layout
-        context = () if context is None else context
+        ng, N = self.ng, state.examples.clamp(min=1)
 
-        def outputs(params: Tree, one: PyTree) -> Tensor:
-            found, _ = run(self.ng.model, params, tree.map(lambda leaf: leaf.unsqueeze(0), one), context)
-            return found[0].flatten()  # type: ignore[no-any-return]
+        def covariance(inverse: Rotated) -> Callable[[Tensor], Tensor]:
+            return lambda W: damped.apply(inverse, W) / N
 
-        def of_one(one: PyTree) -> tuple[Tensor, Tensor]:
-            J = jacrev(outputs)(state.params, one)
-            rows = vmap(layout.matrices)({name: leaf.double() for name, leaf in J.items()})
-            covariance = torch.zeros((), dtype=torch.float64, device=state.examples.device)
-            for key, inverse in inverses.items():
-                images = vmap(lambda W, inverse=inverse: damped.apply(inverse, W))(rows[key])
-                covariance = covariance + rows[key].flatten(1) @ images.flatten(1).mT
-            return outputs(state.params, one), covariance / state.examples.clamp(min=1)
-
-        found: tuple[Tensor, Tensor] = vmap(of_one, chunk_size=chunk_size)(x)
-        return found
+        covariances = {key: covariance(inverse) for key, inverse in self._inverses(state).items()}
+        return output_covariances(ng.model, ng.layout, state.params, covariances, x, context, chunk_size)
 
     # ---------------------------------------------------------------------------------------------------------
 

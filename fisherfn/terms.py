@@ -119,9 +119,9 @@ class TermSum(NaturalGradient):
         """Raise `StructureError`: the examples of a term keep their shape."""
         raise StructureError("a sum of terms keeps the shapes of its examples: build another one with sum_of_terms.")
 
-    def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> NoReturn:
+    def implicit_fisher(self, params: Tree, x: PyTree, targets: PyTree = None, *, context: PyTree = None) -> NoReturn:
         """Raise `StructureError`: take the implicit Fisher of each of `ng.terms`."""
-        raise StructureError("add the products of ng.terms[name].implicit_fisher(params, x) over the terms.")
+        raise StructureError("add the products of ng.terms[name].implicit_fisher(params, x, y) over the terms.")
 
     def _check_terms(self, batch: Any) -> None:
         expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")

@@ -208,18 +208,21 @@ def test_a_plain_callable_serves_the_empirical_fisher_only(problem, fisher, lack
         ng.stats(problem.params, problem.batch, fisher=fisher, generator=zoo.generator())
 
 
+@pytest.mark.parametrize("call", ["stats", "loss"])
 @pytest.mark.parametrize(
     "loss",
     [
         lambda out, y: torch.nn.functional.cross_entropy(out, y),
         lambda out, y: torch.nn.functional.cross_entropy(out, y, reduction="none")[:, None],
+        lambda out, y: -torch.log_softmax(out, -1),
+        lambda out, y: 1.0,
     ],
-    ids=["mean", "column"],
+    ids=["mean", "column", "per output", "number"],
 )
-def test_a_loss_that_is_not_one_number_an_example(problem, loss):
-    with pytest.raises((errors.LikelihoodError, errors.ShapeError)):
-        ng = ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=loss, fisher="empirical")
-        ng.stats(problem.params, problem.batch)
+def test_a_loss_that_is_not_one_number_an_example(problem, loss, call):
+    ng = ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=loss, fisher="empirical")
+    with pytest.raises(errors.ShapeError, match=r"nll must return \[N\]"):
+        getattr(ng, call)(problem.params, problem.batch)
 
 
 # --------------------------------------------------------------------------------------------------------- coverage

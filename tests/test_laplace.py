@@ -132,3 +132,56 @@ def test_what_is_no_posterior_is_refused():
         posterior.sample(state, zoo.generator(), samples=0)
     with pytest.raises(ff.errors.HyperparameterError):
         posterior.choose_prior(state, iterations=0)
+
+
+def linear_with_mask(p, x, context):
+    return torch.nn.functional.linear(x * context["mask"], p["w"], p["b"]) * context["scale"], context
+
+
+def dropping():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))
+    model, params, context = ff.functional(net.double().train())
+    return model, params, context | {"dropout": ff.dropout_seeds(5, zoo.generator())}
+
+
+def masked():
+    draw = lambda *shape: torch.randn(shape, generator=zoo.generator(len(shape)), dtype=zoo.DTYPE)  # noqa: E731
+    context = {"mask": (draw(5, 3) > 0).to(zoo.DTYPE), "scale": torch.tensor([1.0, 2.0], dtype=zoo.DTYPE)}
+    return linear_with_mask, {"w": draw(2, 3), "b": draw(2)}, context
+
+
+@pytest.mark.parametrize("make", [dropping, masked])
+def test_each_prediction_has_its_own_entries_of_the_context(make):
+    model, params, context = make()
+    x = torch.randn(5, 3, generator=zoo.generator(7), dtype=zoo.DTYPE)
+    y = torch.randn(5, 2, generator=zoo.generator(8), dtype=zoo.DTYPE)
+    ng = ff.natural_gradient(
+        model, params, x, likelihood=ff.Gaussian(), context=context, method=ff.kfac("eigen"), fisher="type2"
+    )
+    posterior = ff.laplace(ng)
+    state, _ = posterior.fit(params, [(x, y)], context=context)
+    inverted, _ = ng.invert(state.curvature._replace(damping=state.examples.reciprocal()))
+    covariance = ng.inverse(inverted).dense() / 5
+    J = jacrev(lambda p: model(p, x, context)[0])(params)
+    flat = torch.cat([leaf.flatten(2) for leaf in J.values()], 2)
+    for chunk_size in (None, 2):
+        outputs, covariances = posterior.predict(state, x, context=context, chunk_size=chunk_size)
+        close(outputs, model(params, x, context)[0])
+        close(covariances, flat @ covariance @ flat.mT, tol=1e-7)
+    with zoo.as_installed():
+        with pytest.raises(ff.errors.ShapeError, match="entries for"):
+            posterior.predict(state, x[:2], context=context)
+        with pytest.raises(ff.errors.StructureError, match="no context"):
+            posterior.predict(state, x)
+
+
+def test_a_net_that_needs_a_batch_has_no_predictions_of_single_examples():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).double().train()
+    model, params, context = ff.functional(net)
+    x = torch.randn(5, 3, generator=zoo.generator(), dtype=zoo.DTYPE)
+    ng = ff.natural_gradient(
+        model, params, x, likelihood=ff.Gaussian(), context=context, method=ff.kfac("eigen"), fisher="type2"
+    )
+    posterior = ff.laplace(ng)
+    with zoo.as_installed(), pytest.raises(ff.errors.ModelError, match=r"net\.eval"):
+        posterior.predict(posterior.init(params), x, context=context)

@@ -234,7 +234,7 @@ def implicit(
 
     def move(params: Tree, state: ImplicitState, batch: Batch, context: Any) -> Stepped:
         grads, info = gradient(ng.model, ng.likelihood, params, batch, context)
-        F = ng.implicit_fisher(params, batch[0], context=context)
+        F = ng.implicit_fisher(params, batch[0], batch[1], context=context)
         solution, residual = F.solve(grads, damping, iterations=iterations, start=state.solution)
         velocity = follow(solution, ff.tree.dot(grads, solution), state.velocity)
         ok = {**info.ok, "residual": torch.isfinite(residual)}

@@ -26,7 +26,8 @@ class Likelihood(Protocol):
     - `column_weights(cotangent)`: the weights `[columns, N]` of the columns of `fisher_sqrt` whose sum is a cotangent
       `[N, …]` of the outputs, with which the exact natural gradient stays accurate for a tiny λ;
     - `observed(outputs, targets)`, if observations have different weights: the likelihood that scores sampled labels,
-      and a weight per example or position that multiplies the Fisher of "mc" and "type2".
+      and a weight per example or position that multiplies the Fisher of "mc" and "type2". With the
+      attribute `weighted = False` the weights are 1 unless the targets say otherwise, and targets may be left out.
     """
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -87,6 +88,11 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
             f"the curvature of the outputs is needed, but nll cannot be differentiated twice ({str(error)[:120]}): "
             "give the likelihood a fisher_product(outputs, v), or set a learning rate and momentum."
         ) from error
+
+
+def weighs(likelihood: object) -> bool:
+    """Return True if the weights of observations cannot be known without targets."""
+    return hasattr(likelihood, "observed") and bool(getattr(likelihood, "weighted", True))
 
 
 def uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

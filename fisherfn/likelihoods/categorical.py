@@ -54,6 +54,11 @@ class Categorical:
         expect_number("label_smoothing", self.label_smoothing, lambda v: 0 <= v <= 1, "must lie in [0, 1]")
         expect_number("ignore_index", self.ignore_index, lambda v: True, "must be a whole number", whole=True)
 
+    @property
+    def weighted(self) -> bool:
+        """True if plain labels have weights: those of their classes."""
+        return self.weight is not None
+
     def nll(self, outputs: Float[Tensor, "n *t c"], targets: PyTree) -> Float[Tensor, " n"]:
         labels, weights = self._split(outputs, targets)
         if labels.is_floating_point():

@@ -201,7 +201,7 @@ def _check_size(taps: Taps) -> None:
             f"the exact natural gradient needs a system of {smaller:,} unknowns ({columns:,} examples and "
             f"samples, {parameters:,} parameters); the limit is {UNKNOWNS:,}. Use fewer columns: "
             'fisher="mc" with few samples instead of "type2", or a part of the batch; or solve it through the model: '
-            "ng.implicit_fisher(params, x).solve(grads, damping)."
+            "ng.implicit_fisher(params, x, y).solve(grads, damping)."
         )
 
 

@@ -22,6 +22,7 @@ from fisherfn.optim.saved import Saved
 from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
 from fisherfn.state import State
 from fisherfn.stats import Stats, pair
+from fisherfn.stats.path import check_calls
 from fisherfn.types import Info, Model, PyTree, Tree
 
 Outcome: TypeAlias = tuple[Tree, State, Info]
@@ -224,8 +225,9 @@ class Curvature(Copies, Saved):
             yield
             return
         seen = Watched(self.network.parameters())
-        with seen.run(layout.plan):
+        with seen.run(layout.plan) as mode:
             yield
+        check_calls(layout, mode)
         scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         self._passes.append(Pass(seen.calls, reduction, scale))
 

@@ -67,19 +67,32 @@ def count_examples(layout: Layout, x: PyTree, y: PyTree = (), context: PyTree = 
     sizes = {
         leaf.shape[0] for leaf in [*inputs, *(leaf for leaf in tree.leaves(y) if isinstance(leaf, Tensor))] if leaf.ndim
     }
-    pairs = [] if context is None else zip(tree.leaves(context), layout.by_example(context), strict=True)
-    own = {leaf.shape[0] for leaf, mine in pairs if mine}
-    if len(sizes) == 1 and not own <= sizes:
-        raise ShapeError(
-            f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has {sorted(sizes)}: "
-            "sample them for this batch."
-        )
     if len(sizes) != 1:
         raise ShapeError(f"inputs and targets differ in their number of examples: {sorted(sizes)}.")
     examples = sizes.pop()
+    if context is not None:
+        check_entries(layout, context, examples)
     if examples == 0:
         raise EmptyBatchError("the batch has no examples: its mean does not exist. Skip empty batches.")
     return int(examples)
+
+
+def check_entries(layout: Layout, context: PyTree, examples: int) -> None:
+    """Raise unless the leaves of the context with one entry per example have as many as there are examples."""
+    pairs = zip(tree.leaves(context), layout.by_example(context), strict=True)
+    own = {leaf.shape[0] for leaf, mine in pairs if mine}
+    for path in layout.context_unclear:
+        entries = tree.flatten(context)[path].shape[:1]
+        if entries != (1,):
+            raise ShapeError(
+                f"context[{path!r}] has {entries.numel()} entries. The build had one example and one entry, which does "
+                "not show whether there is one per example: build with two or more examples."
+            )
+    if not own <= {examples}:
+        raise ShapeError(
+            f"the context has entries for {sorted(own)} examples (dropout noise?), the batch has [{examples}]: "
+            "sample them for this batch."
+        )
 
 
 def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:

@@ -67,11 +67,16 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
     tolerance = _tolerance(first, outputs)
     if any(by_example) and not second.couples:
         _check_alone(probe, outputs, by_example, tolerance)
+    unclear: tuple[str, ...] = ()
     if probe.examples == 1:  # a single example shows neither order nor coupling
+        entries = zip(tree.flatten(probe.context), probe.lengths, by_example, strict=True)
+        unclear = tuple(path for path, one, own in entries if one and not own)
         probe = probe.with_another(by_example)
         outputs, _ = probe.trace()
     cotangent = cotangent_of(outputs)
     layout = _layout(probe, outputs, blocks, by_example, second.couples, left, scout)
+    unread = tuple(name for name in left if not first.reads(name))
+    layout = replace(layout, unread=unread, context_unclear=unclear)
     del first, second, scout  # they hold the activations of two runs
     kept, reasons = verify(probe, layout, cotangent, tolerance)
     if uncovered == "gradient":

@@ -6,8 +6,9 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackConfig
-from fisherfn.stats.intercept import Intercept, Record
+from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Block, Use
+from fisherfn.stats.records import Record
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.steps import Place
 from fisherfn.types import Tree
@@ -19,8 +20,10 @@ def candidates(
     """Return a block for each weight that some layer family recognised, and the reasons why others have none."""
     blocks: list[Block] = []
     why: dict[str, str] = {}
-    claimed = set(mode.other_uses)
-    bias_names = {r.bias for records in mode.records.values() for r in records}
+    biases_of = [{r.bias for r in records if r.bias is not None} for records in mode.records.values()]
+    bias_names = set[str]().union(*biases_of)
+    shared = {name for name in bias_names if sum(name in biases for biases in biases_of) > 1}
+    claimed = mode.other_uses | shared
     for name in params:
         if name not in mode.records:
             if name in scout.failed:
@@ -47,7 +50,7 @@ def candidates(
         if reason is not None or places is None:
             why |= dict.fromkeys({name, *biases}, str(reason))
             continue
-        why |= dict.fromkeys(biases & mode.other_uses, f"bias of {name!r} that is used in other ways too")
+        why |= dict.fromkeys(biases & claimed, f"bias of {name!r} that is used in other ways too")
         # a bias that the outputs do not depend on, as that of the last layer under a derivative, is not in params
         bias = next((r.bias for r in records if r.bias in params and r.bias not in claimed), None)
         claimed |= {bias} if bias is not None else set()

@@ -31,7 +31,7 @@ from fisherfn.stats.chunks import in_chunks
 from fisherfn.stats.functional import run
 from fisherfn.stats.implicit import ImplicitFisher
 from fisherfn.stats.layout import Layout
-from fisherfn.stats.passes import fisher_cotangents, loss_cotangent, pull_all, require, tapped_run
+from fisherfn.stats.passes import example_losses, fisher_cotangents, loss_cotangent, pull_all, require, tapped_run
 from fisherfn.stats.singles import example_gradients
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import Model, PyTree, Tree, at_least_single
@@ -138,23 +138,37 @@ class Collector:
         return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
 
     def loss(self, params: Tree, batch: Batch, *, context: PyTree = None) -> Float[Tensor, ""]:
-        """Return the mean negative log-likelihood of a batch, for a line search or an evaluation."""
+        """Return the mean negative log-likelihood of a batch, for a line search or an evaluation.
+
+        Raises:
+            ShapeError: shapes or types that differ from the build, or a likelihood without one number per example.
+            StructureError: names or a context that differ from the build.
+        """
         self.layout.validate(params)
         given = checked(self.layout, batch, context)
         outputs, _ = run(self.model, params, given.x, given.context)
-        return self.likelihood.nll(outputs, given.y).mean()  # type: ignore[no-any-return]
+        return example_losses(self.likelihood, outputs, given.y).mean()
 
-    def implicit_fisher(self, params: Tree, x: PyTree, *, context: PyTree = None) -> ImplicitFisher:
-        """Return the type-2 Fisher of these inputs by products through the model, for networks with many outputs.
+    def implicit_fisher(
+        self, params: Tree, x: PyTree, targets: PyTree = None, *, context: PyTree = None
+    ) -> ImplicitFisher:
+        """Return the type-2 Fisher of a batch by products through the model, for networks with many outputs.
+
+        Args:
+            params: the parameters at which it is evaluated.
+            x: the inputs of the batch.
+            targets: its targets, of which only the weights of observations count: ignored positions, weights of
+                classes and of examples. None: all observations count the same.
+            context: for models with a context.
 
         Raises:
             ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
             StructureError: names or a context that differ from the build.
-            LikelihoodError: a likelihood without `fisher_sqrt`.
+            LikelihoodError: a likelihood without `fisher_sqrt`, or one with weights and no targets.
         """
         self.layout.validate(params)
-        given = checked(self.layout, (x, ()), context)
-        return ImplicitFisher(self.model, self.likelihood, params, given.x, given.context)
+        given = checked(self.layout, (x, () if targets is None else targets), context)
+        return ImplicitFisher(self.model, self.likelihood, params, given.x, given.context, targets)
 
     # ---------------------------------------------------------------------------------------------------------
 

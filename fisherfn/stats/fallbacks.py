@@ -95,8 +95,9 @@ def verify_fallbacks(probe: Probe, layout: Layout, cotangent: Tensor, tolerance:
         if not close(singles[name][0].sum(0), truth[name], singles[name][0].abs().sum(0), tolerance, zero):
             raise CoverageError(
                 f"the per-example gradients of {name!r} do not add up to its gradient: the model couples the examples "
-                "of a batch (batch norm in training mode?). Call net.eval(), keep this parameter out of params, or "
-                'let it take the plain gradient: uncovered="gradient".'
+                "of a batch (batch norm in training mode? attention or a recurrent net without batch_first=True?). "
+                "Call net.eval(), keep this parameter out of params, or let it take the plain gradient: "
+                'uncovered="gradient".'
             )
     return layout
 

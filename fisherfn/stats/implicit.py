@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.func import vjp
 
 from fisherfn import tree
-from fisherfn.errors import StructureError, expect_number
-from fisherfn.likelihoods import output_fisher
+from fisherfn.errors import LikelihoodError, StructureError, expect_number
+from fisherfn.likelihoods import output_fisher, weighs
 from fisherfn.operators import to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
@@ -48,13 +48,24 @@ class ImplicitFisher:
         params: the parameters at which the Fisher is evaluated.
         x: the inputs of the batch.
         context: the context of the model, `()` for none.
+        targets: the targets of the batch, for the weights of its observations; None if all count the same.
+
+    Raises:
+        LikelihoodError: the likelihood lacks both methods, or has weights and no targets were given.
     """
 
-    def __init__(self, model: Model, likelihood: Any, params: Tree, x: PyTree, context: PyTree) -> None:
+    def __init__(
+        self, model: Model, likelihood: Any, params: Tree, x: PyTree, context: PyTree, targets: PyTree = None
+    ) -> None:
         if not hasattr(likelihood, "fisher_product"):
             require(likelihood, "fisher_sqrt", "type2")
+        if targets is None and weighs(likelihood):
+            raise LikelihoodError(
+                f"{type(likelihood).__name__} weights its observations by their targets, and none were given: pass "
+                "those of the batch, ng.implicit_fisher(params, x, targets)."
+            )
         self._outputs: Callable[[Tree], Tensor] = lambda p: run(model, p, x, context)[0]
-        self._likelihood, self._params = likelihood, params
+        self._likelihood, self._params, self._targets = likelihood, params, targets
         self._examples = tree.leaves(x)[0].shape[0]
 
     @border()
@@ -64,7 +75,7 @@ class ImplicitFisher:
         outputs, pull = vjp(self._outputs, self._params)  # type: ignore[misc]
         # J v is the pullback of the pullback, which is linear: this needs reverse mode only, which every layer supports
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
-        (product,) = pull(output_fisher(self._likelihood, outputs, None, push(v)[0]) / self._examples)
+        (product,) = pull(output_fisher(self._likelihood, outputs, self._targets, push(v)[0]) / self._examples)
         return product  # type: ignore[no-any-return]
 
     def solve(self, v: Tree, damping: float | Tensor, *, iterations: int = 50, start: Tree | None = None) -> Solved:

@@ -8,9 +8,9 @@ changed. If the input of a call does not depend on the examples, the tap is adde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,57 +29,24 @@ from fisherfn.layers import (
     is_transpose,
     untransposed,
 )
+from fisherfn.stats.records import Record, Recorder
 from fisherfn.stats.scout import Scout
-from fisherfn.stats.shared import Copies, Followed, layer_copies, spread
-from fisherfn.stats.steps import Growth, Place, Traced, traced
+from fisherfn.stats.shared import Followed, layer_copies, spread
+from fisherfn.stats.steps import Growth, Traced, traced
 from fisherfn.types import PyTree, Tree
 
 Taps = dict[str, tuple[Tensor, ...]]
 """Zero taps (or their gradients): one tensor per use, under the name of the weight."""
 
 
-class Record(NamedTuple):
-    """An intercepted call of a layer.
-
-    Attributes:
-        kind: name of the layer family.
-        call: tensors and static configuration of the call.
-        bias: name of the bias, if it is a parameter.
-        output: output of the call, before any tap.
-        copies: for an input that does not depend on the examples, a function that copies it once per example.
-        place: position of the examples in the output, found by the second trace of the build.
-    """
-
-    kind: str
-    call: Call
-    bias: str | None
-    output: Tensor
-    copies: Copies | None = None
-    place: Place | None = None
-
-    def input(self, examples: int) -> Tensor:
-        """Return the input with an axis of examples."""
-        return self.call.input if self.copies is None else self.copies(examples)
-
-
-@runtime_checkable
-class Recorder(Protocol):
-    """A receiver of layer calls, in place of taps, for a run that is the caller's own."""
-
-    def admit(self, func: Any, args: Any, kwargs: Any, followed: Followed | None) -> None:
-        """Raise the typed error for a call that such a run cannot contain."""
-        ...
-
-    def tapped(self, name: str, use: int, x: Tensor, output: Tensor, call: Call | None) -> Tensor:
-        """Return the output of a use of a layer with a tap; `call` is None if no example enters, so `x` are copies."""
-        ...
+_NESTED = {list, tuple, dict}
+"""Types of arguments that may hold tensors."""
 
 
 class Intercept(Elementary):
     """Record the layer calls of a run, and add `taps`, if given, to the outputs in order of use.
 
-    Without taps (in the build's traces) the mode also records which parameters are read by calls other than layers, and
-    whether some call couples examples.
+    The mode also records which parameters are read by calls other than layers, and whether some call couples examples.
 
     Args:
         params: the parameters, recognised by identity.
@@ -132,7 +99,9 @@ class Intercept(Elementary):
         if self._followed is not None and here:
             shared = self._followed.among(args, kwargs)
             if shared and not self._enters_layer(func, args, kwargs):
-                return self._followed.take(func, args, kwargs, shared)
+                output = self._followed.take(func, args, kwargs, shared)
+                self._note_reads(output, args, kwargs)
+                return output
         uncoupled = self._without_coupling(func, args, kwargs)
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
         self._orders.note(func, args, output)
@@ -141,12 +110,12 @@ class Intercept(Elementary):
         self.couples |= uncoupled is not None and growth != [None]
         matched = self._match(func, args, kwargs) if here else None
         if matched is not None:
-            self._note_reads(output, (args, kwargs), besides=(matched[1].weight, matched[1].bias))
+            self._note_reads(output, args, kwargs, matched[1])
             return self._record(*matched, func, args, kwargs, output, growth)
         if here and args and id(args[0]) in self._names and is_transpose(args[0], output):
             self._transposes[id(output)] = output, args[0]  # a call that uses the transpose reads the weight
         else:
-            self._note_reads(output, (args, kwargs))
+            self._note_reads(output, args, kwargs)
         if self._scout is not None:
             self._scout.look(func, args, kwargs, output, growth if here else None, self._names)
         return output
@@ -189,14 +158,26 @@ class Intercept(Elementary):
     def _is_parameter(self, leaf: Any) -> bool:
         return id(leaf) in self._names
 
-    def _note_reads(self, output: Any, arguments: PyTree, besides: tuple[Tensor | None, ...] = ()) -> None:
-        """Record the parameters from which a call other than a layer computes tensors (reading a shape is no use)."""
-        if self._taps is not None or not any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):
+    def _note_reads(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None) -> None:
+        """Record the parameters from which a call computes tensors, besides as a layer (reading a shape is no use)."""
+        values: Sequence[Any] = (*args, *kwargs.values()) if kwargs else args
+        if not _NESTED.isdisjoint(map(type, values)):
+            values = tree.leaves(values)
+        # every call of every step comes here: most read no parameter, and most others are layers
+        if self._names.keys().isdisjoint(map(id, values)) and self._transposes.keys().isdisjoint(map(id, values)):
             return
-        known = {id(tensor) for tensor in besides}
-        read = {id(leaf) for leaf in tree.leaves(arguments)} - known
+        read = {*map(id, values)}
+        if call is not None:
+            read -= {id(call.weight), id(call.bias)}
         read |= {id(self._transposes[key][1]) for key in read & self._transposes.keys()}
-        self.other_uses |= {name for key, name in self._names.items() if key in read}
+        read &= self._names.keys()
+        if read and any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):
+            self.other_uses |= {self._names[key] for key in read}
+
+    def reads(self, name: str) -> bool:
+        """Return True if some call read this parameter."""
+        biases = (record.bias for records in self.records.values() for record in records)
+        return name in self.other_uses or name in self.records or name in biases
 
     def _record(
         self,

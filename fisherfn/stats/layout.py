@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import ShapeError, StructureError, unknown
-from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, Family
+from fisherfn.layers import COPIED, ELEMENTWISE, EMBEDDING, FAMILIES, LINEAR, TIED, Family
 from fisherfn.stats import report
 from fisherfn.stats.steps import Plan, Step
 from fisherfn.stats.whole import check_whole
@@ -61,6 +61,14 @@ class Use(NamedTuple):
         return merged.transpose(0, 1).flatten(0, 2)
 
 
+class LayerCall(NamedTuple):
+    """What a call of a layer must have in common with that of the build: family, configuration and bias."""
+
+    kind: str
+    config: Any
+    bias: str | None
+
+
 @dataclass(frozen=True)
 class Block:
     """A layer as one matrix per group, `[K, d_out, d_in (+1)]`, with the names of its parameters."""
@@ -93,6 +101,17 @@ class Block:
     def names(self) -> tuple[str, ...]:
         """The names of the block's parameters."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def calls(self) -> tuple[LayerCall, ...]:
+        """The calls of the layer, in order."""
+        kinds = [
+            (LINEAR if use.transposed else EMBEDDING).name if self.kind == TIED.name else self.kind for use in self.uses
+        ]
+        return tuple(
+            LayerCall(kind, use.config, self.bias if use.biased else None)
+            for kind, use in zip(kinds, self.uses, strict=True)
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,10 +158,14 @@ class Layout:
     has_context: bool
     context_by_example: tuple[tuple[str, bool], ...] = ()
     """The leaves of the context, each with True if it has one entry per example (dropout noise)."""
+    context_unclear: tuple[str, ...] = ()
+    """Leaves of the context of which a build with one example cannot tell whether they have one entry per example."""
     couples: bool = False
     """True if the model mixes the examples of a batch by design (batch norm in training mode)."""
     unused: tuple[str, ...] = ()
     """Parameters that the outputs do not depend on. They are in no block; trees made from matrices have zeros there."""
+    unread: tuple[str, ...] = ()
+    """Those of the unused parameters that no call of the trace reads."""
     uncovered: tuple[tuple[str, str], ...] = ()
     """Parameters that take the plain gradient, each with the reason why no layer covers it. They are in no block."""
     one_by_one: str = ""
@@ -164,6 +187,17 @@ class Layout:
     def fallbacks(self) -> tuple[Block, ...]:
         """The blocks of parameters without a layer."""
         return tuple(block for block in self.blocks if block.kind == "fallback")
+
+    @cached_property
+    def calls(self) -> tuple[tuple[str, str, tuple[LayerCall, ...]], ...]:
+        """Key, weight and calls of the layers whose parameters only these calls read."""
+        return tuple((b.key, b.weight, b.calls) for b in self.layers if b.kind not in (ELEMENTWISE.name, COPIED.name))
+
+    @cached_property
+    def owned(self) -> frozenset[str]:
+        """The parameters that only calls of their layers read."""
+        keys = {key for key, _, _ in self.calls}
+        return frozenset(name for block in self.layers if block.key in keys for name in block.names)
 
     @cached_property
     def plan(self) -> Plan:

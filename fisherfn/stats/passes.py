@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import LikelihoodError, NoiseError, ShapeError, StructureError
+from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
 from fisherfn.stats.functional import call
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Layout
+from fisherfn.stats.path import check_path
 from fisherfn.stats.shared import Followed
 from fisherfn.types import Model, PyTree, Tree
 
@@ -43,7 +44,9 @@ def tapped_run(
         with Intercept(values, _by_layer(layout, taps), uncoupled, shared) as mode:
             outputs, new_context = call(model, values, x, context)
         shared.finish()
-        return outputs, (_inputs(layout, mode, examples), new_context)
+        check_path(layout, mode)
+        raw = [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
+        return outputs, (raw, new_context)
 
     plain = [name for name, _ in layout.uncovered]
     like, uses = tree.leaves(params)[0], (use for block in layout.layers for use in block.uses)
@@ -66,21 +69,22 @@ def loss_cotangent(
     """Return `∂ nll_n / ∂ outputs_n` of every example, and the negative log-likelihoods themselves."""
     score = getattr(likelihood, "score", None)
     if score is not None:
-        return score(outputs, targets), _losses(likelihood, outputs, targets)
+        return score(outputs, targets), example_losses(likelihood, outputs, targets)
 
     def total(f: Tensor) -> tuple[Tensor, Tensor]:
-        losses = _losses(likelihood, f, targets)
+        losses = example_losses(likelihood, f, targets)
         return losses.sum(), losses
 
     return torch.func.grad(total, has_aux=True)(outputs)  # type: ignore[no-any-return]
 
 
-def _losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
+def example_losses(likelihood: Any, outputs: Float[Tensor, "n *d"], targets: PyTree) -> Float[Tensor, " n"]:
     """Return the negative log-likelihood of each example; raise unless there is one number per example."""
-    nll: Tensor = likelihood.nll(outputs, targets)
-    if nll.shape != outputs.shape[:1]:
+    nll: Any = likelihood.nll(outputs, targets)
+    if not isinstance(nll, Tensor) or nll.shape != outputs.shape[:1]:
+        found = f"shape {tuple(nll.shape)}" if isinstance(nll, Tensor) else type(nll).__name__
         raise ShapeError(
-            f"the likelihood gave shape {tuple(nll.shape)} for {outputs.shape[0]} examples; nll must return [N], "
+            f"the likelihood gave {found} for {outputs.shape[0]} examples; nll must return [N], "
             "summed over output dimensions and not averaged over examples."
         )
     return nll
@@ -141,18 +145,6 @@ def pull_all(pull: Callable[[Tensor], Taps], cotangents: Float[Tensor, "s n *d"]
         return {name: tuple(g.unsqueeze(0) for g in uses) for name, uses in pull(cotangents[0]).items()}
     pulled: Taps = vmap(pull)(cotangents)
     return pulled
-
-
-def _inputs(layout: Layout, mode: Intercept, examples: int) -> list[Tensor]:
-    """Return the inputs of every use of every layer; raise if a layer was not used as often as at the build."""
-    for block in layout.layers:
-        uses = len(mode.records.get(block.weight, ()))
-        if uses != len(block.uses):
-            raise StructureError(
-                f"layer {block.key!r} was used {uses} times, {len(block.uses)} at the build: the model's path depends "
-                "on its input. Build with inputs that take the same path."
-            )
-    return [record.input(examples) for block in layout.layers for record in mode.records[block.weight]]
 
 
 def _by_layer(layout: Layout, flat: Sequence[Tensor]) -> Taps:

@@ -1,8 +1,8 @@
-"""Gradients of single examples, for parameters that no layer covers: by runs of one example each, under `vmap`."""
+"""Runs of single examples: for gradients of parameters that no layer covers, and for Jacobians of the outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,36 @@ from fisherfn.stats.layout import Layout
 from fisherfn.types import Model, PyTree, Tree
 
 
+def each_alone(
+    compute: Callable[..., PyTree],
+    layout: Layout,
+    x: PyTree,
+    context: PyTree,
+    *more: Tensor,
+    chunk_size: int | None = None,
+) -> PyTree:
+    """Return `compute(x_n, context_n, *more_n)` of every example, stacked on the first axis.
+
+    Inputs and context are those of a batch of one example: leaves of the context with one entry per example are sliced,
+    the others are passed whole. All examples share one run under `torch.vmap`, or `chunk_size` at a time; if the layout
+    says that the model does not allow this, they are run one after another.
+    """
+    leaves, by_example = tree.leaves(context), layout.by_example(context)
+    own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
+
+    def single(x_n: PyTree, own_n: list[Tensor], *more_n: Tensor) -> PyTree:
+        each = iter(own_n)
+        of_one = [next(each).unsqueeze(0) if mine else leaf for leaf, mine in zip(leaves, by_example, strict=True)]
+        one = tree.map(lambda leaf: leaf.unsqueeze(0), x_n)
+        return compute(one, tree.replace_leaves(context, of_one), *more_n)
+
+    if layout.one_by_one:
+        examples = range(tree.leaves(x)[0].shape[0])
+        alone = [single(*tree.map(lambda leaf, n=n: leaf[n], (x, own, *more))) for n in examples]
+        return tree.map(lambda *parts: torch.stack(parts), *alone)
+    return vmap(single, chunk_size=chunk_size)(x, own, *more)
+
+
 def example_gradients(
     model: Model,
     layout: Layout,
@@ -24,21 +54,12 @@ def example_gradients(
     context: PyTree,
     cotangents: Float[Tensor, "r n *d"],
 ) -> dict[str, Float[Tensor, "r n *shape"]]:
-    """Compute per-example gradients of some parameters for each row of cotangents, by runs on single examples.
-
-    All examples share one run under `torch.vmap`; if the layout says that the model does not allow this, they are run
-    one after another.
-    """
+    """Compute per-example gradients of some parameters for each row of cotangents, by runs on single examples."""
     chosen = {name: params[name] for name in names}
-    leaves, by_example = tree.leaves(context), layout.by_example(context)
 
-    def single(x_n: PyTree, own_n: list[Tensor], cots_n: Tensor) -> Tree:
-        own = iter(own_n)
-        of_one = [next(own).unsqueeze(0) if mine else leaf for leaf, mine in zip(leaves, by_example, strict=True)]
-
+    def single(x_n: PyTree, context_n: PyTree, cots_n: Tensor) -> Tree:
         def forward(sub: Tree) -> Tensor:
-            one = tree.map(lambda leaf: leaf.unsqueeze(0), x_n)
-            outputs: Tensor = run(model, {**params, **sub}, one, tree.replace_leaves(context, of_one))[0]
+            outputs: Tensor = run(model, {**params, **sub}, x_n, context_n)[0]
             return outputs.squeeze(0)
 
         _, pull = vjp(forward, chosen)  # type: ignore[misc]
@@ -46,11 +67,5 @@ def example_gradients(
         rows: Tree = tree.map(lambda *each: torch.stack(each), *(pull(cot)[0] for cot in cots_n))
         return rows
 
-    own = [leaf for leaf, mine in zip(leaves, by_example, strict=True) if mine]
-    if layout.one_by_one:
-        alone = [tree.map(lambda leaf, n=n: leaf[n], (x, own)) for n in range(cotangents.shape[1])]
-        each = [single(x_n, own_n, cotangents[:, n]) for n, (x_n, own_n) in enumerate(alone)]
-        one_by_one: Tree = tree.map(lambda *parts: torch.stack(parts, 1), *each)
-        return one_by_one
-    gradients: Tree = vmap(single, in_dims=(0, 0, 1), out_dims=1)(x, own, cotangents)
-    return gradients
+    gradients: Tree = each_alone(single, layout, x, context, cotangents.movedim(1, 0))
+    return tree.map(lambda g: g.movedim(0, 1), gradients)

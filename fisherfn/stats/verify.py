@@ -54,14 +54,16 @@ def verify(probe: Probe, layout: Layout, cotangent: Tensor, tolerance: float) ->
 
 
 def _leaking(layout: Layout, pull: Callable[[Tensor], Taps], cotangent: Tensor) -> set[str]:
-    """Find blocks in which one example's cotangent reaches the output-gradients of other examples."""
-    leaks = pull(_alone(cotangent, 0))
-    rearranged = any(use.outer > 1 for block in layout.layers for use in block.uses)
-    last = pull(_alone(cotangent, -1)) if rearranged else {}
+    """Find blocks in which one example's cotangent reaches the output-gradients of other examples.
+
+    Both ends of the batch are tried: where an example reads only earlier ones (a causal mask, a cumulative sum along
+    the batch), nothing flows back from the first, and where it reads only later ones, nothing from the last.
+    """
+    first, last = pull(_alone(cotangent, 0)), pull(_alone(cotangent, -1))
     found = set()
     for block in layout.blocks:
-        others = [g[use.repeats :] for use, g in zip(block.uses, leaks[block.weight], strict=True)]
-        others += [g[: -use.repeats] for use, g in zip(block.uses, last.get(block.weight, ()), strict=bool(last))]
+        ends = zip(block.uses, first[block.weight], last[block.weight], strict=True)
+        others = [rest for use, head, tail in ends for rest in (head[use.repeats :], tail[: -use.repeats])]
         if any(bool((g != 0).any()) for g in others):
             found.add(block.key)
     return found

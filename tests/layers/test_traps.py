@@ -47,6 +47,52 @@ def test_batch_norm_in_training_mode_keeps_its_layers():
     assert [block.kind for block in ng.layout.blocks] == ["linear", "batch norm", "linear"]
 
 
+def ema(h):
+    """Return an exponential moving average along the batch."""
+    rows = [h[0]]
+    for row in h[1:]:
+        rows.append(0.9 * rows[-1] + 0.1 * row)
+    return torch.stack(rows)
+
+
+ONE_WAY = {
+    "sum of earlier examples": lambda h: h.cumsum(0),
+    "sum of later examples": lambda h: h.flip(0).cumsum(0).flip(0),
+    "the example before": lambda h: torch.cat([0 * h[:1], h[:-1]]),
+    "the example after": lambda h: torch.cat([h[1:], 0 * h[:1]]),
+    "moving average": ema,
+}
+
+
+@pytest.mark.parametrize("kind", ONE_WAY)
+def test_examples_that_interact_in_one_direction_only_are_refused(kind):
+    params, x = {"w": normal(3, 2)}, normal(6, 2, seed=1)
+
+    def model(p, x):
+        return ONE_WAY[kind](torch.tanh(F.linear(x, p["w"])))
+
+    with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="couples the examples"):
+        build(model, params, x)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_causal_attention_along_the_batch_is_refused(batch_first):
+    """The same net on `[N, T, E]`: with `batch_first=False` it attends to earlier examples."""
+    net = nn.MultiheadAttention(4, 2, batch_first=batch_first).double()
+    x = normal(4, 5, 4)
+
+    def model(p, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[batch_first], dtype=x.dtype)
+        return torch.func.functional_call(net, p, (x, x, x), {"attn_mask": mask, "need_weights": False})[0]
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    if batch_first:
+        assert not build(model, params, x).layout.fallbacks
+        return
+    with zoo.as_installed(), pytest.raises(ff.errors.CoverageError, match="batch_first"):
+        build(model, params, x)
+
+
 def test_trained_activations_under_vmap_over_models():
     """Five models, examples and draws: sizes for which torch's own rule under two vmaps gives wrong numbers."""
     net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 3)).double()

@@ -133,3 +133,22 @@ def test_the_few_examples_are_from_everywhere():
     nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def masked(p, x, context):
+    return nn.functional.linear(x * context["mask"], p["w"]) + context["table"], context
+
+
+def test_one_example_does_not_show_which_entries_of_the_context_are_its_own():
+    """Of `[1, …]` both are possible: a mask per example, and a table that all examples share."""
+    params, y = {"w": torch.randn(CLASSES, 4)}, torch.zeros(N, CLASSES)
+    x, mask, table = torch.randn(N, 4), torch.rand(N, 4), torch.randn(1, CLASSES)
+    first = {"mask": mask[:1], "table": table}
+    ng = ff.natural_gradient(masked, params, x[:1], likelihood=ff.Gaussian(), context=first, fisher="type2")
+    of_one = ng.stats(params, (x[:1], y[:1]), context=first).loss
+    torch.testing.assert_close(of_one, masked(params, x[:1], first)[0].square().sum() / 2)
+    same = ng.stats(params, (x, y), context=first, chunk_size=5).loss
+    torch.testing.assert_close(same, masked(params, x, first)[0].square().sum() / (2 * N))
+    for chunk_size in (None, 2):
+        with as_installed(), pytest.raises(E.ShapeError, match=r"context\['mask'\].*two or more examples"):
+            ng.stats(params, (x, y), context={"mask": mask, "table": table}, chunk_size=chunk_size)

@@ -96,3 +96,60 @@ def test_models_solve_together_under_vmap():
     together = torch.vmap(solve)(stacked)
     for m, member in enumerate(members):
         close({name: leaf[m] for name, leaf in together.items()}, solve(member), tol=1e-9)
+
+
+def net(p, x):
+    return torch.nn.functional.linear(torch.tanh(torch.nn.functional.linear(x, p["w"])), p["v"])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=zoo.generator(seed), dtype=torch.float64)
+
+
+CLASSES = torch.tensor([1.0, 5.0, 0.1, 2.0], dtype=torch.float64)
+LABELS = torch.tensor([[0, 1], [3, -100], [2, 2], [-100, -100], [1, 0]])
+POSITIONS = draw(5, 2, seed=3).abs()
+EXAMPLES = draw(5, seed=4).abs()
+INSIDE = (LABELS != -100).double()
+SOFT = draw(5, 2, 4, seed=5).softmax(-1)
+OWN = CLASSES[LABELS.clamp(min=0)]
+
+# by name: likelihood, targets, and the weight of each position written out
+WEIGHTED = {
+    "ignored": (ff.Categorical(), LABELS, INSIDE),
+    "classes": (ff.Categorical(weight=CLASSES), LABELS, INSIDE * OWN),
+    "smoothed": (
+        ff.Categorical(weight=CLASSES, label_smoothing=0.2), LABELS, INSIDE * (0.8 * OWN + 0.2 * CLASSES.mean())
+    ),
+    "positions": (ff.Categorical(), (LABELS, POSITIONS), INSIDE * POSITIONS),
+    "examples": (ff.Weighted(ff.Categorical()), (LABELS, EXAMPLES), INSIDE * EXAMPLES[:, None]),
+    "soft": (ff.Categorical(weight=CLASSES), SOFT, SOFT @ CLASSES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_observations_have_the_weights_of_their_targets(name):
+    """The Gauss-Newton matrix `1/N Σ m Jᵀ (diag p − p pᵀ) J`, with explicit Jacobians."""
+    likelihood, targets, weights = WEIGHTED[name]
+    params, x = {"w": draw(3, 2), "v": draw(4, 3, seed=1)}, draw(5, 2, 2, seed=2)
+    J = torch.cat([leaf.flatten(3) for leaf in torch.func.jacrev(lambda p: net(p, x))(params).values()], 3)
+    p = net(params, x).softmax(-1)
+    B = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    expected = torch.einsum("nt,ntci,ntcd,ntdj->ij", weights, J, B, J) / 5
+    ng = ff.natural_gradient(net, params, x, likelihood=likelihood, fisher="type2")
+    F, v = ng.implicit_fisher(params, x, targets), zoo.random_tree(params)
+    close(vec(F @ v), expected @ vec(v))
+    stats = ng.stats(params, (x, targets))
+    close(F @ v, ng.fisher(stats) @ v)
+    solution = torch.linalg.solve(expected + 0.1 * torch.eye(len(expected), dtype=x.dtype), vec(v))
+    close(vec(F.solve(v, 0.1, iterations=60).x), solution, tol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [ff.Weighted(ff.Gaussian()), ff.Categorical(weight=CLASSES)], ids=["own", "class"]
+)
+def test_weights_cannot_be_left_out(likelihood):
+    params, x = {"w": draw(3, 2), "v": draw(4, 3, seed=1)}, draw(5, 2, seed=2)
+    ng = ff.natural_gradient(net, params, x, likelihood=likelihood, fisher="type2")
+    with zoo.as_installed(), pytest.raises(ff.errors.LikelihoodError, match=r"implicit_fisher\(params, x, targets\)"):
+        ng.implicit_fisher(params, x)

@@ -244,6 +244,24 @@ def test_a_natural_step_that_is_not_ok_leaves_the_curvature_as_it_was(problem, b
     assert fine is None or int(fine.state.curvature.count) == 1
 
 
+def test_the_fisher_of_an_implicit_step_has_the_weights_of_the_targets(problem):
+    """Class weights and an ignored target: a step solves `(F + λ I) nat = ∇` with the type-2 Fisher of statistics."""
+    net, batches = problem
+    model, params, context = ff.functional(net)
+    x, y = batches[0][0], batches[0][1].clone()
+    y[0] = -100
+    likelihood = ff.Categorical(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    ng = ff.natural_gradient(model, params, x, likelihood=likelihood, context=context, fisher="type2")
+    optimizer = optimizers.implicit(ng, lr=0.1, damping=0.1, kl_bound=None, momentum=0.0, iterations=100)
+    moved, _ = run(optimizer, params, context, [(x, y)])
+    stats = ng.stats(params, (x, y), context=context)
+    F = ng.fisher(stats).dense()
+    gradient = torch.cat([g.flatten() for g in stats.grads.values()])
+    nat = torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=F.dtype), gradient)
+    found = torch.cat([(params[name] - moved[name]).flatten() for name in params])
+    torch.testing.assert_close(found, 0.1 * nat)
+
+
 def test_compiled_optimizers_walk_the_same_way(problem, monkeypatch):
     net, batches = problem
     model, params, context = ff.functional(net)
