@@ -124,7 +124,7 @@ class NaturalGradient(Refreshes):
         """
         self._check_step(state, grads, stats, invert=invert, inner=inner, damping=damping)
         state = state if stats is None else state.complete(self.layout.block_shapes)
-        which, updated = self._which(invert), False if stats is None else self._which(stats.sampled)
+        which, updated = self._which(invert), False if stats is None else self._which(stats.sampled or True)
         if damping is not None and not (isinstance(which, bool) and isinstance(updated, bool)):
             raise StructureError(
                 "this λ is that of a refresh of all blocks: pass update=True and invert=True, or False."

@@ -56,7 +56,8 @@ class Refreshes(Views):
     ) -> tuple[State, Info]:
         """Update the running average of the factors from `stats`; if any check fails, return the input state.
 
-        With `only`, or statistics of some blocks, these are updated, and the others keep their factors.
+        With `only`, or statistics of some blocks, these are updated, and the others keep their factors. With an empty
+        set the state is returned as it is.
 
         Args:
             state: the current state.
@@ -73,7 +74,8 @@ class Refreshes(Views):
         self._check_stats(stats)
         if weight is not None:
             expect_positive("weight", weight)
-        which, state = self._which(stats.sampled if only is None else only), state.complete(self.layout.block_shapes)
+        which = self._which((stats.sampled or True) if only is None else only)  # statistics of no block raise
+        state = state.complete(self.layout.block_shapes)
         new, result = self._updated(state, stats, which, self._which(inverting), weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
@@ -82,7 +84,8 @@ class Refreshes(Views):
     def invert(self, state: State, *, only: Collection[str] | None = None) -> tuple[State, Info]:
         """Recompute the damped inverses from the factors; if any check fails, return the input state.
 
-        With `only`, the blocks with these keys are inverted, and the others keep their inverses.
+        With `only`, the blocks with these keys are inverted, and the others keep their inverses. With an empty set the
+        state is returned as it is.
 
         Raises:
             StructureError: no block has such a key, or the method couples the blocks.
@@ -98,6 +101,8 @@ class Refreshes(Views):
         self, state: State, stats: Stats, which: Which, inverting: Which = True, weight: float | Tensor | None = None
     ) -> tuple[State, Estimated]:
         """Return the updated state, valid or not, and the result of the method's update with its masks."""
+        if which is False:  # an empty set of blocks
+            return state, self._others_pass(Estimated(state.factors, {}, {}), state)
         blocks = self.layout.block_shapes
         counted, rho = state.counted(float(stats.examples) if weight is None else weight, blocks, which)
         if isinstance(which, bool):
@@ -118,6 +123,9 @@ class Refreshes(Views):
         return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self._coupled)
 
     def _inverted(self, state: State, which: Which = True) -> tuple[State, Estimated]:
+        """Return the state with new inverses, valid or not, and the result of the method's inversion with its masks."""
+        if which is False:
+            return state, self._others_pass(Estimated(state.inverses, {}, {}), state)
         if isinstance(which, bool):
             result = self.method.invert(state.factors, state.damping)
             return state._replace(inverses=result.factors), result
