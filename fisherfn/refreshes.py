@@ -31,7 +31,8 @@ class Refreshes(Views):
             ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema) for batches of equal size.
 
         Raises:
-            HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
+            HyperparameterError: a number outside its range, or a tensor with dimensions. Tensors whose values cannot be
+                read (under `torch.vmap`, on a GPU) are checked by `info.ok`.
         """
         self.layout.validate(params)
         expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
@@ -69,6 +70,7 @@ class Refreshes(Views):
 
         Raises:
             StructureError: no block has such a key or no statistics, or the method couples the blocks.
+            HyperparameterError: a weight that is not positive; for tensors see `init`.
         """
         self._check_state(state)
         self._check_stats(stats)

@@ -48,11 +48,14 @@ class State(NamedTuple):
     ) -> tuple[State, dict[str, Float[Tensor, ""]]]:
         """Count one more update of some blocks with n examples; return also the weight ρ of each one's old factors.
 
-        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less.
+        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less. ρ is NaN if
+        ema or n is outside its range, which makes the averages NaN and their masks false.
         """
         old_count, old_examples = self._of_blocks(len(keys))
         count, examples, _ = self._averaged(self.count, self.examples, n)
         block_count, block_examples, rho = self._averaged(old_count, old_examples, n)
+        valid = (self.ema >= 0) & (self.ema <= 1) & (n > 0)
+        rho = torch.where(valid, rho, torch.nan)
         if which is not True:
             mask = torch.tensor([includes(which, key) for key in keys], device=self.ema.device)
             block_count = torch.where(mask, block_count, old_count)
