@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfn.base import Estimated
 from fisherfn.errors import expect_number, expect_positive
-from fisherfn.state import State, if_ok, info_of
+from fisherfn.state import State, detached, if_ok, info_of
 from fisherfn.stats import Stats
 from fisherfn.types import Info, Tree, at_least_single
 from fisherfn.views import Views
@@ -109,10 +109,11 @@ class Refreshes(Views):
         counted, rho = state.counted(float(stats.examples) if weight is None else weight, blocks, which)
         if isinstance(which, bool):
             result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
-            return counted._replace(factors=result.factors), result
+            return counted._replace(factors=detached(result.factors, stats.loss)), result
         taps = {key: stats.lazy_tap(key) for key in blocks if key in which}
         result = self.method.update({key: state.factors[key] for key in taps}, taps, rho, inverting)
-        return counted._replace(factors=state.factors | result.factors), self._others_pass(result, state)
+        factors = state.factors | detached(result.factors, stats.loss)
+        return counted._replace(factors=factors), self._others_pass(result, state)
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
         return info_of(self.layout.block_shapes, checks, **measured)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from fisherfn import tree
 from fisherfn.types import Info, PyTree
@@ -77,6 +78,16 @@ class State(NamedTuple):
         mean = before + (n - before) / k
         r = n / mean
         return count + 1, mean, torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
+
+
+def detached(averages: PyTree, loss: Tensor) -> PyTree:
+    """Return averages without an autograd graph if this loss has one: in a state it would grow with every update.
+
+    Parameters that require grad record a graph outside torch.func's transforms only, whose derivatives stay.
+    """
+    if not loss.requires_grad or maybe_current_level() is not None:
+        return averages
+    return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, averages)
 
 
 def info_of(keys: Collection[str], checks: dict[str, Any], **measured: Any) -> Info:

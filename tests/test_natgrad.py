@@ -267,6 +267,40 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     assert all(leaf.grad is None for leaf in leaves.values())
 
 
+@pytest.mark.parametrize("method", list(ff.METHODS))
+def test_a_state_has_no_graph_of_the_steps_before(method):
+    """Parameters that require grad would otherwise keep every earlier step in memory."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
+    nat, state, info = ng.step(leaves, ng.init(leaves), problem.batch)
+    updated, _ = ng.update(state, ng.stats(leaves, problem.batch))
+    fitted, _ = ng.fit(leaves, [problem.batch, problem.batch])
+    for each in (state, updated, ng.invert(updated)[0], fitted):
+        assert not any(leaf.requires_grad for leaf in ff.tree.leaves(each))
+    assert all(leaf.requires_grad for leaf in nat.values()) and info.loss.requires_grad
+
+
+@pytest.mark.parametrize("method", ["ekfac", "exactNG"])
+def test_a_step_is_differentiable_in_parameters_and_damping(method):
+    """Along a line, against central differences: torch.func for the parameters, autograd for the damping too."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    way, h = zoo.random_tree(problem.params), 1e-5
+
+    def slope(t, λ):
+        params = ff.tree.add(problem.params, way, scale=t)
+        return vec(ng.step(params, ng.init(params, damping=λ), problem.batch)[0]).square().sum()
+
+    t, λ = torch.zeros((), dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    found = torch.func.grad(slope, (0, 1))(t, λ)
+    recorded = λ.clone().requires_grad_()
+    (own,) = torch.autograd.grad(slope(t, recorded), recorded)
+    close(found[0], (slope(t + h, λ) - slope(t - h, λ)) / (2 * h), tol=1e-5)
+    close(found[1], (slope(t, λ + h) - slope(t, λ - h)) / (2 * h), tol=1e-5)
+    close(own, found[1])
+
+
 @pytest.mark.parametrize("builder", ["kfac_corrected", "two_level", "exact"])
 def test_the_name_of_a_builder_is_a_name_of_its_method(builder):
     problem = zoo.pick("mlp-categorical")
