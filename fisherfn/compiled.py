@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from fisherfn import tree
+from fisherfn import tree, value_reads
 from fisherfn.errors import MissingPackageError, NoiseError, StructureError
 
 P = ParamSpec("P")
@@ -52,7 +52,8 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
 
     Args:
         fn: a pure function from trees to a tree, such as `ng.step` or a whole training step around it. Its operations
-            must not depend on the values of tensors. Its result is not differentiable.
+            must not depend on the values of its tensors: no `if`, `.item()`, `.tolist()`, `.numpy()`, `nonzero`, or a
+            mask as an index. Its result is not differentiable.
         options: arguments of `torch.compile`. Without a C++ compiler, `backend="eager"` runs the trace as it is. On a
             GPU, `mode="reduce-overhead"` replays the step as a CUDA graph, which saves the launch of each kernel; the
             result is copied, so that the next step does not overwrite it.
@@ -125,7 +126,8 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
     def flat(*inputs: Tensor) -> list[Tensor]:
         of = {id(tensor): traced for tensor, traced in zip(tensors, inputs, strict=True)}
         args, kwargs = tree.replace_leaves(given, [of.get(id(leaf), leaf) for leaf in tree.leaves(given)])
-        result = fn(*args, **kwargs)
+        with value_reads.refused(inputs):
+            result = fn(*args, **kwargs)
         position = {id(traced): index for index, traced in enumerate(inputs)}
         made: dict[int, Tensor] = {}
         for leaf in tree.leaves(result):
@@ -140,15 +142,7 @@ def _traced(fn: Callable[..., Any], given: Any, tensors: Sequence[Tensor], optio
         # rows in order, as in an initial state: with other strides the next call would be of another kind
         return [leaf.contiguous() if leaf.ndim <= 3 else leaf for leaf in made.values()]
 
-    try:
-        graph = make_fx(flat)(*tensors)
-    except RuntimeError as error:
-        if "tracing tensor" not in str(error):
-            raise
-        raise StructureError(
-            "a compiled function reads the value of a tensor (an `if`, float() or .item()); a graph cannot depend on "
-            "values. Use tensor operations (torch.where), or read the value outside, as ff.check(info) does."
-        ) from error
+    graph = make_fx(flat)(*tensors)
     if options.get("backend") == "eager":  # tracing the trace again would take twice as long as the first time
         return _Graph(graph, leaves, like[0], overwrites=False)
     # a CUDA graph has a fixed place in memory for its outputs; these options ask for one

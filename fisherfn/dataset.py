@@ -15,7 +15,7 @@ import torch
 from fisherfn import tree
 from fisherfn.base import Method
 from fisherfn.errors import EmptyBatchError, StructureError
-from fisherfn.state import State
+from fisherfn.state import State, detached
 from fisherfn.stats import Batch, Stats, join
 from fisherfn.taps import ChunkedTap
 from fisherfn.types import Info
@@ -70,9 +70,9 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
         if stats.examples > AT_ONCE:  # in chunks: no matrix of all pairs of examples is formed
             taps = {key: ChunkedTap(tap, AT_ONCE) for key, tap in taps.items()}
         result = method.update(state.factors, taps, rho, inverting=not method.fit_passes)
-        state = counted._replace(factors=result.factors)
+        state = counted._replace(factors=detached(result.factors, stats.loss))
         total += stats.examples
-        loss = loss + (stats.loss - loss) * (stats.examples / total)
+        loss = loss + (detached(stats.loss, stats.loss) - loss) * (stats.examples / total)
         new = {**stats.checks, "statistics": result.ok}
         checks = new if checks is None else tree.map(torch.logical_and, checks, new)
     if checks is None:

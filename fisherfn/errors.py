@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
+from fisherfn import masked
 from fisherfn.types import Info
 
 
@@ -87,14 +89,22 @@ def expect(value: object, kind: type | tuple[type, ...], what: str, remedy: str)
 
 
 def expect_number(name: str, value: object, holds: Callable[[Any], bool], rule: str, *, whole: bool = False) -> None:
-    """Raise `HyperparameterError` unless a number satisfies a rule; tensors are not checked.
+    """Raise `HyperparameterError` unless a value is one finite number that satisfies a rule.
 
-    Tensors may be batched under vmap; `info.ok` reports invalid ones.
+    A tensor must have no dimensions. Its value is read where that is possible and does not wait for a GPU; under vmap
+    and in a trace it is not, and `info.ok` reports an invalid one.
     """
+    number = value
     if isinstance(value, Tensor):
-        return
+        if value.ndim:
+            raise HyperparameterError(
+                f"{name} must be one number, got a tensor of shape {tuple(value.shape)}: use torch.vmap for several."
+            )
+        if not masked.readable(value):
+            return
+        number = value.item()
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+    if isinstance(number, bool) or not isinstance(number, kind) or not math.isfinite(number) or not holds(number):
         raise HyperparameterError(f"{name} {rule}, got {value!r}.")
 
 
@@ -104,7 +114,7 @@ def expect_count(name: str, value: object, least: int = 1) -> None:
 
 
 def expect_positive(name: str, value: object) -> None:
-    """Raise `HyperparameterError` unless a number is positive; tensors are not checked."""
+    """Raise `HyperparameterError` unless a number is positive; see `expect_number`."""
     expect_number(name, value, lambda v: v > 0, "must be positive")
 
 
@@ -122,7 +132,8 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
         TargetError,
         "targets are outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
         "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite); check the labels, a "
-        "mask on the outputs, and the width of the model's output",
+        "mask on the outputs, and the width of the model's output. Bernoulli(logits=False) needs outputs in [0, 1] "
+        "too: let the model end in a sigmoid, or pass logits=True",
     ),
     "chunks": (
         LikelihoodError,
@@ -144,8 +155,9 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
 BLOCK_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "statistics": (
         NonFiniteError,
-        "the curvature statistics are not finite (overflow in activations or output-gradients?); "
-        "check the scale of this layer's inputs, or run the model in float32",
+        "the averaged curvature statistics are not finite: either activations or output-gradients overflow (check the "
+        "scale of this layer's inputs, or run the model in float32), or ema or the weight of the update is outside its "
+        "range",
     ),
     "factorisation": (
         NotPositiveDefiniteError,

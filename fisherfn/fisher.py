@@ -2,7 +2,8 @@ r"""The sampled Fisher as a linear operator on trees: $F = U U^\top$, one column
 
 $$U = \tfrac{1}{\sqrt N} [\dots \mathrm{vec}(W_{sn}) \dots], \qquad W_{sn} = \sum_t g_{snt} a_{nt}^\top$$
 
-The matrix is only formed by `dense`. "full" couples all layers (with the same examples and samples in each); "block"
+Rows and columns of parameters that are in no block (unused ones, or those that take the plain gradient) are zero. The
+matrix is only formed by `dense`. "full" couples all layers (with the same examples and samples in each); "block"
 keeps one diagonal block per layer, with all its groups. The scale is that of the mean negative log-likelihood.
 
 k group, s sample, n example, t position, i input, o output; columns of U run over samples, then examples.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,17 @@ from torch import Tensor
 
 from fisherfn import operators
 from fisherfn.errors import expect_number, unknown
-from fisherfn.lowrank import System, combine, eigenvalues, factorise, gram, inner_products, smaller_matrix, solve
+from fisherfn.lowrank import (
+    System,
+    combine,
+    eigenvalues,
+    factorise,
+    gram,
+    inner_products,
+    parameters,
+    smaller_matrix,
+    solve,
+)
 from fisherfn.operators import ravel
 from fisherfn.per_example import example_matrices, flat_example_matrices, squares
 from fisherfn.taps import AnyTap
@@ -69,6 +81,9 @@ class Fisher:
             system = System(taps, torch.where(ok, factor, math.nan), λ)
             solved |= solve(system, {key: matrices[key] for key in taps})
         x = self._codec.tree(solved)
+        if self._outside:  # the rows of these parameters are λI
+            inside, inverse = self._codec.tree(matrices), torch.where(λ > 0, 1 / λ, math.nan)
+            x = {name: leaf + (v64[name] - inside[name]) * inverse for name, leaf in x.items()}
         return {name: leaf.to(v[name].dtype) for name, leaf in x.items()}
 
     def dense(self) -> Float[Tensor, "p p"]:
@@ -106,7 +121,8 @@ class Fisher:
         Raises:
             TooLargeError: the smaller one has more than 16384 rows.
         """
-        return torch.cat([eigenvalues(taps) for taps in self._groups(torch.float64)]).sort().values
+        found = torch.cat([eigenvalues(taps) for taps in self._groups(torch.float64)])
+        return torch.cat([found, found.new_zeros(self._outside)]).sort().values
 
     def logdet(self, damping: float | Tensor = 0.0) -> Float[Tensor, ""]:
         r"""Return $\log\det(F + \lambda I)$ in float64; `-inf` if it is singular.
@@ -124,8 +140,18 @@ class Fisher:
             MissingPackageError: scipy is not installed.
         """
         like = next(iter(self._taps.values())).window(slice(0, 1)).whole().g
-        zeros = {key: like.new_zeros(tap.sizes.k, tap.sizes.o, tap.sizes.i) for key, tap in self._taps.items()}
-        return operators.to_scipy(self.__matmul__, self._codec.tree(zeros), damping)
+        return operators.to_scipy(self.__matmul__, self._zeros(like), damping)
+
+    def _zeros(self, like: Tensor) -> Tree:
+        """Return a tree of zeros, of the type and on the device of a tensor."""
+        sizes = {key: tap.sizes for key, tap in self._taps.items()}
+        return self._codec.tree({key: like.new_zeros(size.k, size.o, size.i) for key, size in sizes.items()})
+
+    @cached_property
+    def _outside(self) -> int:
+        """Return the number of parameters that are in no block."""
+        every = self._zeros(torch.empty((), device="meta"))
+        return sum(leaf.numel() for leaf in every.values()) - parameters(self._taps)
 
     def _groups(self, dtype: torch.dtype) -> list[dict[str, AnyTap]]:
         """Return the groups of coupled blocks."""

@@ -91,7 +91,8 @@ class NaturalGradient(Refreshes):
     ) -> tuple[Tree, State, Info]:
         """Compute one step: `stats`, `update` and `invert` if requested, `precondition`; return (nat, state, info).
 
-        If any check fails, the input state is returned unchanged.
+        If any check fails, the input state is returned unchanged. With params that require grad, nat and `info.loss`
+        have an autograd graph, which `detach` or `torch.no_grad` avoids; the factors in the state have none.
 
         `update` and `invert` may be the keys of some blocks (`ff.staggered`); the others keep their factors or
         inverses. Labels are sampled only in steps that update. With `inner`, `info.inner` is ⟨∇, nat⟩, computed in the
@@ -124,7 +125,7 @@ class NaturalGradient(Refreshes):
         """
         self._check_step(state, grads, stats, invert=invert, inner=inner, damping=damping)
         state = state if stats is None else state.complete(self.layout.block_shapes)
-        which, updated = self._which(invert), False if stats is None else self._which(stats.sampled)
+        which, updated = self._which(invert), False if stats is None else self._which(stats.sampled or True)
         if damping is not None and not (isinstance(which, bool) and isinstance(updated, bool)):
             raise StructureError(
                 "this λ is that of a refresh of all blocks: pass update=True and invert=True, or False."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfn.base import Estimated
 from fisherfn.errors import expect_number, expect_positive
-from fisherfn.state import State, if_ok, info_of
+from fisherfn.state import State, detached, if_ok, info_of
 from fisherfn.stats import Stats
 from fisherfn.types import Info, Tree, at_least_single
 from fisherfn.views import Views
@@ -31,7 +31,8 @@ class Refreshes(Views):
             ema: weight of the old factors, in [0, 1); update k uses min(1 − 1/k, ema) for batches of equal size.
 
         Raises:
-            HyperparameterError: a number outside its range (tensors are checked by `info.ok`, not here).
+            HyperparameterError: a number outside its range, or a tensor with dimensions. Tensors whose values cannot be
+                read (under `torch.vmap`, on a GPU) are checked by `info.ok`.
         """
         self.layout.validate(params)
         expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
@@ -56,7 +57,8 @@ class Refreshes(Views):
     ) -> tuple[State, Info]:
         """Update the running average of the factors from `stats`; if any check fails, return the input state.
 
-        With `only`, or statistics of some blocks, these are updated, and the others keep their factors.
+        With `only`, or statistics of some blocks, these are updated, and the others keep their factors. With an empty
+        set the state is returned as it is.
 
         Args:
             state: the current state.
@@ -68,12 +70,14 @@ class Refreshes(Views):
 
         Raises:
             StructureError: no block has such a key or no statistics, or the method couples the blocks.
+            HyperparameterError: a weight that is not positive; for tensors see `init`.
         """
         self._check_state(state)
         self._check_stats(stats)
         if weight is not None:
             expect_positive("weight", weight)
-        which, state = self._which(stats.sampled if only is None else only), state.complete(self.layout.block_shapes)
+        which = self._which((stats.sampled or True) if only is None else only)  # statistics of no block raise
+        state = state.complete(self.layout.block_shapes)
         new, result = self._updated(state, stats, which, self._which(inverting), weight=weight)
         checks = {**stats.checks, "statistics": result.ok}
         info = self._info(checks, loss=stats.loss, context=stats.context, diagnostics=result.diagnostics)
@@ -82,7 +86,8 @@ class Refreshes(Views):
     def invert(self, state: State, *, only: Collection[str] | None = None) -> tuple[State, Info]:
         """Recompute the damped inverses from the factors; if any check fails, return the input state.
 
-        With `only`, the blocks with these keys are inverted, and the others keep their inverses.
+        With `only`, the blocks with these keys are inverted, and the others keep their inverses. With an empty set the
+        state is returned as it is.
 
         Raises:
             StructureError: no block has such a key, or the method couples the blocks.
@@ -98,14 +103,17 @@ class Refreshes(Views):
         self, state: State, stats: Stats, which: Which, inverting: Which = True, weight: float | Tensor | None = None
     ) -> tuple[State, Estimated]:
         """Return the updated state, valid or not, and the result of the method's update with its masks."""
+        if which is False:  # an empty set of blocks
+            return state, self._others_pass(Estimated(state.factors, {}, {}), state)
         blocks = self.layout.block_shapes
         counted, rho = state.counted(float(stats.examples) if weight is None else weight, blocks, which)
         if isinstance(which, bool):
             result = self.method.update(state.factors, stats.lazy_taps, rho, inverting)
-            return counted._replace(factors=result.factors), result
+            return counted._replace(factors=detached(result.factors, stats.loss)), result
         taps = {key: stats.lazy_tap(key) for key in blocks if key in which}
         result = self.method.update({key: state.factors[key] for key in taps}, taps, rho, inverting)
-        return counted._replace(factors=state.factors | result.factors), self._others_pass(result, state)
+        factors = state.factors | detached(result.factors, stats.loss)
+        return counted._replace(factors=factors), self._others_pass(result, state)
 
     def _info(self, checks: dict[str, Any], **measured: Any) -> Info:
         return info_of(self.layout.block_shapes, checks, **measured)
@@ -118,6 +126,9 @@ class Refreshes(Views):
         return invert if isinstance(invert, bool) else chosen(invert, self.layout.block_shapes, self._coupled)
 
     def _inverted(self, state: State, which: Which = True) -> tuple[State, Estimated]:
+        """Return the state with new inverses, valid or not, and the result of the method's inversion with its masks."""
+        if which is False:
+            return state, self._others_pass(Estimated(state.inverses, {}, {}), state)
         if isinstance(which, bool):
             result = self.method.invert(state.factors, state.damping)
             return state._replace(inverses=result.factors), result

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from fisherfn import tree
 from fisherfn.types import Info, PyTree
@@ -48,11 +49,14 @@ class State(NamedTuple):
     ) -> tuple[State, dict[str, Float[Tensor, ""]]]:
         """Count one more update of some blocks with n examples; return also the weight ρ of each one's old factors.
 
-        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less.
+        ρ = min(1 − 1/k, ema) in update k of a block for batches of equal size; a smaller batch counts less. ρ is NaN if
+        ema or n is outside its range, which makes the averages NaN and their masks false.
         """
         old_count, old_examples = self._of_blocks(len(keys))
         count, examples, _ = self._averaged(self.count, self.examples, n)
         block_count, block_examples, rho = self._averaged(old_count, old_examples, n)
+        valid = (self.ema >= 0) & (self.ema <= 1) & (n > 0)
+        rho = torch.where(valid, rho, torch.nan)
         if which is not True:
             mask = torch.tensor([includes(which, key) for key in keys], device=self.ema.device)
             block_count = torch.where(mask, block_count, old_count)
@@ -74,6 +78,16 @@ class State(NamedTuple):
         mean = before + (n - before) / k
         r = n / mean
         return count + 1, mean, torch.minimum(1 - r / k, self.ema / (1 + (1 - self.ema) * (r - 1)))
+
+
+def detached(averages: PyTree, loss: Tensor) -> PyTree:
+    """Return averages without an autograd graph if this loss has one: in a state it would grow with every update.
+
+    Parameters that require grad record a graph outside torch.func's transforms only, whose derivatives stay.
+    """
+    if not loss.requires_grad or maybe_current_level() is not None:
+        return averages
+    return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, averages)
 
 
 def info_of(keys: Collection[str], checks: dict[str, Any], **measured: Any) -> Info:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -50,11 +51,16 @@ class Views(Collector):
         """Return the method's undamped approximate Fisher as an operator: products, trace, spectrum, logdet."""
         self._check_state(state)
         method, factors, shapes = self.method, tree.map(_double, state.factors), self.layout.block_shapes
+
+        def spectrum() -> Tensor | None:
+            found = method.eigenvalues(factors, shapes)
+            return found if found is None else torch.cat([found, found.new_zeros(self.layout.outside)])
+
         return Approximation(
             self.layout.zeros(state.damping.device),
             partial(self.matvec, state),
             of_trace=partial(method.trace, factors, shapes),
-            of_spectrum=partial(method.eigenvalues, factors, shapes),
+            of_spectrum=spectrum,
         )
 
     def trace(self, state: State) -> Float[Tensor, ""]:
@@ -76,11 +82,17 @@ class Views(Collector):
                 f"the step of this {method.name} is not a linear function of the gradient: its coarse space depends on "
                 'the residual. Use another coarse space, such as "nicolaides".'
             )
+        inverses, shapes = tree.map(_double, state.inverses), self.layout.block_shapes
+
+        def logdet() -> Tensor | None:
+            found = method.logdet(inverses, shapes)  # a plain gradient contributes a factor of 1, a zero step one of 0
+            return torch.full_like(found, -math.inf) if self.layout.unused and found is not None else found
+
         return DampedInverse(
             self.layout.zeros(state.damping.device),
             partial(self.precondition, state),
             symmetric=method.inverse_kind == "symmetric",
-            of_logdet=partial(method.logdet, tree.map(_double, state.inverses), self.layout.block_shapes),
+            of_logdet=logdet,
         )
 
     def fisher_error(self, state: State, stats: Stats) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """A compiled step is the step: the same numbers for every method, one trace a kind of call, errors that teach."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fisherfn as ff
 from tests.methods.protocol import TRAINED
@@ -111,6 +113,56 @@ def test_a_result_survives_the_next_run_of_a_cuda_graph(options, monkeypatch):
 def test_inside_vmap_it_is_the_function_itself():
     compiled = ff.compile(lambda x: x.sum(), backend="eager")
     assert torch.vmap(compiled)(torch.ones(3, 2)).tolist() == [2, 2, 2]
+
+
+LENGTHS = torch.tensor([2, 3])
+LABELS = torch.ones(2, 3, dtype=torch.int64)
+BY_VALUE = {
+    "bool": lambda x, n: x if n.sum() > 3 else -x,
+    "int": lambda x, n: x * int(n[0]),
+    "index": lambda x, n: x[: n[0]],
+    "tolist": lambda x, n: torch.stack([part.sum() for part in x.split(n.tolist())]),
+    "tolist of one": lambda x, n: x * n.sum().tolist(),
+    "numpy": lambda x, n: x + float(n.numpy()[0]),
+    "asarray": lambda x, n: x + float(np.asarray(n)[0]),
+    "dlpack": lambda x, n: x + torch.from_dlpack(n).sum(),
+    "nonzero": lambda x, n: x * len(n.nonzero()),
+    "unique": lambda x, n: x * torch.unique(n).shape[0],
+    "a mask": lambda x, n: x[x > 2].sum(),
+    "masked_select": lambda x, n: x.masked_select(x > 2).sum(),
+    "repeat_interleave": lambda x, n: x[:2].repeat_interleave(n),
+    "tensor_split": lambda x, n: x.tensor_split(n)[0].sum(),
+    "equal": lambda x, n: x * torch.equal(n, n[:1]),
+    "ctc_loss": lambda x, n: F.ctc_loss(x.expand(5, 2, 6), LABELS, n, LENGTHS),
+    "tolist in grad": lambda x, n: torch.func.grad(lambda z: (z * z.tolist()[0]).sum())(x),
+    "after an operation in place": lambda x, n: x * torch.zeros(2, dtype=torch.int64).copy_(n).tolist()[0],
+}
+
+
+@pytest.mark.parametrize("fn", BY_VALUE.values(), ids=BY_VALUE)
+def test_values_of_arguments_are_not_constants_of_a_graph(fn):
+    """A graph traced for one value would give the result of that value for all others."""
+    with pytest.raises(ff.errors.StructureError, match="torch.where"):
+        ff.compile(fn, backend="eager")(torch.arange(6.0), torch.tensor([4, 2]))
+
+
+MASK = torch.tensor([True, False, True])
+OF_CONSTANTS = {
+    "item": lambda x: x * MASK.sum().item(),
+    "tolist": lambda x: x * MASK.tolist()[0],
+    "numpy": lambda x: x * float(MASK.numpy()[0]),
+    "nonzero": lambda x: x * len(MASK.nonzero()),
+    "a mask": lambda x: x[MASK],
+    "values made in the function": lambda x: x * torch.tensor([2.0, 3.0]).tolist()[1],
+    "a mask made in the function": lambda x: x.outer(x)[torch.ones(3, 3).tril().bool()],
+}
+
+
+@pytest.mark.parametrize("fn", OF_CONSTANTS.values(), ids=OF_CONSTANTS)
+def test_values_of_constants_may_be_read(fn):
+    compiled = ff.compile(fn, backend="eager")
+    for x in (torch.ones(3), torch.arange(3.0)):
+        torch.testing.assert_close(compiled(x), fn(x))
 
 
 def test_errors_teach():

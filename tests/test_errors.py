@@ -269,8 +269,7 @@ def test_one_bad_member_of_a_block_is_raised_with_its_block(name):
 
 
 @pytest.mark.parametrize("number", [True, False, torch.nn.Identity(), "1", None, 0.5])
-def test_what_is_no_whole_number_is_refused_and_tensors_are_not_looked_at(number):
+def test_what_is_no_whole_number_is_refused(number):
     with pytest.raises(errors.HyperparameterError, match="steps must be >= 0"):
         errors.expect_number("steps", number, lambda v: v >= 0, "must be >= 0", whole=True)
     errors.expect_number("steps", 3, lambda v: v >= 0, "must be >= 0", whole=True)
-    errors.expect_number("steps", torch.tensor(-1.0), lambda v: v >= 0, "must be >= 0", whole=True)

@@ -69,6 +69,33 @@ def test_a_target_that_is_no_probability_makes_the_loss_of_its_example_nan(wrong
     assert not likelihood.valid(targets, targets)
 
 
+@pytest.mark.parametrize("wrong", [-1e-6, 1.5, torch.inf, -torch.inf])
+def test_an_output_that_is_no_probability_makes_the_loss_of_its_example_nan(wrong):
+    """As torch's own loss, which raises. Probabilities of exactly 0 and 1 are valid."""
+    targets, p = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.1], [0.2, 0.9], [0.0, 1.0]])
+    likelihood = ff.Bernoulli(logits=False)
+    assert likelihood.valid(p, targets) and likelihood.nll(p, targets).isfinite().all()
+    p[1, 0] = wrong
+    assert torch.isnan(likelihood.nll(p, targets)).tolist() == [False, True, False]
+    assert not likelihood.valid(p, targets) and ff.Bernoulli().valid(p, targets)
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        torch.nn.functional.binary_cross_entropy(p, targets)
+
+
+def test_a_model_without_its_sigmoid_is_told_so():
+    params, x, y = {"w": torch.eye(2)}, torch.tensor([[0.5, 0.1], [0.2, 1.5]]), torch.ones(2, 2)
+    ng = ff.natural_gradient(lambda p, x: x @ p["w"], params, x, likelihood=ff.Bernoulli(logits=False), fisher="type2")
+    _, state, info = ng.step(params, ng.init(params, damping=0.1), (x, y))
+    assert state.count == 0
+    with pytest.raises(ff.errors.TargetError, match="sigmoid, or pass logits=True"):
+        ff.check(info)
+
+
+def test_an_output_that_is_nan_is_no_fault_of_the_targets():
+    likelihood, targets = ff.Bernoulli(logits=False), torch.ones(2, 1)
+    assert likelihood.valid(torch.tensor([[0.5], [torch.nan]]), targets)
+
+
 @pytest.mark.parametrize(("name", "shape"), PAIRS)
 def test_fisher_sqrt_squares_to_the_output_fisher(name, shape):
     """Σ_c s_c s_cᵀ = E_y[∂² NLL / ∂f²], example by example."""

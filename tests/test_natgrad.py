@@ -214,28 +214,23 @@ def test_bernoulli_targets_lie_between_zero_and_one():
 
 
 @pytest.mark.parametrize("form", ["factored", "eigen"])
-def test_zero_damping_on_singular_factors_is_no_silent_garbage(form):
-    """Either a sound step, or a false mask and the state exactly as it was: update and invert are one step."""
+def test_zero_damping_on_singular_factors_gives_the_step_in_their_range(form):
+    """For one datum F = ∇∇ᵀ in every block, whose pseudoinverse maps ∇ to ∇/‖∇‖². Noise is of the size of this step."""
     problem = zoo.pick("one-datum")
     ng = problem.build(fisher="empirical", method=ff.kfac(damping_form=form))
-    state = ng.step(problem.params, ng.init(problem.params, damping=1.0), problem.batch)[1]
-    state = state._replace(damping=torch.zeros_like(state.damping))
-    nat, after, info = ng.step(problem.params, state, problem.batch)
-    ok = all(bool(mask) for mask in info.ok.values())
-    assert form == "factored" or not ok, "G⊗A of rank one has no inverse"
-    if ok:
-        assert all(torch.isfinite(leaf).all() for leaf in nat.values())
-    else:
-        assert equal(after, state)
-        with pytest.raises(errors.NotPositiveDefiniteError, match="damping"):
-            ff.check(info)
+    nat, _, info = ng.step(problem.params, ng.init(problem.params, damping=0.0), problem.batch)
+    ff.check(info)
+    found, grads = (ng.layout.matrices(each) for each in (nat, oracles.mean_gradient(problem)))
+    for key, gradient in grads.items():
+        close((found[key] * gradient).sum(), torch.ones((), dtype=torch.float64), tol=1e-6)
+        assert found[key].norm() < 10 / gradient.norm()
 
 
 def test_a_failed_invert_keeps_the_old_inverses():
     problem = zoo.pick("one-datum")
     run = zoo.sampled(problem, "empirical", method=ff.kfac(damping_form="eigen"))
     state = run.ng.invert(run.ng.update(run.ng.init(problem.params, damping=1.0), run.stats)[0])[0]
-    state = state._replace(damping=torch.zeros_like(state.damping))
+    state = state._replace(damping=-torch.ones_like(state.damping))
     after, info = run.ng.invert(state)
     assert not any(bool(ok) for ok in info.ok.values()) and equal(after, state)
 
@@ -265,6 +260,40 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     # torch may fold the products of recorded tensors in another way, so that the last bit differs
     close(ff.tree.flatten(recorded), ff.tree.flatten(plain), tol=1e-14)
     assert all(leaf.grad is None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("method", list(ff.METHODS))
+def test_a_state_has_no_graph_of_the_steps_before(method):
+    """Parameters that require grad would otherwise keep every earlier step in memory."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
+    nat, state, info = ng.step(leaves, ng.init(leaves), problem.batch)
+    updated, _ = ng.update(state, ng.stats(leaves, problem.batch))
+    fitted, _ = ng.fit(leaves, [problem.batch, problem.batch])
+    for each in (state, updated, ng.invert(updated)[0], fitted):
+        assert not any(leaf.requires_grad for leaf in ff.tree.leaves(each))
+    assert all(leaf.requires_grad for leaf in nat.values()) and info.loss.requires_grad
+
+
+@pytest.mark.parametrize("method", ["ekfac", "exactNG"])
+def test_a_step_is_differentiable_in_parameters_and_damping(method):
+    """Along a line, against central differences: torch.func for the parameters, autograd for the damping too."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    way, h = zoo.random_tree(problem.params), 1e-5
+
+    def slope(t, λ):
+        params = ff.tree.add(problem.params, way, scale=t)
+        return vec(ng.step(params, ng.init(params, damping=λ), problem.batch)[0]).square().sum()
+
+    t, λ = torch.zeros((), dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    found = torch.func.grad(slope, (0, 1))(t, λ)
+    recorded = λ.clone().requires_grad_()
+    (own,) = torch.autograd.grad(slope(t, recorded), recorded)
+    close(found[0], (slope(t + h, λ) - slope(t - h, λ)) / (2 * h), tol=1e-5)
+    close(found[1], (slope(t, λ + h) - slope(t, λ - h)) / (2 * h), tol=1e-5)
+    close(own, found[1])
 
 
 @pytest.mark.parametrize("builder", ["kfac_corrected", "two_level", "exact"])

@@ -54,6 +54,27 @@ def test_groups_one_after_another_are_one_refresh_of_all(method):
     close(ff.tree.flatten(full), ff.tree.flatten(expected))
 
 
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "exactNG", "twolevel_kfac"])
+@pytest.mark.parametrize("nothing", [set(), [], ()], ids=str)
+def test_a_refresh_of_no_block_returns_the_state(method, nothing):
+    """Other statistics and another λ, so that a refresh of any block would change the state."""
+    ng, params, batches = small(method)
+    _, state, _ = ng.step(params, ng.init(params, damping=0.1), batches[0])
+    state = state._replace(damping=torch.full_like(state.damping, 0.3))
+    without = ng.stats(params, batches[1], curvature=nothing)
+    for new, info in (
+        ng.invert(state, only=nothing),
+        ng.update(state, ng.stats(params, batches[1]), only=nothing),
+        ng.update(state, without, only=nothing),
+    ):
+        ff.check(info)
+        assert list(info.ok) == keys_of(ng)
+        for old, kept in zip(ff.tree.leaves(state), ff.tree.leaves(new), strict=True):
+            assert torch.equal(old, kept)
+    with pytest.raises(ff.errors.StructureError, match="no Fisher samples"):
+        ng.update(state, without)
+
+
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 def test_a_step_inverts_these_blocks_after_its_update(method):
     ng, params, batches = small(method)

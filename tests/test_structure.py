@@ -56,6 +56,7 @@ FLOORS = {
             "free_constant",
             "shares",
             "which",
+            "value_reads",
         ],
         Floor("ground", 0),
     ),

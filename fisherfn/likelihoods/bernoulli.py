@@ -19,7 +19,8 @@ class Bernoulli:
 
     $-\log p(y \mid f) = \sum_j \log(1 + e^{f_j}) - y_j f_j$ for logits; with `logits=False` the outputs are the
     probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision.
-    Targets have the shape of the outputs and lie in [0, 1].
+    Targets have the shape of the outputs and lie in [0, 1]. An example with a target or a probability outside [0, 1]
+    has the loss NaN.
 
     >>> Bernoulli().nll(torch.zeros(1, 2), torch.ones(1, 2))  # 2 log 2
     tensor([1.3863])
@@ -35,7 +36,7 @@ class Bernoulli:
         else:
             p = self._inside(outputs)
             nll = -(targets * p.log() + (1 - targets) * torch.log1p(-p))
-        return torch.where(self._valid_each(targets), sum_over_outputs(nll), math.nan)
+        return torch.where(self._valid_each(outputs, targets), sum_over_outputs(nll), math.nan)
 
     def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
         r"""Return the gradient of `nll` in the outputs: $p - y$ for logits, $(p - y) / (p(1-p))$ for probabilities."""
@@ -64,13 +65,20 @@ class Bernoulli:
         return v * variance if self.logits else v / variance
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
-        return self._valid_each(targets).all()
+        return self._valid_each(outputs, targets.to(outputs.dtype)).all()
 
-    @staticmethod
-    def _valid_each(targets: Float[Tensor, "n *d"]) -> Bool[Tensor, " n"]:
-        """Return whether all targets of an example lie in [0, 1]: NaN is the smallest and the largest."""
+    def _valid_each(self, outputs: Float[Tensor, "n *d"], targets: Float[Tensor, "n *d"]) -> Bool[Tensor, " n"]:
+        """Return whether all targets of an example lie in [0, 1], and no probability lies outside.
+
+        NaN is the smallest and the largest of numbers. A target that is NaN is invalid; an output that is NaN is a
+        fault of the model, which the mask of the loss reports.
+        """
         flat = targets.reshape(targets.shape[0], -1)
-        return (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
+        sound = (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
+        if self.logits:
+            return sound
+        p = outputs.reshape(outputs.shape[0], -1)
+        return sound & ~((p.amin(1) < 0) | (p.amax(1) > 1))
 
     def _inside(self, p: Tensor) -> Tensor:
         eps = torch.finfo(p.dtype).eps

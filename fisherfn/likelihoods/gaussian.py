@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import HyperparameterError
+from fisherfn.errors import expect_positive
 from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
 
 
@@ -27,8 +27,7 @@ class Gaussian:
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.variance > 0:
-            raise HyperparameterError(f"Gaussian variance must be positive, got {self.variance}.")
+        expect_positive("Gaussian variance", self.variance)
 
     def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         check_shape(targets, outputs.shape, "Gaussian", "a target for each output")

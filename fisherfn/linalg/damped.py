@@ -4,6 +4,8 @@ r"""Damped inverses of Kronecker products and of sums of two, for both forms of 
   factors (Martens & Grosse 2015, section 6.3); a second term is added undamped.
 - **eigen**: adds λI, in the eigenvectors of the (leading) term.
 
+Both raise a damping below the working precision of what it is added to (`floored`), and report the increase as jitter.
+
 A sum $G \otimes A + D \otimes C$ with a positive definite first term is inverted by simultaneous diagonalisation: with
 $K_A^\top A K_A = I$, $K_A^\top C K_A = \mathrm{diag}(w)$ and likewise for G and D,
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, Pair
-from fisherfn.linalg.solve import add_diagonal, condition, eigh, floored, psd_eigh, spread
+from fisherfn.linalg.solve import Spectrum, add_diagonal, condition, eigh, floored, psd_eigh, spread
 from fisherfn.operators import log_determinant
 
 DAMPING_FORMS = ("factored", "eigen")
@@ -164,11 +166,20 @@ def damped_inverse(matrix: Factor, damping: Float[Tensor, "k"]) -> InvertedFacto
 
 def eigen(pair: Pair, damping: Float[Tensor, ""]) -> Inverted:
     """Return `1 / (s rᵀ + λ)` in the eigenvectors of G and A."""
+    r, s, denominator, jitter = _damped_spectrum(pair, damping)
+    ok = r.ok & s.ok & (denominator.amin((1, 2)) > 0) & (damping >= 0)
+    measured = {"jitter": jitter, "condition": spread(denominator.flatten(1))}
+    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), ok, measured
+
+
+def _damped_spectrum(
+    pair: Pair, damping: Float[Tensor, ""]
+) -> tuple[Spectrum, Spectrum, Float[Tensor, "k o i"], Float[Tensor, " k"]]:
+    """Return the spectra of A and G, `s rᵀ + λ` with the floor of λ, and the jitter."""
     r, s = psd_eigh(pair.A), psd_eigh(pair.G)
-    denominator = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
-    lowest = denominator.amin((1, 2))
-    measured = {"jitter": torch.zeros_like(lowest), "condition": spread(denominator.flatten(1))}
-    return Rotated(r.vectors, s.vectors, denominator.reciprocal()), r.ok & s.ok & (lowest > 0), measured
+    values = s.values.unsqueeze(-1) * r.values.unsqueeze(-2)
+    shift, jitter = floored(values.flatten(1), damping.expand(len(values)))
+    return r, s, values + shift.reshape(-1, 1, 1), jitter
 
 
 # two terms -------------------------------------------------------------------------------------------------------
@@ -193,15 +204,13 @@ def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: floa
 
     λI and two terms have no common diagonalisation, so the off-diagonal part of the second term is dropped.
     """
-    r, s = psd_eigh(first.A), psd_eigh(first.G)
-    base = s.values.unsqueeze(-1) * r.values.unsqueeze(-2) + damping
+    r, s, base, jitter = _damped_spectrum(first, damping)
     more = diagonal_in(s.vectors, second.G).unsqueeze(-1) * diagonal_in(r.vectors, second.A).unsqueeze(-2)
     ratio = 1 + more / base
-    lowest = base.amin((1, 2))
-    ok = r.ok & s.ok & (lowest > 0) & kron.finite(ratio)
+    ok = r.ok & s.ok & (base.amin((1, 2)) > 0) & (damping >= 0) & kron.finite(ratio)
     total = base * ratio.clamp(min=floor)
     measured = {
-        "jitter": torch.zeros_like(lowest),
+        "jitter": jitter,
         "condition": spread(total.flatten(1)),
         "clipped": (ratio < floor).sum((1, 2)),
     }

@@ -16,9 +16,12 @@ from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Factor, diagonal, is_diagonal
 
 
-def floored(matrix: Factor, damping: Float[Tensor, " k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Return the damping, at least the working precision of the matrix, and the increase."""
-    shift = torch.maximum(damping.to(matrix.dtype), torch.finfo(matrix.dtype).eps * diagonal(matrix).sum(-1))
+def floored(
+    matrix: Factor, damping: Float[Tensor, " k"], precision: torch.dtype | None = None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return the damping, at least the working precision of the matrix (its type's, or another), and the increase."""
+    eps = torch.finfo(precision or matrix.dtype).eps
+    shift = torch.maximum(damping.to(matrix.dtype), eps * diagonal(matrix).sum(-1))
     return shift, shift - damping
 
 

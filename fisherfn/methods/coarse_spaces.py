@@ -25,7 +25,7 @@ from fisherfn import rows
 from fisherfn.errors import HyperparameterError
 from fisherfn.linalg import kron
 from fisherfn.linalg.kron import Pair
-from fisherfn.linalg.solve import psd_eigh
+from fisherfn.linalg.solve import floored, psd_eigh
 from fisherfn.lowrank import examples, inner_products
 from fisherfn.methods.exact import Taps
 from fisherfn.taps import Tap
@@ -134,7 +134,10 @@ def space(vectors: Rows, taps: Taps, damping: Float[Tensor, ""]) -> Space:
     C = coefficients(taps, basis)
     # a dependent row is zero; 1 on its diagonal entry keeps F_c definite and its coefficient zero
     alive = torch.cat([R.square().sum(-1) > 0.5 for R in basis.values()])
-    return Space(basis, C, _cholesky(C.mT @ C / examples(taps), torch.where(alive, damping.double(), 1.0)))
+    F_c = C.mT @ C / examples(taps)
+    # a row on which F is zero leaves noise: λ is at least the working precision of the statistics
+    λ = floored(F_c.unsqueeze(0), damping.expand(1), next(iter(basis.values())).dtype)[0].double()
+    return Space(basis, C, _cholesky(F_c, torch.where(alive, λ, 1.0)))
 
 
 def coefficients(taps: Taps, basis: Rows) -> Float[Tensor, "m q"]:
@@ -161,7 +164,8 @@ def published(taps: Taps, damping: Float[Tensor, ""]) -> Space:
     a, g = torch.stack(inputs).double(), torch.stack(outputs).double()
     n = examples(taps)
     F_c = (a @ a.mT / n) * (torch.einsum("lsn,jsn->lj", g, g) / n)
-    return Space(ones(taps, 1), a.new_zeros(0, len(taps)), _cholesky(F_c, damping.double().expand(len(taps))))
+    λ = floored(F_c.unsqueeze(0), damping.expand(1), inputs[0].dtype)[0].double()
+    return Space(ones(taps, 1), a.new_zeros(0, len(taps)), _cholesky(F_c, λ.expand(len(taps))))
 
 
 def _sums(tap: Tap) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:

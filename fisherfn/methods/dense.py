@@ -69,7 +69,7 @@ class Dense(LayerMethod):
         """Factorise `F_l + λI` by Cholesky, in float64; λ is at least the precision of the matrix."""
         shift, jitter = floored(factors, damping.expand(len(factors)))
         factor, failed = torch.linalg.cholesky_ex(add_diagonal(factors.double(), shift.double()))
-        ok = (failed == 0) & kron.finite(factor) & (shift > 0)
+        ok = (failed == 0) & kron.finite(factor) & (shift > 0) & (damping >= 0)
         return factor, ok, {"jitter": jitter, "condition": condition(factor)}
 
     def apply(self, inverse: Block, W: Matrix) -> Matrix:

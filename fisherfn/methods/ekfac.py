@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from fisherfn.base import Diagnostics, Updated, factorwise
 from fisherfn.equal_shapes import each
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
-from fisherfn.linalg.solve import psd_eigh, spread
+from fisherfn.linalg.solve import floored, psd_eigh, spread
 from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
 from fisherfn.taps import AnyTap, means
@@ -93,13 +93,17 @@ class EKFAC(KroneckerMethod):
         return {key: block._replace(QA=bases[key].A, QG=bases[key].G) for key, block in factors.items()}
 
     def invert_block(self, factors: Factors, damping: Float[Tensor, ""]) -> tuple[damped.Rotated, Tensor, Diagnostics]:
-        """Return the inverse eigenvalues `1 / (s + added)` in the basis."""
-        added = added_by_factors(factors, damping) if self.damping_form == "factored" else damping
+        """Return the inverse eigenvalues `1 / (s + added)` in the basis.
+
+        The damping is at least the working precision of what it is added to: eigenvalues that should be zero are
+        numerical noise, by which a gradient's own noise would be divided. The increase is reported as jitter.
+        """
+        added, jitter = (added_by_factors if self.damping_form == "factored" else added_to_scale)(factors, damping)
         denominator = factors.scale + added
         lowest = denominator.amin((1, 2))
-        ok = (lowest > 0) & kron.finite(denominator)
+        ok = (lowest > 0) & kron.finite(denominator) & (damping >= 0)
         inverse = damped.Rotated(factors.QA, factors.QG, denominator.reciprocal())
-        return inverse, ok, {"jitter": torch.zeros_like(lowest), "condition": spread(denominator.flatten(1))}
+        return inverse, ok, {"jitter": jitter, "condition": spread(denominator.flatten(1))}
 
     def matvec_block(self, factors: Factors, W: Matrix) -> Matrix:
         """Return `Q_G [(Q_Gᵀ W Q_A) ∘ s] Q_Aᵀ`."""
@@ -165,8 +169,22 @@ def _above_noise(scale: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
     return torch.where(scale > least, scale, 0.0)
 
 
-def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Float[Tensor, "k o i"]:
-    """Return `(r + π√λ)(q + √λ/π) − r q`."""
-    shift_A, shift_G = (shift.unsqueeze(-1) for shift in damped.shares(Pair(factors.A, factors.G), damping))
+Added: TypeAlias = tuple[Float[Tensor, "k *oi"], Float[Tensor, " k"]]
+"""What damping adds to the eigenvalues, and the jitter in it."""
+
+
+def added_to_scale(factors: Factors, damping: Float[Tensor, ""]) -> Added:
+    """Return λ, at least the working precision of `Σ s`."""
+    λ = damping.expand(len(factors.scale))
+    shift, jitter = floored(factors.scale.flatten(1), λ)
+    return shift.reshape(-1, 1, 1), jitter
+
+
+def added_by_factors(factors: Factors, damping: Float[Tensor, ""]) -> Added:
+    """Return `(r + π√λ)(q + √λ/π) − r q`; each share of λ has the floor that it has in K-FAC."""
+    shares = damped.shares(Pair(factors.A, factors.G), damping)
+    (shift_A, jitter_A), (shift_G, jitter_G) = map(floored, (factors.A, factors.G), shares)
     r, q = damped.diagonal_in(factors.QA, factors.A), damped.diagonal_in(factors.QG, factors.G)
-    return (shift_G * (r + shift_A)).unsqueeze(-2) + q.unsqueeze(-1) * shift_A.unsqueeze(-2)
+    shift_A, shift_G = shift_A.unsqueeze(-1), shift_G.unsqueeze(-1)
+    added = (shift_G * (r + shift_A)).unsqueeze(-2) + q.unsqueeze(-1) * shift_A.unsqueeze(-2)
+    return added, torch.maximum(jitter_A, jitter_G)

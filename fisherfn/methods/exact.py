@@ -89,7 +89,7 @@ class Exact(Method):
             raised = shift.squeeze(0)
             factor, sound = lowrank.factorise(matrix, raised)
             systems[name] = System(taps, factor, raised.to(damping.dtype))
-            ok |= dict.fromkeys(taps, sound & (raised > 0))
+            ok |= dict.fromkeys(taps, sound & (raised > 0) & (damping >= 0))
             measured["jitter"] |= dict.fromkeys(taps, jitter.squeeze(0))
             measured["condition"] |= dict.fromkeys(taps, condition(factor))
         return Estimated(systems, ok, measured)

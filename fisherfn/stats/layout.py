@@ -179,6 +179,12 @@ class Layout:
         return tuple(name for name, _ in self.shapes)
 
     @cached_property
+    def outside(self) -> int:
+        """The number of entries of parameters that are in no block."""
+        shapes = dict(self.shapes)
+        return sum(shapes[name].numel() for name in (*self.unused, *dict(self.uncovered)))
+
+    @cached_property
     def layers(self) -> tuple[Block, ...]:
         """The blocks of parameters that belong to a layer."""
         return tuple(block for block in self.blocks if block.kind != "fallback")

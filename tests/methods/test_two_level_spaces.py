@@ -145,15 +145,31 @@ def test_layers_of_one_entry(coarse, krylov):
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_coarse_matrix_that_is_not_definite_leaves_the_state_as_it_was():
-    """No damping, and as many rows as parameters: F_c is singular."""
+def test_a_coarse_matrix_without_a_factor_leaves_the_state_as_it_was():
+    """The fine method is sound: only the statistics of the coarse matrix overflow."""
     one = case(zoo.pick("mlp-gaussian"))
-    ng = replace(one.run.ng, method=ff.two_level(vectors=24))
+    ng = replace(one.run.ng, method=ff.two_level())
     good, _ = ng.invert(ng.update(ng.init(one.problem.params, damping=0.1), one.run.stats)[0])
-    after, info = ng.invert(good._replace(damping=torch.zeros_like(good.damping)))
+    taps = {key: tap._replace(g=tap.g * torch.inf) for key, tap in good.factors.taps.items()}
+    bad = good._replace(factors=good.factors._replace(taps=taps))
+    after, info = ng.invert(bad)
     close(ng.precondition(after, one.v_tree), ng.precondition(good, one.v_tree), tol=1e-14)
     with pytest.raises(ff.errors.NotPositiveDefiniteError):
         ff.check(info)
+
+
+def test_without_damping_a_singular_coarse_matrix_has_the_floor_of_its_precision():
+    """As many rows as parameters: the space is everything, and the step is that of F with a tiny λ."""
+    one = case(zoo.pick("mlp-gaussian"))
+    ng = replace(one.run.ng, method=ff.two_level(vectors=24))
+    state, _ = ng.update(ng.init(one.problem.params, damping=0.0), one.run.stats)
+    state, info = ng.invert(state)
+    ff.check(info)
+    grads = one.run.stats.grads
+    expected = one.run.ng.fisher(one.run.stats).solve(grads, 1e-9)
+    residual = ff.tree.add(one.run.ng.fisher(one.run.stats) @ ng.precondition(state, grads), grads, scale=-1.0)
+    least = ff.tree.add(one.run.ng.fisher(one.run.stats) @ expected, grads, scale=-1.0)
+    assert ff.tree.norm(residual) < ff.tree.norm(least) + 1e-6 * ff.tree.norm(grads)
 
 
 @pytest.mark.parametrize(
