@@ -81,7 +81,7 @@ def test_optimizers_train_side_by_side_and_go_on_from_their_checkpoints(job):
 
     One of them has a checkpoint of its first epoch, from the command that its first job would have run.
     """
-    args = ("--data", "own:load", "--batch_size", "8", "--damping", "1")
+    args = ("--data", "own:load", "--batch_size", "8")
     sgd, kfac = (f"cluster-{optim}-0" for optim in ("sgd", "kfac"))
     first = (
         f"apps/train_mlp.py --optim kfac --seed 0 --device cpu --result_dir results --result_name {kfac} --overwrite"

@@ -9,16 +9,14 @@ from common.config import read
 from common.results import read_metrics
 from common.train_config import TrainConfig
 from common.trainer import run
+from tests.apps.options import cadence, curvature
 
 DROPS = """
 
 def drops(data):
     return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
 """
-COMMON = [
-    "--data", "own:load", "--model", "own:drops", "--batch_size", "10", "--quiet", "--damping", "1",
-    "--kl_bound", "0.1", "--update_every", "2", "--invert_every", "3",
-]  # fmt: skip
+COMMON = ["--data", "own:load", "--model", "own:drops", "--batch_size", "10", "--quiet"]
 
 
 @pytest.fixture
@@ -29,7 +27,9 @@ def mine(own):
 
 
 def trained(*more):
-    return run(read(TrainConfig, [*COMMON, "--lr", "0.01" if "adam" in more else "0.1", *more]))
+    fixed = curvature(more, "--damping", "1", "--kl_bound", "0.1")
+    lr = ("--lr", "0.01" if "adam" in more else "0.1")
+    return run(read(TrainConfig, [*COMMON, *lr, *fixed, *cadence(more), *more]))
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", "kfac", "exactNG"])

@@ -15,16 +15,17 @@ from common.models import AUTOENCODERS
 from common.results import read_metrics
 from common.train_config import AUTOENCODER_DATA, AutoencoderConfig
 from common.trainer import make_task, run
+from tests.apps.options import cadence, safe
 
 
 def configured(*more: str) -> AutoencoderConfig:
     common = ["--data", "own:load", "--batch_size", "10", "--num_epochs", "3", "--quiet", "--lr", "0.01"]
-    return read(AutoencoderConfig, [*common, "--update_every", "2", "--invert_every", "3", *more])
+    return read(AutoencoderConfig, [*common, *cadence(more), *more])
 
 
 @pytest.mark.parametrize("optim", ["sgd", "lanczos"])  # every one: test_train_mlp.py
 def test_optimizers_train_resume_and_leave_a_whole_result(own, optim):
-    common = ("--model", "own:transposed", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
+    common = ("--model", "own:transposed", "--optim", optim, *safe(optim))
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_autoencoder/straight")
     metrics = read_metrics(straight)

@@ -16,6 +16,7 @@ from common.models import CNNS
 from common.results import read_metrics
 from common.train_config import CNN_DATA, CnnConfig
 from common.trainer import make_task, run
+from tests.apps.options import cadence, safe
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 def configured(*more: str) -> CnnConfig:
     common = ["--data", "own:load", "--batch_size", "10", "--num_epochs", "3", "--quiet"]
     lr = ["--lr", "0.01" if "adam" in more else "0.1"]
-    return read(CnnConfig, [*common, *lr, "--update_every", "2", "--invert_every", "3", *more])
+    return read(CnnConfig, [*common, *lr, *cadence(more), *more])
 
 
 @pytest.mark.parametrize("optim", ["adam", "kfac"])  # every one: test_train_mlp.py
 def test_optimizers_train_resume_and_leave_a_whole_result(own, drawn, optim):
-    common = ("--model", "own:convolutional", "--optim", optim, "--damping", "1", "--kl_bound", "0.1")
+    common = ("--model", "own:convolutional", "--optim", optim, *safe(optim))
     straight = run(configured(*common, "--result_name", "straight"))
     assert straight == Path("results/train_cnn/straight")
     metrics = read_metrics(straight)

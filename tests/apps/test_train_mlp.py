@@ -20,6 +20,7 @@ from common.results import read_metrics
 from common.runs import save, watched
 from common.train_config import TrainConfig
 from common.trainer import make_task, natural_gradient, run
+from tests.apps.options import cadence, safe
 from tests.methods.protocol import TRAINED
 
 ROOT = Path(__file__).parents[2]
@@ -28,19 +29,16 @@ ROOT = Path(__file__).parents[2]
 def configured(*more: str) -> TrainConfig:
     common = ["--data", "own:load", "--batch_size", "10", "--num_epochs", "3", "--quiet"]
     lr = ["--lr", "0.01" if "adam" in more else "0.1"]
-    return read(TrainConfig, [*common, *lr, "--update_every", "2", "--invert_every", "3", *more])
+    return read(TrainConfig, [*common, *lr, *cadence(more), *more])
 
 
 def quiet_run(*more: str) -> Path:
     return run(configured(*more))
 
 
-SAFE = ("--damping", "1", "--kl_bound", "0.1")
-
-
 @pytest.mark.parametrize("optim", ["sgd", "adam", *TRAINED])
 def test_every_optimizer_trains_leaves_a_whole_result_and_resumes_exactly(own, optim):
-    straight = quiet_run("--optim", optim, *SAFE, "--result_name", "straight")
+    straight = quiet_run("--optim", optim, *safe(optim), "--result_name", "straight")
     assert straight == Path("results/train_mlp/straight")
     metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [0, 1, 2, 3]
@@ -48,8 +46,8 @@ def test_every_optimizer_trains_leaves_a_whole_result_and_resumes_exactly(own, o
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
     assert metrics[-1]["step"] == 3 * 4  # 32 examples, batches of 10: the short last one counts
     assert {path.name for path in straight.glob("*.png")} == {"loss.png"}
-    quiet_run("--optim", optim, *SAFE, "--result_name", "parts", "--num_epochs", "1")
-    parts = quiet_run("--optim", optim, *SAFE, "--result_name", "parts", "--num_epochs", "3", "--resume")
+    quiet_run("--optim", optim, *safe(optim), "--result_name", "parts", "--num_epochs", "1")
+    parts = quiet_run("--optim", optim, *safe(optim), "--result_name", "parts", "--num_epochs", "3", "--resume")
     one, two = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in (straight, parts))
     assert one.keys() == two.keys() and all(torch.equal(one[path], two[path]) for path in one)
     assert [m["train_loss"] for m in read_metrics(parts)] == [m["train_loss"] for m in metrics]
@@ -57,7 +55,7 @@ def test_every_optimizer_trains_leaves_a_whole_result_and_resumes_exactly(own, o
 
 @pytest.mark.parametrize("model", ["own:build", "own:autoencoder"])
 def test_the_configuration_of_a_result_gives_the_same_run(own, drawn, model):
-    folder = quiet_run("--model", model, "--optim", "kfac", *SAFE, "--result_name", "x")
+    folder = quiet_run("--model", model, "--optim", "kfac", *safe("kfac"), "--result_name", "x")
     losses = [m["train_loss"] for m in read_metrics(folder)]
     assert losses[-1] < losses[0]
     assert (folder / "reconstructions.png").exists() == ("autoencoder" in model)
