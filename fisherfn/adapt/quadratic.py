@@ -130,22 +130,16 @@ def quadratic_model(
     products = torch.stack([output_fisher(ng.likelihood, outputs, y, move) for move in moves]) / n
     flat = moves.flatten(1).double()
     curvature = flat @ products.flatten(1).double().T
+    # A plain callable may be concave in the outputs. Along such a direction the model would have no minimum, and every
+    # step the length 0; without that curvature, the damping alone limits the step.
+    convex = curvature.diagonal() >= 0
+    curvature = torch.where(convex[:, None] & convex, curvature, 0.0)
     return QuadraticModel(
         slope=flat @ slope_of_outputs.flatten().double(),
-        curvature=_convex(0.5 * (curvature + curvature.T)),  # symmetric in spite of numerical noise
+        curvature=0.5 * (curvature + curvature.T),  # symmetric in spite of numerical noise
         gram=_gram(directions),
         losses=losses.detach(),
     )
-
-
-def _convex(curvature: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Return the curvature without directions in which it is negative: there the damping alone limits the step.
-
-    A Fisher has none. The second derivative of a plain callable has, where the loss is not convex in the outputs; its
-    model would have no minimum, and a step of length 0 in every batch would train nothing.
-    """
-    convex = curvature.diagonal() >= 0
-    return torch.where(convex[:, None] & convex, curvature, 0.0)
 
 
 def without_examples(directions: Sequence[Tree], losses: Float[Tensor, " n"]) -> QuadraticModel:

@@ -87,9 +87,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             momentum: μ in [0, 1); "auto" takes it from the quadratic model, or 0.9 if both learning rate and damping
                 are given.
             weight_decay: w, decoupled: η w θ is subtracted in addition to the step.
-            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 per label (each position of a
-                sequence has one) if learning rate and damping are given, if the loss is watched with a given learning
-                rate, or if the labels are classes; else no bound.
+            kl_bound: κ > 0, in nats per example; None for no bound. "auto" is 1e-3 per label (of a sequence: position)
+                if lr and damping are given, a loss with a given lr is watched, or labels are classes; else no bound.
             damping: λ ≥ 0, in the units of the Fisher of the mean NLL; "auto" follows the reduction ratio. With an
                 automatic learning rate, a number is the initial λ, and rejected steps raise it. `opt.damping` changes
                 it later.

@@ -62,7 +62,7 @@ class Use(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """What a call of a layer must have in common with that of the build: family, configuration and bias."""
+    """The parts of a layer's call that must be those of the build: family, configuration and bias."""
 
     kind: str
     config: Any

@@ -133,7 +133,7 @@ def groups_of(net, **numbers):
 
 
 def moved(case, factor, **numbers):
-    """How far a net moves in one step, the learning rates of both groups times a factor."""
+    """The change of each parameter in one step; `factor` multiplies the learning rates of both groups."""
     net = case.again()
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     opt = ff.optim.NaturalGradient(net, groups_of(net, **numbers), likelihood=LABELS, kl_bound=None, damping=0.1)
