@@ -8,7 +8,8 @@ From the top (a file may import from lower floors of its own tower, and from the
     F7   optim                                             the shell for other people's loops, on the roof
     F6   adapt, distributed, laplace; stagger              how far a step goes, several processes, a posterior
     F5   natgrad, compiled; terms                          the roof, which alone knows both towers
-    F4   views, dataset, influence, merged; refreshes      what a state says; factors of many batches; new states
+    F4   views, dataset, influence, linearised, merged     what a state says; factors of many batches; Jacobians
+         refreshes                                         new states from old ones
                                       F3s  stats
     F2m  methods                      F2s  randomness
     F1m  base, fisher                 F1s  layers, likelihoods, decompositions
@@ -17,6 +18,7 @@ From the top (a file may import from lower floors of its own tower, and from the
          linalg
     F0   types, masked, tree, errors, calls, operators, state, which  the ground, which both towers stand on
          members, equal_shapes, products, rows, taps, joined, per_example, conjugate_gradients, shares, free_constant
+         value_reads
 """
 
 import ast
