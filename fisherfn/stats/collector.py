@@ -209,6 +209,7 @@ class Collector:
             names, rows = [block.weight for block in layout.fallbacks], torch.cat([loss_cot.unsqueeze(0), cots])
             singles = example_gradients(self.model, layout, params, names, x, context, rows)
             inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
+            singles = {b.weight: singles[b.weight].to(b.uses[0].dtype) for b in layout.fallbacks}
             loss_grads |= {name: (g[0],) for name, g in singles.items()}
             grads |= {name: (g[1:],) for name, g in singles.items()}
         if kind == "empirical":  # labels are the data's targets: the backward pass of the loss is reused
