@@ -170,7 +170,7 @@ def test_a_tree_in_another_order_is_the_same_tree(problem, ng):
 @pytest.mark.parametrize(
     "spoil",
     [lambda u: u[:3], lambda u: u.transpose(0, 1), lambda u: u[..., None], lambda u: u[:, 0]],
-    ids=["too few examples", "draws first", "an axis too many", "no draws"],
+    ids=["too few examples", "samples first", "an axis too many", "no samples"],
 )
 def test_noise_of_the_wrong_shape(problem, spoil):
     ng = problem.build(samples=2)
@@ -179,6 +179,16 @@ def test_noise_of_the_wrong_shape(problem, spoil):
     assert all(tap.g.shape[1] == 1 for tap in stats.taps.values())
     with pytest.raises((errors.ShapeError, errors.NoiseError)):
         ng.stats(problem.params, problem.batch, noise=spoil(noise))
+
+
+@pytest.mark.parametrize("id", ["mlp-gaussian", "mlp-bernoulli", "sequence-out"])
+def test_one_number_of_noise_does_not_serve_several_outputs(id):
+    problem = zoo.pick(id)
+    ng = problem.build(samples=2)
+    noise = ng.noise(problem.batch, zoo.generator())
+    assert noise.shape[2:].numel() > 1
+    with pytest.raises(errors.ShapeError, match=r"noise has shape .* 1\], expected \["):
+        ng.stats(problem.params, problem.batch, noise=noise[..., :1])
 
 
 # ---------------------------------------------------------------------------------------------- noise, likelihoods

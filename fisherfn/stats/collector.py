@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -179,10 +179,16 @@ class Collector:
         require(self.likelihood, "sample", "mc")
         if noise is None and generator is not None:
             expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
-            noise = self._drawn(given, generator, samples)
+            return self._drawn(given, generator, samples)
         if noise is not None:
-            check_noise(noise, given.examples, samples)
+            check_noise(noise, given.examples, samples, self._noise_entries)
         return noise
+
+    @cached_property
+    def _noise_entries(self) -> torch.Size:
+        """The shape of the noise of one sample: where one number served several outputs, their labels would agree."""
+        one = torch.Size((1, 1, *self.layout.output_shape))
+        return draw(self.likelihood, one, torch.Generator(), torch.float32).shape[2:]
 
     def _drawn(self, given: Checked, generator: torch.Generator, samples: int | None) -> Tensor:
         samples = self.samples if samples is None else samples
