@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import CoverageError, ShapeError, StructureError, UnusedParameterError, unknown
+from fisherfn.errors import CoverageError, ShapeError, UnusedParameterError, unknown
 from fisherfn.stats.blocks import Block, Use
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
+from fisherfn.stats.functional import check_model
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.numbers import close, cotangent_of
@@ -36,8 +37,7 @@ def build(
         UnusedParameterError: a parameter does not reach the outputs.
         CoverageError: a parameter is in no layer, and its per-example gradients do not add up to its gradient.
     """
-    if not callable(model):
-        raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
+    check_model(model, context)
     if unused not in ("raise", "ignore"):
         raise unknown("unused", unused, ("raise", "ignore"))
     if uncovered not in ("fallback", "gradient"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect, expect_count
-from fisherfn.likelihoods import Callback, draw
+from fisherfn.likelihoods import as_likelihood, draw
 from fisherfn.stats.batch import (
     Batch,
     Checked,
@@ -248,12 +248,11 @@ def known_likelihood(likelihood: Any, fisher: str, samples: int) -> Any:
     Raises:
         UnknownNameError: no Fisher has this name.
         HyperparameterError: fewer than one sample.
-        LikelihoodError: the likelihood lacks a method that this Fisher needs.
+        LikelihoodError: no likelihood, or one that lacks a method that this Fisher needs.
     """
     check_fisher(fisher)
     check_samples(samples)
-    if not hasattr(likelihood, "nll"):
-        likelihood = Callback(likelihood)
+    likelihood = as_likelihood(likelihood)
     if fisher != "empirical":
         require(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return likelihood
