@@ -131,9 +131,9 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "targets": (
         TargetError,
         "targets are outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
-        "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite); check the labels, a "
-        "mask on the outputs, and the width of the model's output. Bernoulli(logits=False) needs outputs in [0, 1] "
-        "too: let the model end in a sigmoid, or pass logits=True",
+        "infinity, probabilities and weights are >= 0 and weights are not all 0, Bernoulli targets from 0 to 1, all "
+        "finite); check the labels, a mask on the outputs, and the width of the model's output. "
+        "Bernoulli(logits=False) needs outputs in [0, 1] too: let the model end in a sigmoid, or pass logits=True",
     ),
     "chunks": (
         LikelihoodError,
@@ -142,9 +142,10 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     ),
     "loss": (
         NonFiniteError,
-        "the loss is NaN or infinite although inputs and targets are valid: the parameters have diverged (lower the "
-        "learning rate or the KL bound, or raise the damping, and continue from an earlier state), or the model or "
-        "the likelihood overflows on this batch (exp, a division, the log of 0)",
+        "the loss is NaN or infinite although inputs and targets are valid: the context or the parameters contain NaN "
+        "or infinity, perhaps because the parameters have diverged (lower the learning rate or the KL bound, or raise "
+        "the damping, and continue from an earlier state), or the model or the likelihood overflows on this batch "
+        "(exp, a division, the log of 0)",
     ),
     "gradient": (
         NonFiniteError,

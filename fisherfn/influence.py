@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn.errors import StructureError, expect
+from fisherfn.errors import ShapeError, StructureError, expect
 from fisherfn.lowrank import inner_products
 from fisherfn.per_example import example_matrices
 from fisherfn.stats import Stats
@@ -53,6 +53,7 @@ def influence_scores(stats: Stats, directions: Tree) -> Float[Tensor, "q n"]:
 
     Raises:
         StructureError: names that differ from the parameters, or parameters in no block.
+        ShapeError: shapes that differ from the parameters', or no axis of queries.
     """
     expect(stats, Stats, "stats", "pass what ng.stats(params, batch) returned")
     _check_covered(stats)
@@ -63,8 +64,16 @@ def influence_scores(stats: Stats, directions: Tree) -> Float[Tensor, "q n"]:
         parts = [inner_products(taps[key], V.to(taps[key].dtype)) for key, V in layout.matrices(v).items()]
         return torch.stack(parts).sum((0, 1))
 
-    if not isinstance(directions, dict) or list(directions) != list(layout.names):
+    if not isinstance(directions, dict) or directions.keys() != set(layout.names):
         raise StructureError(f"directions must be a tree like params, with {', '.join(map(repr, layout.names))}.")
+    found = {name: v.shape for name, v in directions.items()}
+    queries = next(iter(found.values()))[:1]
+    wrong = [name for name, shape in layout.shapes if found[name] != (*queries, *shape)]
+    if wrong:
+        raise ShapeError(
+            f"the directions of {wrong[0]!r} have shape {list(found[wrong[0]])}, expected [Q, …] like params with one "
+            "number Q of queries for all: one query is v.unsqueeze(0)."
+        )
     scores: Tensor = torch.vmap(of_one)(directions)
     return scores
 

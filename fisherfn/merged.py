@@ -25,7 +25,7 @@ from fisherfn.layers import FallbackConfig
 from fisherfn.per_example import example_matrices
 from fisherfn.stats import Block, Layout, Stats
 from fisherfn.stats.block_taps import lazy
-from fisherfn.stats.layout import Use
+from fisherfn.stats.blocks import Use
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Shape, Tree
 from fisherfn.which import Which

@@ -13,7 +13,7 @@ from fisherfn.base import Estimated
 from fisherfn.errors import expect_number, expect_positive
 from fisherfn.state import State, detached, if_ok, info_of
 from fisherfn.stats import Stats
-from fisherfn.types import Info, Tree, at_least_single
+from fisherfn.types import Info, Tree
 from fisherfn.views import Views
 from fisherfn.which import Which, chosen
 
@@ -37,8 +37,7 @@ class Refreshes(Views):
         self.layout.validate(params)
         expect_number("damping", damping, lambda v: v >= 0, "must be >= 0")
         expect_number("ema", ema, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-        like = next(iter(params.values()))
-        dtype, device = at_least_single(like.dtype), like.device
+        dtype, device = self.layout.precision, next(iter(params.values())).device
         λ = torch.as_tensor(damping, dtype=dtype, device=device)
         factors, inverses = self.method.init(self.layout.block_shapes, dtype, device, λ)
         count = torch.zeros((), dtype=torch.int64, device=device)

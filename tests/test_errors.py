@@ -170,7 +170,7 @@ def test_a_tree_in_another_order_is_the_same_tree(problem, ng):
 @pytest.mark.parametrize(
     "spoil",
     [lambda u: u[:3], lambda u: u.transpose(0, 1), lambda u: u[..., None], lambda u: u[:, 0]],
-    ids=["too few examples", "draws first", "an axis too many", "no draws"],
+    ids=["too few examples", "samples first", "an axis too many", "no samples"],
 )
 def test_noise_of_the_wrong_shape(problem, spoil):
     ng = problem.build(samples=2)
@@ -181,7 +181,123 @@ def test_noise_of_the_wrong_shape(problem, spoil):
         ng.stats(problem.params, problem.batch, noise=spoil(noise))
 
 
+@pytest.mark.parametrize("id", ["mlp-gaussian", "mlp-bernoulli", "sequence-out"])
+def test_one_number_of_noise_does_not_serve_several_outputs(id):
+    problem = zoo.pick(id)
+    ng = problem.build(samples=2)
+    noise = ng.noise(problem.batch, zoo.generator())
+    assert noise.shape[2:].numel() > 1
+    with pytest.raises(errors.ShapeError, match=r"noise has shape .* 1\], expected \["):
+        ng.stats(problem.params, problem.batch, noise=noise[..., :1])
+
+
 # ---------------------------------------------------------------------------------------------- noise, likelihoods
+
+
+def plain(outputs, targets):
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize(
+    ("likelihood", "lesson"),
+    [
+        (ff.Categorical, r"a class, Categorical: pass an instance, Categorical\(\)"),
+        ("categorical", r"cannot be 'categorical': pass ff\.Categorical\(\)"),
+        (None, r"cannot be None: pass ff\.Categorical\(\)"),
+        (3, "cannot be int"),
+    ],
+    ids=str,
+)
+def test_what_is_no_likelihood_is_refused_with_what_to_pass(problem, likelihood, lesson, fisher):
+    with pytest.raises(errors.LikelihoodError, match=lesson):
+        ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=likelihood, fisher=fisher)
+    with pytest.raises(errors.LikelihoodError, match=lesson):
+        ff.Weighted(likelihood)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_plain_function_is_told_what_has_samples(problem, weighted):
+    likelihood = ff.Weighted(plain) if weighted else plain
+    for fisher, method in (("mc", "sample"), ("type2", "fisher_sqrt")):
+        with pytest.raises(errors.LikelihoodError, match=f"{method}, which a plain function does not have") as caught:
+            ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=likelihood, fisher=fisher)
+        assert "Callback" not in str(caught.value)
+
+
+def test_a_plain_function_can_be_weighted(problem):
+    ng = ff.natural_gradient(
+        problem.model, problem.params, problem.x, likelihood=ff.Weighted(plain), fisher="empirical"
+    )  # fmt: skip
+    weights = torch.arange(len(problem.x), dtype=problem.x.dtype)
+    loss = ng.stats(problem.params, (problem.x, (problem.y, weights))).loss
+    expected = (weights * plain(problem.model(problem.params, problem.x), problem.y)).sum() / len(problem.x)
+    torch.testing.assert_close(loss, expected)
+
+
+def with_context(p, x, context):
+    return torch.nn.functional.linear(x, p["w"]), context
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "lesson"),
+    [
+        (torch.nn.Linear(3, 2), None, r"a module, Linear: .*ff\.functional\(net\)"),
+        (torch.nn.Linear(3, 2), {}, r"a module, Linear: .*ff\.functional\(net\)"),
+        (lambda p, x: torch.nn.functional.linear(x, p["w"]), {}, "a context was given, and the model takes none"),
+        (with_context, None, "the model takes a context, and none was given"),
+        (
+            lambda p, x, c: torch.nn.functional.linear(x, p["w"]),
+            {},
+            r"must return \(outputs, new context\), got Tensor",
+        ),
+        (lambda p, x, c: (x @ p["w"].T, c, 1), {}, r"must return \(outputs, new context\), got tuple"),
+    ],
+    ids=["module", "module and context", "takes no context", "takes a context", "returns none", "returns more"],
+)
+@pytest.mark.parametrize("examples", [2, 5])
+def test_what_is_no_model_is_refused_with_what_to_pass(model, context, lesson, examples):
+    """Two examples: outputs `[2, …]` could be taken for a pair."""
+    params, x = {"w": torch.ones(2, 3)}, torch.ones(examples, 3)
+    with pytest.raises(errors.StructureError, match=lesson):
+        ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
+
+
+# by name: likelihood, targets, parameters' and context's factor, and what the message must say
+NOT_FINITE = {
+    "weights of zero": (
+        ff.Weighted(ff.Gaussian()),
+        (torch.zeros(4, 2), torch.zeros(4)),
+        1.0,
+        1.0,
+        "weights are not all 0",
+    ),
+    "parameters": (ff.Gaussian(), torch.zeros(4, 2), float("nan"), 1.0, "the context or the parameters contain NaN"),
+    "context": (ff.Gaussian(), torch.zeros(4, 2), 1.0, float("inf"), "the context or the parameters contain NaN"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_the_message_names_the_cause_among_others(name):
+    likelihood, targets, factor, entry, cause = NOT_FINITE[name]
+    params, x, context = {"w": factor * torch.ones(2, 3)}, torch.ones(4, 3), {"c": torch.ones(2)}
+
+    def model(p, x, context):
+        return torch.nn.functional.linear(x, p["w"]) * context["c"], context
+
+    ng = ff.natural_gradient(
+        model, {"w": torch.ones(2, 3)}, x, likelihood=likelihood, context=context, fisher="empirical"
+    )
+    context = {"c": entry * context["c"]}
+    info = ng.step(params, ng.init(params), (x, targets), context=context)[2]
+    with pytest.raises(errors.FisherfnError, match=cause):
+        ff.check(info)
+
+
+@pytest.mark.parametrize("weight", [[1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]], ids=str)
+def test_class_weights_are_finite_and_not_negative(weight):
+    with pytest.raises(errors.HyperparameterError, match="Categorical weight"):
+        ff.Categorical(weight=torch.tensor(weight))
 
 
 def test_monte_carlo_without_randomness(problem):

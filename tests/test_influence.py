@@ -41,6 +41,15 @@ def test_gradients_and_scores_of_examples_are_those_of_autograd(id):
     close(scores, P @ flat.mT)
 
 
+def test_the_order_of_the_names_changes_no_score():
+    problem = zoo.pick("mlp-categorical")
+    stats = problem.build(method="kfac", fisher="type2").stats(problem.params, problem.batch)
+    gradients = ff.example_gradients(stats)
+    flat = torch.cat([gradients[key].flatten(1) for key in gradients], 1)
+    reverse = {key: gradients[key] for key in reversed(gradients)}
+    close(ff.influence_scores(stats, reverse), flat @ flat.mT)
+
+
 def test_conjugate_gradients_solve_many_right_sides_at_once():
     problem = zoo.pick("mlp-categorical")
     ng = problem.build(method="kfac", fisher="type2")
@@ -87,6 +96,12 @@ def test_what_has_no_scores_is_refused():
     stats = ng.stats(problem.params, problem.batch)
     with pytest.raises(ff.errors.StructureError, match="like params"):
         ff.influence_scores(stats, {})
+    one = zoo.random_tree(problem.params)
+    name = next(iter(one))
+    several = {key: leaf.expand(2, *leaf.shape) for key, leaf in one.items()}
+    for wrong in (one, several | {name: several[name][:1]}):
+        with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="one number Q of queries"):
+            ff.influence_scores(stats, wrong)
     with pytest.raises(ff.errors.StructureError, match="stats"):
         ff.example_gradients(problem.params)
     with pytest.raises(ff.errors.HyperparameterError, match="iterations"):

@@ -19,7 +19,6 @@ from fisherfn.errors import HyperparameterError, StructureError, expect, expect_
 from fisherfn.methods.two_level import TwoLevel
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.shares import costs, owners
-from fisherfn.types import at_least_single
 
 Precondition: TypeAlias = Literal["everywhere", "owner", "auto"]
 """The rank that multiplies the gradient of a block by its inverse: every rank, its owner, or whichever sends less."""
@@ -93,7 +92,7 @@ def owner_sends_less(method: Method, ng: NaturalGradient, ranks: int, invert_eve
     if not isinstance(method, LayerMethod):
         return False
     shapes, meta = ng.layout.block_shapes, torch.device("meta")
-    dtype = at_least_single(ng.layout.dtypes[0])
+    dtype = ng.layout.precision
     _, inverses = method.init(shapes, dtype, meta, torch.ones((), dtype=dtype, device=meta))
     owner = owners(costs(shapes, getattr(method, "diagonal_above", 0)), ranks)
     matrices = {key: [torch.empty(s.k, s.o, s.i, dtype=dtype, device=meta)] for key, s in shapes.items()}

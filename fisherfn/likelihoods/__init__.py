@@ -4,7 +4,7 @@ Every likelihood sums over output dimensions and does not average, so that loss 
 takes the mean over examples (docs/conventions.md).
 """
 
-from fisherfn.likelihoods.base import Callback, Likelihood, Nll, draw, output_fisher, weighs
+from fisherfn.likelihoods.base import Callback, Likelihood, Nll, as_likelihood, draw, output_fisher, weighs
 from fisherfn.likelihoods.bernoulli import Bernoulli
 from fisherfn.likelihoods.categorical import Categorical
 from fisherfn.likelihoods.gaussian import Gaussian
@@ -18,6 +18,7 @@ __all__ = [
     "Likelihood",
     "Nll",
     "Weighted",
+    "as_likelihood",
     "draw",
     "output_fisher",
     "weighs",

@@ -48,6 +48,25 @@ class Callback:
         return self.fn(outputs, targets)
 
 
+def as_likelihood(given: Any) -> Any:
+    """Return an object with `nll`; a plain callable becomes a likelihood for the empirical Fisher.
+
+    Raises:
+        LikelihoodError: a class, or neither a likelihood nor a function.
+    """
+    if isinstance(given, type):
+        raise LikelihoodError(f"the likelihood is a class, {given.__name__}: pass an instance, {given.__name__}().")
+    if hasattr(given, "nll"):
+        return given
+    if not callable(given):
+        found = repr(given) if given is None or isinstance(given, str) else type(given).__name__
+        raise LikelihoodError(
+            f"the likelihood cannot be {found}: pass ff.Categorical(), ff.Bernoulli(), ff.Gaussian(), an object with "
+            'nll(outputs, targets), or a function (outputs, targets) -> [N] with fisher="empirical".'
+        )
+    return Callback(given)
+
+
 def draw(likelihood: object, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Return the noise for outputs of this shape: the likelihood's own, else one uniform number per output."""
     own = getattr(likelihood, "noise", None)

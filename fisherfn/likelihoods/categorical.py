@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherfn import masked
 from fisherfn.errors import HyperparameterError, ShapeError, TargetError, expect, expect_number
 from fisherfn.likelihoods.base import check_shape, sum_over_outputs, uniform
 from fisherfn.types import PyTree
@@ -51,6 +52,13 @@ class Categorical:
     def __post_init__(self) -> None:
         if self.weight is not None and not isinstance(self.weight, Tensor):
             raise HyperparameterError(f"Categorical weight is a tensor [C] or None, got {type(self.weight).__name__}.")
+        if self.weight is not None:
+            sound = ((self.weight >= 0) & torch.isfinite(self.weight)).all()
+            if self.weight.ndim != 1 or (masked.is_concrete(sound) and not sound):
+                raise HyperparameterError(
+                    "Categorical weight is one finite number >= 0 for each class, [C], got "
+                    f"{list(self.weight.shape)} or a number that is negative, NaN or infinite."
+                )
         expect_number("label_smoothing", self.label_smoothing, lambda v: 0 <= v <= 1, "must lie in [0, 1]")
         expect_number("ignore_index", self.ignore_index, lambda v: True, "must be a whole number", whole=True)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn.errors import StructureError, expect
-from fisherfn.likelihoods.base import check_shape
+from fisherfn.likelihoods.base import as_likelihood, check_shape
 from fisherfn.types import PyTree
 
 PASSED_ON = ("sample", "noise", "fisher_sqrt")
@@ -29,7 +29,11 @@ class Weighted:
     targets.
 
     Args:
-        likelihood: `ff.Gaussian()` or another.
+        likelihood: `ff.Gaussian()` or another; a plain callable `(outputs, targets) -> [N]` serves the
+            empirical Fisher.
+
+    Raises:
+        LikelihoodError: a class, or neither a likelihood nor a function.
 
     >>> from fisherfn.likelihoods import Gaussian
     >>> Weighted(Gaussian()).nll(torch.zeros(2, 1), (torch.ones(2, 1), torch.tensor([1.0, 3.0])))
@@ -37,6 +41,9 @@ class Weighted:
     """
 
     likelihood: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "likelihood", as_likelihood(self.likelihood))
 
     def __getattr__(self, name: str) -> Any:
         """Return a method of the likelihood that does not see the targets, if it has this one."""

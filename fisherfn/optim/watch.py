@@ -20,9 +20,9 @@ from fisherfn.errors import ShapeError, StructureError
 from fisherfn.layers import Call
 from fisherfn.randomness import draws_globally
 from fisherfn.stats import Block, LayerStats, Layout, Stats
+from fisherfn.stats.blocks import Use
 from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
-from fisherfn.stats.layout import Use
 from fisherfn.stats.shared import Followed
 from fisherfn.stats.steps import Plan
 
@@ -174,4 +174,4 @@ def _gradient(block: Block, use: Use, seen: Seen) -> Tensor:
             "build: watch batches with the same example shape."
         )
     # a use that the loss does not depend on has none
-    return torch.zeros_like(seen.leaf) if seen.leaf.grad is None else seen.leaf.grad.detach()
+    return torch.zeros_like(seen.leaf) if seen.leaf.grad is None else seen.leaf.grad.detach().to(use.dtype)

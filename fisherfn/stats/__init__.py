@@ -2,12 +2,13 @@
 
 from fisherfn.stats.batch import FISHERS, Batch, pair
 from fisherfn.stats.block_taps import lazy
+from fisherfn.stats.blocks import Block
 from fisherfn.stats.build import build
 from fisherfn.stats.chunks import independent, join, window
 from fisherfn.stats.collector import Collector, FisherKind, known_likelihood
 from fisherfn.stats.functional import functional, run
 from fisherfn.stats.implicit import ImplicitFisher
-from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.statistics import LayerStats, Stats
 
 __all__ = [

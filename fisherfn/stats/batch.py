@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.errors import EmptyBatchError, ShapeError, StructureError, expect, expect_count, unknown
@@ -95,14 +95,17 @@ def check_entries(layout: Layout, context: PyTree, examples: int) -> None:
         )
 
 
-def check_noise(noise: Tensor, examples: int, samples: int | None) -> None:
-    """Raise unless the noise is indexed by example, then by sample: as many as `samples`, or any number for None."""
+def check_noise(noise: Tensor, examples: int, samples: int | None, entries: Size) -> None:
+    """Raise unless the noise is indexed by example, then by sample, and has the entries of one sample.
+
+    There are as many samples as `samples`, or any number for None.
+    """
     expect(noise, Tensor, "noise", "make it with ng.noise(batch, generator)")
-    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1
+    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1 and noise.shape[2:] == entries
     if not fits or (samples is not None and noise.shape[1] != samples):
-        expected = f"[{examples}, {'S' if samples is None else samples}, …]"
+        expected = ", ".join(map(str, [examples, "S" if samples is None else samples, *entries]))
         raise ShapeError(
-            f"noise has shape {list(noise.shape)}, expected {expected}: one entry per example and sample. "
+            f"noise has shape {list(noise.shape)}, expected [{expected}]: random numbers for each example and sample. "
             "Make it with ng.noise(batch, generator) for this very batch, or take the matching slice."
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfn import rows
 from fisherfn.layers import balance, swapped_columns, swapped_rows
-from fisherfn.stats.layout import Block, Use
+from fisherfn.stats.blocks import Block, Use
 from fisherfn.taps import LazyTap, Sizes, Tap
 
 

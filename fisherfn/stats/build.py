@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import CoverageError, ShapeError, StructureError, UnusedParameterError, unknown
+from fisherfn.errors import CoverageError, ShapeError, UnusedParameterError, unknown
+from fisherfn.stats.blocks import Block, Use
 from fisherfn.stats.border import border, brief, listed, with_line
 from fisherfn.stats.candidates import candidates
 from fisherfn.stats.fallbacks import in_double, verify_fallbacks, with_fallbacks, without_fallbacks
+from fisherfn.stats.functional import check_model
 from fisherfn.stats.intercept import Intercept
-from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.numbers import close, cotangent_of
 from fisherfn.stats.probe import FEW, Probe
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.verify import verify
 from fisherfn.stats.whole import check_whole
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.types import Model, PyTree, Tree, at_least_single
 
 
 @border()
@@ -35,8 +37,7 @@ def build(
         UnusedParameterError: a parameter does not reach the outputs.
         CoverageError: a parameter is in no layer, and its per-example gradients do not add up to its gradient.
     """
-    if not callable(model):
-        raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
+    check_model(model, context)
     if unused not in ("raise", "ignore"):
         raise unknown("unused", unused, ("raise", "ignore"))
     if uncovered not in ("fallback", "gradient"):
@@ -47,10 +48,20 @@ def build(
     whole.check()
     if whole.examples > FEW:
         try:
-            return _build(whole.few(), unused, uncovered, whole)
+            return _in_one_precision(_build(whole.few(), unused, uncovered, whole))
         except (RuntimeError, ValueError):  # all examples may show, or allow, what a few do not
             pass
-    return _build(whole, unused, uncovered)
+    return _in_one_precision(_build(whole, unused, uncovered))
+
+
+def _in_one_precision(layout: Layout) -> Layout:
+    """Give the output-gradients of all layers one type, half precision aside, since methods combine layers."""
+
+    def common(use: Use) -> Use:
+        return use if at_least_single(use.dtype) == layout.precision else use._replace(dtype=layout.precision)
+
+    blocks = tuple(replace(block, uses=tuple(common(use) for use in block.uses)) for block in layout.blocks)
+    return replace(layout, blocks=blocks)
 
 
 class _TooFewError(ValueError):

@@ -6,8 +6,8 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn.layers import COPIED, ELEMENTWISE, FAMILIES, LINEAR, TIED, TIED_KINDS, FallbackConfig
+from fisherfn.stats.blocks import Block, Use
 from fisherfn.stats.intercept import Intercept
-from fisherfn.stats.layout import Block, Use
 from fisherfn.stats.records import Record
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.steps import Place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect, expect_count
-from fisherfn.likelihoods import Callback, draw
+from fisherfn.likelihoods import as_likelihood, draw
 from fisherfn.stats.batch import (
     Batch,
     Checked,
@@ -179,10 +179,16 @@ class Collector:
         require(self.likelihood, "sample", "mc")
         if noise is None and generator is not None:
             expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
-            noise = self._drawn(given, generator, samples)
+            return self._drawn(given, generator, samples)
         if noise is not None:
-            check_noise(noise, given.examples, samples)
+            check_noise(noise, given.examples, samples, self._noise_entries)
         return noise
+
+    @cached_property
+    def _noise_entries(self) -> torch.Size:
+        """The shape of the noise of one sample: where one number served several outputs, their labels would agree."""
+        one = torch.Size((1, 1, *self.layout.output_shape))
+        return draw(self.likelihood, one, torch.Generator(), torch.float32).shape[2:]
 
     def _drawn(self, given: Checked, generator: torch.Generator, samples: int | None) -> Tensor:
         samples = self.samples if samples is None else samples
@@ -209,6 +215,7 @@ class Collector:
             names, rows = [block.weight for block in layout.fallbacks], torch.cat([loss_cot.unsqueeze(0), cots])
             singles = example_gradients(self.model, layout, params, names, x, context, rows)
             inputs |= dict.fromkeys(names, (outputs.new_ones(outputs.shape[0]),))
+            singles = {b.weight: singles[b.weight].to(b.uses[0].dtype) for b in layout.fallbacks}
             loss_grads |= {name: (g[0],) for name, g in singles.items()}
             grads |= {name: (g[1:],) for name, g in singles.items()}
         if kind == "empirical":  # labels are the data's targets: the backward pass of the loss is reused
@@ -241,12 +248,11 @@ def known_likelihood(likelihood: Any, fisher: str, samples: int) -> Any:
     Raises:
         UnknownNameError: no Fisher has this name.
         HyperparameterError: fewer than one sample.
-        LikelihoodError: the likelihood lacks a method that this Fisher needs.
+        LikelihoodError: no likelihood, or one that lacks a method that this Fisher needs.
     """
     check_fisher(fisher)
     check_samples(samples)
-    if not hasattr(likelihood, "nll"):
-        likelihood = Callback(likelihood)
+    likelihood = as_likelihood(likelihood)
     if fisher != "empirical":
         require(likelihood, {"mc": "sample", "type2": "fisher_sqrt"}[fisher], fisher)
     return likelihood

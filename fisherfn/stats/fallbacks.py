@@ -10,9 +10,10 @@ from torch import Size, Tensor
 from fisherfn import tree
 from fisherfn.errors import CoverageError
 from fisherfn.layers import FallbackConfig
+from fisherfn.stats.blocks import Block, Use
 from fisherfn.stats.border import brief, listed, with_line
 from fisherfn.stats.chunks import window
-from fisherfn.stats.layout import Block, Layout, Use
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.numbers import close, noise
 from fisherfn.stats.probe import Probe
 from fisherfn.stats.singles import example_gradients

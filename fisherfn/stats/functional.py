@@ -121,6 +121,38 @@ def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, Py
         return call(model, params, x, context)
 
 
+def check_model(model: Any, context: PyTree) -> None:
+    """Raise `StructureError` unless a model is a function of parameters, inputs and the context, if there is one."""
+    if isinstance(model, torch.nn.Module):
+        raise StructureError(
+            f"the model is a module, {type(model).__name__}: pass the function of its parameters, with them and its "
+            "buffers, model, params, context = ff.functional(net)."
+        )
+    if not callable(model):
+        raise StructureError(f"model cannot be {type(model).__name__}: pass a function (params, x) -> outputs.")
+    if isinstance(context, tuple) and context == ():
+        if not _takes(model, 2) and _takes(model, 3):
+            raise StructureError("the model takes a context, and none was given: pass context= to the build.")
+    elif not _takes(model, 3) and _takes(model, 2):
+        raise StructureError(
+            "a context was given, and the model takes none: let it be a function (params, x, context) -> (outputs, "
+            "context), or leave out context=."
+        )
+
+
+def _takes(model: Model, arguments: int) -> bool:
+    """Return True if a function can be called with so many arguments, or does not say with how many."""
+    try:
+        signature = inspect.signature(model)
+    except (ValueError, TypeError):
+        return True
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
+
+
 def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
     """Call the model, with the context if there is one; `()` stands for none.
 
@@ -130,7 +162,13 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
     if isinstance(context, tuple) and context == ():
         outputs, new_context = model(params, x), ()
     else:
-        outputs, new_context = model(params, x, context)
+        found: Any = model(params, x, context)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise StructureError(
+                f"with a context the model must return (outputs, new context), got {type(found).__name__}: return "
+                "(outputs, context), also where the context does not change."
+            )
+        outputs, new_context = found
     if versions(x) != before:
         raise StructureError(
             "the model changes its inputs in place (x += 1, x.clamp_(), or inplace=True in its first layers), and a "

@@ -19,6 +19,7 @@ from torch.func import vjp, vmap
 
 from fisherfn import tree
 from fisherfn.errors import LikelihoodError, NoiseError, ShapeError
+from fisherfn.likelihoods import Callback
 from fisherfn.stats.functional import call
 from fisherfn.stats.intercept import Intercept, Taps
 from fisherfn.stats.layout import Layout
@@ -129,6 +130,11 @@ def _equal_cotangents(
 def require(likelihood: object, method: str, fisher: str) -> object:
     """Return a method of the likelihood, or raise the error that names it."""
     found = getattr(likelihood, method, None)
+    if found is None and isinstance(getattr(likelihood, "likelihood", likelihood), Callback):
+        raise LikelihoodError(
+            f'fisher="{fisher}" needs a likelihood with {method}, which a plain function does not have: pass '
+            'ff.Categorical() or another likelihood, or use fisher="empirical".'
+        )
     if found is None:
         raise LikelihoodError(
             f'fisher="{fisher}" needs {type(likelihood).__name__}.{method}, which it does not have; '

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from fisherfn.errors import StructureError
+from fisherfn.stats.blocks import LayerCall
 from fisherfn.stats.intercept import Intercept
-from fisherfn.stats.layout import LayerCall, Layout
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.records import Record
 
 _REMEDY = "the model's path depends on its input. Build with inputs that take the same path."

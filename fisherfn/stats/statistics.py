@@ -13,7 +13,8 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.errors import StructureError
 from fisherfn.stats.block_taps import lazy
-from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.blocks import Block
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.processes import OneProcess
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, PyTree, Tree, at_least_single

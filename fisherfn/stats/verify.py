@@ -12,8 +12,9 @@ from torch.func import vmap
 from fisherfn import rows, tree
 from fisherfn.layers import COPIED
 from fisherfn.stats.block_taps import lazy
+from fisherfn.stats.blocks import Block
 from fisherfn.stats.intercept import Taps
-from fisherfn.stats.layout import Block, Layout
+from fisherfn.stats.layout import Layout
 from fisherfn.stats.numbers import close
 from fisherfn.stats.passes import tapped_run
 from fisherfn.stats.probe import Probe
