@@ -34,7 +34,7 @@ class Operator:
     """A linear operator on trees, defined by its products.
 
     Attributes:
-        like: a tree with the shapes, types and device of the operator's arguments.
+        like: a tree with the shapes and device of the operator's arguments, and the types in which it computes.
         product: function from tree to tree.
         symmetric: True if the operator is its own transpose.
     """
@@ -44,10 +44,11 @@ class Operator:
     symmetric: bool = True
 
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply a tree by the operator."""
+        """Multiply a tree by the operator. The product is computed in at least float32, and has the types of v."""
         if not isinstance(v, dict) or v.keys() != self.like.keys():
             raise StructureError(f"expected a tree like params, with {', '.join(map(repr, self.like))}.")
-        return self.product(v)
+        given = {name: leaf.to(torch.promote_types(leaf.dtype, self.like[name].dtype)) for name, leaf in v.items()}
+        return {name: leaf.to(v[name].dtype) for name, leaf in self.product(given).items()}
 
     def dense(self) -> Float[Tensor, "p p"]:
         """Return the matrix `[P, P]`, column by column.
