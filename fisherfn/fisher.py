@@ -60,7 +60,7 @@ class Fisher:
 
     def __matmul__(self, v: Tree) -> Tree:
         """Return `F v`, by two passes over the taps; no per-example gradient is formed."""
-        matrices = self._codec.matrices({name: leaf.to(self._dtype) for name, leaf in v.items()})
+        matrices = {key: W.to(self._dtype) for key, W in self._codec.matrices(v).items()}
         inner = self._total({key: inner_products(self._taps[key], V) for key, V in matrices.items()})
         product = self._codec.tree({key: combine(self._taps[key], c / self._examples) for key, c in inner.items()})
         return {name: leaf.to(v[name].dtype) for name, leaf in product.items()}
@@ -72,8 +72,8 @@ class Fisher:
         λ > 0; parameter space: the dense matrix. A singular system gives NaN, because it cannot raise under vmap.
         """
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
+        matrices = {key: W.double() for key, W in self._codec.matrices(v).items()}
         v64 = {name: leaf.double() for name, leaf in v.items()}
-        matrices = self._codec.matrices(v64)
         λ = torch.as_tensor(damping, dtype=torch.float64, device=next(iter(v64.values())).device)
         solved: dict[str, Tensor] = {}
         for taps in self._groups(torch.float64):

@@ -22,7 +22,7 @@ n example, c and d outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,20 +38,16 @@ from fisherfn.errors import (
     StructureError,
     expect,
     expect_count,
-    expect_positive,
-    unknown,
 )
 from fisherfn.linalg import damped
 from fisherfn.linalg.damped import Rotated
 from fisherfn.linearised import output_covariances
 from fisherfn.methods.kronecker import KroneckerMethod
 from fisherfn.natgrad import NaturalGradient
+from fisherfn.priors import Prior, precisions
 from fisherfn.state import State
 from fisherfn.stats import Batch
 from fisherfn.types import Info, PyTree, Tree
-
-Prior = float | Tensor | Mapping[str, float | Tensor]
-"""The precision δ of the prior: one for all blocks, or one per block key."""
 
 
 class LaplaceState(NamedTuple):
@@ -59,7 +55,7 @@ class LaplaceState(NamedTuple):
 
     Attributes:
         params: the mean.
-        prior: precision δ of the prior of each block.
+        prior: precision δ of the prior of each block, and of each unused parameter.
         curvature: the state of the method, whose factors are means over all examples so far.
         loss: mean negative log-likelihood of these examples.
         examples: their number N.
@@ -87,26 +83,32 @@ class Laplace:
 
         Args:
             params: trained parameters, the mean of the posterior.
-            prior: precision δ > 0, one number or one per block key of `ng.layout`.
+            prior: precision δ > 0, one number, or one per block key of `ng.layout` and per unused parameter.
 
         Raises:
             HyperparameterError: a precision that is not positive.
-            UnknownNameError: no block has this key.
-            StructureError: a block without a precision.
+            UnknownNameError: no block or unused parameter has this key.
+            StructureError: a block or an unused parameter without a precision.
         """
         curvature = self.ng.init(params, damping=1.0)
         curvature = curvature._replace(ema=torch.ones_like(curvature.ema))
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
-        return LaplaceState(params, self._priors(prior, zero), curvature, zero, zero)
+        return LaplaceState(params, precisions(self.ng.layout, prior, zero), curvature, zero, zero)
 
     def update(
         self, state: LaplaceState, batch: Batch, *, generator: torch.Generator | None = None, context: PyTree = None
     ) -> tuple[LaplaceState, Info]:
-        """Add the examples of a batch; if any check fails, return the input state.
+        """Add the examples of a batch; if any check fails, return the input state. The result is that of one `fit`.
 
-        E-KFAC and the methods that join statistics need all data at once: use `fit`.
+        Raises:
+            StructureError: the method needs all data at once (all but `kfac` and `kfac_by_term`).
         """
         _check(state)
+        if self.ng.method.fit_passes != 1:
+            raise StructureError(
+                f"averages of {self.ng.method.name} over batches are not its factors of all examples: pass the whole "
+                "data set to posterior.fit, or use ff.kfac."
+            )
         stats = self.ng.stats(state.params, batch, generator=generator, context=context)
         curvature, info = self.ng.update(state.curvature, stats)
         total = state.examples + stats.examples
@@ -151,6 +153,10 @@ class Laplace:
             roots[key] = vmap(lambda W, inverse=inverse: damped.rotated_back(inverse, W))(noise)
         layout = self.ng.layout
         deviations = vmap(lambda one: layout.cast(layout.tree(one)))(roots)
+        for name in layout.unused:  # the data say nothing about it
+            like, shape = deviations[name], (samples, *state.params[name].shape)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+            deviations[name] = (noise.to(like.device) / state.prior[name].sqrt()).to(like.dtype)
         return {name: state.params[name] + deviation for name, deviation in deviations.items()}
 
     # the evidence ----------------------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ class Laplace:
         """
         _check(state)
         _check_seen(state)
-        state = state if prior is None else state._replace(prior=self._priors(prior, state.examples))
+        state = state if prior is None else state._replace(prior=precisions(self.ng.layout, prior, state.examples))
         mean, N = self._blocks(state.params), state.examples
         terms = []
         for key, inverse in self._inverses(state).items():
@@ -185,7 +191,7 @@ class Laplace:
 
         Args:
             state: the posterior.
-            per_block: one precision per block; False: one for all.
+            per_block: one precision per block, while unused parameters keep theirs; False: one for all.
             iterations: number of updates.
 
         Raises:
@@ -205,8 +211,8 @@ class Laplace:
                 prior = {key: determined[key] / mean[key] for key in mean}
             else:
                 one = torch.stack(list(determined.values())).sum() / torch.stack(list(mean.values())).sum()
-                prior = dict.fromkeys(mean, one)
-            state = state._replace(prior=prior)
+                prior = dict.fromkeys(state.prior, one)
+            state = state._replace(prior=state.prior | prior)
         return state
 
     # predictions -----------------------------------------------------------------------------------------------------
@@ -245,26 +251,15 @@ class Laplace:
     def _blocks(self, params: Tree) -> dict[str, Tensor]:
         return {key: W.double() for key, W in self.ng.layout.matrices(params).items()}
 
-    def _priors(self, prior: Prior, like: Tensor) -> dict[str, Tensor]:
-        """Return one precision per block."""
-        keys = [block.key for block in self.ng.layout.blocks]
-        given = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(keys, prior)
-        for key in given:
-            if key not in keys:
-                raise unknown("block", key, keys)
-        missing = [key for key in keys if key not in given]
-        if missing:
-            raise StructureError(f"no prior precision for {', '.join(map(repr, missing))}: give one per block.")
-        for key, δ in given.items():
-            expect_positive(f"prior precision of {key!r}", δ)
-        return {key: torch.as_tensor(given[key], dtype=like.dtype, device=like.device) for key in keys}
-
 
 def laplace(ng: NaturalGradient) -> Laplace:
     """Build a Laplace approximation: pure functions `init`, `update` (or `fit`) and `sample`, evidence and predictions.
 
     Args:
-        ng: a natural gradient with a Kronecker method and `damping_form="eigen"`, which adds exactly the prior.
+        ng: a natural gradient with a Kronecker method and `damping_form="eigen"`, which adds exactly the prior. Methods
+            with two products (`lanczos`, `deflation`, `kfac_corrected`, `kfac_by_term`) approximate N F̂ + δ I: it has
+            no common eigenvectors with both products, so only the diagonal of the second one in the eigenvectors of the
+            first is kept, as in their steps.
 
     Raises:
         StructureError: not a natural gradient, a method without Kronecker factors, or parameters in no block.

@@ -134,6 +134,7 @@ class NaturalGradient(Refreshes):
         for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
             checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
         if not isinstance(grads, Stats):
+            self.layout.validate(grads)
             checks["gradient"] = tree.finite(grads)
         new, diagnostics = state, {}
         if stats is not None:

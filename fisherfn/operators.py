@@ -16,6 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.errors import MissingPackageError, StructureError, TooLargeError, expect_number
 from fisherfn.types import Tree
 
@@ -34,7 +35,7 @@ class Operator:
     """A linear operator on trees, defined by its products.
 
     Attributes:
-        like: a tree with the shapes, types and device of the operator's arguments.
+        like: a tree with the shapes and device of the operator's arguments, and the types in which it computes.
         product: function from tree to tree.
         symmetric: True if the operator is its own transpose.
     """
@@ -44,10 +45,10 @@ class Operator:
     symmetric: bool = True
 
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply a tree by the operator."""
-        if not isinstance(v, dict) or v.keys() != self.like.keys():
-            raise StructureError(f"expected a tree like params, with {', '.join(map(repr, self.like))}.")
-        return self.product(v)
+        """Multiply a tree by the operator. The product is computed in at least float32, and has the types of v."""
+        check_like(v, self.like)
+        given = {name: leaf.to(torch.promote_types(leaf.dtype, self.like[name].dtype)) for name, leaf in v.items()}
+        return {name: leaf.to(v[name].dtype) for name, leaf in self.product(given).items()}
 
     def dense(self) -> Float[Tensor, "p p"]:
         """Return the matrix `[P, P]`, column by column.
@@ -142,6 +143,18 @@ def log_determinant(matrix: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k"]:
     """Return the logarithm of a determinant; NaN if the determinant is negative."""
     sign, logabs = torch.linalg.slogdet(matrix)
     return torch.where(sign < 0, torch.nan, logabs)
+
+
+def check_like(v: Any, like: Tree) -> None:
+    """Raise unless v is a tree with the names and shapes of another.
+
+    Raises:
+        StructureError: other names, or a value that is no tensor.
+        ShapeError: another shape, or a tensor of integers or flags.
+    """
+    if not isinstance(v, dict) or v.keys() != like.keys():
+        raise StructureError(f"expected a tree like params, with {', '.join(map(repr, like))}.")
+    tree.check_leaves(v, {name: leaf.shape for name, leaf in like.items()})
 
 
 def check_size(size: int, what: str, largest: int | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fisherfn import masked
-from fisherfn.errors import StructureError
+from fisherfn.errors import ShapeError, StructureError, expect
 from fisherfn.types import PyTree, at_least_single
 
 T = TypeVar("T", bound=PyTree)
@@ -242,6 +242,21 @@ def register(
         lambda children, static: unflatten_fn(list(children), static),
         flatten_with_keys_fn=with_keys,
     )
+
+
+def check_leaves(values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise unless every value is a tensor of real or complex numbers with the shape of its name.
+
+    Raises:
+        StructureError: a value that is no tensor.
+        ShapeError: another shape, or a tensor of integers or flags.
+    """
+    for name, leaf in values.items():
+        expect(leaf, Tensor, repr(name), "pass a tree of tensors like params")
+        if leaf.shape != tuple(shapes[name]):
+            raise ShapeError(f"{name!r} has shape {tuple(leaf.shape)}, expected {tuple(shapes[name])} as at the build.")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ShapeError(f"{name!r} has type {leaf.dtype}, expected floating-point numbers as at the build.")
 
 
 def _name(step: Any) -> str:

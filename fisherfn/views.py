@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State
 from fisherfn.stats import Block, Collector, Stats
 from fisherfn.taps import Tap
-from fisherfn.types import Tree
+from fisherfn.types import Tree, at_least_single
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Views(Collector):
             return found if found is None else torch.cat([found, found.new_zeros(self.layout.outside)])
 
         return Approximation(
-            self.layout.zeros(state.damping.device),
-            partial(self.matvec, state),
+            self._precise.layout.zeros(state.damping.device),
+            partial(self._precise.matvec, state),
             of_trace=partial(method.trace, factors, shapes),
             of_spectrum=spectrum,
         )
@@ -89,8 +89,8 @@ class Views(Collector):
             return torch.full_like(found, -math.inf) if self.layout.unused and found is not None else found
 
         return DampedInverse(
-            self.layout.zeros(state.damping.device),
-            partial(self.precondition, state),
+            self._precise.layout.zeros(state.damping.device),
+            partial(self._precise.precondition, state),
             symmetric=method.inverse_kind == "symmetric",
             of_logdet=logdet,
         )
@@ -139,6 +139,11 @@ class Views(Collector):
         return Fisher({key: tap.to(dtype) for key, tap in stats.lazy_taps.items()}, self.layout, structure)
 
     # ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _precise(self) -> Self:
+        """Return this object for trees in at least float32, as the factors are."""
+        return replace(self, layout=replace(self.layout, dtypes=tuple(map(at_least_single, self.layout.dtypes))))
 
     @cached_property
     def _structure(self) -> Any:

@@ -43,6 +43,18 @@ def test_evidence_and_predictions_are_those_of_the_dense_posterior(method):
     close(posterior.predict(state, problem.x, chunk_size=2)[1], covariances)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_precision_is_the_fisher_plus_the_prior_for_methods_with_one_product(method):
+    problem, posterior, state = fitted(method=method)
+    F = posterior.ng.approximation(state.curvature).dense()
+    exact = len(problem.x) * F + 0.7 * torch.eye(len(F), dtype=F.dtype)
+    found = precision(problem, posterior, state, 0.7)
+    if method == "lanczos":
+        assert 1e-4 < (found - exact).norm() / exact.norm() < 0.1  # as the page on error bars says
+    else:
+        close(found, exact)
+
+
 def test_a_prior_per_block_is_a_diagonal_of_blocks():
     problem, posterior, state = fitted()
     keys = [block.key for block in posterior.ng.layout.blocks]
@@ -106,6 +118,36 @@ def test_updates_over_batches_are_one_fit():
     close(state.examples, whole.examples)
     close(state.loss, whole.loss)
     close(posterior.log_marginal_likelihood(state), posterior.log_marginal_likelihood(whole))
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kpsvd", "kl_optimal", "lanczos"])
+def test_methods_whose_averages_are_not_those_of_all_examples_need_a_fit(method):
+    problem, posterior, state = fitted(method=method)
+    with pytest.raises(ff.errors.StructureError, match=r"posterior\.fit, or use ff\.kfac"):
+        posterior.update(state, problem.batch)
+
+
+def test_unused_parameters_are_sampled_from_their_prior():
+    """The data say nothing about them: neither about their values nor about the precision of their prior."""
+    problem = zoo.pick("mlp-categorical")
+    params = {"idle": torch.full((3, 2), 5.0, dtype=zoo.DTYPE)} | problem.params
+    ng = ff.natural_gradient(
+        lambda p, x: problem.model({name: p[name] for name in problem.params}, x), params, problem.x,
+        likelihood=problem.likelihood, method=ff.kfac("eigen"), fisher="type2", unused="ignore",
+    )  # fmt: skip
+    posterior = ff.laplace(ng)
+    keys = [block.key for block in ng.layout.blocks]
+    state, _ = posterior.fit(params, [problem.batch], prior=dict.fromkeys(keys, 0.7) | {"idle": 4.0})
+    deviations = posterior.sample(state, zoo.generator(), samples=4000)["idle"] - params["idle"]
+    assert (deviations.mean(0).abs() < 0.05).all() and (deviations.std(0) - 0.5).abs().max() < 0.03
+    _, without, known = fitted()
+    close(posterior.log_marginal_likelihood(state), without.log_marginal_likelihood(known))
+    chosen = posterior.choose_prior(state)
+    assert chosen.prior["idle"] == 4.0
+    one = posterior.choose_prior(state, per_block=False).prior
+    assert all(torch.equal(one["idle"], δ) for δ in one.values())
+    with pytest.raises(ff.errors.StructureError, match="'idle'.*per unused parameter"):
+        posterior.init(params, prior=dict.fromkeys(keys, 1.0))
 
 
 def test_a_bad_batch_leaves_the_posterior_as_it_was():

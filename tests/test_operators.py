@@ -290,3 +290,36 @@ def test_a_tree_of_other_names_is_refused():
     for operator in (ng.approximation(state), ng.inverse(state)):
         with zoo.as_installed(), pytest.raises(ff.errors.StructureError, match="like params"):
             operator @ {"elsewhere": torch.ones(1)}
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_of_half_precision_parameters_are_float32(method, dtype):
+    """The factors are float32: rounding the products of unit vectors would leave 8 or 11 bits of them."""
+    problem = zoo.to(zoo.pick("mlp-categorical"), dtype)
+    ng = problem.build(method=method, fisher="type2")
+    state, _ = ng.update(ng.init(problem.params, damping=DAMPING), ng.stats(problem.params, problem.batch))
+    state, _ = ng.invert(state)
+    shapes = ng.layout.block_shapes
+    v = zoo.random_tree(problem.params)
+    assert {leaf.dtype for leaf in v.values()} == {dtype}
+    flat = torch.cat([leaf.flatten() for leaf in v.values()]).float()
+
+    for operator, exact in (
+        (ng.approximation(state), lambda W: ng.method.matvec(state.factors, W)),
+        (ng.inverse(state), lambda W: ng.method.precondition(state.inverses, W, False).matrices),
+    ):
+        dense = operator.dense()
+        unit = ng.layout.matrices({name: torch.ones_like(leaf, dtype=torch.float32) for name, leaf in v.items()})
+        expected = torch.cat([leaf.flatten() for leaf in ng.layout.tree(exact(unit)).values()])
+        assert dense.dtype == torch.float32 and unit.keys() == shapes.keys()
+        close(dense.sum(1), expected, tol=1e-4)
+        numpy = operator.to_scipy() @ np.ones(len(dense), dtype=np.float32)
+        assert numpy.dtype == np.float32
+        close(torch.as_tensor(numpy), expected, tol=1e-4)
+        product = operator @ v
+        assert {leaf.dtype for leaf in product.values()} == {dtype}
+        close(torch.cat([leaf.flatten() for leaf in product.values()]).float(), dense @ flat, tol=0.02)

@@ -71,7 +71,7 @@ FLOORS = {
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
-    **dict.fromkeys(["views", "dataset", "influence", "linearised", "merged"], Floor("roof", 4)),
+    **dict.fromkeys(["views", "dataset", "influence", "linearised", "merged", "priors"], Floor("roof", 4)),
     "refreshes": Floor("roof", 4.5),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),

@@ -1,7 +1,8 @@
 r"""Embeddings: $s = W e_j$, a column of the matrix `[E, V]` for each index j; the one-hot row is stored as the index.
 
 Input `[N, *T]` of integers, output `[N, *T, E]`, weight `[V, E]`. The row of the padding index, which gets no gradient
-in torch, is zero. Calls with `max_norm` (which changes the weight), `scale_grad_by_freq` or `sparse` are not covered.
+in torch, is zero. Calls with `max_norm` (which changes the weight) or `scale_grad_by_freq` are not covered. The
+result of `sparse` calls is the same: the gradient is made from indices and output-gradients, and is not sparse.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Facts = Config
 
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = bind(_ARGUMENTS, args, kwargs)
-    if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
+    if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
         return None
     weight, padding = given["weight"], given.get("padding_idx")
     width = weight.shape[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from fisherfn.errors import LikelihoodError, ShapeError, expect
+from fisherfn.errors import LikelihoodError, ShapeError, TargetError, expect
 
 
 @runtime_checkable
@@ -131,8 +131,16 @@ def diagonal_columns(scale: Tensor) -> Tensor:
 
 
 def check_shape(targets: Tensor, expected: torch.Size, name: str, rule: str) -> None:
-    """Raise `ShapeError` unless the targets of a likelihood of this name have the expected shape; `rule` says why."""
+    """Raise unless the targets of a likelihood of this name are real and have the expected shape; `rule` says why.
+
+    Raises:
+        StructureError: no tensor.
+        TargetError: complex numbers.
+        ShapeError: another shape.
+    """
     expect(targets, Tensor, "targets", rule)
+    if targets.is_complex():
+        raise TargetError(f"{name} targets are real numbers, got {targets.dtype}.")
     if targets.shape != expected:
         raise ShapeError(
             f"{name} targets have shape {tuple(targets.shape)}, expected {tuple(expected)} ({rule}). "

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import expect_positive
+from fisherfn.errors import TargetError, expect_positive
 from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
 
 
@@ -30,12 +30,12 @@ class Gaussian:
         expect_positive("Gaussian variance", self.variance)
 
     def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
-        check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
+        _check_targets(targets, outputs)
         return sum_over_outputs((targets - outputs).square()) / (2 * self.variance)
 
     def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
         r"""Return the gradient of `nll` in the outputs, $(f - y) / \sigma^2$."""
-        check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
+        _check_targets(targets, outputs)
         difference = outputs - targets
         return difference if self.variance == 1 else difference / self.variance
 
@@ -60,3 +60,9 @@ class Gaussian:
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
         return tree.finite_inputs(targets)
+
+
+def _check_targets(targets: Tensor, outputs: Tensor) -> None:
+    check_shape(targets, outputs.shape, "Gaussian", "a target for each output")
+    if targets.dtype == torch.bool:
+        raise TargetError("Gaussian targets are numbers, got torch.bool: convert them, or use ff.Bernoulli.")

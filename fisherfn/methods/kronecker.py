@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfn import gradients, rearrangement, rows
 from fisherfn.base import Diagnostics, LayerMethod, Updated
-from fisherfn.errors import HyperparameterError, expect_count, unknown
+from fisherfn.errors import expect_count, expect_number, unknown
 from fisherfn.linalg import damped, kron
 from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
 from fisherfn.linalg.golub_kahan import Deflated, LinearMap, Triplet, by_block
@@ -52,8 +52,7 @@ class KroneckerMethod(LayerMethod):
     def __post_init__(self) -> None:
         if self.damping_form not in DAMPING_FORMS:
             raise unknown("damping form", self.damping_form, DAMPING_FORMS)
-        if self.diagonal_above < 0:
-            raise HyperparameterError(f"diagonal_above must be >= 0, got {self.diagonal_above}.")
+        expect_count("diagonal_above", self.diagonal_above, 0)
 
     def identity(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
         """Return `I ⊗ I` of a block, in the forms in which its factors are kept."""
@@ -156,8 +155,7 @@ class TwoTerms(KroneckerSum):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.floor <= 1:
-            raise HyperparameterError(f"floor must lie in (0, 1], got {self.floor}.")
+        expect_number("floor", self.floor, lambda v: 0 < v <= 1, "must lie in (0, 1]")
 
     def terms(self, factors: Sum) -> Sum:
         """Return both products."""

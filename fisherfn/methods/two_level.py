@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.base import Estimated, Method, Preconditioned, Rho
-from fisherfn.errors import HyperparameterError, expect, unknown
+from fisherfn.errors import HyperparameterError, expect, expect_count, unknown
 from fisherfn.gradients import Gradient, as_matrix, tap_is_cheaper
 from fisherfn.lowrank import combine, examples, total
 from fisherfn.methods.coarse_spaces import (
@@ -99,10 +99,9 @@ class TwoLevel(Method):
         for what, name, known in (("coarse space", self.coarse, COARSE), ("form", self.form, FORMS)):
             if name not in known:
                 raise unknown(what, name, known)
-        if self.vectors < 1 or (self.vectors > 1 and self.coarse in ("residual", "tselepidis")):
-            raise HyperparameterError(
-                f"{self.coarse} has {'one row' if self.vectors > 1 else 'rows'} per layer, got vectors={self.vectors}."
-            )
+        expect_count("vectors", self.vectors)
+        if self.vectors > 1 and self.coarse in ("residual", "tselepidis"):
+            raise HyperparameterError(f"{self.coarse} has one row per layer, got vectors={self.vectors}.")
         if self.coarse == "tselepidis" and self.krylov:
             raise HyperparameterError("tselepidis is the published space of ones only: leave out krylov.")
         if self.coarse == "tselepidis" and self.form != "additive":

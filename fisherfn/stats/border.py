@@ -62,6 +62,11 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "gradients of a parameter outside all layers were taken. Call net.eval(), or pass more examples.",
     ),
     (
+        ("sparse tensors", "(sparse, dense)"),
+        "the model asks for the sparse gradient of an embedding (sparse=True) whose weight is no parameter by itself, "
+        "or is used elsewhere too. Pass sparse=False.",
+    ),
+    (
         ("element mutated in a function transform", "vmap: inplace arithmetic"),
         "the model writes into a tensor in place that all examples share. Write y = y + z instead of y += z there, or "
         "begin with y = y.clone().",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fisherfn import masked, tree
-from fisherfn.errors import BATCH_CHECKS, EmptyBatchError, StructureError
+from fisherfn.errors import BATCH_CHECKS, EmptyBatchError, StructureError, expect
 from fisherfn.stats.layout import Layout
 from fisherfn.stats.statistics import LayerStats, Stats
 from fisherfn.types import PyTree
@@ -36,7 +36,7 @@ def in_chunks(
     parts: list[Stats] = []
     for start in range(0, examples, size):
         chunk = slice(start, start + size)
-        x_c, y_c = tree.map(lambda leaf, c=chunk: leaf[c], (x, y))
+        x_c, y_c = _part((x, y), chunk)
         noise_c = None if noise is None else noise[chunk]
         stats = part(x_c, y_c, noise_c, window(layout, context, chunk))
         parts.append(stats)
@@ -65,7 +65,7 @@ def independent(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Ten
     """Return True if examples have the same loss in two chunks as in both joined; the model is not run for this."""
 
     def nll(part: slice) -> Tensor:
-        found: Tensor = likelihood.nll(outputs[part], tree.map(lambda leaf: leaf[part], y))
+        found: Tensor = likelihood.nll(outputs[part], _part(y, part))
         return found
 
     with torch.no_grad():
@@ -75,6 +75,11 @@ def independent(likelihood: Any, outputs: Tensor, y: Any, size: int) -> Bool[Ten
     same = ~finite | ((joined - alone).abs() <= torch.finfo(joined.dtype).eps ** 0.5 * sizes.amax())
     mask: Tensor = same.all()
     return mask
+
+
+def _part(leaves: PyTree, examples: slice) -> PyTree:
+    """Return a slice of examples; numbers and 0-d tensors, which all examples share, stay."""
+    return tree.map(lambda leaf: leaf[examples] if isinstance(leaf, Tensor) and leaf.ndim else leaf, leaves)
 
 
 def window(layout: Layout, context: PyTree, examples: slice | Tensor) -> PyTree:
@@ -98,21 +103,33 @@ def _join_contexts(layout: Layout, parts: Sequence[PyTree]) -> PyTree:
     return tree.replace_leaves(parts[-1], leaves)
 
 
-def join(chunks: Sequence[Stats]) -> Stats:
+def join(chunks: Iterable[Stats]) -> Stats:
     """Join the statistics of parts of a batch, of any sizes, into those of the whole batch.
 
     The context is that of the last part.
 
     Raises:
         EmptyBatchError: there is no part.
-        StructureError: the parts are of different nets or kinds.
+        StructureError: the parts are of different nets or kinds, or have different numbers of samples.
     """
+    wanted = "pass a list with what ng.stats returned for each microbatch"
+    if isinstance(chunks, Stats):
+        raise StructureError(f"one Stats is no list of parts: {wanted}.")
+    expect(chunks, Iterable, "the statistics to join", wanted)
+    chunks = list(chunks)
+    for chunk in chunks:
+        expect(chunk, Stats, "statistics", wanted)
     if not chunks:
         raise EmptyBatchError("there are no statistics to join: pass what ng.stats returned for each microbatch.")
     first = chunks[0]
     kinds = {
         (type(chunk), chunk.layout.shapes, tuple(chunk.checks), chunk.empirical, chunk.sampled) for chunk in chunks
     }
+    samples = {tuple(tuple(len(g) for g in layer.grads) for layer in chunk.layers.values()) for chunk in chunks}
+    if len(samples) > 1 and len(kinds) == 1:
+        raise StructureError(
+            "the statistics have different numbers of samples per example: collect all with one fisher and one samples."
+        )
     if kinds - {(Stats, first.layout.shapes, tuple(first.checks), first.empirical, first.sampled)}:
         raise StructureError(
             "the statistics are of different nets or kinds, or reduced over ranks already: join what one ng.stats "

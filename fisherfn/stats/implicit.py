@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.func import vjp
 
 from fisherfn import tree
-from fisherfn.errors import LikelihoodError, StructureError, expect_number
+from fisherfn.errors import LikelihoodError, expect_number
 from fisherfn.likelihoods import output_fisher, weighs
-from fisherfn.operators import to_scipy
+from fisherfn.operators import check_like, to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
 from fisherfn.stats.passes import require
@@ -70,24 +70,32 @@ class ImplicitFisher:
 
     @border()
     def __matmul__(self, v: Tree) -> Tree:
-        """Compute the product `F v`."""
+        """Compute the product `F v`.
+
+        Raises:
+            StructureError: the names of `v` differ from those of params.
+            ShapeError: shapes differ from those of params.
+        """
+        check_like(v, self._params)
         v = {name: v[name].to(leaf.dtype) for name, leaf in self._params.items()}
         outputs, pull = vjp(self._outputs, self._params)  # type: ignore[misc]
         # J v is the pullback of the pullback, which is linear: this needs reverse mode only, which every layer supports
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
         (product,) = pull(output_fisher(self._likelihood, outputs, self._targets, push(v)[0]) / self._examples)
-        return product  # type: ignore[no-any-return]
+        return {name: leaf.to_dense() if leaf.is_sparse else leaf for name, leaf in product.items()}
 
     def solve(self, v: Tree, damping: float | Tensor, *, iterations: int = 50, start: Tree | None = None) -> Solved:
         r"""Solve $(F + \lambda I) x = v$ by `iterations` steps of conjugate gradients from `start` (zero if None).
 
         Raises:
             HyperparameterError: fewer than one iteration, or a negative damping.
-            StructureError: the names of `v` differ from those of params.
+            StructureError: the names of `v` or `start` differ from those of params.
+            ShapeError: shapes differ from those of params.
         """
         expect_number("iterations", iterations, lambda n: n >= 1, "must be a whole number >= 1", whole=True)
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
-        self._like_params(v)
+        for given in (v,) if start is None else (v, start):
+            check_like(given, self._params)
 
         def damped(z: Tree) -> Tree:
             return tree.add(self @ z, z, scale=damping)
@@ -112,7 +120,3 @@ class ImplicitFisher:
             MissingPackageError: scipy is not installed.
         """
         return to_scipy(self.__matmul__, self._params, damping)
-
-    def _like_params(self, v: Tree) -> None:
-        if not isinstance(v, dict) or v.keys() != self._params.keys():
-            raise StructureError(f"expected a tree like params, with {', '.join(map(repr, self._params))}.")

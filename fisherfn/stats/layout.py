@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 
 from fisherfn import tree
-from fisherfn.errors import ShapeError, StructureError, unknown
+from fisherfn.errors import StructureError, unknown
 from fisherfn.layers import COPIED, ELEMENTWISE
 from fisherfn.stats import report
 from fisherfn.stats.blocks import Block, LayerCall, Use
@@ -174,11 +174,7 @@ class Layout:
                 f"unexpected {sorted(given - set(self.names))[:4]}. Pass the same names as at the build."
             )
         check_whole(values)
-        for name, shape in self.shapes:
-            if values[name].shape != shape:
-                raise ShapeError(
-                    f"{name!r} has shape {tuple(values[name].shape)}, expected {tuple(shape)} as at the build."
-                )
+        tree.check_leaves(values, dict(self.shapes))
 
     def __str__(self) -> str:
         return report.text(self)

@@ -57,6 +57,36 @@ def test_reduce_keeps_the_diagonal_of_the_averaged_rows():
     close(matrix, unit_weights.kfac_dense(problem, {"0": [(A.diagonal().diag(), G)]}, oracles.kfac_block))
 
 
+def test_sparse_gradients_make_no_difference():
+    """No gradient of the weight is taken: it is made from indices and output-gradients."""
+    ids, rng = torch.tensor([[0, 1], [4, 1], [2, 2]]), zoo.generator(0)
+    params = {"w": torch.randn(5, 3, generator=rng, dtype=torch.float64)}
+    found = []
+    for sparse in (False, True):
+        ng = ff.natural_gradient(
+            lambda p, x, sparse=sparse: torch.tanh(F.embedding(x, p["w"], sparse=sparse)),
+            params, ids, likelihood=ff.Gaussian(), fisher="type2",
+        )  # fmt: skip
+        assert kinds(ng) == {"w": "embedding"}
+        nat, _, info = ng.step(params, ng.init(params), (ids, torch.ones(3, 2, 3, dtype=torch.float64)))
+        ff.check(info)
+        found.append((nat["w"], (ng.implicit_fisher(params, ids) @ params)["w"]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda p, x: F.embedding(x, 2 * p["w"], sparse=True),
+        lambda p, x: p["w"].sum(0) * F.embedding(x, p["w"], sparse=True).mean(1),
+    ],
+)
+def test_sparse_gradients_outside_a_layer_are_refused(model):
+    ids, params = torch.tensor([[0, 1], [4, 1], [2, 2]]), {"w": torch.ones(5, 3, dtype=torch.float64)}
+    with pytest.raises(ff.errors.ModelError, match="Pass sparse=False"):
+        ff.natural_gradient(model, params, ids, likelihood=ff.Gaussian())
+
+
 def test_a_token_that_never_came_has_no_gradient_and_a_finite_step():
     problem = from_net(nn.Sequential(nn.Embedding(6, 2), Readout(2)), (3,), "categorical", vocabulary=6)
     absent = [v for v in range(6) if v not in problem.x.tolist()]

@@ -177,7 +177,8 @@ def test_without_damping_a_singular_coarse_matrix_has_the_floor_of_its_precision
     [
         ({"coarse": "nicolaide"}, "UnknownNameError", "did you mean 'nicolaides'.*residual, tselepidis, spectral"),
         ({"form": "additiv"}, "UnknownNameError", "multiplicative, balanced, additive"),
-        ({"vectors": 0}, "HyperparameterError", "vectors=0"),
+        ({"vectors": 0}, "HyperparameterError", "vectors must be a whole number >= 1, got 0"),
+        ({"vectors": 2.5}, "HyperparameterError", "vectors must be a whole number >= 1, got 2.5"),
         ({"coarse": "residual", "vectors": 2}, "HyperparameterError", "one row"),
         ({"coarse": "tselepidis", "vectors": 2}, "HyperparameterError", "one row"),
         ({"coarse": "tselepidis", "krylov": True}, "HyperparameterError", "krylov"),
