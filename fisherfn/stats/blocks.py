@@ -56,7 +56,7 @@ class Use(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """What a call of a layer must have in common with that of the build: family, configuration and bias."""
+    """Family, configuration and bias of a layer's call, which every run must have in common with the build."""
 
     kind: str
     config: Any
