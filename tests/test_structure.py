@@ -9,6 +9,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F6   adapt, distributed, laplace; stagger              how far a step goes, several processes, a posterior
     F5   natgrad, compiled; terms                          the roof, which alone knows both towers
     F4   views, dataset, influence, linearised, merged     what a state says; factors of many batches; Jacobians
+         priors                                            the prior of a posterior
          refreshes                                         new states from old ones
                                       F3s  stats
     F2m  methods                      F2s  randomness

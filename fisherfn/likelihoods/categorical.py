@@ -55,10 +55,7 @@ class Categorical:
         if self.weight is not None:
             sound = ((self.weight >= 0) & torch.isfinite(self.weight)).all()
             if self.weight.ndim != 1 or (masked.is_concrete(sound) and not sound):
-                raise HyperparameterError(
-                    "Categorical weight is one finite number >= 0 for each class, [C], got "
-                    f"{list(self.weight.shape)} or a number that is negative, NaN or infinite."
-                )
+                raise HyperparameterError("Categorical weight must be a tensor [C] of finite numbers >= 0.")
         expect_number("label_smoothing", self.label_smoothing, lambda v: 0 <= v <= 1, "must lie in [0, 1]")
         expect_number("ignore_index", self.ignore_index, lambda v: True, "must be a whole number", whole=True)
 

@@ -56,7 +56,7 @@ class Use(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """The parts of a layer's call that must be those of the build: family, configuration and bias."""
+    """Family, configuration and bias of a layer's call, which every run must have in common with the build."""
 
     kind: str
     config: Any

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherfn import tree
+from fisherfn import masked, tree
 from fisherfn.errors import StructureError, expect, expect_count
 from fisherfn.likelihoods import as_likelihood, draw
 from fisherfn.stats.batch import (
@@ -181,7 +181,9 @@ class Collector:
             expect(generator, torch.Generator, "generator", "pass a torch.Generator, from which the labels are sampled")
             return self._drawn(given, generator, samples)
         if noise is not None:
-            check_noise(noise, given.examples, samples, self._noise_entries)
+            # vmap refuses to sample, even in order to learn a shape
+            entries = self._noise_entries if masked.is_concrete(noise) else noise.shape[2:]
+            check_noise(noise, given.examples, samples, entries)
         return noise
 
     @cached_property

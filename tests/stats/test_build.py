@@ -140,7 +140,7 @@ def masked(p, x, context):
 
 
 def test_one_example_does_not_show_which_entries_of_the_context_are_its_own():
-    """An entry `[1, …]` may be a mask per example or a table that all examples share."""
+    """A leaf `[1, …]` may be a mask per example, or a table that all examples share."""
     params, y = {"w": torch.randn(CLASSES, 4)}, torch.zeros(N, CLASSES)
     x, mask, table = torch.randn(N, 4), torch.rand(N, 4), torch.randn(1, CLASSES)
     first = {"mask": mask[:1], "table": table}
