@@ -34,7 +34,7 @@ class Likelihood(Protocol):
         ...
 
 
-Nll: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Nll: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Callback:
 
     fn: Nll
 
-    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def nll(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.fn(outputs, targets)
 
 
