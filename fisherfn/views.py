@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -141,7 +141,7 @@ class Views(Collector):
     # ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _precise(self) -> Self:
+    def _precise(self) -> Views:
         """Return this object for trees in at least float32, as the factors are."""
         return replace(self, layout=replace(self.layout, dtypes=tuple(map(at_least_single, self.layout.dtypes))))
 

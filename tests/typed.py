@@ -154,12 +154,14 @@ TESTS = (
     "tests/methods/test_two_level.py::test_the_forms_are_different_steps",
     "tests/methods/test_two_level_state.py::test_matvec_and_error_are_the_fine_methods",
     "tests/methods/test_two_level_spaces.py::test_the_other_spelling",
+    "tests/methods/test_tiny_damping.py",
     "tests/optim/test_copies.py::test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied",
     "tests/optim/test_natural_gradient.py::test_damping_can_be_changed",
     "tests/optim/test_saved.py::test_a_preconditioner_goes_on_too",
     "tests/optim/test_saved.py::test_a_loaded_state_can_be_saved_before_the_first_batch",
     "tests/optim/test_watch.py::test_a_scaler_skips_the_step_and_zero_grad_drops_what_was_watched",
     "tests/test_compiled.py::test_errors_teach",
+    "tests/test_compiled.py::test_values_of_",
     "tests/test_examples.py::test_blocks_are_ordered_as_theory_says_and_the_errors_are_those_of_the_images",
     "tests/test_fisher.py::test_window_by_window_is_the_whole",
     "tests/test_operators.py::test_a_scipy_operator_has_every_product_of_the_damped_matrix",
@@ -168,6 +170,8 @@ TESTS = (
     "tests/test_operators.py::test_single_precision_stays_single_and_the_numbers_are_double",
     "tests/test_operators.py::test_a_method_that_gives_products_alone_is_made_dense",
     "tests/test_operators.py::test_the_exact_inverse_and_the_exact_fisher_agree",
+    "tests/test_outside_blocks.py",
+    "tests/test_wrong_arguments.py",
     "fisherfn/tree.py",
 )
 """The beginnings of the names of the tests that are marked `typed`: quick ones, that call every function together."""

@@ -35,7 +35,7 @@ class Likelihood(Protocol):
         ...
 
 
-Nll: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Nll: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Callback:
 
     fn: Nll
 
-    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def nll(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.fn(outputs, targets)
 
 
