@@ -62,7 +62,10 @@ class _Dependent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read, given = _read(func, args, kwargs), tree.leaves((args, kwargs))
+        given = tree.leaves((args, kwargs))
+        read = given if BY_VALUE & set(func.tags) else []
+        if func is torch.ops.aten.index.Tensor:  # the number of rows that a mask selects
+            read = [index for index in args[1] if isinstance(index, Tensor) and index.dtype in MASKS]
         if read and any(leaf in self for leaf in read):
             raise _error(func.overloadpacket.__name__)
         if read and not any(leaf in self for leaf in given):
@@ -92,13 +95,6 @@ class _Readers(TorchFunctionMode):
         if any(leaf in self._dependent for place in places for leaf in args[place : place + 1]):
             raise _error(func.__name__)
         return func(*args, **(kwargs or {}))
-
-
-def _read(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments whose values an operation reads."""
-    if func is torch.ops.aten.index.Tensor:  # the number of rows that a mask selects
-        return [index for index in args[1] if isinstance(index, Tensor) and index.dtype in MASKS]
-    return tree.leaves((args, kwargs)) if BY_VALUE & set(func.tags) else []
 
 
 def _error(name: str) -> StructureError:
