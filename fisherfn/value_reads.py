@@ -63,10 +63,9 @@ class _Dependent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = tree.leaves((args, kwargs))
+        read = given if BY_VALUE & set(func.tags) else []
         if func is torch.ops.aten.index.Tensor:  # the number of rows that a mask selects
             read = [index for index in args[1] if isinstance(index, Tensor) and index.dtype in MASKS]
-        else:
-            read = given if BY_VALUE & set(func.tags) else []
         if read and any(leaf in self for leaf in read):
             raise _error(func.overloadpacket.__name__)
         if read and not any(leaf in self for leaf in given):

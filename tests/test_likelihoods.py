@@ -71,7 +71,7 @@ def test_a_target_that_is_no_probability_makes_the_loss_of_its_example_nan(wrong
 
 @pytest.mark.parametrize("wrong", [-1e-6, 1.5, torch.inf, -torch.inf])
 def test_an_output_that_is_no_probability_makes_the_loss_of_its_example_nan(wrong):
-    """The loss of torch raises here. Probabilities of exactly 0 and 1 are valid."""
+    """Torch's own loss raises there. Probabilities of exactly 0 and 1 are valid."""
     targets, p = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.1], [0.2, 0.9], [0.0, 1.0]])
     likelihood = ff.Bernoulli(logits=False)
     assert likelihood.valid(p, targets) and likelihood.nll(p, targets).isfinite().all()

@@ -33,6 +33,11 @@ TESTS = (
     "tests/stats/test_collector.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
+    "tests/adapt/test_scales.py",
+    "tests/adapt/test_parts.py::test_one_loss",
+    "tests/adapt/test_parts.py::test_a_batch_whose",
+    "tests/optim/test_adaptive.py::test_weight_decay_follows",
+    "tests/optim/test_adaptive.py::test_a_group_that_is_refused",
     "tests/layers/test_affine.py::test_every_norm_has_a_group",
     "tests/layers/test_affine.py::test_every_way_to_call_a_norm",
     *(

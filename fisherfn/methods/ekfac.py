@@ -170,7 +170,7 @@ def _above_noise(scale: Float[Tensor, "k o i"]) -> Float[Tensor, "k o i"]:
 
 
 Added: TypeAlias = tuple[Float[Tensor, "k *oi"], Float[Tensor, " k"]]
-"""The numbers that damping adds to the eigenvalues, and the jitter in them."""
+"""The addition of the damping to the eigenvalues, and the jitter in it."""
 
 
 def added_to_scale(factors: Factors, damping: Float[Tensor, ""]) -> Added:

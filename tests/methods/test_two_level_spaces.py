@@ -159,7 +159,7 @@ def test_a_coarse_matrix_without_a_factor_leaves_the_state_as_it_was():
 
 
 def test_without_damping_a_singular_coarse_matrix_has_the_floor_of_its_precision():
-    """With as many rows as parameters the space is everything, and the step is that of F with a tiny λ."""
+    """The space has as many rows as parameters: it is everything, and the step is that of F with a tiny λ."""
     one = case(zoo.pick("mlp-gaussian"))
     ng = replace(one.run.ng, method=ff.two_level(vectors=24))
     state, _ = ng.update(ng.init(one.problem.params, damping=0.0), one.run.stats)
