@@ -95,13 +95,15 @@ def check_entries(layout: Layout, context: PyTree, examples: int) -> None:
         )
 
 
-def check_noise(noise: Tensor, examples: int, samples: int | None, entries: Size) -> None:
+def check_noise(noise: Tensor, examples: int, samples: int | None, entries: Size | None) -> None:
     """Raise unless the noise is indexed by example, then by sample, and has the entries of one sample.
 
-    There are as many samples as `samples`, or any number for None.
+    There are as many samples as `samples`, or any number for None; `entries` is the shape of one, None if unknown.
     """
     expect(noise, Tensor, "noise", "make it with ng.noise(batch, generator)")
-    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1 and noise.shape[2:] == entries
+    fits = noise.ndim >= 2 and noise.shape[0] == examples and noise.shape[1] >= 1
+    entries = noise.shape[2:] if entries is None else entries
+    fits = fits and noise.shape[2:] == entries
     if not fits or (samples is not None and noise.shape[1] != samples):
         expected = ", ".join(map(str, [examples, "S" if samples is None else samples, *entries]))
         raise ShapeError(

@@ -182,7 +182,7 @@ class Collector:
             return self._drawn(given, generator, samples)
         if noise is not None:
             # vmap refuses to sample, even in order to learn a shape
-            entries = self._noise_entries if masked.is_concrete(noise) else noise.shape[2:]
+            entries = self._noise_entries if masked.is_concrete(noise) else None
             check_noise(noise, given.examples, samples, entries)
         return noise
 
