@@ -51,7 +51,7 @@ def adaptive(
             changes for other reasons (a second player, another data set), or if batches use different parts of
             the net in turn.
 
-    Numbers may also be 0-d tensors, batched under `torch.vmap` for a sweep; their values are not checked.
+    Numbers may also be 0-d tensors, batched under `torch.vmap` for a sweep, where their values are not checked.
 
     Raises:
         HyperparameterError: a number outside its range; a KL bound with a rule that has none; a word other than "auto".

@@ -132,9 +132,10 @@ class Collector:
         if which and kind == "mc":
             noise = self._noise_of(given, generator, noise, samples)
         part = partial(self._collect, params, kind if which else None, which)
+        if chunk_size is not None:
+            expect_count("chunk_size", chunk_size)
         if chunk_size is None or chunk_size >= given.examples:
             return part(given.x, given.y, noise, given.context)
-        expect_count("chunk_size", chunk_size)
         return in_chunks(part, self.layout, given.x, given.y, noise, given.context, chunk_size, self.likelihood)
 
     def loss(self, params: Tree, batch: Batch, *, context: PyTree = None) -> Float[Tensor, ""]:

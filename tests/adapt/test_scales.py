@@ -25,7 +25,7 @@ def step(factor, **settings):
         problem.params, opt.init(problem.params), (problem.x, problem.y), generator=torch.Generator().manual_seed(0),
         lr_scale=factor,
     )  # fmt: skip
-    return ff.tree.add(params, problem.params, scale=-1), info
+    return ff.tree.add(params, problem.params, scale=-1.0), info
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "clip"])
