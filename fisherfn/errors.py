@@ -131,9 +131,9 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
     "targets": (
         TargetError,
         "targets are outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
-        "infinity, probabilities and weights are >= 0, weights not all 0, Bernoulli targets from 0 to 1, all finite); "
-        "check the labels, a mask on the outputs, and the width of the output. Bernoulli(logits=False) needs outputs from "
-        "0 to 1: end with a sigmoid, or pass logits=True",
+        "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite, and weights are not "
+        "all 0); check the labels, a mask on the outputs, and the output's width. Bernoulli(logits=False) needs outputs "
+        "from 0 to 1: end with a sigmoid, or pass logits=True",
     ),
     "chunks": (
         LikelihoodError,
