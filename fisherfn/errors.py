@@ -132,8 +132,8 @@ BATCH_CHECKS: dict[str, tuple[type[FisherfnError], str]] = {
         TargetError,
         "targets are outside the likelihood's range (class indices run from 0 to C-1 and their logit is not minus "
         "infinity, probabilities and weights are >= 0, Bernoulli targets from 0 to 1, all finite, and weights are not "
-        "all 0); check the labels, a mask on the outputs, and the output's width. Bernoulli(logits=False) needs outputs "
-        "from 0 to 1: end with a sigmoid, or pass logits=True",
+        "all 0); check labels, masks of the outputs, and their width. Bernoulli(logits=False) needs outputs from 0 to "
+        "1: end with a sigmoid, or pass logits=True",
     ),
     "chunks": (
         LikelihoodError,
