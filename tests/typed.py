@@ -34,6 +34,7 @@ TESTS = (
     "tests/adapt/test_damping.py",
     "tests/adapt/test_quadratic.py",
     "tests/adapt/test_scales.py",
+    "tests/stats/test_path.py",
     "tests/adapt/test_parts.py::test_one_loss",
     "tests/adapt/test_parts.py::test_a_batch_whose",
     "tests/optim/test_adaptive.py::test_weight_decay_follows",
