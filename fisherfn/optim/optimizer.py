@@ -78,7 +78,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
 
         Args:
             net: the module; parameters in no group, or without `requires_grad`, are not changed.
-            params: parameters of the net or groups of them, each with its own `lr`, `momentum` and `weight_decay`.
+            params: parameters or groups of them with their own `lr`, `weight_decay`, and `momentum` if steps are fixed.
             likelihood: `ff.Categorical()`, `ff.Bernoulli()`, `ff.Gaussian()`, your own, or with `fisher="empirical"`
                 a callable `(outputs, targets) -> [N]`.
             lr: learning rate η; "auto" takes α from the quadratic model. The groups then hold a factor on α, initially
