@@ -12,12 +12,12 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.atomic import remove_folder
 from common.config import POSITIVE, Check, ConfigError, option, option_names, parse
 from common.data import load
 from common.loop import Task
@@ -171,7 +171,7 @@ def opened(folder: Path, sweep: SweepConfig, settings: dict[str, object]) -> Non
     """Prepare the result folder; a resumed sweep must have the same settings."""
     file = folder / "sweep.json"
     if sweep.overwrite and file.exists():
-        shutil.rmtree(folder)
+        remove_folder(folder, last=file.name)
     if sweep.resume:
         if not file.exists():
             raise ConfigError(f"there is no sweep in {folder} to resume")

@@ -1,8 +1,9 @@
-"""Atomic replacement of files: a reader finds the old file or the new one, never a partial one."""
+"""Atomic replacement of files, and removal of folders: a reader finds the old state or the new one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -52,3 +53,14 @@ def keep(path: Path, older: Path) -> None:
         beside.unlink(missing_ok=True)
         os.link(path, beside)
         beside.replace(older)
+
+
+def remove_folder(folder: Path, *, last: str) -> None:
+    """Remove a folder, and the file that marks it as a whole one last: the mark stays while there is other content."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != last:
+            entry.unlink()
+    (folder / last).unlink(missing_ok=True)
+    folder.rmdir()

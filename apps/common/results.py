@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from common.atomic import WriteError, replace_text
+from common.atomic import WriteError, remove_folder, replace_text
 from common.checkpoints import CheckpointError, first_sound, save_checkpoint
 from common.config import ConfigError, as_yaml, option_names
 from fisherfn.errors import FisherfnError
@@ -135,7 +134,7 @@ class Results:
         if not self._ready:
             if self._config.overwrite and self.path.exists():
                 os.close(_locked(self.path))
-                shutil.rmtree(self.path)
+                remove_folder(self.path, last=CONFIG)  # without it, the rest would not count as a result
             self._make()
             if self._lock is None:
                 self._lock = _locked(self.path)
@@ -184,9 +183,13 @@ def _plain(name: str) -> str:
 
 
 def _check_replaceable(path: Path) -> None:
-    is_result = (path / CONFIG).is_file() and not path.is_symlink()
-    if path.exists() and not is_result:
+    if path.exists() and (path.is_symlink() or not ((path / CONFIG).is_file() or _just_made(path))):
         raise ResultExistsError(f"{path} is not a result folder with a {CONFIG} in it: it is not overwritten")
+
+
+def _just_made(path: Path) -> bool:
+    """Return whether a run was killed before its configuration was whole: the folder holds at most a part of it."""
+    return path.is_dir() and all(entry.name.startswith(f".{CONFIG}.") for entry in path.iterdir())
 
 
 def _check_resumable(path: Path, config: Any) -> None:

@@ -104,6 +104,45 @@ def test_overwriting_spares_folders_that_are_no_results(config, tmp_path):
         Results.open(dataclasses.replace(config, overwrite=True), "app")
 
 
+class Killed(BaseException):
+    """The end of a process at a chosen moment."""
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_run_killed_while_it_makes_or_replaces_its_folder_can_be_overwritten(config, monkeypatch, moment):
+    """Every change of the file system is a moment; after the last one the run lives."""
+    first = Results.open(config, "app")
+    first.record(epoch(0))
+    first.save_checkpoint({"a": torch.zeros(2)}, {"epoch": 0})
+    (first.path / "tensorboard").mkdir()
+    (first.path / "tensorboard" / "events").write_text("…")
+    first.close()
+    left = [moment]
+
+    def counted(change):
+        def call(*args, **kwargs):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return change(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as during:
+        for name in ("unlink", "rmdir", "mkdir", "replace", "rename"):
+            during.setattr(os, name, counted(getattr(os, name)))
+        try:
+            killed = Results.open(dataclasses.replace(config, overwrite=True), "app")
+            killed.record(epoch(0))
+        except Killed:
+            pass
+        killed.close()
+    after = Results.open(dataclasses.replace(config, overwrite=True, seed=1), "app")
+    after.record(epoch(0))
+    assert read(Config, ["--config", str(after.path / "config.yaml")]).seed == 1
+    assert {path.name for path in after.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+
+
 def test_overwriting_spares_what_a_link_points_to(config, tmp_path):
     elsewhere = finished(dataclasses.replace(config, result_dir=str(tmp_path / "elsewhere"))).path
     (tmp_path / "results" / "app").mkdir(parents=True)
