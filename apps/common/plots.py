@@ -27,6 +27,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("", "o", "s", "^", "D", "v")
 """Markers; a second round of the palette uses the next one."""
 
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+"""Numbers on a logarithmic axis as 0.05, not as 5 × 10⁻²."""
+
 INK, GRID = "#333333", "#DDDDDD"
 DPI = 150
 
@@ -245,7 +248,7 @@ def scale(axes: Axes, values: Sequence[float]) -> None:
     decades = math.log10(max(finite) / min(finite))
     subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

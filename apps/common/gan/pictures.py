@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import atomic
-from common.plots import INK, Metrics, dress, look, new_figure, save_figure
+from common.plots import INK, Metrics, dress, look, new_figure, save_figure, scale
 
 COLUMNS = 8
 """Images per row of a grid, and number of rows."""
@@ -80,7 +80,7 @@ def curves(runs: Mapping[str, Metrics], path: Path) -> Figure:
             axes.plot([p[0] for p in points], [p[1] for p in points], label=name, **look(index) | {"marker": ""})
         dress(axes, title, "generator step" if x == "step" else "seconds of training")
         if quantity == "fid":
-            axes.set_yscale("log")
+            scale(axes, [m["fid"] for metrics in runs.values() for m in metrics if "fid" in m])
     floor = next((m["fid_test"] for metrics in runs.values() for m in metrics if "fid_test" in m), None)
     if floor is not None:
         for axes in figure.axes[:2]:

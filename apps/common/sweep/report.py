@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from common.atomic import replace_text
 from common.config import as_yaml
-from common.plots import INK, PALETTE, new_figure, save_figure
+from common.plots import INK, PALETTE, PLAIN, new_figure, save_figure, scale
 from common.sweep.grid import Values, described
 from common.sweep.stages import score
 from common.train_config import TrainConfig
@@ -145,7 +146,7 @@ def _heat(figure: Any, axes: Axes, names: Sequence[str], values: Values, rows: A
     axes.set_ylabel(names[0], color=INK)
     axes.set_xlabel(names[1], color=INK)
     axes.set_title(f"{by.replace('_', ' ')} at the end of each run; grey: diverged", color=INK, fontsize=11, loc="left")
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, format=PLAIN).ax.yaxis.set_minor_formatter(PLAIN)
 
 
 def _scatter(axes: Axes, name: str, rows: Any, last: Any, by: str) -> None:
@@ -154,8 +155,7 @@ def _scatter(axes: Axes, name: str, rows: Any, last: Any, by: str) -> None:
     good = [point for point in points if math.isfinite(point[1])]
     axes.scatter(*zip(*good, strict=True) if good else ([], []), color=PALETTE[0])
     axes.set_xticks(range(len(places)), [_short(value) for value in places])
-    if good and min(v for _, v in good) > 0:
-        axes.set_yscale("log")
+    scale(axes, [v for _, v in good])
     axes.set_xlabel(name, color=INK)
     axes.set_title(f"{by.replace('_', ' ')} at the end of each run", color=INK, fontsize=11, loc="left")
 
@@ -182,8 +182,9 @@ def _curves(axes: Axes, names: Sequence[str], rows: Any, lines: Any, by: str, mo
         low, high = ([f(good[key][epoch]) for epoch in epochs] for f in (min, max))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(epochs, mean, color=colour, label=key, zorder=3)
+    scale(axes, [v for found in good.values() for each in found.values() for v in each])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if order:
-        axes.set_yscale("log")
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, labelcolor=INK)
     axes.set_xlabel("epoch", color=INK)
