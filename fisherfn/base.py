@@ -114,6 +114,11 @@ class Method(ABC):
         del factors, shapes
         return None
 
+    def rank(self, factors: PyTree, outputs: int) -> int | None:
+        """Return the largest rank of the Fisher of F̂'s examples, each with so many outputs; None: it keeps none."""
+        del factors, outputs
+        return None
+
     def eigenvalues(self, factors: PyTree, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"] | None:
         """Return all eigenvalues of F̂ in any order; None: only its dense matrix gives them."""
         del factors, shapes

@@ -69,6 +69,17 @@ class Views(Collector):
         trace = self.method.trace(state.factors, self.layout.block_shapes)
         return self.approximation(state).trace() if trace is None else trace
 
+    def mean_curvature(self, state: State) -> Float[Tensor, ""]:
+        r"""Return the mean eigenvalue of the approximate Fisher, $\operatorname{tr} \hat F / r$, in the units of λ.
+
+        r is the number of parameters. For a method that keeps the examples of one batch, it is the largest rank that
+        their Fisher can have: the number of examples times that of their outputs, if the parameters are more. All other
+        eigenvalues are 0, and a mean with them would be too small.
+        """
+        n, outputs = sum(shape.numel() for _, shape in self.layout.shapes), math.prod(self.layout.output_shape)
+        rank = self.method.rank(state.factors, outputs)
+        return self.trace(state).to(state.damping) / (n if rank is None else min(rank, n))
+
     def inverse(self, state: State) -> DampedInverse:
         """Return the damped inverse of the last `invert` as an operator: `precondition` multiplies by it.
 

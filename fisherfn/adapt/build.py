@@ -118,6 +118,7 @@ def _rule(ng: NaturalGradient, rule: str, numbers: dict[str, Any], kl_bound: flo
         return rule
     if kl_bound is not None:
         return "clip"
-    if numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG":
-        return "line_search"
-    return "clip" if has_classes(ng.likelihood) else "model"
+    if has_classes(ng.likelihood):
+        return "clip"
+    searches = numbers["lr"] is None and numbers["momentum"] is None and ng.method.name == "exactNG"
+    return "line_search" if searches else "model"

@@ -9,9 +9,8 @@ $$\lambda \leftarrow \omega^k \lambda \ \text{ where } \rho > \tfrac34, \qquad
   \lambda \leftarrow \omega^{-k} \lambda \ \text{ where } \rho < \tfrac14 .$$
 
 On the batch that made the step, ρ is close to 1 for almost any λ, because the step fits this batch. The rule alone
-would drive λ to zero, and steps would fit nothing but their own batch. So λ has a floor in units of the curvature
-$u = \mathrm{tr} \hat F / n$, with n the number of parameters: $c \sqrt{u_0 u}$, the geometric mean of the first and the
-present curvature.
+would drive λ to zero, and steps would fit nothing but their own batch. So λ has a floor in units of the mean curvature
+u (`ng.mean_curvature`): $c \sqrt{u_0 u}$, the geometric mean of the first and the present one.
 
 Source: Martens & Grosse 2015, section 6.5; the floor is this project's (docs/adaptive.md has the measurements).
 """

@@ -17,7 +17,8 @@ with δ₀ the previous update. One step, in order:
 
 Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
-sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0).
+sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0); of
+classes it takes "clip" as well.
 
 All values are tensors and all decisions masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and
 resumes.
@@ -51,7 +52,7 @@ Rule: TypeAlias = Literal["model", "clip", "line_search"]
 RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
 
 START, FLOOR = 20.0, 1.0
-"""Initial λ in units of the first curvature tr F̂ / n, and smallest λ in units of the mean defined in damping.py.
+"""Initial λ in units of the first mean curvature, and smallest λ in units of the mean defined in damping.py.
 
 One pair of constants for all nets; docs/adaptive.md has the measurements.
 """
@@ -137,7 +138,7 @@ class Adaptive:
             nat, lr_scale = scaled(nat, lr_scale)
         before = state
         if update:
-            units = torch.where(state.first_curvature == 0, self._unit(curvature), state.first_curvature)
+            units = torch.where(state.first_curvature == 0, self.ng.mean_curvature(curvature), state.first_curvature)
             state = state._replace(first_curvature=units)
         if invert:
             zero = torch.zeros_like(state.actual)
@@ -154,15 +155,11 @@ class Adaptive:
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
-    def _unit(self, curvature: State) -> Float[Tensor, ""]:
-        """Return tr F̂ / n, with n the number of parameters."""
-        return self.ng.trace(curvature).to(curvature.damping) / sum(s.numel() for _, s in self.ng.layout.shapes)
-
     def _damping(self, state: AdaptiveState, updated: State) -> Float[Tensor, ""]:
         """Return λ for the next refresh of inverses."""
         if self.damping is not None:
             return updated.damping
-        unit = self._unit(updated)
+        unit = self.ng.mean_curvature(updated)
         first = torch.where(state.first_curvature == 0, unit, state.first_curvature)
         nothing = (state.predicted == 0) | within_noise(state.loss, state.actual, torch.float32)
         moved = adapted_damping(

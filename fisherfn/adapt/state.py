@@ -39,7 +39,7 @@ class AdaptiveState(NamedTuple):
         actual: the sum of the changes of the loss over the same steps, in nats.
         steps: the number of these steps.
         shrink: factor on a given learning rate, halved by each rejection until the next refresh of inverses.
-        first_curvature: tr F̂ / n at the first update.
+        first_curvature: the mean curvature (`ng.mean_curvature`) at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
         alive: for each parameter, whether its preconditioned gradient was nonzero at the last accepted step.

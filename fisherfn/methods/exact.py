@@ -140,6 +140,11 @@ class Exact(Method):
         sums = [squares(tap.to(torch.float64)).sum() for tap in filled] or [zero]
         return torch.stack(sums).sum() / examples(factors)
 
+    def rank(self, factors: Taps, outputs: int) -> int:
+        """Return the number of outputs of all examples, or that of parameters where a coupled group has fewer."""
+        limit = outputs * examples(factors)
+        return sum(min(limit, lowrank.parameters(taps)) for taps in self.groups(factors).values())
+
     def eigenvalues(self, factors: Taps, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"]:
         """Return all eigenvalues of F."""
         del shapes

@@ -13,8 +13,7 @@ All products follow from the matrix of coefficients $C_{n,(l,p)} = \langle W_n^l
 $c_n = \sum_l \langle W_n^l, z^l \rangle$: $R_0 F z = \frac1N C^\top c$ and $F R_0^\top \beta = \frac1N \sum_n W_n
 (C \beta)_n$, for any mixture of layers, without interpolation between feature maps or loops over pairs of layers.
 $F_c = \frac1N C^\top C + \lambda I$, because the rows are orthonormal. It is recomputed with every basis and never
-averaged. F is that of the newest statistics that were followed by an inversion, so the shapes of the state's leaves
-follow the batch.
+averaged. F is that of the newest statistics before an inversion, so the shapes of the state follow the batch.
 
 Koroko et al. 2023, *Analysis and comparison of two-level KFAC methods for training deep neural networks*, section 3;
 Tselepidis, Kohler & Orvieto 2020, *Two-level K-FAC preconditioning for deep learning*, section 4.
@@ -110,9 +109,8 @@ class TwoLevel(Method):
     @property
     def inverse_kind(self) -> Kind:
         """Return how the step depends on the gradient; a space that depends on the residual makes it nonlinear."""
-        if self.coarse == "residual":
-            return "nonlinear"
-        return "general" if self.form == "multiplicative" else self.fine.inverse_kind
+        linear: Kind = "general" if self.form == "multiplicative" else self.fine.inverse_kind
+        return "nonlinear" if self.coarse == "residual" else linear
 
     # state --------------------------------------------------------------------------------------------------------
 
@@ -237,8 +235,7 @@ class TwoLevel(Method):
             return combine(tap, weights / n).reshape(like[key].shape)
 
         of_F = self._fine(inverse, {key: of(key, tap) for key, tap in inverse.taps.items()})
-        of_damping = lifted(dict(space.images), beta * inverse.damping.double(), like)
-        return tree.add(of_F, of_damping)
+        return tree.add(of_F, lifted(dict(space.images), beta * inverse.damping.double(), like))
 
     def matvec(self, factors: Factors, matrices: Matrices) -> dict[str, Tensor]:
         """Multiply by the fine method's approximation."""
@@ -251,6 +248,10 @@ class TwoLevel(Method):
     def trace(self, factors: Factors, shapes: Mapping[str, Shape]) -> Float[Tensor, ""] | None:
         """Return that of the fine method."""
         return self.fine.trace(factors.fine, shapes)
+
+    def rank(self, factors: Factors, outputs: int) -> int | None:
+        """Return that of the fine method."""
+        return self.fine.rank(factors.fine, outputs)
 
     def eigenvalues(self, factors: Factors, shapes: Mapping[str, Shape]) -> Float[Tensor, " p"] | None:
         """Return those of the fine method."""

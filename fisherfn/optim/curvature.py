@@ -169,7 +169,7 @@ class Curvature(Copies, Saved):
         """Return a function that measures λ once, at the first refresh of the inverses, if no λ was given."""
         if self._options.damping != "auto" or self.steps:
             return None
-        return lambda new: START * ng.trace(new).to(new.damping) / sum(s.numel() for _, s in ng.layout.shapes)
+        return lambda new: START * ng.mean_curvature(new)
 
     def of_batch(self, batch: Any, *, inner: bool) -> Outcome:
         """Compute the natural gradient of a batch, with gradient and curvature from one forward pass."""

@@ -63,7 +63,7 @@ class Preconditioner(WithCurvature):
             optimizer: the optimizer that takes the step; `kl_bound` needs its learning rate, `scaler` its gradients.
             kl_bound: κ > 0, in nats per example, at the largest learning rate of the optimizer's groups; None for no
                 bound.
-            damping: λ ≥ 0; "auto" is 20 tr F̂ / n for n parameters, measured once at the first step.
+            damping: λ ≥ 0; "auto" is 20 times `ng.mean_curvature`, measured once at the first step.
             ema: weight of the old factors, in [0, 1).
             update_every: steps between statistics.
             invert_every: steps between refreshes of the inverses.
