@@ -51,6 +51,6 @@ class Seen(NamedTuple):
         return Seen(*(torch.where(any_, mine, old) for mine, old in zip(self, before, strict=True)))
 
 
-def alive(nat: Tree) -> Bool[Tensor, " parameters"]:
-    """Return for each parameter whether it has a gradient: F̂ is definite, so nat is zero only with the gradient."""
-    return torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree.leaves(nat)]) != 0
+def alive(grads: Tree) -> Bool[Tensor, " parameters"]:
+    """Return for each parameter whether it has a gradient at all."""
+    return torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree.leaves(grads)]) != 0

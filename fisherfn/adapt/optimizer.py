@@ -133,7 +133,8 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        seen = Seen.of(stats, alive(nat))
+        # a method of single layers is definite, so nat is zero with the gradient, which need not be formed
+        seen = Seen.of(stats, alive(stats.grads if self.ng.method.couples else nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = scaled(nat, lr_scale)
         before = state

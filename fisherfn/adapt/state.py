@@ -42,7 +42,7 @@ class AdaptiveState(NamedTuple):
         first_curvature: the mean curvature (`ng.mean_curvature`) at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
-        alive: for each parameter, whether its preconditioned gradient was nonzero at the last accepted step.
+        alive: for each parameter, whether it had a gradient at the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
         count: number of steps in the average.
