@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from common.baselines import Schedule
 from common.train_config import LABELS
 
-TITLES = LABELS | {"adamw": "AdamW", "soap": "SOAP"}
+TITLES = {"sgd": LABELS["sgd"], "adam": LABELS["adam"], "adamw": "AdamW", "soap": "SOAP"} | LABELS
+"""Names of the optimizers, in the order of the tables: first the baselines."""
 
 
 class Net(NamedTuple):

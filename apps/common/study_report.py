@@ -170,16 +170,21 @@ def picture(runs: dict[str, list[Run]], path: Path) -> None:
 
 
 def methods(runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw training loss by step of every natural gradient, a panel per net that has several; nothing if none has."""
+    """Draw training loss by step of every natural gradient on seed 0, a panel per net that has several, if any has."""
     natural = [name for name in TITLES if name not in BASELINES]
     rows = {net: found for net, found in runs.items() if len(drawn(natural, {net: found})) > 1}
     if not rows:
         return
     names = drawn(natural, rows)
-    figure = new_figure(width=4.6 * len(rows) + 0.6, height=4.6)
-    for axes, (net, found) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
-        panel(axes, NETS[net].title, {name: whole(found, name) for name in names}, "step")
-    figure.axes[0].set_ylabel("training loss", color=INK)
+    across = min(len(rows), 2)
+    down = math.ceil(len(rows) / across)
+    figure = new_figure(width=5.0 * across, height=3.3 * down + 0.7)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, (net, found) in zip(panels, rows.items(), strict=False):
+        panel(axes, NETS[net].title, {name: [r for r in whole(found, name) if not r.seed] for name in names}, "step")
+        axes.set_ylabel("training loss", color=INK)
+    for axes in panels[len(rows) :]:
+        axes.set_axis_off()
     legend(figure, names, path)
 
 
@@ -199,11 +204,11 @@ def whole(runs: Sequence[Run], name: str) -> list[Run]:
 
 
 def panel(axes: Axes, title: str, curves: dict[str, list[Run]], x: str) -> None:
-    """Draw the runs of each optimizer, without their initial losses."""
+    """Draw the runs of each optimizer without their initial losses, seed 0 strongest."""
     for index, found in enumerate(curves.values()):
         for run in found:
             shown = [(point[0 if x == "step" else 1], point[2]) for point in run.points if point[0]]
-            axes.plot([a for a, _ in shown], [b for _, b in shown], **line(index))
+            axes.plot([a for a, _ in shown], [b for _, b in shown], **line(index), alpha=0.3 if run.seed else 1.0)
     dress(axes, title, x)
     scale(axes, [point[2] for found in curves.values() for run in found for point in run.points if point[0]])
 
