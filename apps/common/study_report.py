@@ -150,7 +150,7 @@ def ratio(values: Sequence[float]) -> str:
         return ""
     text = "not reached" if math.isinf(statistics.median(values)) else f"{statistics.median(values):.2f}"
     ends = ["–" if math.isinf(value) else f"{value:.2f}" for value in (min(values), max(values))]
-    return text + (f" ({ends[0]} to {ends[1]})" if len(values) > 1 else "")
+    return text + (f" ({ends[0]} to {ends[1]})" if len(values) > 1 and math.isfinite(min(values)) else "")
 
 
 def picture(runs: dict[str, list[Run]], path: Path) -> None:

@@ -192,6 +192,7 @@ def test_ratios_compare_seeds_with_the_same_seed_of_adam():
     runs = [run("adam", 0, [1, 0.9, 0.8, 0.7, 0.5]), run("adam", 1, [1, 0.9, 0.8, 0.7, 0.3])]
     kfac = [run("kfac", 0, [1, 0.5, 0.4]), run("kfac", 1, [1, 0.5, 0.4])]
     assert study_report.in_steps(runs + kfac, kfac) == "not reached (0.25 to –)"
+    assert study_report.ratio([math.inf, math.inf]) == "not reached"
     assert study_report.in_steps(runs + kfac, kfac[:1]) == "0.25"
     race = [run("adam", 0, [1, 0.5], kind="plain"), run("kfac", 0, [1, 0.8, 0.5], kind="plain", stopped="reached")]
     assert study_report.in_time(race, "kfac", "plain") == "2.00"
