@@ -115,7 +115,7 @@ class Method(ABC):
         return None
 
     def rank(self, factors: PyTree, outputs: int) -> int | None:
-        """Return the largest rank of the Fisher of F̂'s examples, each with so many outputs; None: it keeps none."""
+        """Return the largest rank that F̂'s examples allow, each with so many outputs; None: F̂ keeps no examples."""
         del factors, outputs
         return None
 

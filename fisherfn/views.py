@@ -72,9 +72,8 @@ class Views(Collector):
     def mean_curvature(self, state: State) -> Float[Tensor, ""]:
         r"""Return the mean eigenvalue of the approximate Fisher, $\operatorname{tr} \hat F / r$, in the units of λ.
 
-        r is the number of parameters. For a method that keeps the examples of one batch, it is the largest rank that
-        their Fisher can have: the number of examples times that of their outputs, if the parameters are more. All other
-        eigenvalues are 0, and a mean with them would be too small.
+        r is the number of parameters. A method that keeps the examples of one batch has at most as many nonzero
+        eigenvalues as these have outputs in all; r is this number if it is smaller.
         """
         n, outputs = sum(shape.numel() for _, shape in self.layout.shapes), math.prod(self.layout.output_shape)
         rank = self.method.rank(state.factors, outputs)

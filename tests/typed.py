@@ -149,7 +149,7 @@ TESTS = (
     "tests/test_tree.py",
     "tests/test_unused.py",
     "tests/adapt/test_optimizer.py::test_a_line_search_takes_the_best_of_its_grid",
-    "tests/adapt/test_optimizer.py::test_the_mean_curvature_of",
+    "tests/adapt/test_mean_curvature.py::test_the_mean_curvature_of",
     "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[keys-with-bias",
     "tests/layers/test_anywhere.py::test_every_arrangement_is_exact[half-a-weight",
     "tests/decompositions/test_attention.py::test_gpt_2_writes_its_linear_layers_transposed_and_merged",

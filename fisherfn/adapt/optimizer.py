@@ -17,8 +17,8 @@ with δ₀ the previous update. One step, in order:
 
 Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
-sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0); of
-classes it takes "clip" as well.
+sizes by the loss itself, for the exact natural gradient, for which the model would always give (α, μ) = (1, 0). It
+takes "clip" for classes, too.
 
 All values are tensors and all decisions masks: the optimizer vmaps (each member has its own α, μ and λ), compiles and
 resumes.
@@ -133,7 +133,7 @@ class Adaptive:
             state.curvature, stats, stats if update else None, invert=invert, inner=self.rule == "clip",
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
-        # a method of single layers is definite, so nat is zero with the gradient, which need not be formed
+        # without coupling, nat is zero exactly where a layer's gradient is, which then need not be formed
         seen = Seen.of(stats, alive(stats.grads if self.ng.method.couples else nat))
         if isinstance(lr_scale, dict):
             nat, lr_scale = scaled(nat, lr_scale)

@@ -141,7 +141,7 @@ class Exact(Method):
         return torch.stack(sums).sum() / examples(factors)
 
     def rank(self, factors: Taps, outputs: int) -> int:
-        """Return the number of outputs of all examples, or that of parameters where a coupled group has fewer."""
+        """Return the number of outputs of all examples, or of parameters where these are fewer, for each group."""
         limit = outputs * examples(factors)
         return sum(min(limit, lowrank.parameters(taps)) for taps in self.groups(factors).values())
 

@@ -73,3 +73,14 @@ def dense_fisher(problem: Problem, params=None) -> Tensor:
         B = hessian(lambda o, t=target: problem.likelihood.nll(o.unsqueeze(0), t).sum())(f[n])
         total += jacobian[n].T @ B @ jacobian[n]
     return total / len(f)
+
+
+def steps(problem, opt, count, *, state=None, params=None, seed=0, **options):
+    """Parameters, state and infos of so many steps on the whole batch."""
+    params = problem.params if params is None else params
+    state = opt.init(params) if state is None else state
+    rng, infos = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        params, state, info = opt.step(params, state, (problem.x, problem.y), generator=rng, **options)
+        infos.append(info)
+    return params, state, infos

@@ -49,6 +49,20 @@ def forked(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
+@pytest.fixture(autouse=True)
+def plain_numbers(monkeypatch):
+    """Have every picture that a test draws checked: its logarithmic axes say 0.05 and not 5 × 10⁻²."""
+    save = Figure.savefig
+
+    def checked(figure, *where, **how):
+        save(figure, *where, **how)
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+            shown = [label.get_text() for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+            assert not any("times" in text for text in shown), shown
+
+    monkeypatch.setattr(Figure, "savefig", checked)
+
+
 @pytest.fixture
 def drawn():
     """Have the pictures of runs drawn: for a test of each program."""

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import compare
+import fisherfn as ff
 import fisherfn.compiled as compiled
 from common import study, study_report
-from common.baselines import baseline
+from common.baselines import BASELINES, baseline
 from common.config import ConfigError
 from common.data import load
 from common.loop import Settings, start, train
 from common.optimizers import adam, sgd
-from common.study import Net, Run
+from common.study import TITLES, Net, Run
 from common.train_config import TrainConfig
 from common.trainer import make_optimizer, make_task
 
@@ -101,6 +102,23 @@ def test_methods_are_drawn_where_a_net_has_several_of_them(tmp_path):
     assert study_report.drawn(["lanczos", "exactNG", "kfac", "sgd"], two) == ["exactNG", "kfac"]
     study_report.methods(two, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").exists()
+
+
+def test_methods_are_compared_on_one_seed_and_the_other_seeds_of_a_study_are_fainter(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(study_report, "save_figure", lambda figure, path: figures.append(figure))
+    seeds = [Run("MNIST", "kfac", None, None, s, points=[(0, 0.0, 1.0, 1.0), (2, 1.0, 0.5, 0.5)]) for s in (1, 0, 2)]
+    other = seeds[1]._replace(optim="exactNG")
+    study_report.methods({"MNIST": [*seeds, other]}, tmp_path / "methods.png")
+    study_report.picture({"MNIST": seeds}, tmp_path / "compare.png")
+    methods, study = (figure.axes[0].lines for figure in figures)
+    assert len(methods) == 2
+    assert sorted(line.get_alpha() for line in study) == [0.3, 0.3, 1.0]
+
+
+def test_the_table_begins_with_the_baselines():
+    assert list(TITLES)[: len(BASELINES)] == list(BASELINES)
+    assert TITLES.keys() == {*BASELINES, *ff.METHODS}
 
 
 def test_endings_name_what_failed_and_who_still_learns():
