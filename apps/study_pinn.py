@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from common.config import NON_NEGATIVE, option, parse
 from common.pinn.optimizers import DEFAULTS
@@ -148,6 +149,8 @@ def draw(file: Path, found: dict[str, Any]) -> None:
             shown = {step: error for step, error in published.items() if step <= last}
             axis.loglog(list(shown), list(shown.values()), f"{marker}k", mfc="none", label=f"published: {name}")
         axis.set(title=PROBLEMS[data].title.split(",")[0], xlabel="step", ylabel="relative L2 error")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_formatter(LogFormatter())  # less than a decade: 0.2, not 2 × 10⁻¹
         axis.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
