@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import NullFormatter
 
 from common.config import NON_NEGATIVE, option, parse
 from common.pinn.optimizers import DEFAULTS
 from common.pinn.problems import PROBLEMS
+from common.plots import PLAIN, scale
 from common.results import CHECKPOINT, MetricsError, read_metrics
 from common.runs import reported
 from train_pinn import PinnConfig, run
@@ -143,14 +144,15 @@ def draw(file: Path, found: dict[str, Any]) -> None:
     for axis, (data, by_optim) in zip(axes[0], found.items(), strict=True):
         for optim, steps in ((optim, steps) for optim, steps in by_optim.items() if steps):
             errors = [each["error"] for each in steps.values()]
-            axis.loglog(list(steps), errors, color=COLOURS[optim], label=NAMES[optim])
+            axis.semilogx(list(steps), errors, color=COLOURS[optim], label=NAMES[optim])
         last = max((step for steps in by_optim.values() for step in steps), default=0)
         for marker, (name, published) in zip("osD", relative(data).items(), strict=False):
             shown = {step: error for step, error in published.items() if step <= last}
-            axis.loglog(list(shown), list(shown.values()), f"{marker}k", mfc="none", label=f"published: {name}")
+            axis.semilogx(list(shown), list(shown.values()), f"{marker}k", mfc="none", label=f"published: {name}")
         axis.set(title=PROBLEMS[data].title.split(",")[0], xlabel="step", ylabel="relative L2 error")
-        for each in (axis.xaxis, axis.yaxis):
-            each.set_minor_formatter(LogFormatter())  # less than a decade: 0.2, not 2 × 10⁻¹
+        axis.xaxis.set_major_formatter(PLAIN)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        scale(axis, [float(error) for line in axis.lines for error in line.get_ydata()])
         axis.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
