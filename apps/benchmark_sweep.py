@@ -1,8 +1,9 @@
 """Measure sweeps: time per step and model of vmapped groups, a loop over models, and two processes that loop.
 
 `python apps/benchmark_sweep.py --page docs/sweeps.md` writes the table of the page and the picture
-docs/images/sweep_speed.png. `--compile true` writes the table of compiled steps instead, `--memory true` that of peak
-memory. A process has one thread, and times are its processor time, which other programs on the machine hardly change.
+docs/images/sweep_speed.png. `--compile true` writes the table and the picture of compiled steps instead, `--memory
+true` the table of peak memory. `--case` measures one case; in the table of compiled steps, the rows of the other cases
+stay. A process has one thread, and times are its processor time, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch._inductor.config as inductor
+from matplotlib.figure import Figure
 
 import fisherfn as ff
 from common.atomic import replace_text
@@ -64,8 +67,8 @@ CASES = (
     Case("CURVES/8", 16),
     *(Case(net, 32, optim=optim) for net in ("ToyNet", "CURVES/8") for optim in ("sgd", "adam")),
 )
-COMPILED = ((CASES[0], 8), (CASES[0], 64), (Case("CURVES/8", 16), 64))
-"""Cases and numbers of models."""
+TOGETHER = (8, 64)
+"""Numbers of models in the table of compiled steps."""
 
 IN_MEMORY = (Case("CURVES/8", 32), Case("CURVES", 32))
 MEMBERS = (1, 8, 32, 64)
@@ -82,7 +85,7 @@ class Config:
     )  # fmt: skip
     members: int = option(64, "largest number of models", check=POSITIVE)
     half: bool = option(False, "only print the time of one model, for two processes at once")
-    compile: bool = option(False, "compiled steps of loops and groups, for a few cases")
+    compile: bool = option(False, "compiled steps of loops, and of groups of 8 and 64")
     memory: bool = option(False, "peak memory of groups, each in a new process, for a few cases")
     peak: bool = option(False, "only print the peak memory of one group of so many members")
     page: str | None = option(None, "page whose table is replaced; default: print it")
@@ -189,34 +192,82 @@ def with_compilers() -> float:
     return sum(os.times()[:4])
 
 
-def compiled_row(case: Case, members: int) -> str:
-    """Return the row of a case: plain and compiled times of a loop, of two processes and of a group."""
-    times, compile_seconds = list[float](), list[float]()
-    for compiled in (False, True):
-        single, group = problem(case, 1, compiled), Group(problem(case, members, compiled), range(members))
-        of_group = partial(cost, group, group.start(), STEPS, clock=time.process_time)
-        for measure in (partial(loop, case, single), of_group):
-            seconds, more = compiling(measure)
-            times.append(seconds)
-            compile_seconds.append(more)
-        times.insert(-1, two_processes(case, compiled))
-    loops, pairs, groups = times[::3], times[1::3], [seconds / members for seconds in times[2::3]]
-    cells = [f"{1e3 * seconds:.2f}" for pair in (loops, pairs, groups) for seconds in pair]
-    cells += [f"{before[-1] / groups[-1]:.1f}×" for before in (loops, pairs)]
-    cells += [f"{seconds:.0f}" for seconds in compile_seconds[2:]]
-    return f"| {case.title} | {members} | {' | '.join(cells)} |"
+def compiled_rows(case: Case) -> Iterator[str]:
+    """Yield the rows of a case: plain and compiled times of a loop, of two processes and of groups."""
+    plain, of_loop = [compiling(partial(loop, case, problem(case, 1, compiled))) for compiled in (False, True)]
+    loops, pairs = (plain[0], of_loop[0]), tuple(two_processes(case, compiled) for compiled in (False, True))
+    for members in TOGETHER:
+        found = []
+        for compiled in (False, True):
+            group = Group(problem(case, members, compiled), range(members))
+            found.append(compiling(partial(cost, group, group.start(), STEPS, clock=time.process_time)))
+        groups = [seconds / members for seconds, _ in found]
+        cells = [f"{1e3 * seconds:.3g}" for times in (loops, pairs, groups) for seconds in times]
+        cells += [f"{times[1] / groups[1]:.1f}×" for times in (loops, pairs)]
+        cells += [f"{seconds:.0f}" for _, seconds in (of_loop, found[1])]
+        yield f"| {case.title} | {members} | {' | '.join(cells)} |"
 
 
-def compiled_table() -> list[str]:
-    """Return the lines of the table of compiled steps."""
+def compiled_table(numbers: Sequence[int], page: str | None) -> list[str]:
+    """Return the lines of the table of compiled steps; rows of other cases are those of the page."""
     inductor.compile_threads = 1  # others compile in processes whose time is not that of a child
     parts = ("loop, ms", "loop, compiled", "two processes", "two processes, compiled", "group", "group, compiled")
     gains = ("speed-up, compiled", "against two, compiled", "compiling, s: loop", "compiling, s: group")
-    lines = [f"| case | models | {' | '.join((*parts, *gains))} |", "|---" * 12 + "|"]
-    for case, members in COMPILED:
-        lines.append(compiled_row(case, members))
-        print(lines[-1], flush=True)
-    return lines
+    rows = {} if page is None else {first(row): row for row in rows_of(Path(page).read_text(), "compiled")}
+    for case in (CASES[number] for number in numbers if CASES[number].optim == "kfac"):
+        for row in compiled_rows(case):
+            rows[first(row)] = row
+            print(row, flush=True)
+    order = [(case.title, str(members)) for case in CASES for members in TOGETHER]
+    return [
+        f"| case | models | {' | '.join((*parts, *gains))} |",
+        "|---" * 12 + "|",
+        *(rows[key] for key in order if key in rows),
+    ]
+
+
+def cells_of(row: str) -> list[str]:
+    """Return the cells of a row of a table."""
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def first(row: str) -> tuple[str, str]:
+    """Return the first two cells of a row, by which it is known: case and number of models."""
+    title, members, *_ = cells_of(row)
+    return title, members
+
+
+def rows_of(text: str, name: str) -> list[str]:
+    """Return the rows of the table of this name in the text of a page, without its head."""
+    table = text.partition(f"<!-- sweep {name}: begin -->")[2].partition(f"<!-- sweep {name}: end -->")[0]
+    return table.strip().splitlines()[2:]
+
+
+def draw_compiled(rows: Sequence[str], path: Path) -> Figure:
+    """Draw the speed-up over a plain loop against the size of the net: a panel per batch size and cadence."""
+    found = {first(row): [float(cell) for cell in cells_of(row)[2:8]] for row in rows}
+    sizes = {net: sum(leaf.numel() for leaf in net_of(Case(net, 32))[0].parameters()) for net in NETS}
+    nets = sorted(sizes, key=lambda net: sizes[net])
+    lines = [("loop, compiled", TOGETHER[0], 1)]  # name, models, column of the time
+    lines += [(f"group of {m}{word}", m, column) for m in TOGETHER for word, column in (("", 4), (", compiled", 5))]
+    figure = new_figure(width=10, height=8)
+    for place, (batch, cadence) in enumerate((batch, cadence) for cadence in CADENCES for batch in (32, 256)):
+        axes = figure.add_subplot(2, 2, place + 1)
+        for (label, members, column), color in zip(lines, PALETTE, strict=False):
+            times = [found.get((Case(net, batch, cadence).title, str(members))) for net in nets]
+            points = [(x, each[0] / each[column]) for x, each in enumerate(times) if each]
+            style = "o-" if "compiled" in label else "o--"
+            axes.plot(*np.array(points).reshape(-1, 2).T, style, markersize=3, color=color, label=label)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(yscale="log", ylim=(0.4, 60), xlim=(-0.3, len(nets) - 0.7))
+        axes.set_xticks(range(len(nets)), [f"{net}\n{sizes[net]:,}" for net in nets], fontsize=7)
+        axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+        axes.minorticks_off()
+        axes.set_title(f"batch {batch}, statistics and inverses every {cadence[0]}/{cadence[1]} steps", fontsize=10)
+        axes.set_xlabel("net and its number of parameters")
+        axes.set_ylabel("speed-up over a plain loop")
+    figure.axes[0].legend(fontsize=8, frameon=False, labelcolor=INK)
+    return save_figure(figure, path)
 
 
 def peak() -> float:
@@ -278,7 +329,10 @@ def main(config: Config) -> None:
         put(memory_table(), config.page, "memory")
         return
     if config.compile:
-        put(compiled_table(), config.page, "compiled")
+        lines = compiled_table(numbers, config.page)
+        if config.page is not None:
+            draw_compiled(lines[2:], Path(config.page).parent / "images" / "sweep_compiled.png")
+        put(lines, config.page, "compiled")
         return
     sizes = [size for size in SIZES if size <= config.members]
     lines = ["| case | loop, ms | two processes | best group | speed-up | against two processes | MiB per model |"]
