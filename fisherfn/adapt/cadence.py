@@ -7,11 +7,17 @@ so they are the same for vmapped members, ranks and resumed runs.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from fisherfn.errors import HyperparameterError, expect_number
+
+FOREVER = 2**53
+"""A number of steps that no run makes."""
 
 
 class Due(NamedTuple):
@@ -25,15 +31,18 @@ class Due(NamedTuple):
 class Cadence:
     """Intervals that grow with the number of steps: `growth` times the steps made so far.
 
+    Inverses that are due wait for the next statistics. They are thus of new statistics, which E-KFAC's basis and the
+    coarse correction of two-level methods need.
+
     Attributes:
         update: shortest and longest interval between statistics, in steps.
         invert: shortest and longest interval between inverses, in steps.
-        growth: interval divided by the steps made.
+        growth: interval divided by the steps made; 0 for the shortest intervals throughout.
 
     >>> Cadence((2, 10), (4, 20))(0)
     Due(update=True, invert=True)
     >>> [step for step in range(100) if Cadence((2, 10), (4, 20))(step).invert]
-    [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 57, 62, 68, 74, 81, 89, 97]
+    [0, 4, 8, 12, 16, 20, 24, 28, 33, 36, 42, 46, 50, 55, 60, 66, 72, 79, 86, 94]
     """
 
     update: tuple[int, int] = (2, 10)
@@ -59,22 +68,31 @@ class Cadence:
 
     def __call__(self, step: int) -> Due:
         """Return the refreshes of step number `step`, counted from 0."""
-        return Due(self._hits(self.update, step), self._hits(self.invert, step))
+        update = self._hits(self.update, step)
+        return Due(update, update and any(self._hits(self.invert, due) for due in self._since_statistics(step)))
+
+    def _since_statistics(self, step: int) -> Iterator[int]:
+        """Yield this step and those before it, back to the one after the last statistics."""
+        yield step
+        while step > 0 and not self._hits(self.update, step - 1):
+            step -= 1
+            yield step
 
     def _hits(self, bounds: tuple[int, int], step: int) -> bool:
-        first, last = bounds
-        marks, settled = self._marks[bounds]
-        return step in marks if step < settled else (step - settled) % last == 0
+        phases = self._phases[bounds]
+        start, interval = phases[bisect(phases, (step, math.inf)) - 1]
+        return (step - start) % interval == 0
 
     @cached_property
-    def _marks(self) -> dict[tuple[int, int], tuple[frozenset[int], int]]:
-        """Return for each pair of bounds the refreshes at growing intervals, and the step at which growth ends."""
-        found = {}
-        for first, last in (self.update, self.invert):
-            at, marks = 0, set()
-            while min(last, max(first, int(self.growth * at))) < last and self.growth > 0:
-                marks.add(at)
-                at += min(last, max(first, int(self.growth * at)))
-            settled = at if self.growth > 0 else 0
-            found[first, last] = frozenset(marks), settled
-        return found
+    def _phases(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Return for each pair of bounds the phases of constant interval: (first step, interval)."""
+        return {bounds: list(self._grown(*bounds)) for bounds in (self.update, self.invert)}
+
+    def _grown(self, interval: int, last: int) -> Iterator[tuple[int, int]]:
+        step = 0
+        yield step, interval
+        while interval < last and self.growth * FOREVER > interval:
+            left = (interval + 1) / self.growth - step  # steps until the interval may be a longer one
+            step += interval * max(1, math.ceil(left / interval))
+            interval = min(last, max(interval, int(self.growth * step)))
+            yield step, interval

@@ -105,7 +105,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
                 gradients; with "gradient" their part of a step is the plain gradient, and `watch` works too.
             compile: True compiles steps with a batch (`ff.compile`), which takes 20 to 80 seconds per kind of step; a
                 dict has options of torch.compile.
-            on_bad: treatment of a step that fails a check: "raise" the typed error, or "skip": the tenth in a row raises.
+            on_bad: what a step that fails a check does: "raise" the typed error, or "skip" (the tenth in a row raises).
 
         Raises:
             HyperparameterError: a number outside its range.

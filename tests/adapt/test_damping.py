@@ -44,13 +44,30 @@ def test_a_change_of_a_few_units_in_the_last_place_is_noise():
     assert not within_noise(loss, torch.tensor(5e-3).double(), torch.float32)
 
 
-def test_intervals_grow_to_their_ceiling_and_stay():
-    cadence = Cadence((2, 10), (4, 20), 0.1)
-    for name, ceiling in (("update", 10), ("invert", 20)):
-        due = [step for step in range(2000) if getattr(cadence(step), name)]
-        gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
-        assert due[0] == 0 and gaps == sorted(gaps) and gaps[-1] == ceiling
-        assert all(gap <= max(0.1 * at, gaps[0]) for at, gap in zip(due, gaps, strict=False))
+def marks(first: int, last: int, growth: float, steps: int) -> list[int]:
+    """The refreshes by the definition: after step `at` the next one is min(last, max(first, growth · at)) later."""
+    due, at = [], 0
+    while at < steps:
+        due.append(at)
+        at += min(last, max(first, int(growth * at)))
+    return due
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.01, 0.1, 0.37, 3.0])
+@pytest.mark.parametrize(("update", "invert"), [((2, 10), (4, 20)), ((5, 5), (4, 20)), ((2, 10), (20, 20)),
+                                                ((10, 10), (4, 4)), ((3, 7), (8, 1000)), ((1, 1), (3, 5))])  # fmt: skip
+def test_intervals_grow_to_their_ceiling_and_inverses_wait_for_statistics(update, invert, growth):
+    cadence, steps = Cadence(update, invert, growth), 3000
+    statistics = marks(*update, growth, steps + 1000)
+    inverses = {min(at for at in statistics if at >= mark) for mark in marks(*invert, growth, steps)}
+    assert [at for at in range(steps) if cadence(at).update] == [at for at in statistics if at < steps]
+    assert [at for at in range(steps) if cadence(at).invert] == sorted(at for at in inverses if at < steps)
+
+
+def test_slow_growth_takes_no_time_and_no_memory():
+    assert Cadence((2, 10), (4, 20), 1e-12)(10**9 + 3) == (False, False)
+    assert Cadence((2, 10), (4, 20), 5e-324)(10**9) == (True, True)
+    assert len(Cadence((2, 10), (4, 20), 1e-9)._phases[2, 10]) == 9
 
 
 def test_a_fixed_cadence_counts_steps():
