@@ -104,7 +104,8 @@ def take(group: T, index: int | Sequence[int] | Int[Tensor, "..."]) -> T:
 def select(mask: Bool[Tensor, " members"], new: T, old: PyTree) -> T:
     """Return for each member its tree in `new` if its mask is true, else that in `old`.
 
-    A tree in `new` that is not selected may contain NaN. No member depends on another one's mask.
+    A tree in `new` that is not selected may contain NaN. No member depends on another one's mask. If a leaf of the old
+    tree has another shape, which follows the batch, `tree.kept` replaces it.
 
     Args:
         mask: one value per member.
@@ -121,9 +122,7 @@ def select(mask: Bool[Tensor, " members"], new: T, old: PyTree) -> T:
         raise ShapeError(f"the mask has the shape {tuple(mask.shape)}, but there are {size(new)} members.")
 
     def chosen(a: Tensor, b: Tensor) -> Tensor:
-        # a leaf whose shape follows the batch is empty before the first step, as in `tree.select`
-        before = b if a.shape == b.shape else torch.zeros_like(a)
-        return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.ndim - 1)), a, before)
+        return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.ndim - 1)), a, tree.kept(a, b))
 
     return tree.map(chosen, new, old)
 

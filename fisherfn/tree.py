@@ -99,7 +99,8 @@ def norm(x: PyTree) -> Shaped[Tensor, ""]:
 def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
     """Return `x` if the scalar mask is true, else `y`; an `x` that is not selected may contain NaN.
 
-    If shapes differ (leaves whose shape follows the batch), `y` is replaced by zeros of the shape of `x`.
+    Leaves whose shape follows the batch may have different shapes in `x` and `y`. Under `vmap` and in a trace, which must
+    return one shape, `kept` says what replaces an unselected one.
     """
     _same_structure(x, y)
     return choose(mask, lambda: x, lambda: y)
@@ -108,21 +109,34 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]) -> T:
     """Return `select(mask, x(), y())`; if the mask can be read, only one tree is computed, and none copied."""
     if masked.readable(mask):
-        return x() if mask else map(lambda a, b: b if a.shape == b.shape else torch.zeros_like(a), x(), y())
+        return x() if mask else y()
 
     yes, no = x(), y()
+    if masked.is_concrete(mask) and any(a.shape != b.shape for a, b in zip(leaves(yes), leaves(no), strict=True)):
+        return yes if mask else no  # waits for the device, but keeps shapes that no `torch.where` can
     # leaves that both trees share need no choice, and two leaves that are one tensor stay one
     pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def collect(a: Tensor, b: Tensor) -> Tensor:
         if a is not b:
-            pairs[id(a), id(b)] = a, b if a.shape == b.shape else torch.zeros_like(a)
+            pairs[id(a), id(b)] = a, kept(a, b)
         return a
 
     map(collect, yes, no)
     news, olds = zip(*pairs.values(), strict=True) if pairs else ((), ())
     found = dict(zip(pairs, masked.where(mask, news, olds), strict=True))
     return map(lambda a, b: found.get((id(a), id(b)), a), yes, no)
+
+
+def kept(new: Tensor, old: Tensor) -> Tensor:
+    """Return `old` if it has the shape of `new`, else what replaces it in that shape.
+
+    Nothing is replaced by zeros. Anything else is replaced by NaN, with which the checks of the next step fail: zeros
+    could change its result silently.
+    """
+    if new.shape == old.shape:
+        return old
+    return torch.full_like(new, torch.nan if old.numel() and new.is_floating_point() else 0)
 
 
 def finite(x: PyTree) -> Shaped[Tensor, ""]:

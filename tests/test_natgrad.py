@@ -228,6 +228,32 @@ def test_zero_damping_on_singular_factors_is_no_silent_garbage(form):
             assert found[key].norm() < 10 / gradient.norm()
 
 
+@pytest.mark.parametrize(
+    "method", [*ff.METHODS, ff.two_level(coarse="residual")], ids=lambda m: getattr(m, "coarse", m)
+)
+def test_a_bad_batch_of_another_size_does_not_change_the_next_step(method):
+    """The statistics of the exact and the two-level methods have the shape of the batch."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    params, (x, y) = problem.params, problem.batch
+    few = ff.tree.map(lambda leaf: leaf[:3], (x, y))
+    bad = ff.tree.map(lambda leaf: leaf * torch.nan, few[0]), few[1]
+
+    def then(state):
+        return ng.step(params, state, (x, y), update=False, invert=False)
+
+    empty = ng.init(params, damping=0.1)
+    assert equal(then(ng.step(params, empty, bad)[1])[0], then(empty)[0])
+    _, warm, _ = ng.step(params, empty, (x, y))
+    assert equal(ng.step(params, warm, bad)[1], warm)
+
+    both = torch.stack([bad[0], few[0]]), ff.members.repeat(few[1], 2)
+    _, states, info = torch.vmap(lambda s, batch: ng.step(params, s, batch))(ff.members.repeat(warm, 2), both)
+    assert ff.members.sound(info).tolist() == [False, True]
+    nat, _, info = then(ff.members.take(states, 0))
+    assert not torch.stack(list(info.ok.values())).all() or equal(nat, then(warm)[0])
+
+
 def test_a_failed_invert_keeps_the_old_inverses():
     problem = zoo.pick("one-datum")
     run = zoo.sampled(problem, "empirical", method=ff.kfac(damping_form="eigen"))

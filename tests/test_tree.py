@@ -88,10 +88,21 @@ def test_an_empty_leaf_takes_the_shape_of_what_was_saved():
             ff.tree.unflatten(like, {**saved, **wrong})
 
 
-def test_select_keeps_the_old_or_empties_what_cannot_be_kept():
+def test_select_keeps_the_old_where_it_can_and_else_marks_it():
     new, old = {"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.full((5,), 7.0), "b": torch.full((2,), 7.0)}
     close(ff.tree.select(torch.tensor(True), new, old), new)
-    close(ff.tree.select(torch.tensor(False), new, old), {"a": torch.zeros(3), "b": old["b"]})
+    close(ff.tree.select(torch.tensor(False), new, old), old)
+    both = torch.vmap(lambda mask: ff.tree.select(mask, new, old))(torch.tensor([True, False]))
+    assert both["b"].tolist() == [[1, 1], [7, 7]]
+    assert both["a"].tolist()[0] == [1, 1, 1] and both["a"][1].isnan().all()
+
+
+def test_nothing_is_replaced_by_zeros_and_so_is_what_cannot_be_nan():
+    mask, count = torch.tensor([True, False]), torch.ones(3, dtype=torch.int64)
+    for new, old in ((torch.ones(3), torch.ones(0)), (count, count[:2])):
+        assert torch.vmap(lambda m, a=new, b=old: ff.tree.select(m, a, b))(mask).tolist() == [[1, 1, 1], [0, 0, 0]]
+        group = ff.members.select(mask, new.expand(2, -1), old.expand(2, -1))
+        assert group.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_split_tells_trees_apart_that_a_graph_would_confuse():
@@ -151,11 +162,6 @@ def test_a_mask_that_can_be_read_copies_nothing_and_computes_one_side():
     x, y = {"w": torch.ones(3)}, {"w": torch.zeros(3)}
     assert ff.tree.select(torch.tensor(True), x, y)["w"] is x["w"]
     assert ff.tree.choose(torch.tensor(True), lambda: x, lambda: pytest.fail("computed")) is x
-
-
-def test_leaves_of_another_shape_become_zeros():
-    x, y = {"w": torch.ones(3)}, {"w": torch.ones(2)}
-    assert ff.tree.select(torch.tensor(False), x, y)["w"].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("scale", [-0.5, torch.tensor(-0.5)])
