@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def is_concrete(x: Tensor) -> bool:
-    """Return True if the value of a tensor can be read: not in a transform of torch.func, and not in a trace."""
-    return not _in_trace() and type(x) is Tensor and maybe_current_level() is None
+    """Return True if the value of a tensor can be read: not in a transform of torch.func, in a trace or on "meta"."""
+    return not _in_trace() and type(x) is Tensor and maybe_current_level() is None and not x.is_meta
 
 
 def readable(x: Tensor) -> bool:

@@ -99,8 +99,8 @@ def norm(x: PyTree) -> Shaped[Tensor, ""]:
 def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
     """Return `x` if the scalar mask is true, else `y`; an `x` that is not selected may contain NaN.
 
-    Leaves whose shape follows the batch may have different shapes in `x` and `y`. Under `vmap` and in a trace, which must
-    return one shape, `kept` says what replaces an unselected one.
+    Leaves whose shape follows the batch may have different shapes in `x` and `y`. Under `vmap` and in a trace, which
+    must return one shape, `kept` says what replaces an unselected one.
     """
     _same_structure(x, y)
     return choose(mask, lambda: x, lambda: y)

@@ -133,6 +133,22 @@ def test_a_step_is_the_same_there(method, id):
 
 
 @METHODS
+@pytest.mark.parametrize("id", ["mlp-categorical", "mlp-bernoulli", "batch-norm"])
+def test_adaptive_steps_are_the_same_there(method, id):
+    here, ng, there, ng_there = both(id, method, fisher="type2")
+    found = []
+    for each, builder in ((here, ng), (there, ng_there)):
+        opt, params = ff.adaptive(builder), each.params
+        state = opt.init(params)
+        for _ in range(3):
+            params, state, info = opt.step(params, state, each.batch, context=each.context)
+        found.append((params, state.update, tuple(info.adapted)))
+    assert on_gpu(found[1])
+    same(dict(enumerate(found[1][2])), dict(enumerate(found[0][2])), 1e-6)
+    same(found[1][0], found[0][0], 1e-6)
+
+
+@METHODS
 @NETS
 def test_an_empty_state_is_one_there_too(method, id):
     """Statistics of no example and systems of no unknown: what solvers are not always ready for."""

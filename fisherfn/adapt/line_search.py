@@ -64,8 +64,8 @@ def line_search(
         expect_number("a step size", each, lambda v: v >= 0, "must be >= 0")
     losses = torch.stack([loss(tree.add(params, direction, scale=-each)) for each in sizes])
     finite = torch.isfinite(losses)
-    best = torch.where(finite, losses, torch.inf).argmin()
+    best = torch.where(finite, losses, torch.inf).argmin(0, keepdim=True)  # an index that no device has to wait for
     found = finite.any()
-    size = torch.where(found, losses.new_tensor(sizes)[best], 0.0)
+    size = torch.where(found, losses.new_tensor(sizes).gather(0, best)[0], 0.0)
     moved = tree.map(lambda p, d: p - size.to(p.dtype) * d.to(p.dtype), params, direction)
-    return LineSearch(tree.select(found, moved, params), size, torch.where(found, losses[best], torch.nan))
+    return LineSearch(tree.select(found, moved, params), size, torch.where(found, losses.gather(0, best)[0], torch.nan))

@@ -78,7 +78,7 @@ class QuadraticModel(NamedTuple):
         matrix = self._damped(damping)
         given = [None] * len(self.slope) if fixed is None else list(fixed)
         free = torch.tensor([value is None for value in given], device=matrix.device)
-        held = torch.stack([torch.as_tensor(0.0 if v is None else v, dtype=matrix.dtype) for v in given])
+        held = torch.stack([torch.as_tensor(0.0 if v is None else v).to(matrix) for v in given])
         right = torch.where(free, -(self.slope + matrix @ held), 0.0)
         system = torch.where(free[:, None] & free, matrix, 0.0)
         return held + _eliminated(system, right)
