@@ -43,9 +43,8 @@ def stack(trees: Sequence[T]) -> T:
     """
     if not trees:
         raise StructureError("there are no members to stack: pass a list with at least one tree.")
-    first = tree.structure(trees[0])
     for place, other in enumerate(trees):
-        if tree.structure(other) != first:
+        if not tree.fits(other, trees[0], Tensor):
             raise StructureError(
                 f"member {place} has another structure than member 0: build all members from one model and one method."
             )

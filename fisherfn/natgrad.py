@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fisherfn import dataset, tree
+from fisherfn import dataset, masked, tree
 from fisherfn.base import Method
-from fisherfn.errors import StructureError, expect
+from fisherfn.errors import StructureError, check, expect
 from fisherfn.gradients import Own
 from fisherfn.methods import named
 from fisherfn.refreshes import Refreshes
@@ -155,10 +155,19 @@ class NaturalGradient(Refreshes):
     """The name of `step_from` in version 0.1, for one more version."""
 
     def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
-        """Return the gradient preconditioned by these statistics alone, without a state."""
-        state, _ = self.update(self.init(params, damping=damping), stats)
-        state, _ = self.invert(state)
-        return self.precondition(state, stats)
+        """Return the gradient preconditioned by these statistics alone, without a state.
+
+        Raises:
+            NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed. Where masks cannot be read (under
+                `torch.vmap`, in a trace, on a GPU), the result is NaN.
+        """
+        state, updated = self.update(self.init(params, damping=damping), stats)
+        state, inverted = self.invert(state)
+        ok = torch.stack([*updated.ok.values(), *inverted.ok.values()]).all()
+        if masked.readable(ok):
+            check(updated)
+            check(inverted)
+        return tree.scale(self.precondition(state, stats), torch.where(ok, 1.0, torch.nan))
 
     # ---------------------------------------------------------------------------------------------------------
 

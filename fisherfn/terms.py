@@ -85,7 +85,7 @@ class TermSum(NaturalGradient):
             StructureError: a term without batch, a batch without term, or keys of no block.
             EmptyBatchError: a term without examples; see `NaturalGradient.stats` for the others.
         """
-        self._check_terms(batch)
+        self.check_terms(batch)
         which = chosen(curvature, self.layout.block_shapes)
         collected = {}
         for name, term in self.terms.items():
@@ -96,7 +96,7 @@ class TermSum(NaturalGradient):
 
     def loss(self, params: Tree, batch: Any, *, context: PyTree = None) -> Tensor:
         """Return the weighted sum of the terms' mean negative log-likelihoods."""
-        self._check_terms(batch)
+        self.check_terms(batch)
         losses = [
             self.weights[name] * term.loss(params, batch[name], context=(context or {}).get(name))
             for name, term in self.terms.items()
@@ -105,7 +105,7 @@ class TermSum(NaturalGradient):
 
     def noise(self, batch: Any, generator: torch.Generator, *, samples: int | None = None) -> Any:
         """Return the noise that `generator=` would use, for each term that samples labels."""
-        self._check_terms(batch)
+        self.check_terms(batch)
         sampled = {name: term for name, term in self.terms.items() if term.fisher_kind == "mc"}
         return {name: term.noise(batch[name], generator, samples=samples) for name, term in sampled.items()}
 
@@ -123,7 +123,8 @@ class TermSum(NaturalGradient):
         """Raise `StructureError`: take the implicit Fisher of each of `ng.terms`."""
         raise StructureError("add the products of ng.terms[name].implicit_fisher(params, x, y) over the terms.")
 
-    def _check_terms(self, batch: Any) -> None:
+    def check_terms(self, batch: Any) -> None:
+        """Raise `StructureError` unless the batch has exactly the terms."""
         expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")
         missing, unexpected = sorted(self.terms.keys() - batch.keys()), sorted(batch.keys() - self.terms.keys())
         if missing or unexpected:

@@ -109,11 +109,12 @@ def select(mask: Shaped[Tensor, ""], x: T, y: PyTree) -> T:
 def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]) -> T:
     """Return `select(mask, x(), y())`; if the mask can be read, only one tree is computed, and none copied."""
     if masked.readable(mask):
-        return x() if mask else y()
+        return x() if mask else y()  # type: ignore[no-any-return]
 
     yes, no = x(), y()
     if masked.is_concrete(mask) and any(a.shape != b.shape for a, b in zip(leaves(yes), leaves(no), strict=True)):
-        return yes if mask else no  # waits for the device, but keeps shapes that no `torch.where` can
+        # this waits for the device, but keeps shapes, which `torch.where` cannot
+        return yes if mask else no  # type: ignore[no-any-return]
     # leaves that both trees share need no choice, and two leaves that are one tensor stay one
     pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -169,15 +170,22 @@ def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
     return dict(zip(x, torch.isfinite(torch.stack(sums)).unbind(), strict=True)) if sums else {}
 
 
-def structure(tree: PyTree, leaf: type = Tensor) -> Any:
-    """Return the structure of a tree without its leaves (tensors, or instances of `leaf`)."""
-    if isinstance(tree, (leaf, Tensor)):
-        return "leaf"
-    if isinstance(tree, dict):
-        return {name: structure(node, leaf) for name, node in tree.items()}
-    if isinstance(tree, tuple):
-        return type(tree), *(structure(node, leaf) for node in tree)
-    return pytree.tree_structure(tree)
+def fits(tree: PyTree, like: PyTree, leaf: type) -> bool:
+    """Return True if a tree has the structure of another one, and its shapes and types; an empty leaf fits any size.
+
+    The content of nodes of the type `leaf` is not compared: with `Tensor`, the structure alone.
+    """
+    if isinstance(like, leaf):
+        return isinstance(tree, leaf)
+    if isinstance(like, Tensor) and isinstance(tree, Tensor):
+        same = tree.shape == like.shape or (like.numel() == 0 and tree.ndim == like.ndim)
+        return same and tree.dtype == like.dtype
+    if isinstance(like, dict) and isinstance(tree, dict):
+        return tree.keys() == like.keys() and all(fits(tree[name], node, leaf) for name, node in like.items())
+    if isinstance(like, tuple):
+        same = type(tree) is type(like) and len(tree) == len(like)
+        return same and all(fits(node, other, leaf) for node, other in zip(tree, like, strict=True))
+    return bool(pytree.tree_structure(tree) == pytree.tree_structure(like))
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Hashable]:

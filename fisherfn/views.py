@@ -120,8 +120,8 @@ class Views(Collector):
     def fisher_divergence(self, state: State, stats: Stats) -> dict[str, Tensor]:
         r"""Return $\mathrm{KL}(\mathcal N(0, F_l + \lambda I) \| \mathcal N(0, P_l^{-1}))$ of each block, in nats.
 
-        P is the damped inverse of the last `invert`, and λ is its damping. The divergence is exact and in float64; F is
-        never formed.
+        P is the damped inverse of the last `invert`, and λ is the damping of the state. It is that of P unless it has
+        changed since, as after a rejected adaptive step. The divergence is exact and in float64; F is never formed.
 
         Raises:
             StructureError: the method has no block of its own for each layer (exact, two-level).
@@ -156,23 +156,24 @@ class Views(Collector):
         return replace(self, layout=replace(self.layout, dtypes=tuple(map(at_least_single, self.layout.dtypes))))
 
     @cached_property
-    def _structure(self) -> Any:
-        """Return the structure of this method's states on this net."""
-        empty = self.method.init(self.layout.block_shapes, torch.float32, torch.device("cpu"), torch.ones(()))
-        return tree.structure(empty, leaf=Tap)  # the shapes in a tap follow the batch
+    def _empty(self) -> Any:
+        """Return the empty factors and inverses of this method on this net, without values."""
+        dtype, meta = self.layout.precision, torch.device("meta")
+        return self.method.init(self.layout.block_shapes, dtype, meta, torch.ones((), dtype=dtype, device=meta))
 
     def _check_state(self, state: State) -> None:
         """Raise unless the state belongs to this method on this net."""
         expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
-        if tree.structure((state.factors, state.inverses), leaf=Tap) != self._structure:
+        # the shapes in a tap follow the batch
+        if not tree.fits((state.factors, state.inverses), tuple(self._empty), Tap):
             if _lacks_inverses(state.inverses):
                 raise StructureError(
                     "the state has the inverses of one rank's blocks only: pass ng.gathered(state), which all ranks "
                     "call on the data-parallel ng that made the state."
                 )
             raise StructureError(
-                f"the state is of another method or net than this {self.method.name} on {len(self.layout.blocks)} "
-                "blocks: start with ng.init(params)."
+                f"the state is of another method, net or dtype than this {self.method.name} on "
+                f"{len(self.layout.blocks)} blocks in {self.layout.precision}: start with ng.init(params)."
             )
 
     def _check_stats(self, stats: Stats) -> None:

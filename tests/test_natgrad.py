@@ -329,3 +329,40 @@ def test_the_name_of_a_builder_is_a_name_of_its_method(builder):
     problem = zoo.pick("mlp-categorical")
     assert problem.build(method=builder).method == getattr(ff, builder)()
     assert builder not in ff.METHODS, "a loop over METHODS runs nothing twice"
+
+
+# --------------------------------------------------------------------------------------- what belongs to another net
+
+
+@pytest.mark.parametrize("method", list(ff.METHODS))
+def test_a_state_of_other_widths_or_another_type_raises(method):
+    """Equal names and layers are not enough: factors would be broadcast to other widths silently."""
+
+    def build(width, dtype):
+        params = {"a": torch.ones(width, 4, dtype=dtype)}
+        x = torch.ones(5, 4, dtype=dtype)
+        made = ff.natural_gradient(
+            lambda p, x: x @ p["a"].T, params, x, likelihood=ff.Gaussian(), method=method, fisher="type2"
+        )
+        return made, params, (x, x[:, :width])
+
+    ng, params, batch = build(3, torch.float64)
+    widths = () if method == "exactNG" else ((1, torch.float64),)  # its statistics have the sizes of the batch
+    for width, dtype in (*widths, (3, torch.float32)):
+        other, others, examples = build(width, dtype)
+        _, foreign, _ = other.step(others, other.init(others), examples)
+        with pytest.raises(errors.StructureError, match="another method, net or dtype"):
+            ng.step(params, foreign, batch)
+
+
+def test_a_call_without_a_state_checks_its_statistics():
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(fisher="type2")
+    stats = ng.stats(problem.params, (problem.x, problem.y + 3))
+    with pytest.raises(errors.TargetError):
+        ng(problem.params, stats)
+    good = ng.stats(problem.params, problem.batch)
+    batched = torch.vmap(lambda y: ng(problem.params, ng.stats(problem.params, (problem.x, y))))
+    both = batched(torch.stack([problem.y, problem.y + 3]))
+    close({name: leaf[0] for name, leaf in both.items()}, ng(problem.params, good), tol=1e-12)
+    assert all(leaf[1].isnan().all() for leaf in both.values())

@@ -186,7 +186,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
         now = at._replace(seconds=first.seconds + seconds)
         watch(at.step, partial(with_draws, now, draws))
     done = Snapshot(at.params, at.context, at.state, at.epoch + 1, at.step, first.seconds + time.perf_counter() - began)
-    return done, at.skipped
+    return done._replace(in_a_row=at.in_a_row), at.skipped
 
 
 def _context(task: Task, at: Snapshot, settings: Settings, draws: torch.Generator) -> Tree:

@@ -39,12 +39,12 @@ from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
 from fisherfn.adapt.look_back import Seen, alive
-from fisherfn.adapt.scales import decay, scaled
+from fisherfn.adapt.scales import Scales
 from fisherfn.adapt.state import Adapted, AdaptiveState
 from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.state import State
+from fisherfn.state import State, detached
 from fisherfn.stats import Batch, Stats
 from fisherfn.types import Info, PyTree, Tree
 
@@ -86,7 +86,8 @@ class Adaptive:
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
             torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)),
             zero.bool(),
-            () if self.average is None else params, torch.zeros_like(curvature.count),
+            () if self.average is None else {name: detached(p, p) for name, p in params.items()},
+            torch.zeros_like(curvature.count),
         )  # fmt: skip
         # no tensor twice, and none of the caller's: a compiled step would need another graph for the first step
         return tree.map(torch.clone, state)
@@ -119,12 +120,15 @@ class Adaptive:
             noise: random numbers from `ng.noise`.
             context: the context, for models with one; the new one is `info.context`.
             chunk_size: examples per chunk of the statistics, to limit memory.
-            lr_scale: factor on α (or on the learning rate), for schedules; or one factor per parameter, by name.
+            lr_scale: factor on the step that the model chose, or on a given learning rate, for schedules; or one factor
+                per parameter, by name. 0 stops parameters at once.
 
         Raises:
-            StructureError: a state of another optimizer; see `ng.stats` for the others.
+            StructureError: a state of another optimizer, or `lr_scale` with other names; see `ng.stats` for the others.
+            HyperparameterError: a negative `lr_scale`.
         """
         expect(state, AdaptiveState, "state", "pass what opt.init(params) or opt.step returned")
+        state.check_average(self.average is not None)
         stats = self.ng.stats(
             params, batch, generator=generator if update else None, noise=noise if update else None, context=context,
             curvature=update, chunk_size=chunk_size,
@@ -135,8 +139,8 @@ class Adaptive:
         )  # fmt: skip
         # without coupling, nat is zero exactly where a layer's gradient is, which then need not be formed
         seen = Seen.of(stats, alive(stats.grads if self.ng.method.couples else nat))
-        if isinstance(lr_scale, dict):
-            nat, lr_scale = scaled(nat, lr_scale)
+        scales = Scales.of(lr_scale, params)
+        nat, previous = scales.directions(nat, state.update)
         before = state
         if update:
             units = torch.where(state.first_curvature == 0, self.ng.mean_curvature(curvature), state.first_curvature)
@@ -151,7 +155,7 @@ class Adaptive:
         # along the direction of a line search the loss need not fall on a part of the batch
         wanted = stats.examples if self.rule == "line_search" else self.model_examples
         examples = Examples.of(self.ng, batch, context, wanted, stats)
-        tried = self._try(params, state, curvature, nat, info, examples, lr_scale)
+        tried = self._try(params, state._replace(update=previous), curvature, nat, info, examples, scales)
         return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
@@ -183,10 +187,10 @@ class Adaptive:
         nat: Tree,
         info: Info,
         examples: Examples,
-        lr_scale: float | Tensor,
+        scales: Scales,
     ) -> Tried:
         """Choose a step and take it on trial."""
-        rate, momentum = self._given(state, info, lr_scale)
+        rate, momentum = self._given(state, info, scales.largest)
         fitted = rate is None and momentum is None
         if rate is not None and momentum is not None:
             update = along(nat, state.update, rate, momentum)
@@ -194,19 +198,21 @@ class Adaptive:
             weights = torch.ones_like(model.slope)
         elif self.rule == "line_search":
             model = examples.model(params, [nat])
-            weights = examples.searched(params, nat) * lr_scale
+            weights = examples.searched(params, nat) * scales.largest
             rate, momentum = -weights[0], torch.zeros_like(weights[0])
             update = along(nat, None, rate, momentum)
         else:
             model = examples.model(params, [nat, state.update])
             weights = model.minimiser(curvature.damping.double(), (None if rate is None else -rate, momentum))
-            if rate is None:  # a given one is scaled already
-                weights = torch.stack([weights[0] * lr_scale, weights[1]])
+            if fitted:
+                weights = weights * scales.largest
+            elif rate is None:  # a given one is scaled already
+                weights = torch.stack([weights[0] * scales.largest, weights[1]])
             rate, momentum = -weights[0], weights[1]
             update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
         change, error, loss = examples.change(new, model.losses)
-        return Tried(new, update, rate, momentum, model.value(weights), change, error, loss, fitted)
+        return Tried(new, update, rate, momentum, model.value(weights), change, error, loss, fitted, scales)
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
@@ -258,8 +264,8 @@ class Adaptive:
         )
         # decoupled: not part of the model, and ρ was measured before it
         if isinstance(self.weight_decay, Tensor) or self.weight_decay:
-            shrinks = torch.where(accepted, decay(tried.learning_rate, self.weight_decay), 0.0)
-            result = tree.map(lambda p: p * (1 - shrinks.to(p.dtype)), result)
+            rate = torch.where(accepted, tried.learning_rate, 0.0)
+            result = tried.scales.decayed(result, params, rate, self.weight_decay)
         raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
         zero = torch.zeros_like(tried.actual)
         numbers = {
@@ -275,11 +281,13 @@ class Adaptive:
             "rejected": rejected | state.rejected,
         }
         kept = {name: torch.where(sound, value, getattr(before, name)) for name, value in numbers.items()}
+        update, kept = detached((update, kept), stats.loss)
         new = state._replace(curvature=curvature._replace(damping=raised), update=update, **kept)
         if self.average is not None:
             count = state.count + 1
             weight = torch.minimum(1 - 1 / count.double(), zero + self.average)
             average = tree.map(lambda old, p: torch.lerp(p, old, weight.to(p.dtype)), state.average, result)
+            average = detached(average, stats.loss)
             new = new._replace(
                 average=tree.select(sound, average, state.average), count=torch.where(sound, count, state.count)
             )

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import StructureError, expect
+from fisherfn.errors import StructureError
 from fisherfn.likelihoods import output_fisher
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.stats import Batch, pair, run
+from fisherfn.stats import Batch, checked, run
 from fisherfn.terms import TermSum
 from fisherfn.types import PyTree, Tree
 
@@ -78,7 +78,7 @@ class QuadraticModel(NamedTuple):
         matrix = self._damped(damping)
         given = [None] * len(self.slope) if fixed is None else list(fixed)
         free = torch.tensor([value is None for value in given], device=matrix.device)
-        held = torch.stack([torch.as_tensor(0.0 if v is None else v).to(matrix) for v in given])
+        held = torch.stack([torch.as_tensor(0.0 if v is None else v, dtype=matrix.dtype).to(matrix) for v in given])
         right = torch.where(free, -(self.slope + matrix @ held), 0.0)
         system = torch.where(free[:, None] & free, matrix, 0.0)
         return held + _eliminated(system, right)
@@ -103,30 +103,31 @@ def quadratic_model(
         context: the context, for models with one.
 
     Raises:
-        StructureError: no direction, or one that does not have the structure of params.
+        StructureError: no direction, one that does not have the structure of params, or a batch with other terms.
+        ShapeError: another shape than at the build.
+        EmptyBatchError: no examples.
         LikelihoodError: a plain callable that cannot be differentiated twice.
     """
     if not directions:
         raise StructureError("a quadratic model needs a direction: pass [nat] or [nat, previous_update].")
-    for direction in directions:
-        expect(direction, dict, "a direction", "pass trees like params, as ng.step returns them")
+    for values in (params, *directions):
+        ng.layout.validate(values)
     if isinstance(ng, TermSum):
-        expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")
+        ng.check_terms(batch)
         assert isinstance(batch, Mapping)
         models = {
             name: quadratic_model(term, params, batch[name], directions, context=(context or {}).get(name))
             for name, term in ng.terms.items()
         }
         return _sum(models, ng.weights)
-    x, y = pair(batch)
-    outputs, moves = tangents(lambda p: run(ng.model, p, x, () if context is None else context)[0], params, directions)
+    x, y, context, n = checked(ng.layout, batch, context)
+    outputs, moves = tangents(lambda p: run(ng.model, p, x, context)[0], params, directions)
 
     def nll(f: Tensor) -> tuple[Tensor, Tensor]:
         losses = ng.likelihood.nll(f, y)
         return losses.mean(), losses
 
     slope_of_outputs, losses = grad(nll, has_aux=True)(outputs)
-    n = outputs.shape[0]
     products = torch.stack([output_fisher(ng.likelihood, outputs, y, move) for move in moves]) / n
     flat = moves.flatten(1).double()
     curvature = flat @ products.flatten(1).double().T

@@ -28,7 +28,7 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect, expect_number
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.state import State
+from fisherfn.state import State, detached
 from fisherfn.types import Info, Tree
 
 
@@ -74,7 +74,7 @@ class Spring:
         near = tree.scale(state.direction, self.momentum)
         direction, curvature, info = self.ng.step_from(state.curvature, stats, stats, near=near)
         ok = torch.stack(list(info.ok.values())).all()
-        new = SpringState(curvature, tree.select(ok, direction, state.direction))
+        new = SpringState(curvature, detached(tree.select(ok, direction, state.direction), stats.loss))
         return direction, new, info._replace(loss=stats.loss, context=stats.context)
 
 

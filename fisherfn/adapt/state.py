@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherfn.errors import StructureError
 from fisherfn.state import State
 from fisherfn.types import PyTree, Tree
 
@@ -61,3 +62,12 @@ class AdaptiveState(NamedTuple):
     rejected: Bool[Tensor, ""]
     average: PyTree
     count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+
+    def check_average(self, wanted: bool) -> None:
+        """Raise `StructureError` unless the state has a running average of the parameters exactly if it is wanted."""
+        if wanted != isinstance(self.average, dict):
+            has, built = ("no", "with") if wanted else ("a", "without")
+            raise StructureError(
+                f"the state has {has} running average, but the optimizer was built {built} average=: build it as the "
+                "one that made the state, or start with opt.init(params)."
+            )

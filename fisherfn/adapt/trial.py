@@ -15,6 +15,7 @@ from fisherfn import tree
 from fisherfn.adapt.labels import labels_per_example
 from fisherfn.adapt.line_search import line_search
 from fisherfn.adapt.quadratic import QuadraticModel, quadratic_model, without_examples
+from fisherfn.adapt.scales import Scales
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, Stats, pair, run, window
 from fisherfn.stats.processes import squared_error
@@ -47,6 +48,7 @@ class Tried(NamedTuple):
         error: standard error of `actual` as an estimate for other examples.
         before: loss before the step.
         fitted: whether α and μ were both chosen on these examples, by the model or a search.
+        scales: factors on the learning rate.
     """
 
     params: Tree
@@ -58,6 +60,7 @@ class Tried(NamedTuple):
     error: Tensor
     before: Tensor
     fitted: bool
+    scales: Scales
 
     @property
     def tolerance(self) -> Tensor:
@@ -103,7 +106,7 @@ class Examples(NamedTuple):
         if wanted >= n:
             return cls(ng, (x, y), context, stats, here, n)
         some = torch.tensor(stats.part(wanted, here), dtype=torch.long, device=stats.loss.device)
-        part = tree.map(lambda leaf: leaf[some] if leaf.ndim else leaf, (x, y))
+        part = tree.map(lambda leaf: leaf[some] if isinstance(leaf, Tensor) and leaf.ndim else leaf, (x, y))
         context = None if context is None else window(ng.layout, context, some)
         return cls(ng, part, context, stats, len(some), wanted)
 

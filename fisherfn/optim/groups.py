@@ -58,11 +58,12 @@ def factors(groups: Groups, names: Mapping[int, str], lr: float) -> dict[str, fl
     return {names[id(p)]: float(group["lr"]) / lr for group in groups for p in group["params"] if id(p) in names}
 
 
-def shrink(groups: Groups, learning_rate: Tensor, relative: Mapping[int, float]) -> None:
-    """Decay parameters by their share of α w, with the learning rate of each relative to the largest, by `id`."""
-    for group in groups:
-        for p in (p for p in group["params"] if group["weight_decay"] and id(p) in relative):
-            p.mul_(1 - decay(learning_rate * relative[id(p)], group["weight_decay"]).to(p))
+def decays(groups: Groups, learning_rate: Tensor, relative: Mapping[int, float]) -> dict[int, Tensor]:
+    """Return by `id` the share α w by which parameters decay; `relative` has their learning rates over the largest."""
+    return {
+        id(p): decay(learning_rate * relative[id(p)], group["weight_decay"])
+        for group in groups for p in group["params"] if group["weight_decay"] and id(p) in relative
+    }  # fmt: skip
 
 
 def descend(groups: Groups, states: Mapping[Tensor, dict[str, Any]], names: Mapping[int, str], nat: Tree) -> None:

@@ -13,7 +13,7 @@ from fisherfn.adapt import default_kl_bound, kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import HyperparameterError, NonFiniteError, StructureError, check, expect_number, unknown
 from fisherfn.optim.curvature import Curvature, Outcome
-from fisherfn.optim.groups import check_groups, descend, factors, listed, shrink, tensors
+from fisherfn.optim.groups import check_groups, decays, descend, factors, listed, tensors
 from fisherfn.optim.options import Options
 from fisherfn.optim.with_curvature import WithCurvature
 from fisherfn.stats import pair
@@ -128,7 +128,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             kl_bound = None
         elif kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
-        self._lr = 1.0 if isinstance(lr, str) else lr
+        self._lr = 1.0 if isinstance(lr, str) else float(lr)  # schedulers change the tensors that groups hold
         adaptive: dict[str, Any] = {
             "lr": lr if isinstance(lr, str) else float(lr), "momentum": momentum, "damping": damping,
             "rule": "model" if self._kl_bound is None else "auto", "kl_bound": kl_bound, "ema": ema,
@@ -203,11 +203,11 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if not _all_ok(self.info):
             return self._refuse()
         found = self.info.adapted
+        relative = {key: scales[name] / (largest or 1.0) for key, name in names.items()}
+        shares = {} if found.rejected else decays(self.param_groups, found.learning_rate, relative)
         for name, p in network.parameters().items():
-            p.copy_(params[name])
-        if not found.rejected:
-            relative = {key: scales[name] / (largest or 1.0) for key, name in names.items()}
-            shrink(self.param_groups, found.learning_rate, relative)
+            share = shares.get(id(p))
+            p.copy_(params[name] if share is None else params[name] - share.to(p) * p)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         if not self._warned and float(found.damping) > before:

@@ -76,7 +76,7 @@ class Preconditioner(WithCurvature):
                 left unchanged, because the scaler will skip the step.
             uncovered: see `NaturalGradient`; with "gradient" the `.grad` of parameters in no layer stays as it is.
         """
-        self._likelihood = likelihood
+        self._likelihood, self._fisher = likelihood, fisher
         options = Options(
             likelihood=_unstated if likelihood is None else likelihood, method=method, damping=damping, ema=ema,
             update_every=update_every, invert_every=invert_every, fisher="empirical" if likelihood is None else fisher,
@@ -106,6 +106,7 @@ class Preconditioner(WithCurvature):
         Raises:
             NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed; gradients and state are unchanged.
             StructureError: no gradient, or no source of statistics.
+            LikelihoodError: no likelihood, or `fisher="empirical"` without targets.
         """
         curvature = self._curvature
         self._unscale()
@@ -141,6 +142,8 @@ class Preconditioner(WithCurvature):
         x, y = _split(batch)
         if y is not None:
             return self._curvature.statistics(x, y, fisher="empirical")
+        if self._fisher == "empirical":
+            raise LikelihoodError('the empirical Fisher needs the targets: pass step((x, y)), or fisher="mc".')
         return self._curvature.statistics(x, torch.empty(examples(x), 0), likelihood=_Unlabelled(self._likelihood))
 
     def _unscale(self) -> None:

@@ -1,6 +1,6 @@
 """Collection of statistics from a network: interception, zero taps and pullbacks, sampled labels, layout."""
 
-from fisherfn.stats.batch import FISHERS, Batch, pair
+from fisherfn.stats.batch import FISHERS, Batch, checked, pair
 from fisherfn.stats.block_taps import lazy
 from fisherfn.stats.blocks import Block
 from fisherfn.stats.build import build
@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "Stats",
     "build",
+    "checked",
     "functional",
     "independent",
     "join",

@@ -180,7 +180,8 @@ def test_weight_decay_is_added_to_the_step():
     problem = mlp(examples=80)
     plain, _, (info,) = steps(problem, ff.adaptive(built(problem)), 1)
     decayed, _, _ = steps(problem, ff.adaptive(built(problem), weight_decay=0.1), 1)
-    torch.testing.assert_close(flat(decayed), flat(plain) * (1 - 0.1 * float(info.adapted.learning_rate)))
+    share = 0.1 * float(info.adapted.learning_rate)
+    torch.testing.assert_close(flat(decayed), flat(plain) - share * flat(problem.params))
 
 
 @pytest.mark.parametrize(
@@ -217,3 +218,38 @@ def test_a_refresh_of_some_blocks_is_refused(refresh):
     opt = ff.adaptive(ng)
     with as_installed(), pytest.raises(ff.errors.StructureError, match="all blocks"):
         opt.step(params, opt.init(params), (x, y), context=context, **{refresh: {"0"}})
+
+
+@pytest.mark.parametrize("rule", ["model", "clip", "line_search"])
+def test_a_state_has_no_graph_of_the_steps_before(rule):
+    """Parameters that require grad would otherwise keep every earlier step in memory."""
+    problem = mlp(ff.Gaussian(), examples=40)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
+    opt, rng = ff.adaptive(built(problem), rule=rule, average=0.9), torch.Generator().manual_seed(0)
+    state = opt.init(leaves)
+    for _ in range(2):
+        _, state, _ = opt.step(leaves, state, (problem.x, problem.y), generator=rng)
+        assert not any(leaf.requires_grad for leaf in ff.tree.leaves(state))
+
+
+@pytest.mark.parametrize(("made", "used"), [(None, 0.9), (0.9, None)])
+def test_a_state_with_another_running_average_raises(made, used):
+    problem = mlp(ff.Gaussian(), examples=40)
+    ng = built(problem)
+    state = ff.adaptive(ng, average=made).init(problem.params)
+    with pytest.raises(ff.errors.StructureError, match="running average"):
+        ff.adaptive(ng, average=used).step(problem.params, state, (problem.x, problem.y))
+
+
+def test_targets_may_contain_a_number():
+    """As for `ng.stats`: a number belongs to all examples, also where the trial uses some of them."""
+
+    def nll(outputs, targets):
+        return 0.5 * (outputs / targets[1] - targets[0]).square().sum(-1)
+
+    problem = mlp(ff.Gaussian(), examples=80)
+    ng = ff.natural_gradient(problem.model, problem.params, problem.x, likelihood=nll, fisher="empirical")
+    opt, results = ff.adaptive(ng), []
+    for two in (2.0, torch.tensor(2.0)):
+        results.append(opt.step(problem.params, opt.init(problem.params), (problem.x, (problem.y, two)))[0])
+    torch.testing.assert_close(*results)

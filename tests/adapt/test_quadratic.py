@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from tests import test_terms as terms
 from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
 from tests.zoo import as_installed
 
@@ -131,5 +132,20 @@ def test_errors():
     ng = built(problem)
     with pytest.raises(ff.errors.StructureError, match="needs a direction"):
         ff.quadratic_model(ng, problem.params, (problem.x, problem.y), [])
-    with pytest.raises(ff.errors.StructureError, match="a direction cannot be Tensor"), as_installed():
-        ff.quadratic_model(ng, problem.params, (problem.x, problem.y), [torch.zeros(3)])
+    batch, w = (problem.x, problem.y), problem.params["w"]
+    for direction, words in ((torch.zeros(3), "'Tensor'"), ({}, "missing"), ({"w": w, "zz": w}, "unexpected")):
+        with pytest.raises(ff.errors.StructureError, match=words), as_installed():
+            ff.quadratic_model(ng, problem.params, batch, [direction])
+    with pytest.raises(ff.errors.ShapeError, match="'w' has shape"):
+        ff.quadratic_model(ng, problem.params, batch, [{"w": w[:1]}])
+    with pytest.raises(ff.errors.EmptyBatchError):
+        ff.quadratic_model(ng, problem.params, (problem.x[:0], problem.y[:0]), [problem.params])
+
+
+def test_a_batch_of_a_sum_of_terms_has_exactly_its_terms():
+    params, batch = terms.problem()
+    ng = ff.sum_of_terms(terms.terms_of(batch), params)
+    ff.quadratic_model(ng, params, batch, [params])
+    for wrong in ({name: part for name, part in batch.items() if name != "edge"}, batch | {"other": batch["edge"]}):
+        with pytest.raises(ff.errors.StructureError, match="entr"):
+            ff.quadratic_model(ng, params, wrong, [params])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fisherfn as ff
-from fisherfn.adapt.scales import decay, scaled
+from fisherfn import errors
+from fisherfn.adapt.scales import Scales, decay
 from tests.adapt.problems import built, flat, mlp, unflat
 
 SETTINGS = {
@@ -60,12 +61,71 @@ def test_groups_do_not_lengthen_the_step_beyond_the_kl_bound():
 
 
 def test_the_largest_factor_is_that_of_the_rate():
-    problem = mlp()
-    nat, largest = scaled(problem.params, {"a": 0.2, "b": torch.tensor(0.8)})
-    assert float(largest) == pytest.approx(0.8)
-    torch.testing.assert_close(nat, {"a": 0.25 * problem.params["a"], "b": problem.params["b"]})
-    nothing, zero = scaled(problem.params, {"a": 0.0, "b": 0.0})
-    assert float(zero) == 0 and not flat(nothing).any()
+    params = mlp().params
+    scales = Scales.of({"a": 0.2, "b": torch.tensor(0.8)}, params)
+    assert float(scales.largest) == pytest.approx(0.8)
+    nat, previous = scales.directions(params, params)
+    torch.testing.assert_close(nat, {"a": 0.25 * params["a"], "b": params["b"]})
+    torch.testing.assert_close(previous, params, rtol=0, atol=0)
+    none = Scales.of({"a": 0.0, "b": 0.0}, params)
+    assert float(none.largest) == 0 and not any(flat(each).any() for each in none.directions(params, params))
+
+
+def second(factor, **settings):
+    """The update and the learning rate of a second step, after one with the factor 1."""
+    problem = mlp(ff.Gaussian(), examples=40)
+    opt = ff.adaptive(built(problem), damping=0.1, **settings)
+    rng, batch = torch.Generator().manual_seed(0), (problem.x, problem.y)
+    first, state, _ = opt.step(problem.params, opt.init(problem.params), batch, generator=rng)
+    params, _, info = opt.step(first, state, batch, generator=rng, lr_scale=factor)
+    assert not info.adapted.rejected and flat(state.update).any()
+    return ff.tree.add(params, first, scale=-1.0), info.adapted
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("zero", [0.0, 0, torch.tensor(0.0), {"a": 0.0, "b": 0.0}], ids=str)
+def test_the_factor_zero_stops_the_parameters_with_their_momentum(name, zero):
+    assert not flat(second(zero, weight_decay=0.1, **SETTINGS[name])[0]).any()
+
+
+def test_the_factor_of_a_free_step_scales_its_momentum_too():
+    (whole, _), (half, found) = second(1.0), second(0.5)
+    torch.testing.assert_close(flat(half), 0.5 * flat(whole))
+    assert float(found.momentum) != 0
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_frozen_parameter_neither_moves_nor_decays(name):
+    moved, _ = second({"a": 1.0, "b": 0.0}, weight_decay=0.1, **SETTINGS[name])
+    assert moved["a"].any() and not moved["b"].any()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weight_decay_subtracts_each_parameters_share_of_the_old_value(name):
+    scales = {"a": 1.0, "b": 0.5}
+    (free, rates), (decayed, again) = (step(scales, weight_decay=w, **SETTINGS[name]) for w in (0.0, 0.1))
+    assert not rates.adapted.rejected and rates.adapted.learning_rate == again.adapted.learning_rate
+    share = 0.1 * float(rates.adapted.learning_rate)
+    old = mlp(ff.Gaussian(), examples=40).params
+    expected = {"a": free["a"] - share * old["a"], "b": free["b"] - 0.5 * share * old["b"]}
+    torch.testing.assert_close(decayed, expected)
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "words"),
+    [
+        ({"a": 1.0, "b": 1.0, "typo": 100.0}, errors.StructureError, "typo"),
+        ({"a": 1.0}, errors.StructureError, "b"),
+        ({}, errors.StructureError, "a"),
+        (-1.0, errors.HyperparameterError, "lr_scale must be >= 0"),
+        (float("nan"), errors.HyperparameterError, "lr_scale must be >= 0"),
+        ({"a": 1.0, "b": -0.5}, errors.HyperparameterError, "lr_scale of b"),
+    ],
+    ids=str,
+)
+def test_factors_that_fit_no_parameter_raise(factors, error, words):
+    with pytest.raises(error, match=words):
+        step(factors)
 
 
 def test_parameters_decay_by_at_most_all_and_never_grow():

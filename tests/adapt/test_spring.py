@@ -147,3 +147,14 @@ def test_errors_teach():
         ff.spring(ng).step(case.params, ng.init(case.params), (case.x, case.y))
     with pytest.raises(HyperparameterError, match="norm must be positive"):
         ff.norm_clip({"w": torch.ones(1)}, lr=1.0, norm=0.0)
+
+
+def test_a_state_has_no_graph_of_the_steps_before():
+    case = mlp(ff.Gaussian())
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in case.params.items()}
+    ng = ff.natural_gradient(case.model, leaves, case.x, likelihood=ff.Gaussian(), method=ff.exact())
+    opt = ff.spring(ng)
+    _, state, _ = opt.step(
+        leaves, opt.init(leaves), (case.x, case.y), noise=ng.noise((case.x, case.y), torch.Generator())
+    )
+    assert not any(leaf.requires_grad for leaf in ff.tree.leaves(state))

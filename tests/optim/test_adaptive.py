@@ -159,7 +159,7 @@ def test_weight_decay_follows_the_learning_rate_of_its_group_once(factor):
     assert rate > 0
     for at, name in enumerate(plain):
         share = 0.2 * rate * (1.0 if at == 0 else 0.5)
-        torch.testing.assert_close(decayed[name] + start[name], (plain[name] + start[name]) * (1 - share))
+        torch.testing.assert_close(decayed[name], plain[name] - share * start[name])
 
 
 def test_one_momentum_for_all_groups_and_no_cycle():
@@ -306,3 +306,17 @@ def test_a_state_that_is_refused_changes_nothing():
         opt.load_state_dict(two.state_dict())
     after = ff.tree.flatten(opt.curvature), opt.damping, opt._curvature.steps
     assert after[1:] == before[1:] and all(torch.equal(after[0][path], leaf) for path, leaf in before[0].items())
+
+
+def test_a_rate_in_a_tensor_follows_a_schedule_and_is_not_changed():
+    rates = []
+    for lr in (0.1, torch.tensor(0.1)):
+        case = problem(steps=3)
+        opt = ff.optim.NaturalGradient(case.net, likelihood=LABELS, lr=lr, damping="auto", momentum=0.0, kl_bound=None)
+        schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.1)
+        for batch in case.batches:
+            opt.step(batch)
+            schedule.step()
+        rates.append(float(opt.info.adapted.learning_rate))
+        assert float(lr) == pytest.approx(0.1)
+    assert rates[1] == pytest.approx(rates[0], rel=1e-6) and rates[0] < 0.01

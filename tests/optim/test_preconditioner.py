@@ -268,3 +268,13 @@ def test_a_parameter_that_the_outputs_ignore_needs_no_gradient_at_the_first_batc
     F.cross_entropy(case.net(x), y).backward()
     pre.step(x)
     assert case.net.spare.grad is None and int(pre.curvature.count) == 1
+
+
+def test_the_empirical_fisher_needs_targets():
+    case = problem(steps=1)
+    pre = ff.optim.Preconditioner(case.net, likelihood=ff.Categorical(), fisher="empirical")
+    x, y = case.batches[0]
+    F.cross_entropy(case.net(x), y).backward()
+    with pytest.raises(ff.errors.LikelihoodError, match="needs the targets"):
+        pre.step(x)
+    pre.step((x, y))

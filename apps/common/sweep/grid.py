@@ -43,6 +43,7 @@ def parse_grid(Config: type[TrainConfig], argv: Sequence[str]) -> tuple[TrainCon
             raise ConfigError(f"unknown option --{name}{hint}")
         if value is None or "," not in value or name == "config":
             base += [f"--{name}"] if value is None else [f"--{name}", value]
+            lists.pop(str(known), None)  # the last one given counts, as everywhere
             continue
         lists[str(known)] = [part.strip() for part in value.split(",")]
     for name, texts in lists.items():
@@ -50,6 +51,9 @@ def parse_grid(Config: type[TrainConfig], argv: Sequence[str]) -> tuple[TrainCon
     values = {name: [_value(Config, base, name, text) for text in texts] for name, texts in lists.items()}
     for name, found in values.items():
         _check_alike(name, found)
+        for value in found:
+            if found.count(value) > 1:
+                raise ConfigError(f"{name} has the value {value} twice")
     first = [text for name, texts in lists.items() for text in (f"--{name}", texts[0])]
     config = read(Config, [*base, *first])
     if not values:
@@ -102,9 +106,6 @@ def _check_sweepable(name: str, texts: Sequence[str]) -> None:
         raise ConfigError(f"an empty grid: {name} has no value; write them as --{name} a,b,c")
     if empty:
         raise ConfigError(f"{name} has an empty value in {','.join(texts)!r}: remove a comma")
-    twice = [text for text in dict.fromkeys(texts) if texts.count(text) > 1]
-    if twice:
-        raise ConfigError(f"{name} has the value {twice[0]} twice")
 
 
 def _check_alike(name: str, found: Sequence[Any]) -> None:

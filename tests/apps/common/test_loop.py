@@ -1,5 +1,6 @@
 """The training loop alone: its order of the examples, and the randomness of each epoch."""
 
+import pytest
 import torch
 
 import fisherfn as ff
@@ -61,3 +62,18 @@ def test_buffers_go_on_from_step_to_step_and_a_failed_step_changes_nothing():
     *_, last = train(task, optimizer, first, Settings(1, 4, progress=False))
     assert (float(last.snapshot.params["w"]), float(last.snapshot.context["seen"])) == (6, 6)  # 4 + 2 of 10 examples
     assert (float(last.snapshot.state), last.snapshot.step, last.metrics["skipped"]) == (2, 3, 1)
+
+
+def test_failures_in_a_row_are_counted_across_epochs():
+    """Two of three steps of an epoch fail, then the first of the next one: three in a row, as in a sweep."""
+    task = Task(lambda p, x, c: (x, c), lambda p, x, c: (x, c), {}, {}, ff.Gaussian(), *[(EXAMPLES, EXAMPLES)] * 2, 1)
+
+    def step(params, state, batch, context, noise, index):
+        ok = {"all": torch.tensor(index not in (1, 2, 3))}
+        return Stepped({}, (), {}, ff.Info(loss=torch.zeros(()), checks={"loss": ok["all"]}, ok=ok))
+
+    optimizer = Optimizer(lambda params: (), lambda batch, generator: (), step)
+    epochs = train(task, optimizer, Snapshot({}, {}, (), 0, 0, 0.0), Settings(3, 4, 0, progress=False))
+    next(epochs), next(epochs)
+    with pytest.raises(ff.errors.NonFiniteError):
+        next(epochs)
