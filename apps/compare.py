@@ -6,8 +6,8 @@
 2. repeat: the best of each, and every natural gradient without hyperparameters, on all seeds;
 3. endure: every natural gradient without hyperparameters, on each seed for twice the length, and for a few hundred
    steps with other batch sizes; none may diverge or stop learning;
-4. race: the tuned Adam and the natural gradients one after another with nothing else running, until they reach the
-   training loss at which that Adam ended; plain, and compiled with `--compile`.
+4. race: the tuned Adam, other baselines and the natural gradients one after another with nothing else running, until
+   they reach the training loss at which that Adam ended; plain, and compiled with `--compile`.
 
 A run is one line in `FOLDER/NET.jsonl`, written when it is finished; finished runs are not repeated. The study can
 therefore be stopped at any time and done in parts: `--nets MNIST --optims adam,kfac --phases search,repeat`. Search,
@@ -35,7 +35,7 @@ from common.loop import Settings, Snapshot, Task, evaluate, start, train
 from common.runs import reported
 from common.steps import Optimizer
 from common.study import BATCHES, NETS, RACES, SHORT, TWICE, Net, Run, best, read, write
-from common.study_report import report
+from common.study_report import TARGET, report
 from common.train_config import APPS, TrainConfig
 from common.trainer import cadence, make_optimizer, make_task
 
@@ -124,7 +124,7 @@ def planned(phase: str, net: str, optims: list[str], config: CompareConfig, reco
                     print(f"{net}: no finished search of {optim}, so no {phase}")
                 elif phase == "repeat":
                     yield run._replace(seed=seed)
-                elif optim not in BASELINES or optim == "adam":
+                else:
                     yield run._replace(seed=seed, kind="compiled" if config.compile else "plain")
 
 
@@ -179,7 +179,7 @@ def trained(
     points: list[tuple[float, ...]] = []
     steps = math.ceil(len(task.train[0]) / full.batch_size)
     went = Settings(lasting(run, net, steps), full.batch_size, full.seed, progress=False)
-    target = target_of(run, config) if run.kind in RACES and run.optim not in BASELINES else None
+    target = target_of(run, config) if run.kind in RACES and run.optim != TARGET else None
     race, limit = Race(task, points, target, steps), Limit(task, points)
     watch = race.watch if run.kind in RACES else limit.watch if run.batch_size else lambda *_: None
     try:
@@ -247,7 +247,7 @@ def warmed(optimizer: Optimizer, task: Task, full: TrainConfig) -> float:
 def target_of(run: Run, config: CompareConfig) -> float:
     """Return the final training loss of the tuned Adam with this seed."""
     records = read(Path(config.folder) / f"{run.net}.jsonl")
-    ends = [other for other in records if other.optim == "adam" and other.kind == run.kind and other.seed == run.seed]
+    ends = [other for other in records if other.optim == TARGET and other.kind == run.kind and other.seed == run.seed]
     if not ends:
         raise ConfigError(f"{run.net}: no race of adam with seed {run.seed} yet; name adam first in --optims")
     return ends[0].points[-1][2]

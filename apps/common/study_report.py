@@ -99,9 +99,9 @@ def ending(runs: Sequence[Run]) -> list[str]:
 
 
 def repeats(runs: Sequence[Run], chosen: Run) -> list[Run]:
-    """Return the whole runs with these settings, one per seed; a baseline's race is one too."""
+    """Return the whole runs with these settings, one per seed; a race of Adam, which goes to its end, is one too."""
     same = [run for run in runs if run.key[:4] == chosen.key[:4]]
-    whole = {run.seed: run for run in same if run.kind == "plain" and run.optim in BASELINES}
+    whole = {run.seed: run for run in same if run.kind == "plain" and run.optim == TARGET}
     whole |= {run.seed: run for run in same if not run.kind}
     return list(whole.values())
 

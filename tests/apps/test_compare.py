@@ -230,7 +230,9 @@ def test_a_whole_run_of_each_seed_counts_once_and_only_a_baselines_race_is_whole
     ]
     kfac = [run("kfac", 0, "", 5), run("kfac", 1, "plain", 6), run("kfac", 2, "twice", 7)]
     assert [each.loss for each in study_report.repeats(adam, adam[1].fresh())] == [2, 3]
+    soap = [run("soap", 0, "", 8), run("soap", 1, "plain", 9)]  # a race that ends at Adam's loss
     assert [each.loss for each in study_report.repeats(kfac, kfac[0].fresh())] == [5]
+    assert [each.loss for each in study_report.repeats(soap, soap[0].fresh())] == [8]
 
 
 def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
