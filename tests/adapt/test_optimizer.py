@@ -242,7 +242,7 @@ def test_a_state_with_another_running_average_raises(made, used):
 
 
 def test_targets_may_contain_a_number():
-    """As for `ng.stats`: a number belongs to all examples, also where the trial uses some of them."""
+    """A number belongs to all examples, also where the trial uses some of them."""
 
     def nll(outputs, targets):
         return 0.5 * (outputs / targets[1] - targets[0]).square().sum(-1)
