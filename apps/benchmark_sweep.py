@@ -335,8 +335,8 @@ def main(config: Config) -> None:
         put(lines, config.page, "compiled")
         return
     sizes = [size for size in SIZES if size <= config.members]
-    lines = ["| case | loop, ms | two processes | best group | speed-up | against two processes | MiB per model |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    head = ("case", "loop, ms", "two processes, ms", "best group: models: ms", "speed-up", "against two processes")
+    lines = [f"| {' | '.join(head)} | MiB per model |", "|---|---|---|---|---|---|---|"]
     speed_ups = {}
     for number in numbers:
         case = CASES[number]
