@@ -118,7 +118,7 @@ def planned(phase: str, net: str, optims: list[str], config: CompareConfig, reco
             yield from (free._replace(kind=f"batch {size}") for size in BATCHES)
     elif phase in ("repeat", "race"):
         for seed in range(config.seeds):
-            for optim in optims:
+            for optim in sorted(optims, key=lambda name: name != TARGET) if phase == "race" else optims:
                 run = winner(net, optim, read(records))
                 if run is None:
                     print(f"{net}: no finished search of {optim}, so no {phase}")

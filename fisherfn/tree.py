@@ -170,14 +170,16 @@ def finite_each(x: dict[str, Tensor]) -> dict[str, Shaped[Tensor, ""]]:
     return dict(zip(x, torch.isfinite(torch.stack(sums)).unbind(), strict=True)) if sums else {}
 
 
-def fits(tree: PyTree, like: PyTree, leaf: type) -> bool:
+def fits(tree: PyTree, like: PyTree, leaf: type | tuple[type, ...]) -> bool:
     """Return True if a tree has the structure of another one, and its shapes and types; an empty leaf fits any size.
 
     The content of nodes of the type `leaf` is not compared: with `Tensor`, the structure alone.
     """
     if isinstance(like, leaf):
         return isinstance(tree, leaf)
-    if isinstance(like, Tensor) and isinstance(tree, Tensor):
+    if isinstance(like, Tensor) or isinstance(tree, Tensor):
+        if not (isinstance(like, Tensor) and isinstance(tree, Tensor)):
+            return False
         same = tree.shape == like.shape or (like.numel() == 0 and tree.ndim == like.ndim)
         return same and tree.dtype == like.dtype
     if isinstance(like, dict) and isinstance(tree, dict):

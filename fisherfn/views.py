@@ -158,14 +158,16 @@ class Views(Collector):
     @cached_property
     def _empty(self) -> Any:
         """Return the empty factors and inverses of this method on this net, without values."""
-        dtype, meta = self.layout.precision, torch.device("meta")
-        return self.method.init(self.layout.block_shapes, dtype, meta, torch.ones((), dtype=dtype, device=meta))
+        dtype, cpu = self.layout.precision, torch.device("cpu")
+        empty = self.method.init(self.layout.block_shapes, dtype, cpu, torch.ones((), dtype=dtype))
+        return tree.map(lambda leaf: leaf.to("meta"), empty)
 
     def _check_state(self, state: State) -> None:
         """Raise unless the state belongs to this method on this net."""
         expect(state, State, "state", "pass what ng.init(params), ng.update, ng.invert or ng.step returned")
-        # the shapes in a tap follow the batch
-        if not tree.fits((state.factors, state.inverses), tuple(self._empty), Tap):
+        factors, inverses = self._empty
+        # the shapes in a tap follow the batch, and a method may keep its inverses in any form
+        if not (tree.fits(state.factors, factors, Tap) and tree.fits(state.inverses, inverses, (Tap, Tensor))):
             if _lacks_inverses(state.inverses):
                 raise StructureError(
                     "the state has the inverses of one rank's blocks only: pass ng.gathered(state), which all ranks "

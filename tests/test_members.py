@@ -38,6 +38,12 @@ def test_members_that_are_not_selected_stay_bit_for_bit():
     assert members.take(found, 1)["w"].isnan().all()
 
 
+def test_a_member_that_cannot_keep_its_old_leaf_is_marked():
+    mask = torch.tensor([True, False])
+    found = members.select(mask, {"taps": torch.ones(2, 3)}, {"taps": torch.ones(2, 5)})
+    assert found["taps"][0].tolist() == [1, 1, 1] and found["taps"][1].isnan().all()
+
+
 def test_sound_is_one_mask_per_member_and_check_explains_it():
     model, params, context = ff.functional(nn.Linear(3, 2).double())
     x = torch.ones(4, 3, dtype=torch.float64)

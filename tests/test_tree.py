@@ -88,6 +88,15 @@ def test_an_empty_leaf_takes_the_shape_of_what_was_saved():
             ff.tree.unflatten(like, {**saved, **wrong})
 
 
+def test_only_a_tensor_fits_where_a_tensor_belongs():
+    like = {"a": torch.ones(2), "b": ()}
+    assert ff.tree.fits({"a": torch.ones(2), "b": ()}, like, int)
+    for wrong in (None, 1.0, torch.ones(2).numpy(), {"w": torch.ones(2)}, torch.ones(3), torch.ones(2).double()):
+        assert not ff.tree.fits({"a": wrong, "b": ()}, like, int)
+    assert not ff.tree.fits({"a": torch.ones(2), "b": torch.ones(2)}, like, int)
+    assert not ff.tree.fits({"a": None, "b": ()}, like, torch.Tensor)
+
+
 def test_select_keeps_the_old_where_it_can_and_else_marks_it():
     new, old = {"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.full((5,), 7.0), "b": torch.full((2,), 7.0)}
     close(ff.tree.select(torch.tensor(True), new, old), new)

@@ -32,7 +32,8 @@ class Cadence:
     """Intervals that grow with the number of steps: `growth` times the steps made so far.
 
     Inverses that are due wait for the next statistics. They are thus of new statistics, which E-KFAC's basis and the
-    coarse correction of two-level methods need.
+    coarse correction of two-level methods need. Where statistics are rarer than inverses, these are refreshed between
+    them as well, which matters only for a new damping.
 
     Attributes:
         update: shortest and longest interval between statistics, in steps.
@@ -68,7 +69,9 @@ class Cadence:
 
     def __call__(self, step: int) -> Due:
         """Return the refreshes of step number `step`, counted from 0."""
-        update = self._hits(self.update, step)
+        update, (_, interval) = self._hits(self.update, step), self._phase(self.update, step)
+        if self._phase(self.invert, step)[1] < interval and self._hits(self.invert, step):
+            return Due(update, True)
         return Due(update, update and any(self._hits(self.invert, due) for due in self._since_statistics(step)))
 
     def _since_statistics(self, step: int) -> Iterator[int]:
@@ -79,9 +82,12 @@ class Cadence:
             yield step
 
     def _hits(self, bounds: tuple[int, int], step: int) -> bool:
-        phases = self._phases[bounds]
-        start, interval = phases[bisect(phases, (step, math.inf)) - 1]
+        start, interval = self._phase(bounds, step)
         return (step - start) % interval == 0
+
+    def _phase(self, bounds: tuple[int, int], step: int) -> tuple[int, int]:
+        phases = self._phases[bounds]
+        return phases[bisect(phases, (step, math.inf)) - 1]
 
     @cached_property
     def _phases(self) -> dict[tuple[int, int], list[tuple[int, int]]]:

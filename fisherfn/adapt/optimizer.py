@@ -121,7 +121,7 @@ class Adaptive:
             context: the context, for models with one; the new one is `info.context`.
             chunk_size: examples per chunk of the statistics, to limit memory.
             lr_scale: factor on the step that the model chose, or on a given learning rate, for schedules; or one factor
-                per parameter, by name. 0 stops parameters at once.
+                per parameter, by name. 0 stops parameters at once (looking back may still undo their last update).
 
         Raises:
             StructureError: a state of another optimizer, or `lr_scale` with other names; see `ng.stats` for the others.

@@ -65,10 +65,11 @@ class Scales(NamedTuple):
 
     def decayed(self, new: Tree, old: Tree, learning_rate: Float[Tensor, ""], weight_decay: float | Tensor) -> Tree:
         """Subtract α w θ from the new parameters, with θ the old ones and α that of each parameter."""
-        rates = dict.fromkeys(new, learning_rate)
+        shares = dict.fromkeys(new, decay(learning_rate, weight_decay))
         if self.relative is not None:
             rates = {name: learning_rate * factor.to(learning_rate) for name, factor in self.relative.items()}
-        return {name: leaf - decay(rates[name], weight_decay).to(leaf) * old[name] for name, leaf in new.items()}
+            shares = {name: decay(rate, weight_decay) for name, rate in rates.items()}
+        return {name: torch.addcmul(p, old[name], shares[name].to(p), value=-1) for name, p in new.items()}
 
 
 def decay(learning_rate: Float[Tensor, ""], weight_decay: float | Tensor) -> Float[Tensor, ""]:

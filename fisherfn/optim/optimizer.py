@@ -128,9 +128,9 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             kl_bound = None
         elif kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
-        self._lr = 1.0 if isinstance(lr, str) else float(lr)  # schedulers change the tensors that groups hold
+        self._lr = 1.0 if isinstance(lr, str) else float(lr)
         adaptive: dict[str, Any] = {
-            "lr": lr if isinstance(lr, str) else float(lr), "momentum": momentum, "damping": damping,
+            "lr": lr if isinstance(lr, str) else self._lr, "momentum": momentum, "damping": damping,
             "rule": "model" if self._kl_bound is None else "auto", "kl_bound": kl_bound, "ema": ema,
         }  # fmt: skip
         self._curvature = Curvature(net, options, adaptive=adaptive if self._adapts else None)
@@ -138,11 +138,11 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             raise unknown("on_bad", on_bad, ("raise", "skip"))
         self._on_bad, self._warned = on_bad, damping == "auto"
         self.info, self.skipped, self._in_a_row = Info(), 0, 0
-        groups = list(net.parameters() if params is None else params)
-        if not groups:
+        if not (groups := list(net.parameters() if params is None else params)):
             raise StructureError("there is no parameter to train: the list is empty.")
         momentum = 0.9 if isinstance(momentum, str) else momentum
-        super().__init__(groups, {"lr": self._lr, "momentum": momentum, "weight_decay": weight_decay})
+        lr = 1.0 if isinstance(lr, str) else lr  # a tensor stays one, which schedulers change in place
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if example_inputs is not None:
             self._curvature.build(example_inputs)
 
@@ -207,7 +207,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         shares = {} if found.rejected else decays(self.param_groups, found.learning_rate, relative)
         for name, p in network.parameters().items():
             share = shares.get(id(p))
-            p.copy_(params[name] if share is None else params[name] - share.to(p) * p)
+            p.copy_(params[name] if share is None else torch.addcmul(params[name], p, share.to(p), value=-1))
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         if not self._warned and float(found.damping) > before:

@@ -80,11 +80,17 @@ class Saved:
             rest = adaptive(ng, **self._adaptive).init(params)
             device = rest.curvature.damping.device
             moved = {path: leaf.to(device) for path, leaf in saved.items()}
-            return tree.unflatten(rest, moved) if saved else rest
+            return _typed(tree.unflatten(rest, moved), rest) if saved else rest
         empty = ng.init(params, damping=self._damping, ema=self._options.ema)
         device = next(iter(params.values())).device
         if saved:  # from a version that did not count examples, or not those of each block
             counts = {"block_count": saved["count"], "block_examples": saved.get("examples", empty.examples)}
             counts = {name: each.to(device).repeat(len(ng.layout.blocks)) for name, each in counts.items()}
             saved = {"examples": empty.examples} | counts | saved
-        return tree.unflatten(empty, {path: leaf.to(device) for path, leaf in saved.items()}) if saved else empty
+        moved = {path: leaf.to(device) for path, leaf in saved.items()}
+        return _typed(tree.unflatten(empty, moved), empty) if saved else empty
+
+
+def _typed(state: Any, like: Any) -> Any:
+    """Return a state in the types of another one, as torch's optimizers load theirs."""
+    return tree.map(lambda leaf, other: leaf.to(other.dtype), state, like)

@@ -53,6 +53,12 @@ def marks(first: int, last: int, growth: float, steps: int) -> list[int]:
     return due
 
 
+def interval(bounds: tuple[int, int], growth: float, step: int, steps: int) -> int:
+    """The interval at a step: that of the last refresh up to it."""
+    at = max(mark for mark in marks(*bounds, growth, steps + 1000) if mark <= step)
+    return min(bounds[1], max(bounds[0], int(growth * at)))
+
+
 @pytest.mark.parametrize("growth", [0.0, 0.01, 0.1, 0.37, 3.0])
 @pytest.mark.parametrize(("update", "invert"), [((2, 10), (4, 20)), ((5, 5), (4, 20)), ((2, 10), (20, 20)),
                                                 ((10, 10), (4, 4)), ((3, 7), (8, 1000)), ((1, 1), (3, 5))])  # fmt: skip
@@ -60,6 +66,9 @@ def test_intervals_grow_to_their_ceiling_and_inverses_wait_for_statistics(update
     cadence, steps = Cadence(update, invert, growth), 3000
     statistics = marks(*update, growth, steps + 1000)
     inverses = {min(at for at in statistics if at >= mark) for mark in marks(*invert, growth, steps)}
+    # between statistics that are rarer, too
+    inverses |= {mark for mark in marks(*invert, growth, steps) if interval(invert, growth, mark, steps)
+                 < interval(update, growth, mark, steps)}  # fmt: skip
     assert [at for at in range(steps) if cadence(at).update] == [at for at in statistics if at < steps]
     assert [at for at in range(steps) if cadence(at).invert] == sorted(at for at in inverses if at < steps)
 

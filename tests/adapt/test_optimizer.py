@@ -227,6 +227,7 @@ def test_a_state_has_no_graph_of_the_steps_before(rule):
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
     opt, rng = ff.adaptive(built(problem), rule=rule, average=0.9), torch.Generator().manual_seed(0)
     state = opt.init(leaves)
+    assert not any(leaf.requires_grad for leaf in ff.tree.leaves(state))
     for _ in range(2):
         _, state, _ = opt.step(leaves, state, (problem.x, problem.y), generator=rng)
         assert not any(leaf.requires_grad for leaf in ff.tree.leaves(state))

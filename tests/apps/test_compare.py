@@ -235,6 +235,15 @@ def test_a_whole_run_of_each_seed_counts_once_and_only_a_baselines_race_is_whole
     assert [each.loss for each in study_report.repeats(soap, soap[0].fresh())] == [8]
 
 
+def test_adam_races_first_and_all_others_to_its_loss(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(compare, "target_of", lambda run, config: math.inf)
+    compare.main(config(tmp_path, optims="sgd,adam,kfac", phases="search,race"))
+    runs = study.read(tmp_path / "records" / "TINY.jsonl")
+    raced = [(run.seed, run.optim, run.stopped) for run in runs if run.kind == "plain"]
+    order = (("adam", ""), ("sgd", "reached"), ("kfac", "reached"))
+    assert raced == [(seed, *ended) for seed in (0, 1) for ended in order]
+
+
 def test_a_search_in_which_nothing_ended_has_no_winner(tmp_path, capsys):
     nothing = Run("TINY", "adam", 0.1, "cosine", 0, points=[(0, 0.0, 1.0, 1.0)], stopped="diverged")
     assert study.best([nothing]) is None and compare.winner("TINY", "adam", [nothing]) is None

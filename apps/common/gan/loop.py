@@ -102,7 +102,7 @@ def _epoch(table: Table, at: Snapshot, watch: Watch, shown: str) -> tuple[Snapsh
         watch(at.step, partial(with_draws, now, draws))
     done = Snapshot(
         at.params, at.context, at.state | {"losses": torch.zeros_like(at.state["losses"])}, at.epoch + 1, at.step,
-        first.seconds + time.perf_counter() - began,
+        first.seconds + time.perf_counter() - began, in_a_row=at.in_a_row,
     )  # fmt: skip
     return done, _metrics(done, at.skipped, at.state["losses"] / rounds)
 

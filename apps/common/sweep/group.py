@@ -181,8 +181,9 @@ class Group:
         random = self.random(batch, draws)
         moved = [(self._moved(at, batch, random, update, invert), torch.ones_like(at.active))]
         again = self.problem.optimizer.again
-        if again is not None and not (update and invert):
-            mask = again(at.state) & at.active
+        if not (update and invert):
+            mask = (torch.zeros_like(at.active) if again is None else again(at.state)) | lost(at)
+            mask &= at.active
             if bool(mask.any()):  # the result of a member does not depend on whether others need this
                 moved.append((self._moved(at, batch, random, True, True), mask))
         params, state, context = at.params, at.state, at.context
@@ -194,9 +195,11 @@ class Group:
             params, state, context = new.params, new.state, new.context
         else:
             for new, of in moved:
-                params, state, context = ff.members.select(
-                    of & counts, (new.params, new.state, new.context), (params, state, context)
-                )
+                chosen = of & counts
+                if bool(chosen.any()):  # else all keep what they have, also what has another shape
+                    params, state, context = ff.members.select(
+                        chosen, (new.params, new.state, new.context), (params, state, context)
+                    )
         failed = torch.where(sound, 0, at.failed + 1)
         ends = at.active & (failed >= patience)
         for place in ends.nonzero().flatten().tolist():
@@ -269,6 +272,20 @@ class Group:
         except ff.FisherfnError as error:
             self.reasons[row] = f"{type(error).__name__}: {error}"
         self.reasons.setdefault(row, "steps failed their checks")
+
+
+def lost(at: Snapshot) -> Tensor:
+    """Return for each member whether its last step failed and left NaN where old statistics had another size.
+
+    `ff.tree.kept` put it there. Only new statistics help, so these members do not wait for them.
+    """
+    failed = at.failed > 0
+    if not bool(failed.any()):
+        return failed
+    count = len(failed)
+    floating = [leaf for leaf in ff.tree.leaves(at.state) if leaf.is_floating_point()]
+    nan = [leaf.reshape(count, leaf.numel() // count).isnan().any(1) for leaf in floating]
+    return failed & torch.stack(nan).any(0) if nan else torch.zeros_like(failed)
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

@@ -167,3 +167,23 @@ def test_numbers_that_are_tensors_are_the_numbers():
     found = [optimizer_with(shared, its, None, each) for each in (given, tensors)]
     one, other = (o.step(its.params, o.init(its.params), batch, its.context, (), 0).params for o in found)
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_failed_step_with_a_short_batch_costs_one_step():
+    """The statistics of two-level methods have the size of the batch: those of a failed member cannot be kept."""
+    group = Group(problem(config("twolevel_kfac", **FIXED), [{"seed": 0}, {"seed": 1}]), range(2))
+    at, batch = group.start(), next(group.batches(0, 0))
+    draws = [loop.generator_of(seed, 0, stream=1) for seed in group.seeds]
+    for _ in range(4):
+        at = group.step(at, batch, draws)
+    assert group.problem.optimizer.cadence(at.step) == (True, True)
+    short = tuple(leaf[:, :3] for leaf in batch)
+    none = group.step(at, (short[0] * torch.nan, short[1]), draws)
+    assert none.failed.tolist() == [1, 1]
+    for after, before in zip(ff.tree.leaves(none.state), ff.tree.leaves(at.state), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+    broken = {name: torch.stack([leaf[0], leaf[1] * torch.nan]) for name, leaf in at.params.items()}
+    hurt = group.step(at._replace(params=broken), short, draws)
+    assert hurt.failed.tolist() == [0, 1]
+    assert group.step(hurt._replace(params=at.params), batch, draws).failed.tolist() == [0, 0]
