@@ -154,8 +154,10 @@ def ratio(values: Sequence[float]) -> str:
 
 
 def picture(runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw one row per net: training loss of the baselines and of K-FAC, by step and by second of the race."""
-    rows = {net: found for net, found in runs.items() if found}
+    """Draw one row per net with baselines: training loss of these and of K-FAC, by step and by second of the race."""
+    rows = {net: found for net, found in runs.items() if any(run.optim in BASELINES for run in found)}
+    if not rows:
+        return
     names = drawn([*BASELINES, "kfac"], rows)
     figure = new_figure(width=10.0, height=3.2 * len(rows) + 0.5)
     for axes, (net, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):

@@ -110,10 +110,12 @@ def test_methods_are_compared_on_one_seed_and_the_other_seeds_of_a_study_are_fai
     seeds = [Run("MNIST", "kfac", None, None, s, points=[(0, 0.0, 1.0, 1.0), (2, 1.0, 0.5, 0.5)]) for s in (1, 0, 2)]
     other = seeds[1]._replace(optim="exactNG")
     study_report.methods({"MNIST": [*seeds, other]}, tmp_path / "methods.png")
-    study_report.picture({"MNIST": seeds}, tmp_path / "compare.png")
+    study_report.picture({"CURVES": seeds}, tmp_path / "compare.png")  # no baseline: nothing to compare with
+    adam = seeds[1]._replace(optim="adam", lr=0.1, schedule="cosine")
+    study_report.picture({"CURVES": seeds, "MNIST": [*seeds, adam]}, tmp_path / "compare.png")
     methods, study = (figure.axes[0].lines for figure in figures)
     assert len(methods) == 2
-    assert sorted(line.get_alpha() for line in study) == [0.3, 0.3, 1.0]
+    assert sorted(line.get_alpha() for line in study) == [0.3, 0.3, 1.0, 1.0] and len(figures[1].axes) == 2
 
 
 def test_the_table_begins_with_the_baselines():
