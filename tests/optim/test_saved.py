@@ -200,3 +200,20 @@ def test_states_of_another_optimizer_raise(name, built):
     with as_installed(), pytest.raises(E.StructureError):
         opt.load_state_dict(saved)
         opt.step(case.batches[0])  # a state of another method is found out when the layers are
+
+
+@pytest.mark.parametrize("method", ["kfac", "exactNG"])
+def test_a_saved_state_takes_the_type_of_the_net(method):
+    """The factors of a float32 net go on in float64."""
+    x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1] * 4)
+    net = torch.nn.Linear(3, 2)
+    saved = None
+    for dtype in (torch.float32, torch.float64):
+        net.to(dtype).zero_grad()
+        pre = ff.optim.Preconditioner(net, likelihood=ff.Categorical(), method=method, example_inputs=x.to(dtype))
+        if saved is not None:
+            pre.load_state_dict(saved)
+        torch.nn.functional.cross_entropy(net(x.to(dtype)), y).backward()
+        pre.step(x.to(dtype))
+        saved = pre.state_dict()
+    assert all(leaf.dtype == torch.float64 for leaf in saved["state"].values() if leaf.is_floating_point())
