@@ -132,8 +132,8 @@ def choose(mask: Shaped[Tensor, ""], x: Callable[[], T], y: Callable[[], PyTree]
 def kept(new: Tensor, old: Tensor) -> Tensor:
     """Return `old` if it has the shape of `new`, else what replaces it in that shape.
 
-    Nothing is replaced by zeros. Anything else is replaced by NaN, with which the checks of the next step fail: zeros
-    could change its result silently.
+    An empty leaf becomes zeros. Any other becomes NaN, with which the checks of the next step fail: zeros could change
+    its result silently.
     """
     if new.shape == old.shape:
         return old

@@ -106,7 +106,7 @@ def test_select_keeps_the_old_where_it_can_and_else_marks_it():
     assert both["a"].tolist()[0] == [1, 1, 1] and both["a"][1].isnan().all()
 
 
-def test_nothing_is_replaced_by_zeros_and_so_is_what_cannot_be_nan():
+def test_an_empty_leaf_becomes_zeros_and_so_does_one_that_cannot_be_nan():
     mask, count = torch.tensor([True, False]), torch.ones(3, dtype=torch.int64)
     for new, old in ((torch.ones(3), torch.ones(0)), (count, count[:2])):
         assert torch.vmap(lambda m, a=new, b=old: ff.tree.select(m, a, b))(mask).tolist() == [[1, 1, 1], [0, 0, 0]]

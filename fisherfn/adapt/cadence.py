@@ -69,8 +69,8 @@ class Cadence:
 
     def __call__(self, step: int) -> Due:
         """Return the refreshes of step number `step`, counted from 0."""
-        update, (_, interval) = self._hits(self.update, step), self._phase(self.update, step)
-        if self._phase(self.invert, step)[1] < interval and self._hits(self.invert, step):
+        update = self._hits(self.update, step)
+        if self._phase(self.invert, step)[1] < self._phase(self.update, step)[1] and self._hits(self.invert, step):
             return Due(update, True)
         return Due(update, update and any(self._hits(self.invert, due) for due in self._since_statistics(step)))
 
@@ -86,6 +86,7 @@ class Cadence:
         return (step - start) % interval == 0
 
     def _phase(self, bounds: tuple[int, int], step: int) -> tuple[int, int]:
+        """Return the first step and the interval of the phase of this step."""
         phases = self._phases[bounds]
         return phases[bisect(phases, (step, math.inf)) - 1]
 
@@ -95,10 +96,11 @@ class Cadence:
         return {bounds: list(self._grown(*bounds)) for bounds in (self.update, self.invert)}
 
     def _grown(self, interval: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield the phases from the shortest interval to the longest."""
         step = 0
         yield step, interval
         while interval < last and self.growth * FOREVER > interval:
             left = (interval + 1) / self.growth - step  # steps until the interval may be a longer one
             step += interval * max(1, math.ceil(left / interval))
-            interval = min(last, max(interval, int(self.growth * step)))
+            interval = max(interval, int(min(last, self.growth * step)))
             yield step, interval

@@ -76,7 +76,8 @@ def test_intervals_grow_to_their_ceiling_and_inverses_wait_for_statistics(update
 def test_slow_growth_takes_no_time_and_no_memory():
     assert Cadence((2, 10), (4, 20), 1e-12)(10**9 + 3) == (False, False)
     assert Cadence((2, 10), (4, 20), 5e-324)(10**9) == (True, True)
-    assert len(Cadence((2, 10), (4, 20), 1e-9)._phases[2, 10]) == 9
+    assert len(Cadence((2, 10), (4, 20), 1e-9)._phases[2, 10]) == 9  # one for each interval from 2 to 10
+    assert [step for step in range(30) if Cadence((2, 10), (4, 20), 1e308)(step).update] == [0, 2, 12, 22]
 
 
 def test_a_fixed_cadence_counts_steps():

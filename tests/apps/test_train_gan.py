@@ -130,6 +130,16 @@ def test_a_step_that_is_not_ok_leaves_its_player_as_it_was(own):
         list(loop.train(table, start._replace(params=params), lambda at: {}))
 
 
+def test_failed_rounds_in_a_row_are_counted_across_epochs(own, monkeypatch):
+    def fail(table, at, draws):
+        return at._replace(step=at.step + 1, batches=at.batches + 1, in_a_row=at.in_a_row + 1), []
+
+    table = make_table(configured("--n_epochs", "2"), load("own:digits"))
+    monkeypatch.setattr(loop, "_round", fail)
+    *_, last = loop.train(table, loop.start(table), lambda at: {})
+    assert last.snapshot.in_a_row == 2 * table.rounds
+
+
 def test_the_generators_own_damping_and_clip_are_its_alone(own, monkeypatch):
     made = []
     plain = trainer.optimizers.natural
