@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import benchmark_sweep
-from benchmark_sweep import CASES, IN_MEMORY, compiled_table, compiling, draw_compiled, peak, put
+from benchmark_sweep import compiled_table
+from common.benchmark import sweeps
+from common.benchmark.sweep_report import draw_compiled, put
+from common.benchmark.sweeps import CASES, IN_MEMORY, compiling, peak
 
 PAGE = Path(__file__).parents[2] / "docs" / "sweeps.md"
 
@@ -39,7 +42,7 @@ def copied(page: Path) -> Path:
 
 def test_compiling_is_what_the_first_call_takes_longer(monkeypatch):
     times, results = iter([10.0, 25.0, 27.0]), iter([3.0, 0.5])
-    monkeypatch.setattr(benchmark_sweep, "with_compilers", lambda: next(times))
+    monkeypatch.setattr(sweeps, "with_compilers", lambda: next(times))
     assert compiling(lambda: next(results)) == (0.5, 13.0)
 
 
