@@ -193,7 +193,7 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise MissingPackageError(
-            "to_scipy needs scipy, which fisherfn does not install: pip install scipy (or fisherfn[operators])."
+            "to_scipy needs scipy, which fisherfn does not install: pip install scipy."
         ) from error
     size, dtype, device = sum(leaf.numel() for leaf in like.values()), _dtype(like), _device(like)
 

@@ -66,6 +66,26 @@ def with_its_line_in_the_registry(monkeypatch, namespace):
             monkeypatch.setitem(layers._BY_FUNCTION, function, [family])
 
 
+def test_the_line_of_the_registry_that_a_reader_changes_is_that_of_the_file():
+    page, registry = DOCS / "adding_a_layer.md", ROOT / "fisherfn" / "layers" / "__init__.py"
+    before = re.search(r"^-(_ALL = .+)$", page.read_text(), re.M)[1]
+    assert before in registry.read_text().splitlines()
+
+
+OF_THE_READER = {  # files that a page asks its reader to write, and one of the original repository
+    "fisherfn/layers/scale.py", "fisherfn/methods/diagonal.py", "tests/methods/test_diagonal.py",
+    "apps/mlp_cnn/grid_search_mlp.py",
+}  # fmt: skip
+
+
+def test_every_file_that_a_page_names_exists():
+    named = {
+        path for page in PAGES for path in re.findall(r"`((?:fisherfn|apps|tests|docs)/[\w/.]+)`", page.read_text())
+    }
+    assert len(named) > 20
+    assert {path for path in named if not (ROOT / path).exists()} <= OF_THE_READER
+
+
 def of_all_methods():
     """The tests that every method passes, but for those that want a file."""
     tests = [test for name, test in vars(test_all).items() if name.startswith("test_")]

@@ -36,7 +36,7 @@ class AdaptiveState(NamedTuple):
     Attributes:
         curvature: the method's state; its `damping` is λ.
         update: δ₀, the last accepted update.
-        predicted: the sum of M over the accepted steps since the last refresh of inverses, in nats.
+        predicted: the sum of M, without λ, over the accepted steps since the last refresh of inverses, in nats.
         actual: the sum of the changes of the loss over the same steps, in nats.
         steps: the number of these steps.
         shrink: factor on a given learning rate, halved by each rejection until the next refresh of inverses.

@@ -1,6 +1,6 @@
 """Interface of a layer family: how its calls are recognised, and how they are converted to `(a, g)`.
 
-A family is a few pure functions without state. A new one is a new file with one `Family`, and one line in `FAMILIES`.
+A family is a few pure functions without state. A new one is a new file with one `Family`, and its name in `_ALL`.
 """
 
 from __future__ import annotations
