@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fisherfn as ff
-from common.config import NON_NEGATIVE, POSITIVE, Check, ConfigError, filled, option, parse, validate
+from common.config import NON_NEGATIVE, POSITIVE, SEED, Check, ConfigError, filled, option, parse, validate
 from common.data import load
 from common.loop import Task
 from common.plots import Points, curve_grid
@@ -94,7 +94,7 @@ class ErrorConfig:
         50, "number of leading eigenvalues", check=Check("from 1 to 200", lambda count: 1 <= count <= 200)
     )
 
-    seed: int = option(0, "random seed", check=NON_NEGATIVE)
+    seed: int = option(0, "random seed", check=SEED)
     result_dir: str = option("results", "folder for results")
     result_name: str | None = option(None, "name of the result folder; default: from data, model and seed", check=PLAIN)
     overwrite: bool = option(False, "replace an existing result of that name")
@@ -189,7 +189,7 @@ def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
 
 def seeded(seed: int, index: int, stream: int) -> torch.Generator:
     """Return the generator of an epoch's order or a step's labels, independent of earlier measurements."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + stream)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + index) * 2 + stream) % 2**63)
 
 
 # ------------------------------------------------------------------------------------------------------- the report

@@ -29,7 +29,7 @@ from common.benchmark.large import LARGE
 from common.benchmark.optimizers import COMPILED, OPTIMIZERS, sgd
 from common.benchmark.peers import PACKAGES, PEERS
 from common.benchmark.problems import WORKLOADS, Problem, problem
-from common.config import POSITIVE, ConfigError, option, parse
+from common.config import POSITIVE, check_listed, listed, option, parse
 from common.runs import check_device, reported
 
 EXACT_ON, EXACT_EXAMPLES = ("AE_CURVES", "cuda_convnet"), 128
@@ -57,6 +57,9 @@ class BenchmarkConfig:
     )
     page: str | None = option(None, "page whose tables are replaced; its picture is images/performance.png")
     result_dir: str = option("results", "folder for results")
+
+    def __post_init__(self) -> None:
+        check_listed("workloads", self.workloads, WORKLOADS | LARGE)
 
 
 def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
@@ -133,11 +136,7 @@ def instructions() -> list[str]:
 
 def chosen(config: BenchmarkConfig) -> list[str]:
     """Return the workloads to time."""
-    names = [name.strip() for name in config.workloads.split(",")]
-    for name in names:
-        if name not in WORKLOADS | LARGE:
-            raise ConfigError(f"workloads must be among {', '.join(WORKLOADS | LARGE)}, got {name!r}")
-    return names
+    return listed(config.workloads)
 
 
 def write(numbers: report.Numbers, config: BenchmarkConfig) -> None:

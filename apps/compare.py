@@ -29,7 +29,7 @@ import torch
 
 import fisherfn as ff
 from common.baselines import BASELINES, Schedule, baseline
-from common.config import POSITIVE, ConfigError, option, parse
+from common.config import POSITIVE, ConfigError, check_listed, listed, option, parse
 from common.data import load
 from common.loop import Settings, Snapshot, Task, evaluate, start, train
 from common.runs import reported
@@ -70,17 +70,15 @@ class CompareConfig:
     page: str | None = option(None, "page for the tables; the picture is written next to it")
     folder: str = option("results/compare", "folder for the records")
 
+    def __post_init__(self) -> None:
+        check_listed("nets", self.nets, NETS)
+        check_listed("optims", self.optims, (*BASELINES, *ff.METHODS))
+        check_listed("phases", self.phases, PHASES)
+
 
 def main(config: CompareConfig) -> None:
     """Run the phases, net by net."""
     nets, optims, phases = (listed(value) for value in (config.nets, config.optims, config.phases))
-    for what, given, known in (
-        ("nets", nets, tuple(NETS)),
-        ("optims", optims, (*BASELINES, *ff.METHODS)),
-        ("phases", phases, PHASES),
-    ):
-        for wrong in (name for name in given if name not in known):
-            raise ConfigError(f"{what} must be among {', '.join(known)}, got {wrong!r}")
     torch.set_num_threads(config.threads)
     ready: Ready = {}
     for net in nets:
@@ -99,11 +97,6 @@ def main(config: CompareConfig) -> None:
 def keys(records: Path) -> set[tuple[Any, ...]]:
     """Return what the recorded runs were asked to do."""
     return {run.key for run in read(records)}
-
-
-def listed(value: str) -> list[str]:
-    """Split a comma-separated list of names."""
-    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def planned(phase: str, net: str, optims: list[str], config: CompareConfig, records: Path) -> Iterator[Run]:

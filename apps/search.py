@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 import fisherfn as ff
-from common.config import NON_NEGATIVE, POSITIVE, option, parse
+from common.atomic import replace_text
+from common.config import POSITIVE, SEED, option, parse
 from common.data import Data, load
 from common.loop import Settings, start, train
 from common.runs import check_device, reported
@@ -62,7 +63,7 @@ class SearchConfig:
     data_path: str | None = option(None, "folder with the data files; default: ./data")
     num_epochs: int = option(20, "epochs per trial", check=POSITIVE)
     batch_size: int | None = option(None, "batch size; default: that of the trainer", check=POSITIVE)
-    seed: int = option(0, "seed of initialisation, data order and labels", check=NON_NEGATIVE)
+    seed: int = option(0, "seed of initialisation, data order and labels", check=SEED)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
 
 
@@ -122,12 +123,12 @@ def record(full: TrainConfig, name: str, trials: list[dict[str, Any]]) -> None:
     budget = {"app": full.app, "data": name} | {key: getattr(full, key) for key in keys}
     lines = ",\n".join("  " + json.dumps(trial) for trial in trials)
     path = folder / f"{model}-{name}.json".replace(":", "-")
-    path.write_text(f'{{"budget": {json.dumps(budget)},\n "trials": [\n{lines}\n]}}\n')
+    replace_text(path, f'{{"budget": {json.dumps(budget)},\n "trials": [\n{lines}\n]}}\n')
     table = yaml.safe_load(TUNED.read_text())
     entry = table["tuned"].setdefault(model, {}).setdefault(name, {})
     entry.update(best(trials))
     header = "".join(line for line in TUNED.read_text().splitlines(keepends=True) if line.startswith("#"))
-    TUNED.write_text(header + yaml.safe_dump(table, sort_keys=False))
+    replace_text(TUNED, header + yaml.safe_dump(table, sort_keys=False))
     print(f"{path.name}: {len(trials)} trials; the best of each optimizer are in {TUNED.name}: {best(trials)}")
 
 

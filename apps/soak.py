@@ -25,7 +25,7 @@ import torch
 
 import fisherfn as ff
 from common.checkpoints import CheckpointError, load_checkpoint
-from common.config import NON_NEGATIVE, POSITIVE, ConfigError, option, parse
+from common.config import POSITIVE, SEED, check_listed, listed, option, parse
 from common.gan.config import PLAYERS
 from common.results import CHECKPOINT, read_metrics
 from common.runs import reported
@@ -52,8 +52,11 @@ class SoakConfig:
 
     minutes: float = option(10.0, "duration of the whole test", check=POSITIVE)
     optims: str = option(",".join(KNOWN), "comma-separated optimizers; gan:… for both players of a GAN")
-    seed: int = option(0, "seed of moments and faults", check=NON_NEGATIVE)
+    seed: int = option(0, "seed of moments and faults", check=SEED)
     result: str = option("results/soak.json", "file for the counts")
+
+    def __post_init__(self) -> None:
+        check_listed("optims", self.optims, KNOWN)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ FAULTS = {
 
 def soak(config: SoakConfig) -> dict[str, dict[str, int]]:
     """Run rounds until the time is over; return counts by fault: injected, survived, lost."""
-    optims = [name.strip() for name in config.optims.split(",")]
-    for wrong in (name for name in optims if name not in KNOWN):
-        raise ConfigError(f"optims must be among {', '.join(KNOWN)}, got {wrong!r}")
+    optims = listed(config.optims)
     dice = random.Random(config.seed)
     counts: dict[str, Counter[str]] = {name: Counter(injected=0, survived=0, lost=0) for name in FAULTS}
     ends = time.monotonic() + 60 * config.minutes

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from common.config import NON_NEGATIVE, option, parse
+from common.config import NON_NEGATIVE, SEED, option, parse
 from common.pinn.optimizers import DEFAULTS
 from common.pinn.problems import PROBLEMS
 from common.plots import PLAIN, scale
@@ -72,7 +72,7 @@ class StudyConfig:
         check=NON_NEGATIVE,
     )
     damping: float | None = option(None, "damping λ of all runs; default: that of each optimizer", check=NON_NEGATIVE)
-    seed: int = option(0, "random seed of points and nets", check=NON_NEGATIVE)
+    seed: int = option(0, "random seed of points and nets", check=SEED)
     result_dir: str = option("results", "folder for all results")
     picture: str | None = option(None, "file for the picture; default: pinn.png in the folder of the runs")
 

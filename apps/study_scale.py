@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import fisherfn as ff
 from common.benchmark.large import WIDTH, TransformerBlock
 from common.benchmark.problems import Problem, posed
-from common.config import POSITIVE, ConfigError, option, parse
+from common.config import POSITIVE, check_listed, listed, option, parse
 from common.data import Data, Split
 from common.models import MODELS, initialise
 from common.runs import reported
@@ -41,6 +41,10 @@ class ScaleConfig:
     layers: int = option(LAYERS, "blocks of GPT-2", check=POSITIVE)
     pixels: int = option(224, "side of the images of the ResNet-50", check=POSITIVE)
     threads: int = option(2, "number of torch threads", check=POSITIVE)
+
+    def __post_init__(self) -> None:
+        check_listed("nets", self.nets, NETS)
+        check_listed("optims", self.optims, METHODS)
 
 
 class GPT2(nn.Module):
@@ -138,12 +142,8 @@ def memory() -> float:
 
 def main(config: ScaleConfig) -> None:
     """Measure every net with every optimizer."""
-    nets, optims = ([name.strip() for name in value.split(",")] for value in (config.nets, config.optims))
-    for what, given, known in (("nets", nets, tuple(NETS)), ("optims", optims, METHODS)):
-        for wrong in (name for name in given if name not in known):
-            raise ConfigError(f"{what} must be among {', '.join(known)}, got {wrong!r}")
-    for net in nets:
-        for optim in optims:
+    for net in listed(config.nets):
+        for optim in listed(config.optims):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 print(pool.submit(measured, net, optim, config).result(), flush=True)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fisherfn as ff
-from common.config import NON_NEGATIVE, POSITIVE, ConfigError, filled, option, parse
+from common.config import NON_NEGATIVE, POSITIVE, check_listed, filled, listed, option, parse
 from common.data import load
 from common.plots import loss_curves
 from common.results import CHECKPOINT, default_name, read_metrics
@@ -52,13 +52,14 @@ class StudyConfig:
     resume: bool = option(False, "keep finished runs and continue unfinished ones; otherwise all runs start again")
     quiet: bool = option(False, "no progress bar and no line per epoch")
 
+    def __post_init__(self) -> None:
+        check_listed("optims", self.optims, OPTIMIZERS)
+
 
 def study(config: StudyConfig) -> None:
     """Train all runs; print the table, draw the picture, write the numbers."""
     first = base(config)
-    optims = [name.strip() for name in config.optims.split(",")]
-    for unknown in (name for name in optims if name not in OPTIMIZERS):
-        raise ConfigError(f"optims must be among {', '.join(OPTIMIZERS)}, got {unknown!r}")
+    optims = listed(config.optims)
     runs: Runs = {optim: {} for optim in optims}
     for seed in range(config.seeds):
         for optim in optims:

@@ -15,25 +15,27 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from common.atomic import remove_folder
+from common import ranks
 from common.config import POSITIVE, Check, ConfigError, option, option_names, parse
 from common.data import load
 from common.loop import Task
 from common.memory import keep_freed_memory
-from common.results import ResultExistsError
+from common.results import plain_name
 from common.runs import check_device, reported, stopped, watched_saver
-from common.sweep import auto, report, stages
+from common.sweep import auto, folder, report, stages
 from common.sweep.grid import SWEPT, Values, configured, parse_grid, rows, slice_of
 from common.sweep.group import Problem
 from common.train_config import APPS, TrainConfig
-from common.trainer import Supervised, make_task
+from common.trainer import Supervised, check_options, make_task
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """The settings of a sweep; all other options are those of the trainer."""
+
+    file: ClassVar[str] = "YAML file with options of the trainer"
 
     app: str = option("train_mlp", "trainer", choices=APPS)
     models_at_once: int | Literal["auto"] = option(
@@ -108,39 +110,51 @@ def main(argv: list[str]) -> Path:
     except ConfigError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    name = sweep.result_name or f"{config.data}-{config.optim}".replace(":", "-")
+    if part is None and ranks.started():
+        raise ConfigError("torchrun started several processes: give --slice env, so that each trains its part")
+    name = plain_name(sweep.result_name or f"{config.data}-{config.optim}".replace(":", "-"))
     whole = Path(sweep.result_dir) / "sweep" / name
-    config = dataclasses.replace(config, result_name=None, quiet=True)
-    names = ("app", "halving", "population", "by", "data_order")
-    settings: dict[str, object] = {"argv": rest, **{each: getattr(sweep, each) for each in names}}
+    folder.check_options(config)
+    config = dataclasses.replace(config, result_name=None, device=ranks.own(config.device))
+    own_settings = {each: getattr(sweep, each) for each in ("app", "halving", "population", "by", "data_order")}
+    settings = folder.settings_of(config, values, own_settings)
     if sweep.slice == "merge":
         return merge(whole, config, values, sweep, settings)
-    folder = whole if part is None else whole / f"slice-{part[0]}-of-{part[1]}"
+    path = whole if part is None else whole / f"slice-{part[0]}-of-{part[1]}"
     grid = rows(values)
     mine = slice_of(len(grid), part)
     if not mine:
         raise ConfigError(f"this slice has no runs: the grid has only {len(grid)}")
+    plan = planned(len(mine), config.num_epochs, sweep)
     check_device(config.device)
     config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
-    opened(folder, sweep, settings | {"slice": part})  # after the errors of options, data and nets
+    # after the errors of options, data and nets
+    with folder.opened(path, settings | {"slice": part}, overwrite=sweep.overwrite, resume=sweep.resume):
+        return train(path, config, problem, values, mine, plan, sweep)
+
+
+def train(
+    path: Path, config: TrainConfig, problem: Problem, values: Values, mine: list[int], plan: list[stages.Stage],
+    sweep: SweepConfig,
+) -> Path:  # fmt: skip
+    """Train the runs of this process, and write table, picture and best configurations."""
     examples = problem.task.train[0].shape[0]
     steps = config.num_epochs * math.ceil(examples / config.batch_size)
-    size = group_size(folder, problem, mine, steps, sweep)
+    size = group_size(path, problem, mine, steps, sweep)
     say(sweep, f"{len(mine)} runs of {steps} steps, {size} at once")
-    plan = planned(len(mine), config.num_epochs, sweep)
     with stopped() as signals:
         saver = watched_saver(sweep.save_every, signals)
 
         def record(lines: list[dict[str, object]]) -> None:
-            stages.append(folder / "metrics.jsonl", lines)
-            finite = [line[sweep.by] for line in lines if line["active"]]
-            best = f"best {sweep.by} {min(finite):.5f}" if finite else "none is left"  # type: ignore[type-var]
-            say(sweep, f"runs {lines[0]['run']}…{lines[-1]['run']}  epoch {lines[0]['epoch']:3}  {best}")
+            stages.append(path / "metrics.jsonl", lines)
+            best = min(stages.score(line, sweep.by) for line in lines)
+            shown = f"best {sweep.by} {best:.5f}" if math.isfinite(best) else "none is left"
+            say(sweep, f"runs {lines[0]['run']}…{lines[-1]['run']}  epoch {lines[0]['epoch']:3}  {shown}")
 
-        stages.Sweep(problem, mine, plan, size, folder / "checkpoints", sweep.by, record, saver, config.seed).run()
-    print(report.write(folder, config, values, grid, stages.read(folder / "metrics.jsonl"), sweep.by))
-    print(f"Everything is in {folder}: table.csv, sweep.png, best.yml, best_test.yml and metrics.jsonl.")
-    return folder
+        stages.Sweep(problem, mine, plan, size, path / "checkpoints", sweep.by, record, saver, config.seed).run()
+    print(report.write(path, config, values, rows(values), stages.read(path / "metrics.jsonl"), sweep.by))
+    say_files(path)
+    return path
 
 
 def make_problem(config: TrainConfig, grid: list[dict[str, object]], shared: bool) -> tuple[TrainConfig, Problem]:
@@ -154,45 +168,33 @@ def make_problem(config: TrainConfig, grid: list[dict[str, object]], shared: boo
         return make_task(each, data(first.seed if shared else each.seed))[0]
 
     first = configured(config, grid[0])
+    check_options(first, swept=grid[0])
     completed = Supervised.completed(first, data(first.seed))
     return completed, Problem(completed, grid, task, shared_data=shared)
 
 
 def planned(members: int, epochs: int, sweep: SweepConfig) -> list[stages.Stage]:
-    """Return the stages."""
+    """Return the stages.
+
+    Raises:
+        ConfigError: runs or epochs are too few for the selection that was asked for.
+    """
+    here = f"there are {members} (of this part) and {epochs}"
     if sweep.halving:
-        return stages.halving(members, epochs, sweep.halving)
+        least = sweep.halving
+        if min(members, epochs) < least:
+            raise ConfigError(f"halving {least} needs at least {least} runs and {least} epochs: {here}")
+        return stages.halving(members, epochs, least)
     if sweep.population:
+        if members < 4 or epochs <= sweep.population:
+            raise ConfigError(f"population {sweep.population} needs at least 4 runs and more epochs than that: {here}")
         return stages.population(members, epochs, sweep.population)
     return [stages.Stage(epochs)]
 
 
-def opened(folder: Path, sweep: SweepConfig, settings: dict[str, object]) -> None:
-    """Prepare the result folder; a resumed sweep must have the same settings."""
-    file = folder / "sweep.json"
-    if sweep.overwrite and file.exists():
-        remove_folder(folder, last=file.name)
-    if sweep.resume:
-        if not file.exists():
-            raise ConfigError(f"there is no sweep in {folder} to resume")
-        check_same(folder, settings)
-        return
-    if file.exists():
-        raise ResultExistsError(f"{folder} exists already: give --overwrite, --resume, or another --result_name")
-    stages.write_json(file, {"settings": settings})
-
-
-def check_same(folder: Path, settings: dict[str, object]) -> None:
-    """Raise an error if a sweep was started with other settings."""
-    before, settings = stages.read_json(folder / "sweep.json")["settings"], stages.plain(settings)
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        raise ConfigError(f"the sweep in {folder} was started with another {changed[0]}: repeat its command")
-
-
-def group_size(folder: Path, problem: Problem, mine: list[int], steps: int, sweep: SweepConfig) -> int:
+def group_size(path: Path, problem: Problem, mine: list[int], steps: int, sweep: SweepConfig) -> int:
     """Return the number of models per group; a resumed sweep keeps it, because it may change the last bits."""
-    file = folder / "sweep.json"
+    file = path / folder.FILE
     content = stages.read_json(file)
     if "models_at_once" not in content:
         content["models_at_once"] = sweep.models_at_once
@@ -207,23 +209,19 @@ def group_size(folder: Path, problem: Problem, mine: list[int], steps: int, swee
 
 def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig, settings: dict[str, object]) -> Path:
     """Write the results of all slices as those of one sweep."""
-    parts = sorted(path.parent for path in whole.glob("slice-*-of-*/metrics.jsonl"))
-    if not parts:
-        raise ConfigError(f"there are no slices in {whole}: start them with --slice i/n")
-    for part in parts:
-        check_same(part, settings)
-    counts = sorted({int(part.name.rpartition("-")[2]) for part in parts})
-    if len(counts) > 1:
-        raise ConfigError(
-            f"{whole} has slices of {' and of '.join(map(str, counts))} parts: delete those of the other sweep"
-        )
-    lines = [line for part in parts for line in stages.read(part / "metrics.jsonl")]
+    parts = folder.parts_of(whole, settings)
+    found = {part: stages.read(part / "metrics.jsonl") for part in parts}
+    lines = [line for each in found.values() for line in each]
     grid = rows(values)
     config, _ = make_problem(config, grid[:1], shared=False)
     print(report.write(whole, config, values, grid, lines, sweep.by))
     last = {line["run"]: line["epoch"] for line in lines}
     report_runs("are missing", set(range(len(grid))) - last.keys(), len(grid))
-    if not sweep.halving:
+    if sweep.halving:  # only some runs of a part train to the end
+        early = [part.name for part, each in found.items() if max(line["epoch"] for line in each) < config.num_epochs]
+        if early:
+            print(f"parts that have not ended: {', '.join(early)}", file=sys.stderr)
+    else:
         report_runs("have not ended", {run for run, epoch in last.items() if epoch < config.num_epochs}, len(grid))
     return whole
 
@@ -233,6 +231,14 @@ def report_runs(what: str, found: set[int], total: int) -> None:
     if found:
         shown = ", ".join(map(str, sorted(found)[:10]))
         print(f"{len(found)} of {total} runs {what}: {shown}{', …' if len(found) > 10 else ''}", file=sys.stderr)
+
+
+def say_files(path: Path) -> None:
+    """Name the files that were written, and say if no run is left."""
+    bests = [name for name in report.BESTS.values() if (path / name).exists()]
+    if not bests:
+        print('no run is left, so there is no best one: see the column "stopped" of table.csv', file=sys.stderr)
+    print(f"Everything is in {path}: {', '.join(['table.csv', 'sweep.png', *bests])} and metrics.jsonl.")
 
 
 def say(sweep: SweepConfig, text: str) -> None:

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 import fisherfn as ff
 from common import ranks
-from common.config import NON_NEGATIVE, POSITIVE, ConfigError, option, parse, validate
+from common.config import NON_NEGATIVE, POSITIVE, SEED, ConfigError, option, parse, validate
 from common.pinn.nets import initial, size_of, widths_of
-from common.pinn.optimizers import DEFAULTS, GRID, Settings, optimizer_of
+from common.pinn.optimizers import DEFAULTS, GRID, OPTIONS, Settings, optimizer_of
 from common.pinn.problems import PROBLEMS, Posed
 from common.results import Results
 from common.runs import Stopped, check_device, reported, stopped
@@ -57,7 +57,7 @@ class PinnConfig:
     )
     grid: int = option(GRID, "number of step sizes 1, 1/2, … of the line search", check=POSITIVE)
 
-    seed: int = option(0, "random seed of points and net", check=NON_NEGATIVE)
+    seed: int = option(0, "random seed of points and net", check=SEED)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     record_every: int = option(10, "steps between measurements of the error", check=POSITIVE)
     save_every: int = option(50, "steps between checkpoints", check=POSITIVE)
@@ -81,16 +81,19 @@ def completed(config: PinnConfig) -> PinnConfig:
     """Return the configuration with net and settings filled in.
 
     Raises:
-        ConfigError: a net that does not fit the equation.
+        ConfigError: a net that does not fit the equation, or an option that the optimizer does not have.
     """
+    for name, default_value in {"damping": None, "momentum": None, "ema": None, "lr": None, "grid": GRID}.items():
+        given = getattr(config, name)
+        if given and given != default_value and name not in OPTIONS[config.optim]:
+            raise ConfigError(f"{name} is no option of {config.optim}: leave it out, or choose another optim")
     problem, default = PROBLEMS[config.data], DEFAULTS[config.optim]
     model = config.model or problem.model
     widths = widths_of(model)
     if widths[0] != problem.dimensions or widths[-1] != 1:
         raise ConfigError(f"model must have {problem.dimensions} inputs and 1 output for {config.data}, got {model}")
-    filled = {
-        name: getattr(default, name) for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None
-    }
+    open_ones = [name for name in OPTIONS[config.optim] if getattr(config, name) is None]
+    filled = {name: getattr(default, name) for name in open_ones}
     redraw = problem.redraw if config.redraw is None else config.redraw
     return dataclasses.replace(config, model=model, redraw=redraw, **filled)
 

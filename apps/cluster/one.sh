@@ -8,6 +8,10 @@
 # RESULTS  folder for results
 set -euo pipefail
 
+if [[ " $*" == *" --result_"* ]]; then
+    echo "give RESULTS and RUN instead of --result_dir and --result_name" >&2
+    exit 2
+fi
 trainer=${TRAINER:-train_cnn}
 read -r -a optims <<<"${OPTIMS:-sgd adam kfac lanczos}"
 optim=${optims[${SLURM_PROCID:-0}]}

@@ -56,7 +56,20 @@ class Check(NamedTuple):
 
 POSITIVE = Check("> 0", lambda value: value > 0)
 NON_NEGATIVE = Check(">= 0", lambda value: value >= 0)
+SEED = Check("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 FRACTION = Check("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def check_listed(option: str, text: str, known: Iterable[str]) -> None:
+    """Raise `ConfigError` if a comma-separated text has a name that is not known, or none at all."""
+    names = list(known)
+    for wrong in (name for name in listed(text) or [""] if name not in names):
+        raise ConfigError(f"{option} must be among {', '.join(names)}, got {wrong!r}")
+
+
+def listed(text: str) -> list[str]:
+    """Return the names in a text that separates them by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 EXIT_CODES = (
@@ -178,11 +191,12 @@ class _Formatter(DefaultHelpFormatter):
 
 def _parser(Config: type, description: str | None) -> ArgumentParser:
     hints = typing.get_type_hints(Config)
+    file = getattr(Config, "file", "YAML file with any of the options below")
     parser = ArgumentParser(
         description=description, usage="%(prog)s [--config FILE] [--option VALUE ...]", exit_on_error=False,
         epilog=f"{EXIT_CODES}{RESUMES if 'resume' in hints else ''}.", formatter_class=_Formatter,
     )  # fmt: skip
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file with any of the options below")
+    parser.add_argument("--config", action="append", metavar="FILE", help=file)
     groups: dict[str, Any] = {"": parser}
     for title, field in _in_sections(Config):
         if title not in groups:

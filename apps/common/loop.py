@@ -222,4 +222,4 @@ def _batches(task: Task, settings: Settings, generator: torch.Generator, done: i
 
 def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:
     """Return the generator of an epoch; streams are independent of each other."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2 + stream)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 2 + stream) % 2**63)

@@ -34,11 +34,11 @@ ONE_PROCESS = {
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, and yield this one's device; nothing happens in a single process."""
-    if not _started():
+    if not started():
         yield device
         return
-    if device == "cuda":  # one GPU per process
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = own(device)
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=float(os.environ.get(SECONDS, "20")))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
@@ -50,7 +50,7 @@ def joined(device: str) -> Iterator[str]:
 
 def alone(app: str) -> None:
     """Check that torchrun did not start several processes of an app, each of which would train alone."""
-    if _started():
+    if started():
         raise ConfigError(f"{app} trains in a single process: start it without torchrun")
 
 
@@ -115,7 +115,13 @@ def check_options(config: Any, net: nn.Module) -> None:
         )
 
 
-def _started() -> bool:
+def own(device: str) -> str:
+    """Return this process's GPU instead of "cuda" if torchrun started several processes; any other device as it is."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and started() else device
+
+
+def started() -> bool:
+    """Return True if torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 

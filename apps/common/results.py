@@ -69,14 +69,14 @@ class Results:
             CheckpointError: there is nothing to resume from.
         """
         name = config.result_name or default_name(config)
-        path = Path(config.result_dir) / app / _plain(name)
+        path = Path(config.result_dir) / app / plain_name(name)
         config = dataclasses.replace(config, result_name=name)
         lock = None
         if not writes:
             return cls(path, config, writes)
         if config.resume:
             _check_resumable(path, config)
-            lock = _locked(path)
+            lock = locked(path)
         elif config.overwrite:
             _check_replaceable(path)
         elif path.exists():
@@ -133,11 +133,11 @@ class Results:
         """Return the folder, created or emptied at the first call; the configuration is written first."""
         if not self._ready:
             if self._config.overwrite and self.path.exists():
-                os.close(_locked(self.path))
+                os.close(locked(self.path))
                 remove_folder(self.path, last=CONFIG)  # without it, the rest would not count as a result
             self._make()
             if self._lock is None:
-                self._lock = _locked(self.path)
+                self._lock = locked(self.path)
             self._ready = True
         return self.path
 
@@ -164,7 +164,7 @@ def default_name(config: Any) -> str:
     return "-".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
 
 
-def _locked(path: Path) -> int:
+def locked(path: Path) -> int:
     """Lock the folder against other runs; closing the handle, or the end of the process, releases it."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -176,7 +176,8 @@ def _locked(path: Path) -> int:
     return handle
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return the name of a result if it is that of a single folder; else raise `ConfigError`."""
     if not re.fullmatch(r"\w[\w .+=,@()\[\]-]*", name):
         raise ConfigError(f"result_name must be a plain folder name without / or .., got {name!r}")
     return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import NON_NEGATIVE, POSITIVE, ConfigError, option, validate
+from common.config import POSITIVE, SEED, ConfigError, option, validate
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RunConfig:
     download: bool = option(False, "fetch published files that are missing")
     model: str | None = option(None, "model; default: the one for the data")
 
-    seed: int = option(0, "random seed", check=NON_NEGATIVE)
+    seed: int = option(0, "random seed", check=SEED)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
     result_dir: str = option("results", "folder for all results")
     result_name: str | None = option(None, "name of the result folder; default: from data, model, optimizers and seed")

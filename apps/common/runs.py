@@ -126,7 +126,7 @@ def _run(Kind: type[Training[C]], config: C, app: str) -> Path:
 def check_device(name: str) -> None:
     """Raise `ConfigError` if nothing can be computed on this device."""
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" makes tensors without numbers
     except (RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0]
         reason = "" if said.startswith("Expected one of") else f" (torch: {said.rstrip('.')})"  # a list of twenty

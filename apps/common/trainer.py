@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,20 @@ NUMBERS = ("lr", "momentum", "weight_decay", "beta_1", "beta_2", "damping", "kl_
 
 def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
     """Return the optimizer that `--optim` names, for this task."""
-    implicit = (config.optim, config.fisher) == ("exactNG", "type2") and config.structure != "block"
-    if config.cg_steps is not None and not implicit:
-        raise ConfigError("cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise")
     ng = ranks.spread(natural_gradient(config, task)) if config.optim in ff.METHODS else None
     return optimizer_with(config, task, ng, numbers(config))
 
 
-def check_options(config: TrainConfig) -> None:
-    """Raise `ConfigError` if an option was given that only other optimizers have."""
+def check_options(config: TrainConfig, swept: Collection[str] = ()) -> None:
+    """Raise `ConfigError` if an option was given, or has several values, that only other optimizers have."""
     own = FIRST_ORDER.get(config.optim, ("momentum", *CURVATURE))
     others = {name for options in (*FIRST_ORDER.values(), CURVATURE) for name in options} - {*own}
     for field in dataclasses.fields(config):
-        if field.name in others and getattr(config, field.name) not in (field.default, "auto"):
+        given = field.name in swept or getattr(config, field.name) not in (field.default, "auto")
+        if field.name in others and given:
             raise ConfigError(_foreign(field.name, config.optim))
+    if config.fisher != "mc" and config.fisher_samples != 1:
+        raise ConfigError(f"fisher_samples goes with fisher mc, not {config.fisher}: leave it out")
 
 
 def _foreign(name: str, optim: str) -> str:
@@ -141,6 +141,10 @@ def optimizer_with(
         return optimizers.adam(task.model, task.likelihood, lr=lr, betas=betas, **shared)
     fixed: dict[str, Any] = {name: given.get(name, value) for name, value in FIXED.items()}
     if config.cg_steps is not None:
+        if (config.optim, config.fisher) != ("exactNG", "type2") or config.structure == "block":
+            raise ConfigError(
+                "cg_steps goes with optim exactNG, fisher type2 and structure full: leave it out otherwise"
+            )
         return optimizers.implicit(ng, **fixed, iterations=config.cg_steps, **shared)
     if all(name in given for name in ("lr", "damping", "kl_bound")):
         return optimizers.natural(

@@ -31,6 +31,9 @@ def digits(data_path, seed):
 def build(data):
     return nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
 
+def relu(data):
+    return nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2))
+
 def autoencoder(data):
     return nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 12))
 autoencoder.task = "reconstruct"

@@ -198,3 +198,25 @@ def test_an_array_trains_the_parts_of_a_sweep_which_merge_into_one(job):
     done = subprocess.run(merge, cwd=job.folder, capture_output=True, text=True, check=True)
     assert "missing" not in done.stderr and "not ended" not in done.stderr
     assert len((part.parent / "table.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("file", ["one.sh", "one_net.sbatch", "one_net.msub", "sweep.sbatch"])
+def test_the_folder_of_results_is_that_in_which_a_job_looks_for_its_checkpoint(job, file):
+    """With a folder among the arguments each job would start again, and delete what the one before has saved."""
+    said = stand_in(job, 'echo "$*" >>said')
+    words = ("--result_dir", "scratch")
+    given = {"ARGUMENTS": " ".join(words)} if file == "one_net.msub" else {}
+    done = job(file, *([] if given else words), SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="2", **given, **said)
+    assert done.returncode == 2 and "give RESULTS and RUN" in done.stderr_text
+    assert not (job.folder / "said").exists()
+
+
+def test_a_sweep_of_another_folder_is_resumed_there(job):
+    said = stand_in(job, 'echo "$*" >>said')
+    part = job.folder / "scratch" / "sweep" / "mine" / "slice-0-of-2"
+    part.mkdir(parents=True)
+    (part / "sweep.json").write_text("{}")
+    here = {"RUN": "mine", "RESULTS": "scratch", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2"}
+    assert job("sweep.sbatch", "--lr", "1,0.1", **here, **said).returncode == 0
+    line = (job.folder / "said").read_text()
+    assert "--device cpu --result_dir scratch --result_name mine --slice env --resume --lr 1,0.1" in line

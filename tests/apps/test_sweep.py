@@ -11,12 +11,15 @@ import torch
 import yaml
 
 import sweep
+from common import ranks
 from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
+from common.results import ResultExistsError
 from common.sweep import auto, report, stages
 from common.sweep.grid import parse_grid, rows, slice_of
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
+from tests.apps.conftest import OWN
 
 BASE = ["--data", "own:load", "--num_epochs", "2", "--batch_size", "8", "--optim", "kfac", "--quiet"]
 FIXED = ["--damping", "0.1", "--kl_bound", "0.01", "--lr", "0.3,0.1"]
@@ -81,7 +84,7 @@ def test_a_killed_sweep_goes_on_bit_for_bit(own, monkeypatch, given):
     for name in saved:
         one, other = (load_checkpoint(folder / "checkpoints" / name)[0] for folder in (part, whole))
         torch.testing.assert_close(one, other, rtol=0, atol=0)
-    with pytest.raises(Exception, match="another argv"):
+    with pytest.raises(Exception, match="another lr, None instead of 0.5"):
         sweep.main([*argv, "--result_name", "part", "--resume", "--lr", "0.5"])
 
 
@@ -173,7 +176,7 @@ def test_two_processes_with_a_slice_each_give_the_table_of_one_bit_for_bit(own, 
 
 def test_only_slices_of_one_sweep_are_merged(own, capsys):
     sweep.main([*BASE, *FIXED, "--slice", "0/2"])
-    with pytest.raises(ConfigError, match="slice-0-of-2 was started with another argv"):
+    with pytest.raises(ConfigError, match="slice-0-of-2 was started with another lr"):
         sweep.main([*BASE, *FIXED, "--lr", "0.3,0.2", "--slice", "merge"])
     with pytest.raises(ConfigError, match="slice-0-of-2 was started with another by"):
         sweep.main([*BASE, *FIXED, "--by", "test_loss", "--slice", "merge"])
@@ -250,6 +253,7 @@ ERRORS = {
     "lr must be": ["--lr", "0.1,fast"],
     "lr cannot be swept over numbers together with auto": ["--lr", "auto,0.1"],
     "separate values by commas": ["--lr", "0.1,", "0.2"],
+    "num_epochs cannot be swept, because it belongs to all runs": ["--num_epochs", "1,2"],
     "slice must be i/n": ["--lr", "0.1,0.2", "--slice", "2/2"],
     "slice env needs": ["--lr", "0.1,0.2", "--slice", "env"],
     "halving must be >= 2": ["--lr", "0.1,0.2", "--halving", "1"],
@@ -269,3 +273,161 @@ def test_errors_teach(own, capsys, message):
 def test_the_best_of_none(tmp_path):
     line = {"run": 0, "epoch": 1, "train_loss": math.nan, "active": 0}
     assert report.best([line], "train_loss") is None
+
+
+# ------------------------------------------------------------------------------- kills, locks, selection, other faults
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("cut", [0, 40], ids=["before the metrics", "within a line"])
+def test_a_kill_between_a_checkpoint_and_its_metrics_loses_nothing(own, monkeypatch, epoch, cut):
+    argv = [*BASE, *FIXED, "--seed", "0,1", "--models_at_once", "2"]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    append = stages.append
+
+    def killed(path, lines):
+        if lines[0]["epoch"] == epoch and lines[0]["run"] == 2:
+            with path.open("a") as file:
+                file.write('{"run": 2, "epoch": 1, "step": 4, "train_loss": 0.123'[:cut])
+            raise RuntimeError("killed")
+        append(path, lines)
+
+    monkeypatch.setattr(stages, "append", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        sweep.main([*argv, "--result_name", "part"])
+    monkeypatch.setattr(stages, "append", append)
+    part = sweep.main([*argv, "--result_name", "part", "--resume"])
+    assert numbers(part) == numbers(whole)
+    assert (part / "best.yml").read_text() == (whole / "best.yml").read_text()
+
+
+def test_a_file_of_options_that_has_changed_is_seen(own):
+    options = own / "options.yml"
+    options.write_text("batch_size: 8\nnum_epochs: 1\n")
+    argv = ["--data", "own:load", "--optim", "sgd", "--lr", "0.1,0.2", "--quiet", "--config", str(options)]
+    sweep.main(argv)
+    options.write_text("batch_size: 16\nnum_epochs: 1\n")
+    with pytest.raises(ConfigError, match="another batch_size, 8 instead of 16"):
+        sweep.main([*argv, "--resume"])
+    options.write_text("batch_size: 8\nnum_epochs: 3\n")
+    assert {row["epoch"] for row in table(sweep.main([*argv, "--resume"]))} == {"3"}
+
+
+@pytest.mark.parametrize("given", [["--halving", "2"], ["--population", "1"]], ids=["halving", "population"])
+def test_stages_depend_on_the_number_of_epochs(own, given):
+    argv = [*BASE, "--optim", "sgd", "--lr", "0.1,0.2,0.3,0.4", *given]
+    sweep.main(argv)
+    with pytest.raises(ConfigError, match="another num_epochs, 2 instead of 4"):
+        sweep.main([*argv, "--num_epochs", "4", "--resume"])
+
+
+REFUSED = {
+    "beta_1 is no option of kfac": ["--beta_1", "0.9,0.5"],
+    "ema is no option of sgd": ["--optim", "sgd", "--lr", "0.1", "--ema", "0.95,0.5"],
+    "cg_steps goes with optim exactNG": [*FIXED, "--cg_steps", "3"],
+    "verbose is no option of a sweep": [*FIXED, "--verbose"],
+    "tensorboard is no option of a sweep": [*FIXED, "--tensorboard"],
+    "num_workers is no option of a sweep": [*FIXED, "--num_workers", "2"],
+    "result_name must be a plain folder name": [*FIXED, "--result_name", "../escaped"],
+    "halving 3 needs at least 3 runs and 3 epochs": [*FIXED, "--halving", "3"],
+    "population 1 needs at least 4 runs": [*FIXED, "--population", "1"],
+    "population 2 needs at least 4 runs and more epochs": [*FIXED, "--seed", "0,1", "--population", "2"],
+    "device meta cannot be used here": [*FIXED, "--device", "meta"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_an_option_that_would_be_ignored_is_refused(own, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.main([*BASE, *REFUSED[message]])
+    assert not (own / "results").exists() and not (own / "escaped").exists()
+
+
+def test_only_one_process_writes_to_a_folder(own, monkeypatch):
+    train = sweep.train
+
+    def twice(*args):
+        with pytest.raises(ResultExistsError, match="another run is writing"):
+            sweep.main([*BASE, *FIXED, "--resume"])
+        with pytest.raises(ResultExistsError, match="another run is writing"):
+            sweep.main([*BASE, *FIXED, "--overwrite"])
+        return train(*args)
+
+    monkeypatch.setattr(sweep, "train", twice)
+    folder = sweep.main([*BASE, *FIXED])
+    assert len(table(folder)) == 2
+
+
+def test_results_of_parts_and_of_a_whole_sweep_do_not_replace_each_other(own):
+    sweep.main([*BASE, *FIXED, "--slice", "0/1"])
+    with pytest.raises(ResultExistsError, match="such as parts of a sweep"):
+        sweep.main([*BASE, *FIXED, "--overwrite"])
+    sweep.main([*BASE, *FIXED, "--result_name", "whole"])
+    with pytest.raises(ResultExistsError, match="has a sweep without parts"):
+        sweep.main([*BASE, *FIXED, "--result_name", "whole", "--slice", "merge"])
+
+
+def test_processes_of_torchrun_need_a_slice_and_have_a_gpu_each(own, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="give --slice env"):
+        sweep.main([*BASE, *FIXED])
+    assert [ranks.own(device) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+def test_seeds_may_be_dates(own):
+    argv = [*BASE, "--seed", "20240101123456", "--optim", "sgd", "--lr", "0.1,0.2,0.3,0.4", "--population", "1"]
+    assert len(table(sweep.main(argv))) == 4
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """One sound run of eight in a population, and the folder of its results."""
+    folder = tmp_path_factory.mktemp("population")
+    (folder / "own.py").write_text(OWN)
+    rates = "0.1," + ",".join(f"{k}e30" for k in range(1, 8))
+    argv = [*BASE, "--optim", "sgd", "--lr", rates, "--population", "4", "--num_epochs", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder), patch.syspath_prepend(folder)
+        return folder / sweep.main([*argv, "--model", "own:relu"])
+
+
+def test_runs_that_diverged_are_not_copied_and_keep_their_reason(diverged):
+    lines = stages.read(diverged / "metrics.jsonl")
+    copied = {line["run"] for line in lines if line["epoch"] == 8 and line["active"] and line["run"] > 0}
+    assert len(copied) == 2, "the two places of the worst quarter have copies of the only sound run"
+    assert all(line["lr"] < 1 for line in lines if line["run"] in copied and line["epoch"] > 4)
+    for row in table(diverged):
+        sound = int(row["run"]) in {0, *copied}
+        assert ("NonFiniteError" in row["stopped"]) is not sound
+        assert sound or int(row["skipped"]) >= 4, "the failed steps of all epochs"
+
+
+def test_finished_runs_leave_the_memory(own):
+    config, problem = sweep.make_problem(*reversed_grid("--lr", "1,2,3,4"), shared=False)
+    kept = []
+    run = stages.Sweep(problem, [0, 1, 2, 3], [stages.Stage(1)], 1, own / "points", "train_loss", kept.append)
+    run._selected = lambda ends, stage, number: kept.append(ends) or ends
+    run.run()
+    assert kept[-1] == []
+
+
+def test_no_run_that_is_left_is_said(own, capsys):
+    folder = sweep.main([*BASE, "--optim", "sgd", "--lr", "1e37,1e38", "--num_epochs", "4", "--model", "own:relu"])
+    said = capsys.readouterr()
+    assert "no run is left" in said.err and "best.yml" not in said.out and not (folder / "best.yml").exists()
+
+
+def test_parts_of_a_halving_that_have_not_ended_are_named(own, capsys):
+    argv = [*BASE, "--optim", "sgd", "--lr", "0.1,0.2,0.3,0.4", "--halving", "2"]
+    for part in ("0/2", "1/2"):
+        folder = sweep.main([*argv, "--slice", part])
+    lines = stages.read(folder / "metrics.jsonl")
+    (folder / "metrics.jsonl").unlink()
+    stages.append(folder / "metrics.jsonl", [line for line in lines if line["epoch"] < 2])
+    sweep.main([*argv, "--slice", "merge"])
+    assert "parts that have not ended: slice-1-of-2" in capsys.readouterr().err
+
+
+def test_the_best_configuration_shows_what_the_trainer_shows(own):
+    assert yaml.safe_load((sweep.main([*BASE, *FIXED]) / "best.yml").read_text())["quiet"] is False

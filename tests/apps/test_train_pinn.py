@@ -123,13 +123,14 @@ def small(monkeypatch):
 
 def trained(tmp_path, name, *more, steps=6, optim="exact"):
     options = ["--model", "2-8-1", "--optim", optim, "--num_steps", str(steps), "--record_every", "1", "--quiet"]
-    argv = [*options, "--grid", "12", "--result_dir", str(tmp_path), "--result_name", name, *more]
+    grid = ["--grid", "12"] if "grid" in optimizers.OPTIONS[optim] else []
+    argv = [*options, *grid, "--result_dir", str(tmp_path), "--result_name", name, *more]
     return train_pinn.run(read(train_pinn.PinnConfig, argv))
 
 
 @pytest.mark.parametrize("optim", optimizers.DEFAULTS)
 def test_every_optimizer_lowers_the_loss_and_a_resumed_run_is_the_straight_one(small, tmp_path, optim):
-    λ = ("--damping", "1e-3")
+    λ = ("--damping", "1e-3") if "damping" in optimizers.OPTIONS[optim] else ()
     straight = trained(tmp_path, "straight", *λ, optim=optim)
     losses = [each["loss"] for each in read_metrics(straight)]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -234,6 +235,9 @@ def test_the_results_are_printed_as_a_table(small, tmp_path, capsys):
         (["--redraw", "-1"], "redraw must be >= 0"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--optim", "exat"], "did you mean exact"),
+        (["--optim", "adam", "--damping", "0.5"], "damping is no option of adam"),
+        (["--optim", "kfac", "--lr", "0.5"], "lr is no option of kfac"),
+        (["--momentum", "0.5"], "momentum is no option of exact"),
     ],
 )
 def test_wrong_options_are_errors_in_one_line(tmp_path, argv, message):

@@ -172,6 +172,14 @@ DEFAULTS = {
 }
 """Settings of each optimizer on a net with one hidden layer."""
 
+SEARCHING = ("damping", "lr", "grid")
+AVERAGING = ("damping", "ema")
+OPTIONS = {
+    "exact": SEARCHING, "exact_block": SEARCHING, "spring": (*SEARCHING, "momentum"), "dense": (*SEARCHING, "ema"),
+    "kfac": AVERAGING, "kfac_by_term": AVERAGING, "adam": ("lr",), "lbfgs": ("lr",),
+}  # fmt: skip
+"""Options of each optimizer."""
+
 
 def optimizer_of(name: str, posed: Posed, params: Tree, settings: Settings) -> Optimizer:
     """Return the optimizer of this name."""

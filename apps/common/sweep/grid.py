@@ -22,6 +22,12 @@ SWEPT = (*NUMBERS, *STARTS)
 SHAPES = ("model", "data", "batch_size", "fisher_samples", "fisher_batch_size", "structure")
 """Options that change the shape of a tensor, so that their values cannot share a step."""
 
+OF_ALL = ("num_epochs", "device", "compile", "download")
+"""Options that all runs of a sweep share because they train together."""
+
+TEXTS = ("config", "data_path")
+"""Options whose value may contain a comma."""
+
 Values = dict[str, list[Any]]
 """The values of each swept option, in the order of the command line."""
 
@@ -41,7 +47,7 @@ def parse_grid(Config: type[TrainConfig], argv: Sequence[str]) -> tuple[TrainCon
                 f"; did you mean --{near}?" if near else "; see --help for those of a sweep, and the trainer's --help"
             )
             raise ConfigError(f"unknown option --{name}{hint}")
-        if value is None or "," not in value or name == "config":
+        if value is None or "," not in value or (known or name) in TEXTS:
             base += [f"--{name}"] if value is None else [f"--{name}", value]
             lists.pop(str(known), None)  # the last one given counts, as everywhere
             continue
@@ -99,7 +105,8 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
 
 def _check_sweepable(name: str, texts: Sequence[str]) -> None:
     if name not in SWEPT:
-        why = "changes a shape" if name in SHAPES else "changes the operations of a step"
+        kinds = ((SHAPES, "changes a shape"), (OF_ALL, "belongs to all runs, which train together"))
+        why = next((why for names, why in kinds if name in names), "changes the operations of a step")
         raise ConfigError(f"{name} cannot be swept, because it {why}: start one sweep per value; {_allowed()}")
     empty = [text for text in texts if not text]
     if len(empty) == len(texts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -70,13 +71,19 @@ def write(
         "seconds",
     ]
     columns = [c for c in columns if c == "run" or c in values or any(c in line for line in order)] + ["stopped"]
+    failed = collections.Counter[int]()
+    for line in lines:
+        failed[line["run"]] += line.get("skipped", 0)
+    order = [{**line, "skipped": failed[line["run"]]} for line in order]
     table = [[_cell(name, line, rows[line["run"]]) for name in columns] for line in order]
     text = io.StringIO()
     csv.writer(text).writerows([columns, *table])
     replace_text(folder / "table.csv", text.getvalue())
     for metric, name in BESTS.items():
         winner = best(lines, metric)
-        if winner is not None:
+        if winner is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
             replace_text(folder / name, _best_yaml(config, rows[winner["run"]], winner))
     draw(folder / "sweep.png", values, rows, lines, by)
     return _printed(columns, table[:SHOWN], len(table))

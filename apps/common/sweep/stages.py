@@ -7,8 +7,10 @@ after every epoch, so that a killed sweep goes on from there and ends with the s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -77,6 +79,8 @@ class Sweep:
         record: function of every member's metrics, after every epoch.
         watch: function called after every step with the number of steps and a function that saves.
         seed: seed of the perturbations.
+        last: the last metrics of every run.
+        reasons: why runs were frozen.
     """
 
     problem: Problem
@@ -88,6 +92,8 @@ class Sweep:
     record: Callable[[list[dict[str, Any]]], None]
     watch: Callable[[int, Callable[[], None]], None] = lambda step, save: None
     seed: int = 0
+    last: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
         """Train all stages; those that a checkpoint has are not repeated."""
@@ -97,10 +103,13 @@ class Sweep:
             ends: list[Member] = []
             for place, part in enumerate(_parts(rows, self.size)):
                 group = Group(self.problem, part)
+                group.reasons.update({row: self.reasons[row] for row in part if row in self.reasons})
                 start = None if members is None else _joined(members[place * self.size :][: len(part)])
                 lines, at = self._train(group, stage, self.folder / f"stage-{number}-group-{place}.pt", start)
-                ends += [Member(row, _member(at, m)) for m, row in enumerate(part)]
-                self._last = {**getattr(self, "_last", {}), **{line["run"]: line for line in lines}}
+                self.last.update({line["run"]: line for line in lines})
+                self.reasons.update(group.reasons)
+                if stage is not self.stages[-1]:  # at the end nothing is selected, and nothing stays in memory
+                    ends += [Member(row, _member(at, m)) for m, row in enumerate(part)]
             members = self._selected(ends, stage, number)
             rows = [member.row for member in members]
 
@@ -113,6 +122,8 @@ class Sweep:
         lines = self._lines(group, at)
         if path.exists():
             at, lines = _load(path, like, group)
+            if at.batches == 0:  # a kill may have come between the checkpoint and this
+                self.record(lines)
         elif start is None:
             self.record(lines)
         while at.epoch < stage.until:
@@ -137,12 +148,16 @@ class Sweep:
 
     def _selected(self, ends: list[Member], stage: Stage, number: int) -> list[Member]:
         """Return the members of the next stage."""
-        ranked = sorted(ends, key=lambda member: (score(self._last[member.row], self.by), member.row))
+        ranked = sorted(ends, key=lambda member: (score(self.last[member.row], self.by), member.row))
         if stage.then == "keep":
             kept = {member.row for member in ranked[: stage.members]}
             return [member for member in ends if member.row in kept]
-        if stage.then == "copy" and stage.members:
-            better = {worse.row: best for worse, best in zip(ranked[: -stage.members - 1 : -1], ranked, strict=False)}
+        if stage.then == "copy":
+            sound = [member for member in ranked if math.isfinite(score(self.last[member.row], self.by))]
+            worst = [member.row for member in ranked[: -stage.members - 1 : -1]]
+            better = dict(zip(worst, itertools.cycle(sound[: stage.members]), strict=False)) if sound else {}
+            for row in better:
+                self.reasons.pop(row, None)  # it goes on as a copy
             return [self._copied(member, better.get(member.row), number) for member in ends]
         return ends
 
@@ -150,7 +165,7 @@ class Sweep:
         """Return the best member in the place of another, with perturbed numbers; data and noise stay the other's."""
         if best is None:
             return member
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + member.row)
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 1_000_003 + member.row) % 2**63)
         at = best.at._replace(active=torch.ones_like(best.at.active), failed=torch.zeros_like(best.at.failed))
         for name, value in at.numbers.items():
             factor = PERTURBED[int(torch.randint(2, (), generator=generator))]
@@ -224,13 +239,19 @@ def _load(path: Path, like: Snapshot, group: Group) -> tuple[Snapshot, list[dict
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add metrics to a file, one line each; numbers that are not finite become null."""
+    """Add metrics to a file, one line each, and write them to disk; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clean = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()} for line in lines
     ]
-    with path.open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in clean))
+    text = "".join(json.dumps(line) + "\n" for line in clean)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else "\n" + text  # after a line that was cut off
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
