@@ -23,7 +23,11 @@ from fisherfn.types import Tree
 
 
 class Solution(NamedTuple):
-    """The solution of a linear system, and the relative residual norms `‖b − A x‖ / ‖b‖` before and after each step."""
+    """The solution of a linear system, and the relative residual norms `‖b − A x‖ / ‖b‖` before and after each step.
+
+    The last one is computed from x. Those before it are of the recursion, which goes on to fall where rounding errors
+    keep the true residual from falling.
+    """
 
     x: Tree
     residuals: Float[Tensor, " steps"]
@@ -45,7 +49,7 @@ def conjugate_gradients(
     Args:
         product: `v ↦ A v`, such as `lambda v: ff.tree.add(F @ v, v, scale=damping)`.
         b: the right side, a tree.
-        iterations: number of steps, each with one product and one call of `precondition`.
+        iterations: number of steps, each with one product and one call of `precondition`; one more product follows.
         precondition: `r ↦ P r`, a symmetric positive definite approximation of A⁻¹, such as
             `lambda r: ng.precondition(state, r)`; None: the identity.
         start: first guess; None: zero.
@@ -69,6 +73,7 @@ def conjugate_gradients(
         before, rz = rz, tree.dot(r, z)
         p = tree.add(z, p, scale=_ratio(rz, before))
         norms.append(tree.norm(r))
+    norms[-1] = tree.norm(tree.add(b, product(x), scale=-1.0))
     return Solution(x, _ratio(torch.stack(norms), tree.norm(b)))
 
 

@@ -28,6 +28,7 @@ from fisherfn.lowrank import (
     eigenvalues,
     factorise,
     gram,
+    in_parameters,
     inner_products,
     parameters,
     smaller_matrix,
@@ -78,6 +79,7 @@ class Fisher:
         solved: dict[str, Tensor] = {}
         for taps in self._groups(torch.float64):
             factor, ok = factorise(smaller_matrix(taps), λ)
+            ok = ok if in_parameters(taps) else ok & (λ > 0)  # in example space F itself is singular
             system = System(taps, torch.where(ok, factor, math.nan), λ)
             solved |= solve(system, {key: matrices[key] for key in taps})
         x = self._codec.tree(solved)

@@ -32,21 +32,16 @@ from torch import Tensor
 from torch.func import vmap
 
 from fisherfn import tree
-from fisherfn.errors import (
-    EmptyBatchError,
-    HyperparameterError,
-    StructureError,
-    expect,
-    expect_count,
-)
+from fisherfn.errors import EmptyBatchError, HyperparameterError, StructureError, expect, expect_count
 from fisherfn.linalg import damped
 from fisherfn.linalg.damped import Rotated
 from fisherfn.linearised import output_covariances
 from fisherfn.methods.kronecker import KroneckerMethod
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.priors import Prior, precisions
-from fisherfn.state import State
+from fisherfn.priors import Prior, fixed_point, precisions
+from fisherfn.state import State, detached
 from fisherfn.stats import Batch
+from fisherfn.terms import TermSum
 from fisherfn.types import Info, PyTree, Tree
 
 
@@ -113,7 +108,7 @@ class Laplace:
         curvature, info = self.ng.update(state.curvature, stats)
         total = state.examples + stats.examples
         loss = state.loss + (stats.loss.double() - state.loss) * (stats.examples / total)
-        new = state._replace(curvature=curvature, loss=loss, examples=total)
+        new = state._replace(curvature=curvature, loss=detached(loss, stats.loss), examples=total)
         return tree.select(torch.stack(list(info.ok.values())).all(), new, state), info
 
     def fit(
@@ -187,7 +182,8 @@ class Laplace:
         r"""Return the state with the prior that maximises the evidence, by MacKay's fixed point.
 
         $\delta \leftarrow \gamma / \|\theta\|^2$, where $\gamma = P - \lambda\, \mathrm{tr} (\hat F + \lambda I)^{-1}$
-        is the number of parameters that the data determine.
+        is the number of parameters that the data determine. A block that is zero, or about which the data say nothing,
+        has no such fixed point and keeps its prior.
 
         Args:
             state: the posterior.
@@ -202,16 +198,18 @@ class Laplace:
         _check_seen(state)
         expect_count("iterations", iterations)
         mean = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
+        factors = _in_double(state)
         for _ in range(iterations):
-            determined = {}
-            for key, inverse in self._inverses(state).items():
-                λ = state.prior[key] / state.examples
-                determined[key] = inverse.scale.numel() - λ * damped.trace(inverse)
+            determined, sizes = {}, {}
+            for key, inverse in self._inverses(state, factors).items():
+                λ, sizes[key] = state.prior[key] / state.examples, inverse.scale.numel()
+                determined[key] = sizes[key] - λ * damped.trace(inverse)
             if per_block:
-                prior = {key: determined[key] / mean[key] for key in mean}
+                prior = {key: fixed_point(determined[key], sizes[key], mean[key], state.prior[key]) for key in mean}
             else:
-                one = torch.stack(list(determined.values())).sum() / torch.stack(list(mean.values())).sum()
-                prior = dict.fromkeys(state.prior, one)
+                γ, square = (torch.stack(list(each.values())).sum() for each in (determined, mean))
+                size = sum(sizes.values())
+                prior = {key: fixed_point(γ, size, square, old) for key, old in state.prior.items()}
             state = state._replace(prior=state.prior | prior)
         return state
 
@@ -220,17 +218,19 @@ class Laplace:
     def predict(
         self, state: LaplaceState, x: PyTree, *, context: PyTree = None, chunk_size: int | None = None
     ) -> tuple[Tensor, Float[Tensor, "n c d"]]:
-        """Return the outputs of the model and their covariances under the posterior, with the model linearised in θ.
+        """Return the outputs `[n, c]` and their covariances under the posterior, with the model linearised in θ.
 
-        The noise of the likelihood is not included. `chunk_size` limits the examples whose Jacobians are in memory.
-        Each example is run alone, with its own entries of the context (dropout seeds).
+        Outputs of several axes are flattened. The noise of the likelihood is not included. `chunk_size` limits the
+        examples whose Jacobians are in memory. Each is run alone, with its own entries of the context (dropout seeds).
 
         Raises:
-            StructureError: a context that differs from the build.
-            ShapeError: a context with entries for another number of examples.
+            StructureError, ShapeError: examples or a context that differ from the build.
+            HyperparameterError: a `chunk_size` below one.
             ModelError: a model that does not run on single examples (batch norm in training mode).
         """
         _check(state)
+        if chunk_size is not None:
+            expect_count("chunk_size", chunk_size)
         ng, N = self.ng, state.examples.clamp(min=1)
 
         def covariance(inverse: Rotated) -> Callable[[Tensor], Tensor]:
@@ -241,10 +241,10 @@ class Laplace:
 
     # ---------------------------------------------------------------------------------------------------------
 
-    def _inverses(self, state: LaplaceState) -> dict[str, Rotated]:
+    def _inverses(self, state: LaplaceState, factors: dict[str, PyTree] | None = None) -> dict[str, Rotated]:
         """Return `(F̂ + δ/N)⁻¹` of every block, in float64; before the first example N counts as 1."""
         method: Any = self.ng.method
-        factors = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state.curvature.factors)
+        factors = _in_double(state) if factors is None else factors
         N = state.examples.clamp(min=1)
         return {key: method.invert_block(factors[key], state.prior[key] / N)[0] for key in factors}
 
@@ -262,10 +262,15 @@ def laplace(ng: NaturalGradient) -> Laplace:
             first is kept, as in their steps.
 
     Raises:
-        StructureError: not a natural gradient, a method without Kronecker factors, or parameters in no block.
+        StructureError: not a natural gradient, or a sum of terms; no Kronecker factors; parameters in no block.
         HyperparameterError: factored damping, which is not a prior.
     """
     expect(ng, NaturalGradient, "ng", "pass what ff.natural_gradient(…) returned")
+    if isinstance(ng, TermSum):
+        raise StructureError(
+            "a sum of terms has no single number N of examples: pass the natural gradient of one likelihood; "
+            "ff.Weighted gives its examples weights."
+        )
     method = ng.method
     if not isinstance(method, KroneckerMethod):
         raise StructureError(
@@ -279,6 +284,10 @@ def laplace(ng: NaturalGradient) -> Laplace:
     if ng.layout.uncovered:
         raise StructureError('some parameters are in no block: build with uncovered="fallback".')
     return Laplace(ng)
+
+
+def _in_double(state: LaplaceState) -> dict[str, PyTree]:
+    return {key: damped.in_double(factors) for key, factors in state.curvature.factors.items()}
 
 
 def _check(state: LaplaceState) -> None:

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from fisherfn import tree
-from fisherfn.stats.batch import check_entries, checked_context
+from fisherfn.stats.batch import checked_context, count_examples
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
 from fisherfn.stats.layout import Layout
@@ -40,11 +39,11 @@ def output_covariances(
     Each example is run alone, with its own entries of the context (dropout seeds).
 
     Raises:
-        StructureError, ShapeError: a context that differs from the build, or with another number of entries.
+        StructureError, ShapeError: examples or a context that differ from the build, or another number of entries.
         ModelError: a model that does not run on single examples (batch norm in training mode).
     """
     context = checked_context(layout, context)
-    check_entries(layout, context, len(tree.leaves(x)[0]))
+    count_examples(layout, x, (), context)
 
     def of_one(x_n: PyTree, context_n: PyTree) -> tuple[Tensor, Tensor]:
         def outputs(p: Tree) -> tuple[Tensor, Tensor]:

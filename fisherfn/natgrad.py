@@ -1,7 +1,7 @@
 """The natural gradient of a model with a likelihood and a method: the main public interface.
 
-nat = P ∇ with P ≈ (F + λI)⁻¹. The mathematics is in `methods/` (factors) and `linalg/damped.py` (inverses); docs/design.md,
-"Reading one method", follows one step through the files.
+nat = P ∇ with P ≈ (F + λI)⁻¹. The mathematics is in `methods/` (factors) and `linalg/damped.py` (inverses);
+docs/design.md, "Reading one method", follows one step through the files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from fisherfn.types import Info, Model, PyTree, Tree
 class NaturalGradient(Refreshes):
     """A natural gradient for one model: pure functions of params, state and batch. Made by `natural_gradient`.
 
-    `stats`, `noise`, `for_shape` and `implicit_fisher` come from `Collector`; functions that read a state (`precondition`,
-    `matvec`, operators) from `Views`; `init`, `update` and `invert` from `Refreshes`. The optimizer for a module is
-    `ff.optim.NaturalGradient`.
+    `stats`, `noise`, `for_shape` and `implicit_fisher` come from `Collector`; functions that read a state
+    (`precondition`, `matvec`, operators) from `Views`; `init`, `update` and `invert` from `Refreshes`. The optimizer
+    for a module is `ff.optim.NaturalGradient`.
     """
 
     def fit(

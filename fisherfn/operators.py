@@ -199,9 +199,11 @@ def to_scipy(product: Callable[[Tree], Tree], like: Tree, damping: float = 0.0, 
 
     def on_arrays(times: Callable[[Tensor], Tensor]) -> Callable[[NDArray[Any]], NDArray[Any]]:
         def matmat(array: NDArray[Any]) -> NDArray[Any]:
-            X = torch.as_tensor(array).to(device=device, dtype=dtype)
+            if np.iscomplexobj(array):
+                return matmat(array.real) + 1j * matmat(array.imag)
+            X = torch.as_tensor(np.ascontiguousarray(array)).to(device=device, dtype=dtype)  # torch has no steps < 0
             Y = times(X.reshape(size, -1)) + damping * X.reshape(size, -1)
-            return np.asarray(Y.reshape(X.shape).cpu())
+            return np.asarray(Y.reshape(X.shape).detach().cpu())
 
         return matmat
 

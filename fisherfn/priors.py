@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn.errors import StructureError, expect_positive, unknown
@@ -35,3 +36,12 @@ def precisions(layout: Layout, prior: Prior, like: Tensor) -> dict[str, Tensor]:
     for key, δ in given.items():
         expect_positive(f"prior precision of {key!r}", δ)
     return {key: torch.as_tensor(given[key], dtype=like.dtype, device=like.device) for key in keys}
+
+
+def fixed_point(determined: Float[Tensor, ""], size: int, square: Float[Tensor, ""], old: Tensor) -> Float[Tensor, ""]:
+    """Return MacKay's `γ / ‖θ‖²` for P = `size` parameters; the old precision where the data or θ do not determine it.
+
+    γ = P − λ tr (F̂ + λI)⁻¹ is a difference: below its rounding errors it counts as zero.
+    """
+    exists = (determined > size * torch.finfo(determined.dtype).eps) & (square > 0)
+    return torch.where(exists, determined / torch.where(exists, square, 1.0), old)

@@ -17,6 +17,7 @@ from fisherfn.base import LayerMethod, Method, Preconditioned
 from fisherfn.errors import StructureError, expect
 from fisherfn.fisher import Fisher, Structure, relative_error
 from fisherfn.gradients import NOTHING, Own, as_matrix, tap_is_cheaper
+from fisherfn.linalg.damped import in_double
 from fisherfn.lowrank import eigenvalues
 from fisherfn.operators import Approximation, DampedInverse
 from fisherfn.state import State
@@ -53,7 +54,9 @@ class Views(Collector):
         method, factors, shapes = self.method, tree.map(_double, state.factors), self.layout.block_shapes
 
         def spectrum() -> Tensor | None:
-            found = method.eigenvalues(factors, shapes)
+            clean = isinstance(method, LayerMethod)
+            own = {key: in_double(each) for key, each in state.factors.items()} if clean else factors
+            found = method.eigenvalues(own, shapes)
             return found if found is None else torch.cat([found, found.new_zeros(self.layout.outside)])
 
         return Approximation(

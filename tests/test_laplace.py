@@ -227,3 +227,95 @@ def test_a_net_that_needs_a_batch_has_no_predictions_of_single_examples():
     posterior = ff.laplace(ng)
     with zoo.as_installed(), pytest.raises(ff.errors.ModelError, match=r"net\.eval"):
         posterior.predict(posterior.init(params), x, context=context)
+
+
+# --------------------------------------------------------------------- priors without fixed point, noise, wrong inputs
+
+
+def linear_posterior(x, y, params, model, **options):
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), method=ff.kfac("eigen"), fisher="type2")
+    posterior = ff.laplace(ng)
+    return posterior, posterior.fit(params, [(x, y)], **options)[0]
+
+
+@pytest.mark.parametrize("zero", ["bias", "last layer", "both"])
+def test_blocks_that_determine_no_prior_keep_theirs(zero):
+    """A bias that is zero has ‖θ‖ = 0, and below a last layer of zeros no parameter changes the outputs."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=g).double(), torch.randn(30, 2, generator=g).double()
+    params = {"a": torch.randn(5, 4, generator=g).double(), "b": torch.randn(2, 5, generator=g).double()}
+    params["c"] = torch.randn(2, generator=g).double()
+    if zero in ("bias", "both"):
+        params["c"] = torch.zeros_like(params["c"])
+    if zero in ("last layer", "both"):
+        params["b"] = torch.zeros_like(params["b"])
+
+    def model(p, x):
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, p["a"]).tanh(), p["b"]) + p["c"]
+
+    posterior, state = linear_posterior(x, y, params, model, prior=3.0)
+    chosen = posterior.choose_prior(state)
+    kept = {"bias": {"c"}, "last layer": {"a", "b"}, "both": {"a", "b", "c"}}[zero]
+    for key, δ in chosen.prior.items():
+        assert torch.isfinite(δ) and (float(δ) == 3.0) is (key in kept)
+    assert torch.isfinite(posterior.log_marginal_likelihood(chosen))
+    assert all(torch.isfinite(each).all() for each in posterior.predict(chosen, x))
+    one = posterior.choose_prior(state, per_block=False)
+    assert len({float(δ) for δ in one.prior.values()}) == 1 and torch.isfinite(one.prior["c"])
+
+
+def test_in_float32_rounding_errors_are_no_information():
+    """Inputs of rank 3: the other 57 eigenvalues of A are zero in float64, and noise in float32."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 3, generator=g).double() @ torch.randn(3, 60, generator=g).double()
+    y = torch.randn(20_000, 2, generator=g).double()
+    params = {"w": torch.randn(2, 60, generator=g).double()}
+
+    def model(p, x):
+        return torch.nn.functional.linear(x, p["w"])
+
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        own = {name: leaf.to(dtype) for name, leaf in params.items()}
+        posterior, state = linear_posterior(x.to(dtype), y.to(dtype), own, model, prior=1e-4)
+        evidence = posterior.log_marginal_likelihood(state) + state.examples * state.loss
+        variance = posterior.predict(state, torch.randn(2, 60, generator=g.manual_seed(5)).to(dtype))[1]
+        approximation = posterior.ng.approximation(state.curvature)
+        found[dtype] = torch.stack([evidence, variance.diagonal(dim1=1, dim2=2).sum(), approximation.logdet(1e-6)])
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=1e-4, atol=0)
+
+
+def test_a_sum_of_terms_has_no_posterior():
+    params = {"w": torch.randn(1, 2)}
+
+    def model(p, x):
+        return torch.nn.functional.linear(x, p["w"])
+
+    terms = {name: ff.Term(model, torch.randn(n, 2), ff.Gaussian()) for name, n in (("a", 3), ("b", 9))}
+    with pytest.raises(ff.errors.StructureError, match="no single number N of examples"):
+        ff.laplace(ff.sum_of_terms(terms, params, method=ff.kfac("eigen")))
+
+
+def test_a_posterior_keeps_no_graph():
+    problem = zoo.pick("mlp-categorical")
+    params = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
+    posterior = ff.laplace(problem.build(method=ff.kfac("eigen"), fisher="type2"))
+    state, _ = posterior.update(posterior.init(params), problem.batch)
+    assert not state.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda x: x[0], ff.errors.ShapeError),
+        (lambda x: x[:, :-1], ff.errors.ShapeError),
+        (lambda x: x.unsqueeze(1), ff.errors.ShapeError),
+    ],
+    ids=["one example", "too short", "a sequence"],
+)
+def test_predictions_are_of_examples_as_at_the_build(change, error):
+    problem, posterior, state = fitted()
+    with pytest.raises(error, match="traced with"):
+        posterior.predict(state, change(problem.x))
+    with pytest.raises(ff.errors.HyperparameterError, match="chunk_size"):
+        posterior.predict(state, problem.x, chunk_size=0)

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from fisherfn import tree
+from fisherfn.adapt.labels import target_mass
 from fisherfn.adapt.state import AdaptiveState
 from fisherfn.stats import Stats
-from fisherfn.types import Tree
+from fisherfn.types import PyTree, Tree
 
 SIGMAS, TOLERANCE = 4.0, 0.02
-"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss."""
+"""Allowed increase of the loss from one batch to the next: standard errors, plus a share of the loss.
+
+Losses are compared per unit of target mass, because that of a longer sequence is a sum of more terms. The tokens of a
+short sequence may still be harder than those of a long one, so the share by which the masses differ is allowed, too.
+"""
 
 DEAD = 0.1
 """The share of all parameters that may lose their gradient in one step."""
 
 
 class Seen(NamedTuple):
-    """Mean loss of the whole batch before the step, its squared standard error, and the parameters with a gradient."""
+    """Measurements of a batch before the step.
+
+    Mean loss, its squared standard error, mean target mass of an example, and the parameters with a gradient.
+    """
 
     loss: Tensor
     spread: Tensor
+    mass: Tensor
     alive: Tensor
 
     @classmethod
-    def of(cls, stats: Stats, alive: Tensor) -> Seen:
-        """Return the measurements from the statistics of a batch."""
-        return cls(*stats.measured(), alive)
+    def of(cls, likelihood: Any, stats: Stats, targets: PyTree, alive: Tensor) -> Seen:
+        """Return the measurements from the statistics of a batch with these targets."""
+        return cls(*stats.measured(), target_mass(likelihood, stats, targets), alive)
 
     def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
         """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""
         sound = stats.checks["inputs"] & stats.checks["targets"]
-        limit = state.loss + SIGMAS * (state.spread + self.spread).sqrt() + TOLERANCE * state.loss.abs()
-        fine = (self.loss <= limit) | torch.isinf(state.loss)  # NaN is not fine
+        before, mine = state.loss / state.mass, self.loss / self.mass
+        errors = (state.spread / state.mass.square() + self.spread / self.mass.square()).sqrt()
+        share = TOLERANCE + 1 - torch.minimum(self.mass, state.mass) / torch.maximum(self.mass, state.mass)
+        limit = before + SIGMAS * errors + share * before.abs()
+        fine = (mine <= limit) | torch.isinf(state.loss) | (self.mass == 0)  # NaN is not fine
         sizes = [shape.numel() for _, shape in stats.layout.shapes]
         dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
         return sound & (~fine | (dead & self.alive.any()))
@@ -47,8 +59,18 @@ class Seen(NamedTuple):
         A batch without any gradient (no target counts) says nothing: the batch before it is kept.
         """
         any_ = self.alive.any()
-        before = (state.loss, state.spread, state.alive)
+        before = (state.loss, state.spread, state.mass, state.alive)
         return Seen(*(torch.where(any_, mine, old) for mine, old in zip(self, before, strict=True)))
+
+
+def kept_context(back: Bool[Tensor, ""], old: PyTree, new: PyTree) -> PyTree:
+    """Return the new context; the old one if the last update is undone: the new one was computed after that update."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {
+        name: torch.where(back, old[name], leaf) if name in old and isinstance(leaf, Tensor) else leaf
+        for name, leaf in new.items()
+    }
 
 
 def alive(grads: Tree) -> Bool[Tensor, " parameters"]:

@@ -38,14 +38,14 @@ from torch import Tensor
 from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
 from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
-from fisherfn.adapt.look_back import Seen, alive
+from fisherfn.adapt.look_back import Seen, alive, kept_context
 from fisherfn.adapt.scales import Scales
 from fisherfn.adapt.state import Adapted, AdaptiveState
 from fisherfn.adapt.trial import Examples, Tried, along
 from fisherfn.errors import expect
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.state import State, detached
-from fisherfn.stats import Batch, Stats
+from fisherfn.stats import Batch, Stats, pair
 from fisherfn.types import Info, PyTree, Tree
 
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
@@ -84,7 +84,7 @@ class Adaptive:
         zero = torch.zeros((), dtype=torch.float64, device=curvature.damping.device)
         state = AdaptiveState(
             curvature, tree.zeros_like(params), zero, zero, torch.zeros_like(curvature.count), zero + 1,
-            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero.bool().expand(len(params)),
+            torch.zeros_like(curvature.damping), zero + torch.inf, zero, zero + 1, zero.bool().expand(len(params)),
             zero.bool(),
             () if self.average is None else {name: detached(p, p) for name, p in params.items()},
             torch.zeros_like(curvature.count),
@@ -138,7 +138,8 @@ class Adaptive:
             damping=lambda new: self._damping(state, new),
         )  # fmt: skip
         # without coupling, nat is zero exactly where a layer's gradient is, which then need not be formed
-        seen = Seen.of(stats, alive(stats.grads if self.ng.method.couples else nat))
+        here = alive(stats.grads if self.ng.method.couples else nat)
+        seen = Seen.of(self.ng.likelihood, stats, pair(batch)[1], here)
         scales = Scales.of(lr_scale, params)
         nat, previous = scales.directions(nat, state.update)
         before = state
@@ -156,6 +157,7 @@ class Adaptive:
         wanted = stats.examples if self.rule == "line_search" else self.model_examples
         examples = Examples.of(self.ng, batch, context, wanted, stats)
         tried = self._try(params, state._replace(update=previous), curvature, nat, info, examples, scales)
+        info = info._replace(loss=stats.loss, context=kept_context(back, context, stats.context))
         return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
@@ -277,6 +279,7 @@ class Adaptive:
             "shrink": torch.where(rejected, 0.5 * state.shrink, state.shrink),
             "loss": torch.where(back, torch.inf, seen.loss),
             "spread": torch.where(back, zero, seen.spread),
+            "mass": seen.mass,
             "alive": accepted & seen.alive,
             "rejected": rejected | state.rejected,
         }
@@ -292,4 +295,4 @@ class Adaptive:
                 average=tree.select(sound, average, state.average), count=torch.where(sound, count, state.count)
             )
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
-        return result, new, info._replace(loss=stats.loss, context=stats.context, ok=ok, adapted=adapted)
+        return result, new, info._replace(ok=ok, adapted=adapted)

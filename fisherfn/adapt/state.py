@@ -43,6 +43,7 @@ class AdaptiveState(NamedTuple):
         first_curvature: the mean curvature (`ng.mean_curvature`) at the first update.
         loss: mean loss of the last batch; infinite before the first.
         spread: squared standard error of that mean.
+        mass: mean number of outputs of an example in that batch, counted with the weights of its targets.
         alive: for each parameter, whether it had a gradient at the last accepted step.
         rejected: whether the last step was rejected; a loop may refresh inverses then.
         average: running average of the parameters, `()` without one.
@@ -58,6 +59,7 @@ class AdaptiveState(NamedTuple):
     first_curvature: Float[Tensor, ""]
     loss: Float[Tensor, ""]
     spread: Float[Tensor, ""]
+    mass: Float[Tensor, ""]
     alive: Bool[Tensor, " parameters"]
     rejected: Bool[Tensor, ""]
     average: PyTree

@@ -76,7 +76,7 @@ class Categorical:
         return sum_over_outputs(nll if weights is None else weights * nll)
 
     def _of_indices(self, outputs: Float[Tensor, "n *t c"], labels: Int[Tensor, "n *t"]) -> Float[Tensor, "n *t"]:
-        index = labels.clamp(0, outputs.shape[-1] - 1).long().unsqueeze(-1)
+        index = labels.clamp(0, outputs.shape[-1] - 1).unsqueeze(-1)
         # log-sum-exp minus the logit of the class: the softmax is never stored
         normaliser = torch.logsumexp(outputs, -1)
         nll = normaliser - outputs.gather(-1, index).squeeze(-1)
@@ -101,7 +101,7 @@ class Categorical:
         if labels.is_floating_point():
             mass = (classes * self._smooth(labels.to(outputs.dtype))).sum(-1)
         else:
-            own = classes[labels.clamp(0, outputs.shape[-1] - 1).long()]
+            own = classes[labels.clamp(0, outputs.shape[-1] - 1)]
             mass = (1 - self.label_smoothing) * own + self.label_smoothing * classes.mean()
             mass = torch.where(labels == self.ignore_index, 0.0, mass)
         return Categorical(), mass if weights is None else weights * mass
@@ -109,7 +109,9 @@ class Categorical:
     def sample(self, outputs: Float[Tensor, "n *t c"], noise: Float[Tensor, "n *t"]) -> Int[Tensor, "n *t"]:
         """Sample by the inverse distribution function: class c if `cdf[c-1] <= noise < cdf[c]`, noise in [0, 1)."""
         cdf = outputs.to(noise.dtype).softmax(-1).cumsum(-1)
-        return (cdf <= noise.unsqueeze(-1)).sum(-1).clamp(max=outputs.shape[-1] - 1)
+        # rounding may end the sum below the noise: then the last class with a probability, which need not be the last
+        last = (cdf < cdf[..., -1:]).sum(-1)
+        return (cdf <= noise.unsqueeze(-1)).sum(-1).minimum(last)
 
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return uniform(shape[:-1], generator, dtype)
@@ -141,7 +143,7 @@ class Categorical:
         if labels.is_floating_point():
             valid = (labels >= 0) & torch.isfinite(labels) & ~((labels > 0) & (outputs == -math.inf))
         else:
-            picked = outputs.gather(-1, labels.clamp(0, classes - 1).long().unsqueeze(-1)).squeeze(-1)
+            picked = outputs.gather(-1, labels.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
             inside = (labels >= 0) & (labels < classes) & (picked != -math.inf)
             valid = inside | (labels == self.ignore_index)
         if self.label_smoothing:  # every class has some mass
@@ -166,6 +168,7 @@ class Categorical:
         else:
             rule = "one class index for each position; class probabilities are floating-point"
             check_shape(labels, positions, "Categorical", rule)
+            labels = labels.long()  # in eight bits, class 156 would equal an ignore_index of -100
         if weights is None:
             return labels, None
         expect(weights, Tensor, "weights", "pass a tensor with a weight for each example or position")

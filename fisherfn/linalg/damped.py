@@ -26,10 +26,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.linalg import kron
-from fisherfn.linalg.kron import Factor, Pair
-from fisherfn.linalg.solve import Spectrum, add_diagonal, condition, eigh, floored, psd_eigh, spread
+from fisherfn.linalg.kron import Factor, Pair, Sum
+from fisherfn.linalg.solve import Spectrum, add_diagonal, condition, denoised, eigh, floored, psd_eigh, spread
 from fisherfn.operators import log_determinant
+from fisherfn.types import PyTree
 
 DAMPING_FORMS = ("factored", "eigen")
 FLOOR = 0.1
@@ -97,6 +99,15 @@ def _logdet(F: Factor, absolute: bool = False) -> Float[Tensor, " k"]:
 def eigenvalues(pair: Pair) -> Float[Tensor, "k o i"]:
     """Return the eigenvalues `s rᵀ` of a product of two PSD factors."""
     return psd_eigh(pair.G).values.unsqueeze(-1) * psd_eigh(pair.A).values.unsqueeze(-2)
+
+
+def in_double(factors: PyTree) -> PyTree:
+    """Return the factors of a block in float64; PSD ones without the numerical noise of their own type."""
+    if isinstance(factors, Pair):
+        return Pair(denoised(factors.A), denoised(factors.G))
+    if isinstance(factors, Sum):
+        return Sum(in_double(factors.first), Pair(factors.second.A.double(), factors.second.G.double()))
+    return tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, factors)
 
 
 # one term --------------------------------------------------------------------------------------------------------

@@ -88,6 +88,19 @@ def _eigh64(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+def denoised(matrix: Factor) -> Factor:
+    """Return a PSD matrix in float64 without the numerical noise of its own type: such eigenvalues are zero.
+
+    In float64 alone they would look like curvature that a small damping amplifies.
+    """
+    if matrix.dtype == torch.float64 or is_diagonal(matrix):
+        return matrix.double()
+    values, vectors = torch.linalg.eigh(matrix.double())
+    noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]
+    clean: Tensor = (vectors * torch.where(values > noise, values, 0.0).unsqueeze(-2)) @ vectors.mT
+    return clean
+
+
 def psd_eigh(matrix: Factor) -> Spectrum:
     r"""Decompose PSD matrices; for a non-finite one, set the mask and decompose the identity instead.
 

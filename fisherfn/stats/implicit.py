@@ -111,7 +111,9 @@ class ImplicitFisher:
             x, r = tree.add(x, p, scale=alpha), tree.add(r, product, scale=-alpha)
             before, square = square, tree.dot(r, r)
             p = tree.add(r, p, scale=torch.where(before > 0, square / before, 0.0))
-        return Solved(x, torch.where(first > 0, (square / first).sqrt(), 0.0))
+        # not that of the recursion, which falls on where rounding errors stop x
+        rest = tree.add(v, damped(x), scale=-1.0)
+        return Solved(x, torch.where(first > 0, (tree.dot(rest, rest) / first).sqrt(), 0.0))
 
     def to_scipy(self, damping: float = 0.0) -> Any:
         """Return `F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.

@@ -249,3 +249,58 @@ def test_batch_norm_is_modelled_on_a_part_that_it_normalises_by_itself_and_moves
         assert float(seen.adapted.learning_rate) == pytest.approx(size(part), rel=1e-9), asked
     net(problem.x)
     assert all(torch.equal(info.context[name], buffer) for name, buffer in net.named_buffers())
+
+
+# -------------------------------------------------------------------- batches whose losses have different scales
+
+
+def batches_of(kind):
+    """Two batches of 40 examples of one problem, the second with 8 times the target mass of the first."""
+    flat = mlp(ff.Categorical(), examples=40 * 16)
+    x, y = flat.x.reshape(40, 16, 3), flat.y.reshape(40, 16)
+    if kind == "lengths":
+        return ff.Categorical(), flat, (x[:, :2], y[:, :2]), (x, y)
+    if kind == "ignored":
+        some = torch.arange(16) < 2
+        return ff.Categorical(), flat, (x, torch.where(some, y, -100)), (x, y)
+    if kind == "pixels":
+        some = torch.nn.functional.one_hot(y, 2).double()
+        return ff.Bernoulli(), flat, (x[:, :2], some[:, :2]), (x, some)
+    weights = torch.ones(40, dtype=torch.float64)
+    return ff.Weighted(ff.Categorical()), flat, (x, (y, weights / 8)), (x, (y, weights))
+
+
+@pytest.mark.parametrize("kind", ["lengths", "ignored", "pixels", "weights"])
+def test_the_look_back_compares_losses_per_unit_of_target_mass(kind):
+    likelihood, problem, small, large = batches_of(kind)
+    ng = ff.natural_gradient(problem.model, problem.params, large[0], likelihood=likelihood)
+    ng_small = ng.for_shape(problem.params, small[0]) if kind in ("lengths", "pixels") else ng
+    generator = torch.Generator().manual_seed(0)
+    params, state = problem.params, ff.adaptive(ng).init(problem.params)
+    for own, batch in 4 * [(ng_small, small), (ng, large)]:
+        params, state, info = ff.adaptive(own).step(params, state, batch, generator=generator)
+        assert not info.adapted.rejected, "the loss is a sum of eight times as many terms"
+    # a batch of the same kind whose loss per label is far higher still undoes the last update
+    far = ff.tree.add(params, params, scale=-8.0)
+    _, _, info = ff.adaptive(ng).step(far, state, large, generator=generator)
+    assert info.adapted.rejected
+
+
+def test_an_update_that_is_undone_leaves_no_trace_in_the_buffers():
+    """Batch norm has seen the batch at the parameters that are given up."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
+    opt, generator = ff.adaptive(ng), torch.Generator().manual_seed(0)
+    state = opt.init(params)
+    for _ in range(3):
+        params, state, info = opt.step(params, state, (x, y), generator=generator, context=context)
+        context = info.context
+    jump = ff.tree.map(lambda leaf: 100 * torch.ones_like(leaf), params)
+    damaged = ff.tree.add(params, jump)
+    _, _, info = opt.step(damaged, state._replace(update=jump), (x, y), generator=generator, context=context)
+    assert info.adapted.rejected
+    for name, leaf in context.items():
+        torch.testing.assert_close(info.context[name], leaf, rtol=0, atol=0)
