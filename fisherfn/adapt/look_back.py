@@ -67,10 +67,13 @@ def kept_context(back: Bool[Tensor, ""], old: PyTree, new: PyTree) -> PyTree:
     """Return the new context; the old one if the last update is undone: the new one was computed after that update."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
-    return {
-        name: torch.where(back, old[name], leaf) if name in old and isinstance(leaf, Tensor) else leaf
-        for name, leaf in new.items()
-    }
+
+    def chosen(name: str, leaf: Any) -> Any:
+        before = old.get(name)
+        same = isinstance(leaf, Tensor) and isinstance(before, Tensor) and before.shape == leaf.shape
+        return torch.where(back, before, leaf) if same else leaf  # type: ignore[arg-type]
+
+    return {name: chosen(name, leaf) for name, leaf in new.items()}
 
 
 def alive(grads: Tree) -> Bool[Tensor, " parameters"]:

@@ -54,6 +54,8 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     dimensions = _DIMENSIONS[function]
     given = bind(_ARGUMENTS, args, kwargs)
     kernel = tuple(given["weight"].shape[2:])
+    if given["input"].ndim != dimensions + 2:  # torch also takes a single image, which has no examples
+        return None
     stride, dilation = (each(given.get(name, 1), dimensions) for name in ("stride", "dilation"))
     padding = _padding(given.get("padding", 0), kernel, dilation)
     config = Config(kernel, stride, padding, dilation, int(given.get("groups", 1)))

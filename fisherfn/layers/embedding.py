@@ -37,14 +37,20 @@ Facts = Config
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = bind(_ARGUMENTS, args, kwargs)
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
-        return None
+        return None  # see `refuse`
     weight, padding = given["weight"], given.get("padding_idx")
     width = weight.shape[0]
     return Call(given["input"], weight, None, Config(width, None if padding is None else padding % width, weight.dtype))
 
 
 def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if bind(_ARGUMENTS, args, kwargs).get("max_norm") is not None:
+    given = bind(_ARGUMENTS, args, kwargs)
+    if given.get("scale_grad_by_freq"):
+        raise CoverageError(
+            "the model divides an embedding's gradient by the counts of the indices in the batch (scale_grad_by_freq), "
+            "which is the gradient of no loss: build the embedding without it."
+        )
+    if given.get("max_norm") is not None:
         raise CoverageError(
             "the model renormalises an embedding while it runs (max_norm), which changes the caller's parameters: "
             "drop max_norm and renormalise between steps."

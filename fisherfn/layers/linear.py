@@ -20,6 +20,8 @@ from fisherfn.layers.base import Call, Family
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     given = bind(("input", "weight", "bias"), args, kwargs)
     weight, bias = given["weight"], given.get("bias")
+    if weight.ndim != 2:  # torch also takes a vector, for one output without an axis
+        return None
     return Call(given["input"], weight, bias if bias is not None and bias.shape == weight.shape[:1] else None)
 
 

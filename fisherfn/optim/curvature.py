@@ -44,6 +44,7 @@ class Curvature(Copies, Saved):
         self._generator, self.scaler = options.random(), options.scaler
         self.steps = 0
         self.ng: NaturalGradient | None = None
+        self._kind: Any = None
         self._state: State | None = None
         self._rest: AdaptiveState | None = None
         self._saved: dict[str, Tensor] = {}
@@ -66,6 +67,7 @@ class Curvature(Copies, Saved):
         kind = self.network.kind(_inputs(x))
         if kind not in self._by_kind:
             self._by_kind[kind] = self._for_shape(self.ng, _finite(_inputs(x)))
+        self._kind = kind
         return self._by_kind[kind]
 
     def _for_shape(self, ng: NaturalGradient, x: PyTree) -> NaturalGradient:
@@ -74,6 +76,11 @@ class Curvature(Copies, Saved):
 
         with self.network.alone_in_autocast():
             return self.network.build(make, x)
+
+    @property
+    def latest(self) -> NaturalGradient:
+        """The natural gradient for the shape of the last batch: labels per example differ between shapes."""
+        return self._by_kind.get(self._kind, self.ready())
 
     def ready(self) -> NaturalGradient:
         """Return the natural gradient, which exists after the first batch."""
@@ -219,7 +226,8 @@ class Curvature(Copies, Saved):
                 f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
                 'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
             )
-        if all(p.grad is None for p in self.network.parameters().values()):
+        grads = [p.grad for p in self.network.parameters().values()]
+        if self._passes and all(grad is None or not grad.any() for grad in grads):
             self.forget(used=True)  # zero_grad dropped their batch
         if not self.updates:
             yield

@@ -73,7 +73,8 @@ def descend(groups: Groups, states: Mapping[Tensor, dict[str, Any]], names: Mapp
             direction, state = nat[names[id(p)]], states[p]
             if group["momentum"]:
                 old = state.get("momentum_buffer")
-                direction = direction if old is None else direction + group["momentum"] * old
+                # the direction of a plain gradient is p.grad itself, which zero_grad may erase
+                direction = direction.clone() if old is None else direction + group["momentum"] * old
                 state["momentum_buffer"] = direction
             if group["weight_decay"]:
                 direction = direction + group["weight_decay"] * p

@@ -95,7 +95,8 @@ class Network:
                 f"{', '.join(map(repr, lacking[:4]))} have no gradient: call loss.backward() before step(), and "
                 "zero_grad() after it; freeze (requires_grad_(False)) parameters that the loss does not depend on."
             )
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in found.items()}
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in found.items()}
+        return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
 
     # ------------------------------------------------------------------------------------------ its other inputs
 

@@ -180,7 +180,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if not _all_ok(self.info):
             return self._refuse(loss)
         if clips:
-            bound = default_kl_bound(self._curvature.ready()) if self._kl_bound == "auto" else self._kl_bound
+            bound = default_kl_bound(self._curvature.latest) if self._kl_bound == "auto" else self._kl_bound
             nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=bound)
         descend(self.param_groups, self.state, self._curvature.network.names(), nat)
         self._curvature.commit(state, self.info.context)

@@ -163,6 +163,8 @@ class Preconditioner(WithCurvature):
         for name, p in self._curvature.network.parameters().items():
             if name not in self._curvature.network.unused:
                 assert p.grad is not None
+                if p.grad.is_sparse:  # a preconditioned gradient has no zero rows
+                    p.grad = torch.zeros_like(p)
                 p.grad.copy_(nat[name])
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fisherfn.stats.chunks import join
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.shared import Followed
 from fisherfn.stats.steps import Plan
+from fisherfn.stats.swap import versions
 
 REDUCTIONS = ("mean", "sum")
 
@@ -32,13 +33,24 @@ REDUCTIONS = ("mean", "sum")
 class Seen(NamedTuple):
     """A call of a layer: its input, the zero leaf added to its output, and its static configuration.
 
-    `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy.
+    `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy. `versions` counts
+    how often the input had been changed in place when the layer read it.
     """
 
     input: Tensor
     leaf: Tensor
     config: Any
     shared: bool
+    versions: list[int]
+
+    def kept(self, block: Block) -> Tensor:
+        """Return the input; raise if the memory that the layer has read holds other numbers by now."""
+        if versions(self.input) != self.versions:
+            raise StructureError(
+                f"an input of layer {block.key!r} was changed in place between `with watch()` and step(), for example "
+                "a buffer that is filled with the next batch: change it after step(), or watch(x.clone())."
+            )
+        return self.input
 
 
 class Pass(NamedTuple):
@@ -88,7 +100,7 @@ class Watched:
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
         config = None if call is None else call.config
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, shared=call is None)
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, call is None, versions(x))
         return output + leaf.to(output.dtype)
 
 
@@ -161,7 +173,7 @@ def _part(layout: Layout, each: Pass, total: int) -> Stats:
 
 def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
     calls = list(zip(block.uses, each.calls[block.weight], strict=True))
-    inputs = tuple(use.examples_first(seen.input) for use, seen in calls)
+    inputs = tuple(use.examples_first(seen.kept(block)) for use, seen in calls)
     grads = tuple(factor * use.examples_first(_gradient(block, use, seen)) for use, seen in calls)
     return LayerStats(inputs, tuple(g.unsqueeze(0) for g in grads), grads)
 

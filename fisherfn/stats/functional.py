@@ -15,7 +15,7 @@ from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
 from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
 from fisherfn.stats.swap import Swap, unwrapped, versions
-from fisherfn.stats.whole import check_whole
+from fisherfn.stats.whole import check_apart, check_whole
 from fisherfn.types import Model, PyTree, Tree
 
 
@@ -102,6 +102,7 @@ def check_net(net: torch.nn.Module) -> None:
             raise StructureError(
                 f"{name!r} of a lazy module has no shape yet: run the net once, net(x), before passing it to fisherfn."
             )
+    check_apart(dict(net.named_parameters()))
 
 
 def _arguments(net: torch.nn.Module, x: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:

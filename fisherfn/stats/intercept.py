@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherfn import decompositions, randomness, tree
 from fisherfn.decompositions import Elementary, without_affine
+from fisherfn.errors import StructureError
 from fisherfn.layers import (
     ELEMENTWISE,
     EMBEDDING,
@@ -215,7 +216,14 @@ class Intercept(Elementary):
         if self._recorder is not None:
             return self._recorder.tapped(name, use, x, output, call)
         taps = () if self._taps is None else self._taps.get(name, ())
-        return output + taps[use].to(output.dtype) if use < len(taps) else output
+        if use >= len(taps):
+            return output
+        if taps[use].shape != output.shape:  # torch would broadcast one position to many
+            raise StructureError(
+                f"the output of {name!r} has shape {tuple(output.shape)}, and by the build {tuple(taps[use].shape)}: "
+                "values of the inputs change shapes inside the model. Trim or select outside of it, or mask instead."
+            )
+        return output + taps[use].to(output.dtype)
 
     # ------------------------------------------------------------------------- tensors shared by all examples
 

@@ -1,12 +1,14 @@
-"""Recognise tensors that are sharded over ranks, without importing what makes them."""
+"""Recognise tensors that are sharded over ranks, without importing what makes them, and tensors that share memory."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fisherfn.errors import StructureError
 
@@ -27,3 +29,31 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
                 "ff.distributed.data_parallel takes parameters that fully_shard has sharded in ng.init, ng.stats, "
                 "ng.step and ng.precondition."
             )
+
+
+def check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `StructureError` if two parameters share numbers: the step of one would replace that of the other."""
+    own = {name: p for name, p in tensors.items() if type(p) in (Tensor, nn.Parameter) and p.device.type != "meta"}
+    places: dict[int, list[str]] = {}
+    for name, p in own.items():
+        if p.numel() and p.layout == torch.strided:
+            places.setdefault(p.untyped_storage().data_ptr(), []).append(name)
+    for names in places.values():
+        for one, other in itertools.combinations(names, 2):
+            if _meet(own[one], own[other]):
+                raise StructureError(
+                    f"the parameters {one!r} and {other!r} share memory, so a step of one would change the other: make "
+                    "them one parameter (dec.weight = enc.weight), or use it as it is needed in the forward "
+                    "(x @ enc.weight)."
+                )
+
+
+def _meet(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors of one storage have a number in common."""
+    first, second = sorted((one, other), key=lambda p: p.storage_offset())
+    end = first.storage_offset() + sum((n - 1) * step for n, step in zip(first.shape, first.stride(), strict=True))
+    if end < second.storage_offset():
+        return False
+    mark = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
+    mark.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(mark.as_strided(other.shape, other.stride(), other.storage_offset()).any())

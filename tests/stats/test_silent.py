@@ -1,0 +1,187 @@
+"""Nets and uses that changed numbers without a word: each is now right, or a typed error."""
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfn as ff
+from fisherfn.errors import CoverageError, StructureError
+
+N = 8
+
+
+def data(width=4, length=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shape = (N, width) if length is None else (N, length, width)
+    return torch.randn(shape, generator=g), torch.randint(0, 3, (N,), generator=g)
+
+
+class Trimmed(nn.Module):
+    """A net that drops the padding of a batch by itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(4, 3)
+
+    def forward(self, x, lengths):
+        return self.out(torch.tanh(self.layer(x[:, : int(lengths.max())])).sum(1))
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4), nn.Linear(4, 4)], ids=["norm", "linear"])
+@pytest.mark.parametrize(("first", "then"), [(5, 1), (1, 3), (5, 4)])
+def test_a_shape_that_follows_the_values_of_the_inputs_is_refused(layer, first, then):
+    """The taps of one position were broadcast to many, or the other way round."""
+    x, y = data(length=5)
+    opt = ff.optim.NaturalGradient(Trimmed(layer), likelihood=ff.Categorical())
+    opt.step(((x, torch.full((N,), first)), y))
+    with pytest.raises(StructureError, match="values of the inputs change shapes"):
+        opt.step(((x, torch.full((N,), then)), y))
+
+
+class Transposed(nn.Module):
+    """An autoencoder whose decoder is another view of the encoder's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.dec = nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)
+        self.dec.weight = nn.Parameter(self.enc.weight.t())
+
+    def forward(self, x):
+        return self.dec(self.enc(x).tanh())
+
+
+def test_parameters_that_share_memory_are_refused():
+    with pytest.raises(StructureError, match=r"'enc.weight' and 'dec.weight' share memory"):
+        ff.functional(Transposed())
+    opt = ff.optim.NaturalGradient(Transposed(), likelihood=ff.Gaussian())
+    with pytest.raises(StructureError, match="share memory"):
+        opt.step((data()[0], data()[0]))
+
+
+def test_parameters_in_different_parts_of_one_memory_are_two():
+    whole, net = torch.randn(7, 4), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    net[0].weight, net[1].weight = nn.Parameter(whole[:3]), nn.Parameter(whole[3:, :3])
+    net[1].bias = nn.Parameter(whole[3:, 3])  # between the entries of the weight
+    ff.functional(net)
+    net[0].bias = net[1].bias = nn.Parameter(torch.zeros(3))  # one parameter under two names
+    ff.functional(net)
+
+
+def test_inputs_that_change_between_watch_and_step_are_refused():
+    net, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), data()
+    for change in (False, True):
+        pre = ff.optim.Preconditioner(net, likelihood=ff.Categorical(), damping=0.1, example_inputs=x)
+        net.zero_grad()
+        with pre.watch():
+            loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        if change:
+            x.copy_(torch.randn_like(x))
+            with pytest.raises(StructureError, match="changed in place between"):
+                pre.step()
+        else:
+            pre.step()
+
+
+def test_the_kl_bound_is_that_of_the_labels_of_this_batch():
+    """After sequences of two labels, those of twenty have ten times their bound."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    short, long = (data(length=n)[0] for n in (2, 20))
+
+    def step(*batches):
+        torch.manual_seed(0)
+        again = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        again.load_state_dict(net.state_dict())
+        opt = ff.optim.NaturalGradient(again, likelihood=ff.Categorical(), lr=1.0, damping=1e-3, momentum=0.0)
+        bounds, clip = [], ff.optim.optimizer.kl_clip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                ff.optim.optimizer, "kl_clip", lambda *a, **k: bounds.append(float(k["kl_bound"])) or clip(*a, **k)
+            )
+            for x in batches:
+                opt.step((x, torch.zeros(x.shape[:2], dtype=torch.int64)))
+        return bounds
+
+    assert step(short, long, short) == pytest.approx([0.002, 0.02, 0.002])
+
+
+def test_a_dropped_batch_is_dropped_however_its_gradients_were_erased():
+    net, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), data()
+    found = []
+    for erase in (None, True, False):
+        pre = ff.optim.Preconditioner(net, likelihood=ff.Categorical(), damping=0.1, example_inputs=x)
+        for batch in [x] if erase is None else [3 * x, x]:
+            with pre.watch():
+                loss = nn.functional.cross_entropy(net(batch), y)
+            loss.backward()
+            if batch is not x:
+                net.zero_grad(set_to_none=erase)
+        pre.step()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        net.zero_grad()
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_momentum_outlives_the_gradient_that_it_started_from():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.a = nn.Linear(4, 3), nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x):
+            return self.layer(x @ torch.linalg.matrix_exp(0.1 * self.a))
+
+    net, (x, y) = Own(), data()
+    opt = ff.optim.NaturalGradient(
+        net, likelihood=ff.Categorical(), lr=0.1, damping=0.1, kl_bound=None, uncovered="gradient", example_inputs=x
+    )
+    with opt.watch():
+        loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()
+    opt.step()
+    before = opt.state[net.a]["momentum_buffer"].clone()
+    opt.zero_grad(set_to_none=False)
+    assert before.any() and torch.equal(opt.state[net.a]["momentum_buffer"], before)
+
+
+def test_a_gradient_that_belongs_to_no_loss_is_refused():
+    net = nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3))
+    model, params, context = ff.functional(net)
+    x = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    with pytest.raises(CoverageError, match="scale_grad_by_freq"):
+        ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)
+
+
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_calls_of_torch_without_an_axis_of_examples_or_outputs_are_covered(kind):
+    g = torch.Generator().manual_seed(0)
+    if kind == "vector":
+        params = {"w": torch.randn(4, generator=g), "v": torch.randn(3, 4, generator=g)}
+
+        def model(p, x):
+            return nn.functional.linear(x, p["v"]) * nn.functional.linear(x, p["w"]).unsqueeze(1)
+    else:
+        params = {"w": torch.randn(3, 1, 2, generator=g), "v": torch.randn(3, 4, generator=g)}
+
+        def model(p, x):
+            constant = torch.ones(1, 3)
+            return nn.functional.linear(x, p["v"]) + nn.functional.conv1d(constant, p["w"]).sum(1)
+
+    x, y = data()
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="type2")
+    found = ng.stats(params, (x, y)).grads
+    expected = torch.func.grad(lambda p: nn.functional.cross_entropy(model(p, x), y))(params)
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf)
+
+
+def test_sparse_gradients_are_preconditioned():
+    net = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randint(0, 6, (N, 2), generator=torch.Generator().manual_seed(0)), data()[1]
+    pre = ff.optim.Preconditioner(net, likelihood=ff.Categorical(), damping=0.1, example_inputs=x)
+    with pre.watch():
+        loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()
+    pre.step()
+    assert torch.isfinite(net[0].weight.grad).all()
