@@ -39,6 +39,8 @@ def candidates(
         reason = None
         if any(record.copies for record in again) and name in scout.failed:
             reason = f"{kinds[0]} layer that no example enters, its output read by {scout.failed[name]}"
+        elif any(record.selected for record in records):
+            reason = f"{kinds[0]} layer whose rows are chosen by values (a mask), not by their place"
         elif places is None:
             reason = f"{kinds[0]} layer whose first axis is not the example's"
         elif name in mode.other_uses:

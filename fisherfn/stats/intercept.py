@@ -32,6 +32,7 @@ from fisherfn.layers import (
 )
 from fisherfn.stats.records import Record, Recorder
 from fisherfn.stats.scout import Scout
+from fisherfn.stats.selected import Selected
 from fisherfn.stats.shared import Followed, layer_copies, spread
 from fisherfn.stats.steps import Growth, Traced, traced
 from fisherfn.types import PyTree, Tree
@@ -82,6 +83,7 @@ class Intercept(Elementary):
         """The calls of a trace, with their names and shapes."""
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         self._orders = Orders()
+        self._selected = Selected() if taps is None and recorder is None else None
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
@@ -106,6 +108,8 @@ class Intercept(Elementary):
         uncoupled = self._without_coupling(func, args, kwargs)
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
         self._orders.note(func, args, output)
+        if self._selected is not None:
+            self._selected.note(func, args, (args, kwargs), output)
         growth = self._compare(func, (args, kwargs), output)
         # a kernel that a batch norm standardises has no examples
         self.couples |= uncoupled is not None and growth != [None]
@@ -193,9 +197,10 @@ class Intercept(Elementary):
         name = self._names[id(call.weight)]
         use = len(self.records.setdefault(name, []))
         bias = None if call.bias is None else self._names.get(id(call.bias))
-        if not self._is_shared_use(name, use, growth):
+        selected = self._selected is not None and call.input in self._selected
+        if selected or not self._is_shared_use(name, use, growth):  # no selected row may look like none of any example
             place = growth[0] if growth else None
-            self.records[name].append(Record(family.name, call, bias, output, place=place))
+            self.records[name].append(Record(family.name, call, bias, output, place=place, selected=selected))
             if self._scout is not None:
                 self._scout.look(func, args, kwargs, output, growth, self._names, besides=(call.weight, call.bias))
             return self._tapped(name, use, call.input, output, call)

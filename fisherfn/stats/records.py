@@ -21,6 +21,7 @@ class Record(NamedTuple):
         output: output of the call, before any tap.
         copies: for an input that does not depend on the examples, a function that copies it once per example.
         place: position of the examples in the output, found by the second trace of the build.
+        selected: True if values chose the rows of the input, such as those of a mask.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Record(NamedTuple):
     output: Tensor
     copies: Copies | None = None
     place: Place | None = None
+    selected: bool = False
 
     def input(self, examples: int) -> Tensor:
         """Return the input with an axis of examples."""

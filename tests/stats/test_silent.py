@@ -185,3 +185,77 @@ def test_sparse_gradients_are_preconditioned():
     loss.backward()
     pre.step()
     assert torch.isfinite(net[0].weight.grad).all()
+
+
+class Masked(nn.Module):
+    """A net that applies a layer to the true tokens alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        h = self.a(x).tanh()
+        z = torch.zeros_like(h)
+        z[mask] = self.b(h[mask])
+        return self.out(z.sum(1))
+
+
+def masks(*counts):
+    return torch.arange(5) < torch.tensor(counts)[:, None]
+
+
+def test_rows_that_a_mask_selects_belong_to_their_examples():
+    """Three tokens in every example look like three rows per example; the next batch has four, two, …"""
+    torch.manual_seed(0)
+    model, params, context = ff.functional(Masked().double())
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 5, 4, generator=g).double(), torch.randint(0, 3, (6,), generator=g)
+    ng = ff.natural_gradient(
+        model, params, (x, masks(*[3] * 6)), likelihood=ff.Categorical(), method=ff.exact(), fisher="type2",
+        context=context,
+    )  # fmt: skip
+    assert "rows are chosen by values" in str(ng.layout)
+    batch = (x, masks(4, 2, 3, 3, 1, 5)), y
+    found = ng.fisher(ng.stats(params, batch, context=context)).dense()
+
+    def logits(p, x, m):
+        h = nn.functional.linear(x, p["a.weight"], p["a.bias"]).tanh()
+        z = nn.functional.linear(h, p["b.weight"], p["b.bias"]) * m.unsqueeze(-1)
+        return nn.functional.linear(z.sum(0), p["out.weight"], p["out.bias"])
+
+    expected = 0
+    for n in range(6):
+        J = torch.func.jacrev(logits)(params, x[n], batch[0][1][n])
+        J = torch.cat([J[name].reshape(3, -1) for name in params], 1)
+        p = logits(params, x[n], batch[0][1][n]).softmax(-1)
+        expected = expected + J.mT @ (torch.diag(p) - torch.outer(p, p)) @ J / 6
+    torch.testing.assert_close(found, expected)
+
+
+class Experts(nn.Module):
+    """A mixture of experts, each on the rows that chose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.out = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        weight, chosen = self.gate(x).softmax(-1).max(-1)
+        total = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = (chosen == k).nonzero().squeeze(-1)
+            total = total.index_add(0, rows, expert(x[rows]) * weight[rows, None])
+        return self.out(total)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_on_the_rows_that_chose_them_train_on_any_batch(seed):
+    """An expert may have no row among the examples of the build, or all of them."""
+    torch.manual_seed(seed)
+    opt = ff.optim.NaturalGradient(Experts(), likelihood=ff.Categorical())
+    for k in range(3):
+        x, y = data(seed=10 * seed + k)
+        assert torch.isfinite(opt.step((x, y)))
+    assert str(opt.layout).count("chosen by values") == 6
