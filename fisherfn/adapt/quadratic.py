@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from fisherfn import tree
-from fisherfn.errors import StructureError
+from fisherfn.errors import ModelError, StructureError
 from fisherfn.likelihoods import output_fisher
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.stats import Batch, checked, run
@@ -43,6 +43,9 @@ from fisherfn.types import PyTree, Tree
 
 PARALLEL = 1e-6
 """Share of a direction's own curvature below which it counts as a combination of the directions before it."""
+
+LACKING = ("forward", "vmap over", "derivative for")
+"""Words of torch's errors for a function that lacks the rule of a transform."""
 
 
 class QuadraticModel(NamedTuple):
@@ -166,24 +169,43 @@ def tangents(
     """Return the outputs f(params), and J d for each direction d.
 
     Forward mode computes all directions together with one run of the model. If the model uses a function without a
-    forward rule, two reverse passes replace it: the pullback is linear in its cotangent, and J d is the pullback of d
-    through it.
+    rule for several at once (a custom `autograd.Function`), they follow one another. If it uses one without a forward
+    rule, two reverse passes replace it: the pullback is linear in its cotangent, and J d is the pullback of d through
+    it.
+
+    Raises:
+        ModelError: a function with neither.
     """
     stacked: Tree = {name: torch.stack([d[name].to(p.dtype) for d in directions]) for name, p in params.items()}
-    try:
 
-        def along(direction: Tree) -> Any:
-            return jvp(outputs_of, (params,), (direction,))
+    def along(direction: Tree) -> Any:
+        return jvp(outputs_of, (params,), (direction,))
 
-        outputs, moves = vmap(along)(stacked)
-        outputs = outputs[0]  # the same for every direction, computed once
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward" not in str(error):
-            raise
+    def one_by_one() -> tuple[Tensor, Tensor]:
+        pairs = [along({name: leaf[k] for name, leaf in stacked.items()}) for k in range(len(directions))]
+        return pairs[0][0], torch.stack([move for _, move in pairs])
+
+    def backwards() -> tuple[Tensor, Tensor]:
         outputs, pull = vjp(outputs_of, params)  # type: ignore[misc]
         _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(outputs))  # type: ignore[misc]
-        moves = torch.stack([push({name: d[name] for name in params})[0] for d in directions])
-    return outputs, moves
+        return outputs, torch.stack([push({name: d[name] for name in params})[0] for d in directions])
+
+    def together() -> tuple[Tensor, Tensor]:
+        outputs, moves = vmap(along)(stacked)
+        return outputs[0], moves  # the outputs are the same for every direction, computed once
+
+    lacking: Exception | None = None
+    for way in (together, one_by_one, backwards):
+        try:
+            return way()
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(word in str(error) for word in LACKING):
+                raise
+            lacking = error
+    raise ModelError(
+        f"a function of the model lacks derivatives that adaptive steps need ({str(lacking)[:120]}): pass lr and "
+        "damping, and the step needs no quadratic model."
+    ) from lacking
 
 
 def _eliminated(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -13,7 +13,7 @@ from fisherfn import tree
 from fisherfn.distributed import DataParallel
 from fisherfn.errors import NoiseError, StructureError, expect
 from fisherfn.randomness import dropout_seeds
-from fisherfn.stats.functional import check_net, functional
+from fisherfn.stats.functional import check_net, functional, mode_of
 from fisherfn.types import Model, PyTree, Tree
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Network:
         """Return the key of a build: the example shapes of the inputs, and the mode of every module."""
         leaves = tree.flatten(x).items() if isinstance(x, dict) else enumerate(tree.leaves(x))
         shapes = tuple((path, leaf.shape[1:]) for path, leaf in leaves if isinstance(leaf, Tensor))
-        return shapes, tuple(module.training for module in self.net.modules())
+        return shapes, tuple(mode_of(module) for module in self.net.modules())
 
     def move_buffers(self, context: Tree) -> None:
         """Write the new buffers to the net; a buffer with another shape or type is replaced."""

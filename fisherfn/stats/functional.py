@@ -14,7 +14,7 @@ from fisherfn import tree
 from fisherfn.decompositions import Elementary
 from fisherfn.errors import StructureError, expect
 from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
-from fisherfn.stats.swap import Swap, unwrapped, versions
+from fisherfn.stats.swap import Strays, Swap, unwrapped, versions
 from fisherfn.stats.whole import check_apart, check_whole
 from fisherfn.types import Model, PyTree, Tree
 
@@ -42,28 +42,37 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
     params = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
     draws: dict[Any, list[Draw]] = {}  # properties of the net, found once for each shape of the inputs
+    looked = set[Any]()  # likewise
 
     def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
         fresh = {name: context[name].clone() for name in buffers}  # batch norm writes into its buffers
         swap, args, kwargs = Swap(net, {**params, **fresh}), *_arguments(net, x)
         seeded: SeededDropout | None = None
+        # shapes and modes decide which path a run takes and which random numbers it samples
+        shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
+        key = shapes, tuple(mode_of(module) for module in net.modules())
         if drops(net) or "dropout" in context:
             seeds = require_seeds(context)
-            # shapes and modes decide which random numbers a run samples; the number of examples does not
-            shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
-            key = shapes, tuple(module.training for module in net.modules())
             if key not in draws:
                 draws[key] = _draws(net, {**params, **fresh}, x, seeds)
             seeded = SeededDropout(seeds, draws[key])
-        with seeded or contextlib.nullcontext(), swap():
+        first = key not in looked and not torch.compiler.is_compiling()
+        with seeded or contextlib.nullcontext(), swap(), Strays(swap.strays) if first else contextlib.nullcontext():
             outputs = unwrapped(net)(*args, **kwargs)
             moved = swap.buffers(fresh)
+        looked.add(key)
         if seeded is not None:
             seeded.finish()
         logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
         return logits if isinstance(logits, Tensor) else outputs, {**context, **moved}
 
     return model, params, buffers
+
+
+def mode_of(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what decides which path a module takes: whether it trains, and whether it drops anything."""
+    rates = (getattr(module, name, None) for name in ("p", "dropout"))
+    return module.training, *(rate != 0 for rate in rates if isinstance(rate, float | int))
 
 
 def _draws(net: torch.nn.Module, values: Tree, x: PyTree, seeds: Tensor) -> list[Draw]:

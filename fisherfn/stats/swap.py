@@ -7,10 +7,11 @@ under two names has one set of slots, and a tied tensor fills all of its slots. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fisherfn import tree
 from fisherfn.errors import StructureError
@@ -27,6 +28,9 @@ class Swap:
         self._slots: list[tuple[dict[str, Any], str, str]] = []
         self._filled: set[tuple[int, str]] = set()
         self._values = values
+        self.strays: dict[int, str] = {}
+        """The module's own parameters that are replaced, by identity: a run that reads one of them reads an old one."""
+        given = {*map(id, values.values())}
         names: dict[int, str] = {}  # the first of several names, as in `named_parameters` and `named_buffers`
         for path, module in net.named_modules():
             self._modules[module] = path
@@ -38,6 +42,8 @@ class Swap:
                     self._filled.add((id(table), key))
                     if name in values:
                         self._slots.append((table, key, name))
+                        if table is module._parameters and id(tensor) not in given:
+                            self.strays[id(tensor)] = name
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -102,6 +108,28 @@ def unwrapped(net: nn.Module) -> nn.Module:
     while (inner := net._modules.get("module" if isinstance(net, parallel) else "_orig_mod")) is not None:
         net = inner
     return net
+
+
+class Strays(TorchFunctionMode):
+    """Refuse calls that read a replaced parameter by another reference: an attribute, a list, or a view of it."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree.leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        read = [self._names.get(id(leaf)) or self._names.get(id(leaf._base)) for leaf in tensors]
+        name = next((name for name in read if name is not None), None)
+        if name is not None and any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):  # not just a shape
+            raise StructureError(
+                f"the forward reads the parameter {name!r} by another reference (an attribute, a list or a view that "
+                "__init__ made), which would keep its old value: read it from its module, in the forward."
+            )
+        return output
 
 
 def versions(inputs: PyTree) -> list[int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.adapt.quadratic import tangents
 from tests import test_terms as terms
 from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
 from tests.zoo import as_installed
@@ -149,3 +150,47 @@ def test_a_batch_of_a_sum_of_terms_has_exactly_its_terms():
     for wrong in ({name: part for name, part in batch.items() if name != "edge"}, batch | {"other": batch["edge"]}):
         with pytest.raises(ff.errors.StructureError, match="entr"):
             ff.quadratic_model(ng, params, wrong, [params])
+
+
+class Straight(torch.autograd.Function):
+    """A sign with the gradient of the identity, without a rule for vmap or forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_a_function_without_vmap_and_forward_rule_has_its_tangents_from_reverse_mode():
+    g = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(3, 4, generator=g).double(), "v": torch.randn(2, 3, generator=g).double()}
+    x = torch.randn(5, 4, generator=g).double()
+    d = [{name: torch.randn(leaf.shape, generator=g).double() for name, leaf in params.items()} for _ in range(2)]
+
+    def outputs(p, estimator=Straight.apply):
+        return estimator(x @ p["w"].T) @ p["v"].T
+
+    def derivative(p):  # of the estimator, as a function with this derivative at params
+        h, h0 = x @ p["w"].T, (x @ params["w"].T).detach()
+        return (h0.sign() + h - h0) @ p["v"].T
+
+    found, moves = tangents(outputs, params, d)
+    torch.testing.assert_close(found, outputs(params))
+    for move, direction in zip(moves, d, strict=True):
+        torch.testing.assert_close(move, torch.func.jvp(derivative, (params,), (direction,))[1])
+
+
+def test_a_function_without_second_derivatives_names_the_way_out():
+    net = torch.nn.Sequential(torch.nn.EmbeddingBag(6, 4), torch.nn.Linear(4, 3))
+    x, y = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([0, 1, 2])
+    with pytest.raises(ff.errors.ModelError, match="pass lr and damping"):
+        ff.optim.NaturalGradient(net, likelihood=ff.Categorical()).step((x, y))
+    opt = ff.optim.NaturalGradient(net, likelihood=ff.Categorical(), lr=0.1, damping=0.1)
+    assert torch.isfinite(opt.step((x, y)))

@@ -259,3 +259,60 @@ def test_experts_on_the_rows_that_chose_them_train_on_any_batch(seed):
         x, y = data(seed=10 * seed + k)
         assert torch.isfinite(opt.step((x, y)))
     assert str(opt.layout).count("chosen by values") == 6
+
+
+class Captured(nn.Module):
+    """A net whose __init__ keeps another reference to a parameter."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 6))
+        self.kind = kind
+        self.first, self.second = self.w.chunk(2, 1) if kind == "views" else (None, None)
+        self.kept = [self.a.weight]
+
+    def forward(self, x):
+        h = self.a(x)
+        assert self.kept[0].shape == (4, 4)  # reads no number
+        if self.kind == "list":
+            return (h @ self.w + x @ self.kept[0][:, :1])[:, :3]
+        if self.kind == "views":
+            return h @ self.first + h @ self.second
+        return (h @ self.w)[:, :3]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("views", "w"), ("list", "a.weight")])
+def test_parameters_that_the_forward_reads_by_another_reference_are_refused(kind, name):
+    (x, y), net = data(), Captured(kind)
+    with pytest.raises(StructureError, match=f"reads the parameter '{name}' by another reference"):
+        ff.optim.NaturalGradient(net, likelihood=ff.Categorical()).step((x, y))
+    model, params, context = ff.functional(net)
+    with pytest.raises(StructureError, match="by another reference"):
+        model(params, x, context)
+    opt = ff.optim.NaturalGradient(Captured("neither"), likelihood=ff.Categorical())
+    assert torch.isfinite(opt.step((x, y)))
+
+
+class Rated(nn.Module):
+    """Dropout on a tensor whose examples are not on the first axis."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.drop, self.out = nn.Dropout(rate), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.drop(x.transpose(0, 1)).transpose(0, 1).tanh())
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.5), (0.5, 0.0), (0.5, 0.25)])
+def test_the_rate_of_dropout_may_change_between_steps(first, then):
+    x = data(length=5)[0]
+    net = Rated(first)
+    model, params, context = ff.functional(net)
+    seeds = ff.dropout_seeds(N, torch.Generator().manual_seed(1))
+    model(params, x, context | {"dropout": seeds})
+    net.drop.p = then
+    together = model(params, x, context | {"dropout": seeds})[0]
+    for n in range(N):
+        alone = model(params, x[n : n + 1], context | {"dropout": seeds[n : n + 1]})[0]
+        torch.testing.assert_close(alone[0], together[n])
