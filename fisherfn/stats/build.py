@@ -72,6 +72,9 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
     """Build a layout from these examples; those of `whole` show which parameters the few leave unused."""
     outputs, first = probe.trace()
     scout, second, by_example = _trace_one_more(probe, outputs, first)
+    if not scout.saw_the_same_calls:
+        outputs, first = probe.trace()
+        scout, second, by_example = _trace_one_more(probe, outputs, first)
     left = _unused(probe, unused, whole)
     used = {name: p for name, p in probe.params.items() if name not in left}
     blocks, why = candidates(first, second, scout, used, probe.examples)

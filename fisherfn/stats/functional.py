@@ -131,6 +131,13 @@ def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, Py
         return call(model, params, x, context)
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Have functions that the model has compiled run as they are written: a trace could not see into them."""
+    if torch.compiler.is_compiling():  # the whole step is one graph
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
 def check_model(model: Any, context: PyTree) -> None:
     """Raise `StructureError` unless a model is a function of parameters, inputs and the context, if there is one."""
     if isinstance(model, torch.nn.Module):
@@ -169,10 +176,12 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
     The caller must already be in an `Elementary` mode.
     """
     before = versions(x)
+    found: Any
+    with _uncompiled():
+        found = model(params, x) if isinstance(context, tuple) and context == () else model(params, x, context)
     if isinstance(context, tuple) and context == ():
-        outputs, new_context = model(params, x), ()
+        outputs, new_context = found, ()
     else:
-        found: Any = model(params, x, context)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             raise StructureError(
                 f"with a context the model must return (outputs, new context), got {type(found).__name__}: return "

@@ -40,6 +40,11 @@ class Scout(Ledger):
         self.copied: dict[str, str] = {}
         """The name of the call run once per example, for each weight whose shared tensors meet the batch in it."""
 
+    @property
+    def saw_the_same_calls(self) -> bool:
+        """True if both runs made the same calls; a cache that the first one fills (masks, positions) hides some."""
+        return self._place == len(self._before) - 1
+
     def growth(self, func: Callable[..., Any], arguments: PyTree, output: Any) -> Growth:
         """Compare the next call with the earlier run, and return how its outputs grow."""
         self._place += 1

@@ -316,3 +316,61 @@ def test_the_rate_of_dropout_may_change_between_steps(first, then):
     for n in range(N):
         alone = model(params, x[n : n + 1], context | {"dropout": seeds[n : n + 1]})[0]
         torch.testing.assert_close(alone[0], together[n])
+
+
+class Cached(nn.Module):
+    """A net that computes a table at its first run."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale, self.shift = nn.Linear(4, 3), nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+        self.tables = {}
+
+    def forward(self, x):
+        if x.shape[-1] not in self.tables:
+            self.tables[x.shape[-1]] = torch.arange(3).float().cos()
+        return (self.a(x) + self.tables[x.shape[-1]]) * self.scale + self.shift
+
+
+def test_a_cache_that_the_first_run_fills_does_not_hide_layers():
+    (x, _), found = data(), []
+    for warm in (False, True):
+        net = Cached()
+        if warm:
+            net(x)
+        model, params, context = ff.functional(net)
+        ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)
+        found.append({block.key: block.kind for block in ng.layout.blocks})
+    assert found[0] == found[1] and "fallback" not in found[0].values()
+
+
+class WithCompiled(nn.Module):
+    """A net with a part that __init__ has compiled as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.part = torch.compile(self._part, backend="eager")
+
+    def _part(self, x):
+        return self.a(x).tanh()
+
+    def forward(self, x):
+        return self.out(self.part(x))
+
+
+def test_functions_that_the_net_has_compiled_are_seen_through():
+    x, y = data()
+    torch.manual_seed(0)
+    net = WithCompiled()
+    model, params, context = ff.functional(net)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)
+    assert [block.key for block in ng.layout.blocks] == ["a", "out"]
+    found = ng.stats(params, (x, y), context=context, curvature=False).grads
+
+    def loss(p):
+        h = nn.functional.linear(x, p["a.weight"], p["a.bias"]).tanh()
+        return nn.functional.cross_entropy(nn.functional.linear(h, p["out.weight"], p["out.bias"]), y)
+
+    for name, leaf in torch.func.grad(loss)(params).items():
+        torch.testing.assert_close(found[name], leaf)
