@@ -76,32 +76,30 @@ class TermSum(NaturalGradient):
         Args:
             params: the parameters.
             batch: a dict with inputs and targets of each term.
-            context: a dict with the context of each term that has one.
+            context: None; terms have no context.
             noise: a dict with the noise of each term that samples labels, from `ng.noise`.
             curvature: as for a single term; keys are those of the common blocks.
             options: as for a single term; a generator serves the terms in order.
 
         Raises:
-            StructureError: a term without batch, a batch without term, or keys of no block.
+            StructureError: a term without batch, a batch without term, noise of no term, a context, keys of no block.
             EmptyBatchError: a term without examples; see `NaturalGradient.stats` for the others.
         """
-        self.check_terms(batch)
+        self.check_terms(batch, noise, context)
         which = chosen(curvature, self.layout.block_shapes)
         collected = {}
         for name, term in self.terms.items():
-            mine: dict[str, Any] = {"context": (context or {}).get(name), "noise": (noise or {}).get(name)}
+            mine: dict[str, Any] = {"noise": (noise or {}).get(name)}
             mine["curvature"] = blocks_of(term.layout, self.layout, which)
             collected[name] = _in_term(name, partial(term.stats, params, batch[name], **mine, **options))
         return SumStats.of(collected, dict(self.weights), self.layout, which)
 
     def loss(self, params: Tree, batch: Any, *, context: PyTree = None) -> Tensor:
         """Return the weighted sum of the terms' mean negative log-likelihoods."""
-        self.check_terms(batch)
-        losses = [
-            self.weights[name] * term.loss(params, batch[name], context=(context or {}).get(name))
-            for name, term in self.terms.items()
-        ]
-        return torch.stack(losses).sum()
+        self.check_terms(batch, context=context)
+        return torch.stack(
+            [self.weights[name] * term.loss(params, batch[name]) for name, term in self.terms.items()]
+        ).sum()
 
     def noise(self, batch: Any, generator: torch.Generator, *, samples: int | None = None) -> Any:
         """Return the noise that `generator=` would use, for each term that samples labels."""
@@ -123,8 +121,12 @@ class TermSum(NaturalGradient):
         """Raise `StructureError`: take the implicit Fisher of each of `ng.terms`."""
         raise StructureError("add the products of ng.terms[name].implicit_fisher(params, x, y) over the terms.")
 
-    def check_terms(self, batch: Any) -> None:
-        """Raise `StructureError` unless the batch has exactly the terms."""
+    def check_terms(self, batch: Any, noise: Any = None, context: PyTree = None) -> None:
+        """Raise `StructureError` unless the batch has exactly the terms, noise is theirs, and there is no context."""
+        unknown = sorted((noise or {}).keys() - self.terms.keys())
+        if unknown or context is not None:
+            what = f"there is noise for {unknown}, which are no terms" if unknown else "terms have no context"
+            raise StructureError(f"{what}: pass noise from ng.noise(batch, generator), and no context.")
         expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")
         missing, unexpected = sorted(self.terms.keys() - batch.keys()), sorted(batch.keys() - self.terms.keys())
         if missing or unexpected:

@@ -92,7 +92,8 @@ def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
 
 
 def norm(x: PyTree) -> Shaped[Tensor, ""]:
-    """Return the Euclidean norm over all entries of all leaves."""
+    """Return the Euclidean norm over all entries, at least in float32: squares overflow in half precision."""
+    x = map(lambda leaf: leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf, x)
     return dot(x, x).sqrt()
 
 

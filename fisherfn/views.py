@@ -75,8 +75,8 @@ class Views(Collector):
     def mean_curvature(self, state: State) -> Float[Tensor, ""]:
         r"""Return the mean eigenvalue of the approximate Fisher, $\operatorname{tr} \hat F / r$, in the units of λ.
 
-        r is the number of parameters. A method that keeps the examples of one batch has at most as many nonzero
-        eigenvalues as these have outputs in all; r is this number if it is smaller.
+        r is the number of parameters. For a method that keeps the examples of one batch it is at most examples ×
+        outputs, because F̂ has no more nonzero eigenvalues.
         """
         n, outputs = sum(shape.numel() for _, shape in self.layout.shapes), math.prod(self.layout.output_shape)
         rank = self.method.rank(state.factors, outputs)
@@ -123,8 +123,8 @@ class Views(Collector):
     def fisher_divergence(self, state: State, stats: Stats) -> dict[str, Tensor]:
         r"""Return $\mathrm{KL}(\mathcal N(0, F_l + \lambda I) \| \mathcal N(0, P_l^{-1}))$ of each block, in nats.
 
-        P is the damped inverse of the last `invert`, and λ is the damping of the state. It is that of P unless it has
-        changed since, as after a rejected adaptive step. The divergence is exact and in float64; F is never formed.
+        P is the damped inverse of the last `invert`, and λ is the damping of the state. The two differ if λ has changed
+        since, as after a rejected adaptive step. The divergence is exact and in float64; F is never formed.
 
         Raises:
             StructureError: the method has no block of its own for each layer (exact, two-level).

@@ -255,7 +255,7 @@ def test_a_class_weight_for_another_number_of_classes():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
 @pytest.mark.parametrize("classes", [100, 300])
 def test_class_indices_may_have_any_type_of_whole_numbers(dtype, classes):
-    """As an unsigned number of 8 bits -100 is 156, and 300 does not fit."""
+    """Eight bits have no 300, and without a sign their -100 is 156."""
     outputs = torch.randn(3, classes, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 7, 156 if classes > 156 and dtype != torch.int8 else 99])
     likelihood, narrow = ff.Categorical(), labels.to(dtype)
@@ -266,7 +266,7 @@ def test_class_indices_may_have_any_type_of_whole_numbers(dtype, classes):
 
 
 def test_a_class_without_probability_is_never_sampled():
-    """In float32 the probabilities of 3,000 classes may add up to less than the noise."""
+    """Rounding errors of 3,000 probabilities in float32 may leave their sum below the noise."""
     outputs = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1))
     outputs[:, -1] = -torch.inf
     total = outputs.softmax(-1).cumsum(-1)[0, -1]

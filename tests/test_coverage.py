@@ -347,6 +347,7 @@ def test_shares_add_up_and_the_fallback_says_what_it_costs():
         ("'w' is the weight of different layers, linear and conv2d; one dense block", "ambiguous"),
         ("conv2d layer whose first axis is not the example's; one dense block", "axis"),
         ("linear layer whose rows mix examples; one dense block", "mixed"),
+        ("linear layer whose rows are chosen by values (a mask), not by their place; one dense block", "selected"),
         ("no layer family claims it; one dense block", "unclaimed"),
     ],
 )

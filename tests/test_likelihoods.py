@@ -267,3 +267,30 @@ def test_a_likelihood_needs_only_what_its_fisher_needs(fisher, lacks):
     zoo.sampled(problem, "empirical")
     with pytest.raises(ff.errors.LikelihoodError, match=lacks):
         problem.build(fisher=fisher)
+
+
+@pytest.mark.parametrize("variance", [0.5, 2.0])
+def test_a_gaussian_variance_may_be_a_tensor_of_a_vmapped_call(variance):
+    outputs, targets = torch.randn(3, 2), torch.randn(3, 2)
+
+    def of(v):
+        gaussian = ff.Gaussian(v)
+        product, root = gaussian.fisher_product(outputs, targets), gaussian.fisher_sqrt(outputs)
+        return gaussian.nll(outputs, targets), gaussian.score(outputs, targets), product, root
+
+    variances = torch.tensor([variance, 1.0])
+    for found, expected in zip(torch.vmap(of)(variances), of(variance), strict=True):
+        torch.testing.assert_close(found[0], expected)
+
+
+def test_targets_take_the_type_of_the_outputs():
+    outputs, targets = torch.randn(3, 2), torch.randn(3, 2).double()
+    assert ff.Gaussian().nll(outputs, targets).dtype == ff.Gaussian().score(outputs, targets).dtype == torch.float32
+
+
+def test_categorical_likelihoods_are_equal_if_their_options_are():
+    weight = torch.tensor([1.0, 2.0])
+    assert ff.Categorical() == ff.Categorical() != ff.Categorical(label_smoothing=0.1)
+    assert ff.Categorical(weight=weight) == ff.Categorical(weight=weight.clone()) != ff.Categorical(weight=2 * weight)
+    assert ff.Categorical(weight=weight) != ff.Categorical() and ff.Categorical() != "categorical"
+    assert len({ff.Categorical(), ff.Categorical(), ff.Categorical(weight=weight)}) == 2

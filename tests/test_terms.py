@@ -297,3 +297,18 @@ def test_the_bias_of_a_call_that_the_outputs_do_not_depend_on_is_unused():
     _, grad, fisher = dense(params, batch, (slopes, net), (1.0, 2.5))
     close(flat(ng.stats(params, batch).grads), grad)
     close(ng.fisher(ng.stats(params, batch)).dense(), fisher)
+
+
+def test_noise_of_no_term_and_a_context_are_refused():
+    params = {"w": torch.randn(1, 2)}
+
+    def model(p, x):
+        return torch.nn.functional.linear(x, p["w"])
+
+    x, y = torch.randn(3, 2), torch.randn(3, 1)
+    ng = ff.sum_of_terms({"a": ff.Term(model, x, ff.Gaussian())}, params)
+    with pytest.raises(ff.errors.StructureError, match=r"noise for \['b'\], which are no terms"):
+        ng.stats(params, {"a": (x, y)}, noise={"b": torch.randn(3, 1, 1)})
+    for call in (ng.stats, ng.loss):
+        with pytest.raises(ff.errors.StructureError, match="terms have no context"):
+            call(params, {"a": (x, y)}, context={"a": {}})

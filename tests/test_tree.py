@@ -184,3 +184,7 @@ def test_two_leaves_that_are_one_tensor_stay_one():
     traced = make_fx(lambda mask: ff.tree.select(mask, (one, one), (other, other)))(torch.tensor(True))
     assert found[0].tolist() == found[1].tolist() == [[1, 1, 1]]
     assert sum(node.target is torch.ops.aten.where.self for node in traced.graph.nodes) == 1
+
+
+def test_a_norm_does_not_overflow_in_half_precision():
+    assert float(ff.tree.norm({"w": torch.full((4,), 300.0, dtype=torch.float16)})) == 600.0

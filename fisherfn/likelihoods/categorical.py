@@ -15,7 +15,7 @@ from fisherfn.likelihoods.base import check_shape, sum_over_outputs, uniform
 from fisherfn.types import PyTree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Categorical:
     r"""Class probabilities `softmax(outputs)` over the last axis: classification, language models.
 
@@ -58,6 +58,17 @@ class Categorical:
                 raise HyperparameterError("Categorical weight must be a tensor [C] of finite numbers >= 0.")
         expect_number("label_smoothing", self.label_smoothing, lambda v: 0 <= v <= 1, "must lie in [0, 1]")
         expect_number("ignore_index", self.ignore_index, lambda v: True, "must be a whole number", whole=True)
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the same options; class weights are compared entry by entry."""
+        if not isinstance(other, Categorical):
+            return NotImplemented
+        one, two = self.weight, other.weight
+        same = one is two or (one is not None and two is not None and torch.equal(one, two))
+        return same and (self.ignore_index, self.label_smoothing) == (other.ignore_index, other.label_smoothing)
+
+    def __hash__(self) -> int:
+        return hash((self.ignore_index, self.label_smoothing))
 
     @property
     def weighted(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,35 +23,35 @@ class Gaussian:
     tensor([1.])
     """
 
-    variance: float = 1.0
+    variance: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         expect_positive("Gaussian variance", self.variance)
 
     def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         _check_targets(targets, outputs)
-        return sum_over_outputs((targets - outputs).square()) / (2 * self.variance)
+        return sum_over_outputs((targets.to(outputs.dtype) - outputs).square()) / (2 * self.variance)
 
     def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
         r"""Return the gradient of `nll` in the outputs, $(f - y) / \sigma^2$."""
         _check_targets(targets, outputs)
-        difference = outputs - targets
-        return difference if self.variance == 1 else difference / self.variance
+        difference = outputs - targets.to(outputs.dtype)
+        return difference if isinstance(self.variance, float) and self.variance == 1 else difference / self.variance
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return `outputs + σ · noise`, with standard normal noise."""
-        return outputs + math.sqrt(self.variance) * noise
+        return outputs + self.variance**0.5 * noise
 
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
         r"""Return one column per output: $e_j / \sigma$."""
-        return diagonal_columns(torch.full_like(outputs, 1 / math.sqrt(self.variance)))
+        return diagonal_columns(torch.ones_like(outputs) / self.variance**0.5)
 
     def column_weights(self, cotangent: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n"]:
         r"""Return the weights of the columns of `fisher_sqrt` whose sum is a cotangent of the outputs: σ times it."""
-        return math.sqrt(self.variance) * cotangent.reshape(len(cotangent), -1).mT
+        return self.variance**0.5 * cotangent.reshape(len(cotangent), -1).mT
 
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         r"""Return $v / \sigma^2$."""

@@ -12,7 +12,7 @@ $K_A^\top A K_A = I$, $K_A^\top C K_A = \mathrm{diag}(w)$ and likewise for G and
 $$(G \otimes A + D \otimes C)^{-1}\, X = K_G \bigl[(K_G^\top X K_A) \oslash (1 + w_G w_A^\top)\bigr] K_A^\top .$$
 
 The second term is indefinite in general. Denominators below a floor are raised to it and counted. This changes only
-the affected directions and keeps the inverse SPD. Absolute values of the spectra, which are used elsewhere, would
+the affected directions and keeps the inverse SPD. Absolute values of the spectra, which the original code takes, would
 change every direction in which the two spectra differ in sign.
 
 k group, i input, o output.

@@ -18,6 +18,7 @@ CAUSES = (
     ("in other ways", "reused"),
     ("of different layers", "ambiguous"),
     ("first axis", "axis"),
+    ("chosen by values", "selected"),
 )
 """Phrases in the reason of a fallback, each with its one-word cause. If a function is the cause, it is its name."""
 

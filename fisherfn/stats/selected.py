@@ -1,4 +1,4 @@
-"""Rows that were chosen by values, as by a mask of padding: which example a row belongs to changes from batch to batch.
+"""Rows that were chosen by values, as by a mask of padding: the examples of these rows change from batch to batch.
 
 `h[mask]` of a batch with three tokens in every example looks like a layer with three rows per example, and the next
 batch has four and two. So a layer on such rows is none whose rows the library can assign to examples.
