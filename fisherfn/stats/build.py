@@ -73,6 +73,7 @@ def _build(probe: Probe, unused: str, uncovered: str, whole: Probe | None = None
     outputs, first = probe.trace()
     scout, second, by_example = _trace_one_more(probe, outputs, first)
     if not scout.saw_the_same_calls:
+        del outputs, first, second, scout  # they hold the activations of two runs
         outputs, first = probe.trace()
         scout, second, by_example = _trace_one_more(probe, outputs, first)
     left = _unused(probe, unused, whole)

@@ -131,13 +131,6 @@ def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, Py
         return call(model, params, x, context)
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Have functions that the model has compiled run as they are written: a trace could not see into them."""
-    if torch.compiler.is_compiling():  # the whole step is one graph
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
-
-
 def check_model(model: Any, context: PyTree) -> None:
     """Raise `StructureError` unless a model is a function of parameters, inputs and the context, if there is one."""
     if isinstance(model, torch.nn.Module):
@@ -177,7 +170,9 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
     """
     before = versions(x)
     found: Any
-    with _uncompiled():
+    # functions that the model has compiled run as they are written, so that a trace sees their layers
+    eager = None if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
+    with eager or contextlib.nullcontext():
         found = model(params, x) if isinstance(context, tuple) and context == () else model(params, x, context)
     if isinstance(context, tuple) and context == ():
         outputs, new_context = found, ()

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -122,7 +123,8 @@ class Strays(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree.leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        read = [self._names.get(id(leaf)) or self._names.get(id(leaf._base)) for leaf in tensors]
+        with torch._C.DisableTorchFunction():  # an enclosing trace would see attributes as calls
+            read = [self._names.get(id(leaf)) or self._names.get(id(leaf._base)) for leaf in tensors]
         name = next((name for name in read if name is not None), None)
         if name is not None and any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):  # not just a shape
             raise StructureError(

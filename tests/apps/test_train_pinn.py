@@ -128,9 +128,14 @@ def trained(tmp_path, name, *more, steps=6, optim="exact"):
     return train_pinn.run(read(train_pinn.PinnConfig, argv))
 
 
+def damped(optim):
+    """The option of a damping, for the optimizers that have one."""
+    return ["--damping", "1e-3"] if "damping" in optimizers.OPTIONS[optim] else []
+
+
 @pytest.mark.parametrize("optim", optimizers.DEFAULTS)
 def test_every_optimizer_lowers_the_loss_and_a_resumed_run_is_the_straight_one(small, tmp_path, optim):
-    λ = ("--damping", "1e-3") if "damping" in optimizers.OPTIONS[optim] else ()
+    λ = damped(optim)
     straight = trained(tmp_path, "straight", *λ, optim=optim)
     losses = [each["loss"] for each in read_metrics(straight)]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -183,11 +188,11 @@ def test_spring_keeps_the_step_of_its_line_search_and_the_whole_direction_withou
 
 @pytest.mark.parametrize("optim", ["exact", "spring", "dense", "adam"])
 def test_a_resumed_run_with_redrawn_points_is_the_straight_one_bit_for_bit(small, tmp_path, optim):
-    options = ("--damping", "1e-3", "--redraw", "2")
+    options = (*damped(optim), "--redraw", "2")
     straight = trained(tmp_path, "straight", *options, optim=optim)
     trained(tmp_path, "parts", *options, steps=3, optim=optim)
     parts = trained(tmp_path, "parts", "--resume", *options, optim=optim)
-    fixed = trained(tmp_path, "fixed", "--damping", "1e-3", "--redraw", "0", optim=optim)
+    fixed = trained(tmp_path, "fixed", *damped(optim), "--redraw", "0", optim=optim)
     one, two, other = (load_checkpoint(folder / "checkpoint.pt")[0] for folder in (straight, parts, fixed))
     assert one.keys() == two.keys() and all(torch.equal(one[path], two[path]) for path in one)
     assert not torch.equal(one["params/0.weight"], other["params/0.weight"])
@@ -197,7 +202,7 @@ def test_a_resumed_run_with_redrawn_points_is_the_straight_one_bit_for_bit(small
 
 @pytest.mark.parametrize("optim", ["exact", "adam"])
 def test_the_recorded_loss_is_that_of_the_points_of_the_step(small, tmp_path, optim):
-    folder = trained(tmp_path, "run", "--damping", "1e-3", "--redraw", "1", optim=optim, steps=2)
+    folder = trained(tmp_path, "run", *damped(optim), "--redraw", "1", optim=optim, steps=2)
     params = {
         path.removeprefix("params/"): leaf
         for path, leaf in load_checkpoint(folder / "checkpoint.pt")[0].items()

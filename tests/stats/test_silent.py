@@ -6,6 +6,7 @@ from torch import nn
 
 import fisherfn as ff
 from fisherfn.errors import CoverageError, StructureError
+from fisherfn.stats.probe import Probe
 
 N = 8
 
@@ -330,6 +331,15 @@ class Cached(nn.Module):
         if x.shape[-1] not in self.tables:
             self.tables[x.shape[-1]] = torch.arange(3).float().cos()
         return (self.a(x) + self.tables[x.shape[-1]]) * self.scale + self.shift
+
+
+def test_a_plain_net_is_traced_twice(monkeypatch):
+    """Nothing else may be among the calls of the first run, such as the look for stray parameters."""
+    traces, trace = [], Probe.trace
+    monkeypatch.setattr(Probe, "trace", lambda self, *scout: traces.append(scout) or trace(self, *scout))
+    model, params, context = ff.functional(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
+    ff.natural_gradient(model, params, data()[0], likelihood=ff.Categorical(), context=context)
+    assert len(traces) == 2
 
 
 def test_a_cache_that_the_first_run_fills_does_not_hide_layers():
