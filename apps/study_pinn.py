@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from common.config import NON_NEGATIVE, SEED, option, parse
-from common.pinn.optimizers import DEFAULTS
+from common.pinn.optimizers import DEFAULTS, OPTIONS
 from common.pinn.problems import PROBLEMS
 from common.plots import PLAIN, scale
 from common.results import CHECKPOINT, MetricsError, read_metrics
@@ -81,7 +81,8 @@ def runs(config: StudyConfig) -> Iterator[PinnConfig]:
     """Yield the configuration of each run."""
     for data in config.problems.split(","):
         for optim in config.optims.split(","):
-            given: dict[str, Any] = {"redraw": config.redraw, "damping": config.damping}
+            damping = config.damping if "damping" in OPTIONS[optim] else None
+            given: dict[str, Any] = {"redraw": config.redraw, "damping": damping}
             more = "".join(f"-{name}{value:g}" for name, value in given.items() if value is not None)
             name = f"study-{data}-{optim}-{config.seed}{more}"
             folder = Path(config.result_dir) / PinnConfig.app / name

@@ -115,7 +115,8 @@ def main(argv: list[str]) -> Path:
     name = plain_name(sweep.result_name or f"{config.data}-{config.optim}".replace(":", "-"))
     whole = Path(sweep.result_dir) / "sweep" / name
     folder.check_options(config)
-    config = dataclasses.replace(config, result_name=None, device=ranks.own(config.device))
+    given = config.device
+    config = dataclasses.replace(config, result_name=None, device=ranks.own(given))
     own_settings = {each: getattr(sweep, each) for each in ("app", "halving", "population", "by", "data_order")}
     settings = folder.settings_of(config, values, own_settings)
     if sweep.slice == "merge":
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> Path:
     check_device(config.device)
     config, problem = make_problem(config, grid, shared=sweep.data_order == "shared")
     # after the errors of options, data and nets
+    config = dataclasses.replace(config, device=given)
     with folder.opened(path, settings | {"slice": part}, overwrite=sweep.overwrite, resume=sweep.resume):
         return train(path, config, problem, values, mine, plan, sweep)
 
@@ -218,7 +220,11 @@ def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig, 
     last = {line["run"]: line["epoch"] for line in lines}
     report_runs("are missing", set(range(len(grid))) - last.keys(), len(grid))
     if sweep.halving:  # only some runs of a part train to the end
-        early = [part.name for part, each in found.items() if max(line["epoch"] for line in each) < config.num_epochs]
+        early = [
+            part.name
+            for part, each in found.items()
+            if max((line["epoch"] for line in each), default=-1) < config.num_epochs
+        ]
         if early:
             print(f"parts that have not ended: {', '.join(early)}", file=sys.stderr)
     else:

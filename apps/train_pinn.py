@@ -92,7 +92,7 @@ def completed(config: PinnConfig) -> PinnConfig:
     widths = widths_of(model)
     if widths[0] != problem.dimensions or widths[-1] != 1:
         raise ConfigError(f"model must have {problem.dimensions} inputs and 1 output for {config.data}, got {model}")
-    open_ones = [name for name in OPTIONS[config.optim] if getattr(config, name) is None]
+    open_ones = [name for name in ("damping", "momentum", "lr", "ema") if getattr(config, name) is None]
     filled = {name: getattr(default, name) for name in open_ones}
     redraw = problem.redraw if config.redraw is None else config.redraw
     return dataclasses.replace(config, model=model, redraw=redraw, **filled)

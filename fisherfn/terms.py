@@ -124,7 +124,7 @@ class TermSum(NaturalGradient):
     def check_terms(self, batch: Any, noise: Any = None, context: PyTree = None) -> None:
         """Raise `StructureError` unless the batch has exactly the terms, noise is theirs, and there is no context."""
         unknown = sorted((noise or {}).keys() - self.terms.keys())
-        if unknown or context is not None:
+        if unknown or context not in (None, (), {}):
             what = f"there is noise for {unknown}, which are no terms" if unknown else "terms have no context"
             raise StructureError(f"{what}: pass noise from ng.noise(batch, generator), and no context.")
         expect(batch, Mapping, "a batch of a sum of terms", "pass {name: (inputs, targets)} with every term")

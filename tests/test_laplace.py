@@ -319,3 +319,31 @@ def test_predictions_are_of_examples_as_at_the_build(change, error):
         posterior.predict(state, change(problem.x))
     with pytest.raises(ff.errors.HyperparameterError, match="chunk_size"):
         posterior.predict(state, problem.x, chunk_size=0)
+
+
+def test_in_float32_small_eigenvalues_above_the_rounding_errors_stay():
+    """The inputs have scales 1, 1/2, …, 1/256: the eigenvalues of A go down to 1.5e-5 of the largest."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 256, generator=g).double() / torch.arange(1, 257)
+    y, params = torch.randn(1024, 1, generator=g).double(), {"w": torch.randn(1, 256, generator=g).double()}
+
+    def model(p, x):
+        return torch.nn.functional.linear(x, p["w"])
+
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        own = {name: leaf.to(dtype) for name, leaf in params.items()}
+        posterior, state = linear_posterior(x.to(dtype), y.to(dtype), own, model, prior=1e-2)
+        logdet = posterior.ng.approximation(state.curvature).logdet(1e-6)
+        weakest = posterior.predict(state, torch.eye(256, dtype=dtype)[-1:])[1].sum()
+        found.append(torch.stack([posterior.log_marginal_likelihood(state), logdet, weakest]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
+
+
+def test_factors_that_are_not_finite_have_no_logdet_and_raise_nothing():
+    x, params = torch.randn(8, 3), {"w": torch.randn(1, 3)}
+    posterior, state = linear_posterior(
+        x, torch.randn(8, 1), params, lambda p, x: torch.nn.functional.linear(x, p["w"])
+    )
+    bad = {key: tree.map(lambda leaf: leaf * torch.nan, each) for key, each in state.curvature.factors.items()}
+    posterior.ng.approximation(state.curvature._replace(factors=bad)).logdet(0.1)

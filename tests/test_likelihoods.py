@@ -294,3 +294,11 @@ def test_categorical_likelihoods_are_equal_if_their_options_are():
     assert ff.Categorical(weight=weight) == ff.Categorical(weight=weight.clone()) != ff.Categorical(weight=2 * weight)
     assert ff.Categorical(weight=weight) != ff.Categorical() and ff.Categorical() != "categorical"
     assert len({ff.Categorical(), ff.Categorical(), ff.Categorical(weight=weight)}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_targets_are_not_rounded_to_half_precision(dtype):
+    outputs, targets = torch.full((1, 1), 100.0, dtype=dtype), torch.full((1, 1), 100.3)
+    assert float(ff.Gaussian().nll(outputs, targets)) == pytest.approx(0.045, rel=1e-3)
+    assert float(ff.Gaussian().score(outputs, targets)) == pytest.approx(-0.3, rel=1e-2)
+    assert torch.isfinite(ff.Gaussian().nll(outputs, torch.full((1, 1), 800.0)))

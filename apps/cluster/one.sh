@@ -8,7 +8,7 @@
 # RESULTS  folder for results
 set -euo pipefail
 
-if [[ " $*" == *" --result_"* ]]; then
+if [[ " $*" == *" --result"[-_]* ]]; then
     echo "give RESULTS and RUN instead of --result_dir and --result_name" >&2
     exit 2
 fi

@@ -57,10 +57,15 @@ def keep(path: Path, older: Path) -> None:
 
 def remove_folder(folder: Path, *, last: str) -> None:
     """Remove a folder, and the file that marks it as a whole one last: the mark stays while there is other content."""
+    empty_folder(folder, last=last)
+    folder.rmdir()
+
+
+def empty_folder(folder: Path, *, last: str) -> None:
+    """Remove all that is in a folder, as `remove_folder`; the folder itself, and a lock on it, stay."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != last:
             entry.unlink()
     (folder / last).unlink(missing_ok=True)
-    folder.rmdir()

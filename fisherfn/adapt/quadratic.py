@@ -44,7 +44,7 @@ from fisherfn.types import PyTree, Tree
 PARALLEL = 1e-6
 """Share of a direction's own curvature below which it counts as a combination of the directions before it."""
 
-LACKING = ("forward", "vmap over", "derivative for")
+LACKING = ("forward AD", "forward mode", "forward-mode", "vmap over", "derivative for")
 """Words of torch's errors for a function that lacks the rule of a transform."""
 
 

@@ -1,7 +1,7 @@
 r"""Embeddings: $s = W e_j$, a column of the matrix `[E, V]` for each index j; the one-hot row is stored as the index.
 
 Input `[N, *T]` of integers, output `[N, *T, E]`, weight `[V, E]`. The row of the padding index, which gets no gradient
-in torch, is zero. Calls with `max_norm` (which changes the weight) or `scale_grad_by_freq` are not covered. The
+in torch, is zero. Calls with `max_norm` (which changes the weight) or `scale_grad_by_freq` are refused. The
 result of `sparse` calls is the same: the gradient is made from indices and output-gradients, and is not sparse.
 """
 
@@ -45,7 +45,9 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = bind(_ARGUMENTS, args, kwargs)
-    if given.get("scale_grad_by_freq"):
+    weight = given["weight"]
+    frozen = isinstance(weight, torch.nn.Parameter) and not weight.requires_grad
+    if given.get("scale_grad_by_freq") and not frozen:
         raise CoverageError(
             "the model divides an embedding's gradient by the counts of the indices in the batch (scale_grad_by_freq), "
             "which is the gradient of no loss: build the embedding without it."

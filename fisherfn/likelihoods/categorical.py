@@ -64,7 +64,8 @@ class Categorical:
         if not isinstance(other, Categorical):
             return NotImplemented
         one, two = self.weight, other.weight
-        same = one is two or (one is not None and two is not None and torch.equal(one, two))
+        known = one is not None and two is not None and one.device == two.device
+        same = one is two or (known and torch.equal(one, two))  # type: ignore[arg-type]
         return same and (self.ignore_index, self.label_smoothing) == (other.ignore_index, other.label_smoothing)
 
     def __hash__(self) -> int:

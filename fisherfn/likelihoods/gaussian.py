@@ -30,13 +30,14 @@ class Gaussian:
 
     def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         _check_targets(targets, outputs)
-        return sum_over_outputs((targets.to(outputs.dtype) - outputs).square()) / (2 * self.variance)
+        return sum_over_outputs(_difference(outputs, targets).square()) / (2 * self.variance)
 
     def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
         r"""Return the gradient of `nll` in the outputs, $(f - y) / \sigma^2$."""
         _check_targets(targets, outputs)
-        difference = outputs - targets.to(outputs.dtype)
-        return difference if isinstance(self.variance, float) and self.variance == 1 else difference / self.variance
+        difference = _difference(outputs, targets)
+        one = isinstance(self.variance, float) and self.variance == 1
+        return (difference if one else difference / self.variance).to(outputs.dtype)
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return `outputs + σ · noise`, with standard normal noise."""
@@ -59,6 +60,12 @@ class Gaussian:
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
         return tree.finite_inputs(targets)
+
+
+def _difference(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return `f − y` in the type of the outputs, at least float32: half precision would round large targets."""
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    return outputs.to(dtype) - targets.to(dtype)
 
 
 def _check_targets(targets: Tensor, outputs: Tensor) -> None:

@@ -88,17 +88,23 @@ def _eigh64(matrix: Float[Tensor, "k d d"]) -> tuple[Float[Tensor, "k d"], Float
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def denoised(matrix: Factor) -> Factor:
-    """Return a PSD matrix in float64 without the numerical noise of its own type: such eigenvalues are zero.
+NOISE = 2.0
+"""Rounding errors of a second moment, in units of its precision and its largest eigenvalue: measured 0.5 at most."""
 
-    In float64 alone they would look like curvature that a small damping amplifies.
+
+def denoised(matrix: Factor) -> Factor:
+    """Return a PSD matrix in float64 without the rounding errors of its own type: such eigenvalues are zero.
+
+    In float64 alone they would look like curvature that a small damping amplifies. Matrices that are not finite stay.
     """
+    ok = kron.finite(matrix)
     if matrix.dtype == torch.float64 or is_diagonal(matrix):
         return matrix.double()
-    values, vectors = torch.linalg.eigh(matrix.double())
-    noise = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1:]
-    clean: Tensor = (vectors * torch.where(values > noise, values, 0.0).unsqueeze(-2)) @ vectors.mT
-    return clean
+    eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    values, vectors = torch.linalg.eigh(kron.where(ok, matrix.double(), eye))
+    noise = NOISE * torch.finfo(matrix.dtype).eps * values[..., -1:]
+    clean = (vectors * torch.where(values > noise, values, 0.0).unsqueeze(-2)) @ vectors.mT
+    return kron.where(ok, clean, matrix.double())
 
 
 def psd_eigh(matrix: Factor) -> Spectrum:

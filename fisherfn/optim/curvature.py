@@ -226,8 +226,9 @@ class Curvature(Copies, Saved):
                 f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
                 'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
             )
-        grads = [p.grad for p in self.network.parameters().values()]
-        if self._passes and all(grad is None or not grad.any() for grad in grads):
+        grads = [p.grad for p in self.network.parameters().values() if p.grad is not None]
+        erased = self._passes and not any(grad.any() for grad in grads) and any(each.moves for each in self._passes)
+        if not grads or erased:
             self.forget(used=True)  # zero_grad dropped their batch
         if not self.updates:
             yield

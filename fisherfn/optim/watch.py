@@ -48,7 +48,8 @@ class Seen(NamedTuple):
         if versions(self.input) != self.versions:
             raise StructureError(
                 f"an input of layer {block.key!r} was changed in place between `with watch()` and step(), for example "
-                "a buffer that is filled with the next batch: change it after step(), or watch(x.clone())."
+                "a buffer that is filled with the next batch, or a parameter that another optimizer has stepped: "
+                "change it after step(), or run the net on x.clone()."
             )
         return self.input
 
@@ -64,6 +65,12 @@ class Pass(NamedTuple):
     def used(self) -> bool:
         """True if there was a backward pass."""
         return any(seen.leaf.grad is not None for calls in self.calls.values() for seen in calls)
+
+    @property
+    def moves(self) -> bool:
+        """True if the loss of the pass had a gradient that is not zero."""
+        leaves = (seen.leaf.grad for calls in self.calls.values() for seen in calls)
+        return any(grad is not None and bool(grad.any()) for grad in leaves)
 
 
 class Watched:

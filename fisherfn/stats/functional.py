@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,17 +51,17 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
         seeded: SeededDropout | None = None
         # shapes and modes decide which path a run takes and which random numbers it samples
         shapes = tuple(leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in tree.leaves(x))
-        key = shapes, tuple(mode_of(module) for module in net.modules())
         if drops(net) or "dropout" in context:
             seeds = require_seeds(context)
+            key = shapes, tuple(mode_of(module) for module in net.modules())
             if key not in draws:
                 draws[key] = _draws(net, {**params, **fresh}, x, seeds)
             seeded = SeededDropout(seeds, draws[key])
-        first = key not in looked and not torch.compiler.is_compiling()
+        first = shapes not in looked and not torch.compiler.is_compiling()
         with seeded or contextlib.nullcontext(), swap(), Strays(swap.strays) if first else contextlib.nullcontext():
             outputs = unwrapped(net)(*args, **kwargs)
             moved = swap.buffers(fresh)
-        looked.add(key)
+        looked.add(shapes)
         if seeded is not None:
             seeded.finish()
         logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
@@ -71,7 +72,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
 
 def mode_of(module: torch.nn.Module) -> tuple[Any, ...]:
     """Return what decides which path a module takes: whether it trains, and whether it drops anything."""
-    rates = (getattr(module, name, None) for name in ("p", "dropout"))
+    rates = (vars(module).get(name) for name in ("p", "dropout"))
     return module.training, *(rate != 0 for rate in rates if isinstance(rate, float | int))
 
 
@@ -131,6 +132,28 @@ def run(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, Py
         return call(model, params, x, context)
 
 
+class Eager:
+    """Have compiled functions run as they are written while any thread is inside: all threads share the setting."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.close()
+
+
+EAGER = Eager()
+
+
 def check_model(model: Any, context: PyTree) -> None:
     """Raise `StructureError` unless a model is a function of parameters, inputs and the context, if there is one."""
     if isinstance(model, torch.nn.Module):
@@ -171,8 +194,7 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
     before = versions(x)
     found: Any
     # functions that the model has compiled run as they are written, so that a trace sees their layers
-    eager = None if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
-    with eager or contextlib.nullcontext():
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else EAGER:
         found = model(params, x) if isinstance(context, tuple) and context == () else model(params, x, context)
     if isinstance(context, tuple) and context == ():
         outputs, new_context = found, ()

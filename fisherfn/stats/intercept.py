@@ -87,6 +87,11 @@ class Intercept(Elementary):
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
+    def begin(self, inputs: PyTree) -> None:
+        """Note the inputs of a run of the build, whose values may choose rows."""
+        if self._selected is not None:
+            self._selected.begin(inputs)
+
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and record it if it is a layer or reads parameters."""
         if self._recorder is None:
@@ -109,7 +114,8 @@ class Intercept(Elementary):
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
         self._orders.note(func, args, output)
         if self._selected is not None:
-            self._selected.note(func, args, (args, kwargs), output)
+            with torch._C.DisableTorchFunction():
+                self._selected.note(func, args, (args, kwargs), output)
         growth = self._compare(func, (args, kwargs), output)
         # a kernel that a batch norm standardises has no examples
         self.couples |= uncoupled is not None and growth != [None]

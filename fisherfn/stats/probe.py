@@ -94,6 +94,7 @@ class Probe:
         before, numbers = _global_generators(self.params), _numpy_state()
         x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and the originals are kept
         with torch.no_grad(), Intercept(self.params, shared=scout) as mode:
+            mode.begin(x)
             outputs, _ = call(self.model, self.params, x, self.context)
         after = _global_generators(self.params)
         if not all(torch.equal(before[device], after[device]) for device in before):

@@ -1,48 +1,81 @@
 """Rows that were chosen by values, as by a mask of padding: the examples of these rows change from batch to batch.
 
 `h[mask]` of a batch with three tokens in every example looks like a layer with three rows per example, and the next
-batch has four and two. So a layer on such rows is none whose rows the library can assign to examples.
+batch has four and two. So a layer on such rows is none whose rows the library can assign to examples. A mask that does
+not depend on the inputs (of a buffer, of positions) always chooses the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfn.stats.steps import name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
 
 CHOOSING = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "_unique2", "_pack_padded_sequence"}
-"""Functions whose outputs have as many rows as the values of their inputs say."""
+"""Functions whose first outputs have as many rows as the values of their inputs say."""
+
+REPLACING = ("index_put", "index_add", "index_copy", "index_fill", "scatter", "masked_scatter")
+"""Beginnings of the names of functions that write rows to places of another tensor, whose rows are then in order."""
 
 
 class Selected:
-    """The tensors of a run whose rows were chosen by values; their rows stay chosen until a call makes others."""
+    """The tensors of a run whose rows were chosen by values that depend on the inputs, with their numbers of rows."""
 
-    def __init__(self) -> None:
-        self._found: dict[int, Tensor] = {}
+    def __init__(self, inputs: PyTree = ()) -> None:
+        self._rows: Any = WeakTensorKeyDictionary()
+        self._varying: Any = WeakTensorKeyDictionary()
+        self.begin(inputs)
+
+    def begin(self, inputs: PyTree) -> None:
+        """Note the inputs of the run."""
+        for leaf in tensors_among(inputs):
+            self._varying[leaf] = True
 
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], arguments: PyTree, output: Any) -> None:
         """Note the outputs of a call, if it chooses rows or reads chosen ones."""
-        if _chooses(func, args):
-            found = tensors_of(output)
-        else:
-            rows = {len(leaf) for leaf in tensors_among(arguments) if leaf in self and leaf.ndim}
-            found = [leaf for leaf in tensors_of(output) if leaf.ndim and len(leaf) in rows] if rows else []
-        self._found |= {id(leaf): leaf for leaf in found}  # kept alive, so that no other tensor gets its identity
+        read, made, name = tensors_among(arguments), tensors_of(output), name_of(func)
+        if not any(leaf in self._varying for leaf in read):
+            return
+        changed = [args[0]] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else []
+        for leaf in (*made, *(leaf for leaf in changed if isinstance(leaf, Tensor))):
+            self._varying[leaf] = True
+        masks = _masks(func, args)
+        if masks is not None:
+            if any(leaf in self._varying for leaf in masks):
+                chosen = made[:1] if name.startswith(("unique", "_unique")) else made
+                self._mark(chosen, {len(leaf) for leaf in chosen if leaf.ndim})
+        elif not name.startswith(REPLACING):
+            sources = read
+            if func is Tensor.__getitem__ and (index := tensors_among(args[1:])):
+                sources = index  # the rows of the source are given new places
+            self._mark(made, {self._rows[leaf] for leaf in sources if leaf in self._rows})
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._found
+        return tensor in self._rows
+
+    def _mark(self, tensors: Iterable[Tensor], rows: set[int]) -> None:
+        for leaf in tensors:
+            count = next((n for n in rows if n in leaf.shape), None)
+            if count is not None:
+                self._rows[leaf] = count
 
 
-def _chooses(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Return True for a function of `CHOOSING`, and for a boolean index of the first axis."""
-    if name_of(func) in CHOOSING:
-        return True
+def _masks(func: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor] | None:
+    """Return the tensors whose values decide how many rows a call returns; None for a call that chooses none."""
+    name = name_of(func)
+    if name in CHOOSING or (name == "where" and len(args) == 1):
+        return tensors_among(args)
+    if name == "repeat_interleave":
+        counts = [leaf for leaf in args[1:] if isinstance(leaf, Tensor) and leaf.ndim]
+        return counts or None
     if func is not Tensor.__getitem__:
-        return False
-    index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        return None
+    index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+    masks = [part for part in index if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)]
+    return masks if masks and masks[0] is index[0] else None  # behind a slice the rows stay

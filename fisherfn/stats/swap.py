@@ -31,7 +31,7 @@ class Swap:
         self._values = values
         self.strays: dict[int, str] = {}
         """The module's own parameters that are replaced, by identity: a run that reads one of them reads an old one."""
-        given = {*map(id, values.values())}
+        given = {id(leaf) for value in values.values() for leaf in (value, value._base)}
         names: dict[int, str] = {}  # the first of several names, as in `named_parameters` and `named_buffers`
         for path, module in net.named_modules():
             self._modules[module] = path
@@ -111,6 +111,10 @@ def unwrapped(net: nn.Module) -> nn.Module:
     return net
 
 
+SHAPES_ALONE = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
+"""Functions that read the values of their first argument alone; those that make new tensors read none."""
+
+
 class Strays(TorchFunctionMode):
     """Refuse calls that read a replaced parameter by another reference: an attribute, a list, or a view of it."""
 
@@ -122,13 +126,16 @@ class Strays(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in SHAPES_ALONE or name.endswith("_like") or name.startswith("new_"):
+            args, kwargs = args[:1] if name in SHAPES_ALONE else (), {}
         tensors = [leaf for leaf in tree.leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         with torch._C.DisableTorchFunction():  # an enclosing trace would see attributes as calls
             read = [self._names.get(id(leaf)) or self._names.get(id(leaf._base)) for leaf in tensors]
-        name = next((name for name in read if name is not None), None)
-        if name is not None and any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):  # not just a shape
+        stray = next((one for one in read if one is not None), None)
+        if stray is not None and any(isinstance(leaf, Tensor) for leaf in tree.leaves(output)):  # not just a shape
             raise StructureError(
-                f"the forward reads the parameter {name!r} by another reference (an attribute, a list or a view that "
+                f"the forward reads the parameter {stray!r} by another reference (an attribute, a list or a view that "
                 "__init__ made), which would keep its old value: read it from its module, in the forward."
             )
         return output

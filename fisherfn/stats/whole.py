@@ -32,8 +32,9 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `StructureError` if two parameters share numbers: the step of one would replace that of the other."""
-    own = {name: p for name, p in tensors.items() if type(p) in (Tensor, nn.Parameter) and p.device.type != "meta"}
+    """Raise `StructureError` if two trained parameters share numbers: a step of one would replace that of the other."""
+    plain = {name: p for name, p in tensors.items() if type(p) in (Tensor, nn.Parameter) and p.requires_grad}
+    own = {name: p for name, p in plain.items() if p.device.type != "meta"}
     places: dict[int, list[str]] = {}
     for name, p in own.items():
         if p.numel() and p.layout == torch.strided:

@@ -204,7 +204,7 @@ def test_an_array_trains_the_parts_of_a_sweep_which_merge_into_one(job):
 def test_the_folder_of_results_is_that_in_which_a_job_looks_for_its_checkpoint(job, file):
     """With a folder among the arguments each job would start again, and delete what the one before has saved."""
     said = stand_in(job, 'echo "$*" >>said')
-    words = ("--result_dir", "scratch")
+    words = ("--result-name" if file == "sweep.sbatch" else "--result_dir", "scratch")
     given = {"ARGUMENTS": " ".join(words)} if file == "one_net.msub" else {}
     done = job(file, *([] if given else words), SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="2", **given, **said)
     assert done.returncode == 2 and "give RESULTS and RUN" in done.stderr_text

@@ -384,3 +384,99 @@ def test_functions_that_the_net_has_compiled_are_seen_through():
 
     for name, leaf in torch.func.grad(loss)(params).items():
         torch.testing.assert_close(found[name], leaf)
+
+
+# ------------------------------------------------------------- what the refusals must leave alone, and other spellings
+
+
+class Chosen(nn.Module):
+    """A layer on rows that are chosen in one of many ways."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.b, self.out, self.kind = nn.Linear(4, 4), nn.Linear(4, 3), kind
+        self.register_buffer("keep", torch.tensor([True, False, True, True]))
+        self.table = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, mask):
+        flat, rows, z = x.flatten(0, 1), mask.flatten(), torch.zeros_like(x).flatten(0, 1)
+        if self.kind == "where":
+            (index,) = torch.where(rows)
+            z = z.index_add(0, index, self.b(flat[None, index].reshape(-1, 4)))
+        elif self.kind == "tuple":
+            z = z.index_put((rows,), self.b(flat[(rows,)]))
+        elif self.kind == "repeats":
+            counts = mask.sum(1)
+            owner = torch.arange(len(x)).repeat_interleave(counts)
+            z = torch.zeros_like(x[:, 0]).index_add(0, owner, self.b(x[:, 0].repeat_interleave(counts, 0)))
+            return self.out(z)
+        elif self.kind == "written back":
+            z = z.index_put((rows,), flat[rows])
+            z = self.b(z)
+        elif self.kind == "inverse":
+            kinds, inverse = torch.where(mask, 1, 0).flatten().unique(return_inverse=True)
+            z = self.b(flat) * (1 + kinds[inverse]).unsqueeze(-1)
+        elif self.kind == "buffer":
+            z = self.b(flat) + self.b(self.table[self.keep]).sum(0)
+        return self.out(z.reshape(x.shape).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "selected"),
+    [
+        ("where", True),
+        ("tuple", True),
+        ("repeats", True),
+        ("written back", False),
+        ("inverse", False),
+        ("buffer", False),
+    ],
+)
+@pytest.mark.parametrize("count", [3, 5])
+def test_only_rows_whose_choice_depends_on_the_inputs_are_selected(kind, selected, count):
+    model, params, context = ff.functional(Chosen(kind))
+    x = data(length=5)[0]
+    ng = ff.natural_gradient(
+        model, params, (x, masks(*[count] * N)), likelihood=ff.Categorical(), context=context, unused="ignore"
+    )
+    assert ("chosen by values" in str(ng.layout)) is selected
+    assert "out" in [block.key for block in ng.layout.blocks if block.kind == "linear"]
+
+
+def test_frozen_parameters_may_share_memory_and_scale_their_gradient():
+    weight = torch.randn(6, 4)
+    tables = [nn.Embedding.from_pretrained(weight) for _ in range(2)]
+    tables.append(nn.Embedding.from_pretrained(weight, scale_grad_by_freq=True))
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables, self.out = nn.ModuleList(tables), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.out(torch.cat([table(x) for table in self.tables], -1))
+
+    x, y = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert torch.isfinite(ff.optim.NaturalGradient(Both(), likelihood=ff.Categorical()).step((x, y)))
+
+
+def test_a_microbatch_without_gradient_counts():
+    net, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), data()
+    found = []
+    for order in ((0.0, 1.0), (1.0, 0.0)):
+        net.zero_grad()
+        pre = ff.optim.Preconditioner(net, likelihood=ff.Categorical(), damping=0.1, example_inputs=x)
+        for weight in order:
+            with pre.watch():
+                loss = weight * nn.functional.cross_entropy(net((2 - weight) * x), y)
+            (loss / 2).backward()
+        pre.step()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_parameters_that_are_views_of_the_nets_own_are_no_strays():
+    net, x = nn.Linear(4, 3), data()[0]
+    model, _, context = ff.functional(net)
+    given = {"weight": net.weight.view_as(net.weight), "bias": net.bias.unsqueeze(0)[0]}
+    torch.testing.assert_close(model(given, x, context)[0], net(x))

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from common.atomic import remove_folder
+from common.atomic import empty_folder
 from common.config import ConfigError, as_yaml
 from common.results import MAY_CHANGE, ResultExistsError, locked
 from common.sweep.grid import Values
@@ -59,13 +59,13 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, resume
         raise ResultExistsError(f"{folder} has other files, such as parts of a sweep: give another --result_name")
     elif file.exists() and not overwrite:
         raise ResultExistsError(f"{folder} exists already: give --overwrite, --resume, or another --result_name")
-    elif file.exists():
-        os.close(locked(folder))
-        remove_folder(folder, last=file.name)
     folder.mkdir(parents=True, exist_ok=True)
     handle = locked(folder)
     try:
+        if not (resume or overwrite) and file.exists():
+            raise ResultExistsError(f"{folder} was made by another run in the meantime: give another --result_name")
         if not resume:
+            empty_folder(folder, last=file.name)
             write_json(file, {"settings": settings})
         yield
     finally:
