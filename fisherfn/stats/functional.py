@@ -58,7 +58,7 @@ def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
                 draws[key] = _draws(net, {**params, **fresh}, x, seeds)
             seeded = SeededDropout(seeds, draws[key])
         first = shapes not in looked and not torch.compiler.is_compiling()
-        with seeded or contextlib.nullcontext(), swap(), Strays(swap.strays) if first else contextlib.nullcontext():
+        with seeded or contextlib.nullcontext(), swap(), Strays(swap.strays()) if first else contextlib.nullcontext():
             outputs = unwrapped(net)(*args, **kwargs)
             moved = swap.buffers(fresh)
         looked.add(shapes)

@@ -29,9 +29,7 @@ class Swap:
         self._slots: list[tuple[dict[str, Any], str, str]] = []
         self._filled: set[tuple[int, str]] = set()
         self._values = values
-        self.strays: dict[int, str] = {}
-        """The module's own parameters that are replaced, by identity: a run that reads one of them reads an old one."""
-        given = {id(leaf) for value in values.values() for leaf in (value, value._base)}
+        self._replaced: dict[int, str] = {}
         names: dict[int, str] = {}  # the first of several names, as in `named_parameters` and `named_buffers`
         for path, module in net.named_modules():
             self._modules[module] = path
@@ -43,8 +41,14 @@ class Swap:
                     self._filled.add((id(table), key))
                     if name in values:
                         self._slots.append((table, key, name))
-                        if table is module._parameters and id(tensor) not in given:
-                            self.strays[id(tensor)] = name
+                        if table is module._parameters:
+                            self._replaced[id(tensor)] = name
+
+    def strays(self) -> dict[int, str]:
+        """Return the names of the replaced parameters, by identity: a run that reads one of them reads an old one."""
+        with torch._C.DisableTorchFunction():  # an enclosing trace would see attributes as calls
+            given = {id(leaf) for value in self._values.values() for leaf in (value, value._base)}
+        return {place: name for place, name in self._replaced.items() if place not in given}
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

@@ -480,3 +480,14 @@ def test_parameters_that_are_views_of_the_nets_own_are_no_strays():
     model, _, context = ff.functional(net)
     given = {"weight": net.weight.view_as(net.weight), "bias": net.bias.unsqueeze(0)[0]}
     torch.testing.assert_close(model(given, x, context)[0], net(x))
+
+
+def test_steps_take_parameters_that_are_views():
+    """The members of a stack are views of it; asking a parameter for its base is no call of the model."""
+    model, params, context = ff.functional(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
+    x, y = data()
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context, fisher="type2")
+    views = {name: torch.stack([leaf, leaf])[1] for name, leaf in params.items()}
+    found, expected = (ng.stats(p, (x, y), context=context).grads for p in (views, params))
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf)
