@@ -29,6 +29,7 @@ TESTS = (
     "tests/test_coverage.py::test_a_notebook_shows_the_report_as_a_table",
     "tests/test_uncovered.py",
     "tests/stats/test_refused.py",
+    "tests/stats/test_silent.py",
     "tests/decompositions/test_attention.py::test_attention_without_a_batch_is_torchs",
     "tests/stats/test_collector.py::test_statistics_are_a_tree_like_any_other",
     "tests/adapt/test_damping.py",
