@@ -347,6 +347,7 @@ def test_only_one_process_writes_to_a_folder(own, monkeypatch):
     train = sweep.train
 
     def twice(*args):
+        monkeypatch.setattr(sweep, "train", train)
         with pytest.raises(ResultExistsError, match="another run is writing"):
             sweep.main([*BASE, *FIXED, "--resume"])
         with pytest.raises(ResultExistsError, match="another run is writing"):
