@@ -21,6 +21,9 @@ from common.study import BATCHES, NETS, TITLES, TWICE, Run, best, read
 TARGET = "adam"
 """The optimizer whose final loss the others have to reach."""
 
+COMPILED = 1.0
+"""Seconds before the first step of a race from which on it has compiled; later seeds reuse the compiled steps."""
+
 
 def report(folder: Path, nets: Sequence[str], page: Path | None) -> None:
     """Print the tables, draw the pictures, and write them into a page between its markers.
@@ -55,17 +58,18 @@ def of_net(runs: list[Run]) -> str:
         raced = [run for run in runs if run.optim == optim and run.kind == "plain"]
         chosen = best(trials) or (raced[0].fresh() if raced else None)
         if chosen is None:
-            rows.append([TITLES[optim], "–", str(len(trials)), "no run ended", "", "", "", ""])
+            rows.append([TITLES[optim], "–", str(len(trials)), "no run ended", *[""] * 5])
             continue
         seeds = repeats(runs, chosen)
         tried = str(len(trials)) if optim in BASELINES else "0"
         losses = spread([run.loss for run in seeds]) if seeds else "–"
         rows.append(
             [TITLES[optim], settings(chosen), tried, losses, str(len(seeds or raced)), in_steps(runs, seeds or raced)]
-            + [in_time(runs, optim, kind) for kind in ("plain", "compiled")]
+            + [ratio(in_time(runs, optim, kind)) for kind in ("plain", "compiled")]
+            + [with_compiling(runs, optim)]
         )
     head = ["optimizer", "learning rate", "trials", "final training loss", "seeds"]
-    head += ["steps, relative to Adam", "time, relative to Adam", "the same, compiled"]
+    head += ["steps, relative to Adam", "time, relative to Adam", "the same, compiled", "the same, with compiling"]
     return table(head, rows)
 
 
@@ -132,16 +136,29 @@ def in_steps(runs: Sequence[Run], seeds: Sequence[Run]) -> str:
     return ratio(ratios)
 
 
-def in_time(runs: Sequence[Run], optim: str, kind: str) -> str:
-    """Return the same ratio for the seconds of the race, with the seconds of compilation."""
+def in_time(runs: Sequence[Run], optim: str, kind: str, compiling: bool = False) -> list[float]:
+    """Return the same ratio for the seconds of each race, with or without those of compiling."""
     adam = {run.seed: run for run in runs if run.optim == TARGET and run.kind == kind}
     raced = [run for run in runs if run.optim == optim and run.kind == kind and run.seed in adam]
-    ratios = [
-        run.points[-1][1] / adam[run.seed].points[-1][1] if run.stopped == "reached" or optim == TARGET else math.inf
+    return [
+        seconds(run, compiling) / seconds(adam[run.seed], compiling)
+        if run.stopped == "reached" or optim == TARGET
+        else math.inf
         for run in raced
+        if not compiling or run.warm > COMPILED
     ]
-    warm = [run.warm for run in raced if run.warm]
-    return ratio(ratios) + (f"; compiling {statistics.median(warm):.0f} s" if warm else "")
+
+
+def with_compiling(runs: Sequence[Run], optim: str) -> str:
+    """Return the seconds of compiling and the ratio that includes them, of the races that began by compiling."""
+    warm = [run.warm for run in runs if run.optim == optim and run.kind == "compiled" and run.warm > COMPILED]
+    ratios = in_time(runs, optim, "compiled", compiling=True)
+    return f"{ratio(ratios)}; {statistics.median(warm):.0f} s" if warm else ""
+
+
+def seconds(run: Run, compiling: bool) -> float:
+    """Return the seconds of a run, with those of compiling if asked."""
+    return run.points[-1][1] + (run.warm if compiling else 0.0)
 
 
 def ratio(values: Sequence[float]) -> str:

@@ -215,8 +215,20 @@ def test_ratios_compare_seeds_with_the_same_seed_of_adam():
     assert study_report.ratio([math.inf, math.inf]) == "not reached"
     assert study_report.in_steps(runs + kfac, kfac[:1]) == "0.25"
     race = [run("adam", 0, [1, 0.5], kind="plain"), run("kfac", 0, [1, 0.8, 0.5], kind="plain", stopped="reached")]
-    assert study_report.in_time(race, "kfac", "plain") == "2.00"
-    assert study_report.in_time(race, "kfac", "compiled") == ""
+    assert study_report.in_time(race, "kfac", "plain") == [2.0]
+    assert study_report.in_time(race, "kfac", "compiled") == []
+
+
+def test_the_ratio_with_compiling_counts_only_races_that_began_by_compiling():
+    def race(optim, seed, seconds, warm, stopped):
+        points = [(0, 0.0, 1.0, 1.0), (8, seconds, 0.5, 0.5)]
+        return Run("MNIST", optim, None, None, seed, "compiled", points, stopped, warm=warm)
+
+    runs = [race("adam", 0, 10.0, 2.0, ""), race("adam", 1, 10.0, 0.03, "")]
+    runs += [race("kfac", 0, 4.0, 20.0, "reached"), race("kfac", 1, 5.0, 0.0, "reached")]
+    assert study_report.in_time(runs, "kfac", "compiled") == [0.4, 0.5]
+    assert study_report.with_compiling(runs, "kfac") == "2.00; 20 s"
+    assert study_report.with_compiling(runs[1:2], "adam") == ""
 
 
 def test_a_whole_run_of_each_seed_counts_once_and_only_a_baselines_race_is_whole():
