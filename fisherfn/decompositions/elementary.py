@@ -32,11 +32,18 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return normed
 
 
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Compute distances by definition, since torch's backward of them is wrong under `torch.vmap`."""
+    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
+    return distances
+
+
 _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.prelu: prelu,
     torch._weight_norm: weight_norm,
+    torch.cdist: cdist,
     **RECURRENT,
 }
 

@@ -58,6 +58,8 @@ class _Phase(NamedTuple):
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     dimensions = _DIMENSIONS[function]
     given = bind(_ARGUMENTS, args, kwargs)
+    if given["input"].ndim != dimensions + 2:  # torch also takes a single image, which has no examples
+        return None
     numbers = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
     config = Config(
         kernel=tuple(given["weight"].shape[2:]),

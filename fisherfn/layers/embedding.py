@@ -34,7 +34,15 @@ Facts = Config
 """The name of `Config` in layouts that version 0.1 saved."""
 
 
+_BAG = (
+    "input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
+    "include_last_offset", "padding_idx",
+)  # fmt: skip
+
+
 def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    if function is not F.embedding:
+        return None  # a bag is no layer of its own; see `refuse`
     given = bind(_ARGUMENTS, args, kwargs)
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
         return None  # see `refuse`
@@ -44,7 +52,7 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def refuse(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = bind(_ARGUMENTS, args, kwargs)
+    given = bind(_ARGUMENTS if function is F.embedding else _BAG, args, kwargs)
     weight = given["weight"]
     frozen = isinstance(weight, torch.nn.Parameter) and not weight.requires_grad
     if given.get("scale_grad_by_freq") and not frozen:
@@ -75,6 +83,6 @@ def from_matrix(matrix: Float[Tensor, "1 e v"], config: Config) -> Float[Tensor,
 
 
 EMBEDDING = Family(
-    "embedding", (F.embedding,), match, rows, columns, to_matrix, from_matrix,
+    "embedding", (F.embedding, F.embedding_bag), match, rows, columns, to_matrix, from_matrix,
     refuse=refuse, any_axis=True, one_hot=True,
 )  # fmt: skip

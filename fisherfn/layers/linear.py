@@ -6,6 +6,7 @@ Input `[N, *T, d_in]`, output `[N, *T, d_out]`: all axes between the first and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +27,11 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def rows(x: Float[Tensor, "n *t i"], config: None) -> Float[Tensor, "1 n positions i"]:
-    return x.reshape(1, x.shape[0], -1, x.shape[-1])
+    return x.reshape(1, x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])  # -1 is undefined without inputs
 
 
 def columns(g: Float[Tensor, "s n *t o"], config: Any) -> Float[Tensor, "1 s n positions o"]:
-    return g.reshape(1, g.shape[0], g.shape[1], -1, g.shape[-1])
+    return g.reshape(1, *g.shape[:2], math.prod(g.shape[2:-1]), g.shape[-1])
 
 
 def to_matrix(weight: Float[Tensor, "o i"], config: None) -> Float[Tensor, "1 o i"]:

@@ -38,8 +38,18 @@ def match(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return Call(x, weight, bias[0] if bias and bias[0].shape == weight.shape[1:] else None)
 
 
-def is_transpose(x: Any, output: Any) -> bool:
-    """Return True if a call returned the transpose of a matrix, or of a batch of them (`mT`), as a view."""
+_TRANSPOSING = {"t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint"}
+_PROPERTIES = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+"""Functions that may return the transpose of their first argument."""
+
+
+def is_transpose(func: Callable[..., Any], x: Any, output: Any) -> bool:
+    """Return True if a call returned the transpose of a matrix, or of a batch of them (`mT`), as a view.
+
+    The function counts, too: a matrix that `torch.linalg` computes also has the strides of a transpose.
+    """
+    if func not in _PROPERTIES and getattr(func, "__name__", "") not in _TRANSPOSING:
+        return False
     if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.ndim < 2 or output.ndim != x.ndim:
         return False
     return all(tuple(b) == (*a[:-2], a[-1], a[-2]) for a, b in ((x.shape, output.shape), (x.stride(), output.stride())))

@@ -67,6 +67,12 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "or is used elsewhere too. Pass sparse=False.",
     ),
     (
+        ("mutate a captured Tensor", "mutating directly with `.data`"),
+        "the model changes a parameter, or another tensor from outside of it, while it runs (a weight is clipped or "
+        "normalised in place). Compute the changed weight and use it, F.linear(x, weight.clamp(min=0)), or change the "
+        "parameters between steps.",
+    ),
+    (
         ("element mutated in a function transform", "vmap: inplace arithmetic"),
         "the model writes into a tensor in place that all examples share. Write y = y + z instead of y += z there, or "
         "begin with y = y.clone().",

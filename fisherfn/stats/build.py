@@ -46,6 +46,7 @@ def build(
         check_whole(params)
     whole = Probe(model, params, x, context)
     whole.check()
+    whole = whole.apart()
     if whole.examples > FEW:
         try:
             return _in_one_precision(_build(whole.few(), unused, uncovered, whole))

@@ -30,6 +30,7 @@ from fisherfn.layers import (
     is_transpose,
     untransposed,
 )
+from fisherfn.stats.reads import changes_nothing, inside_function, values_read
 from fisherfn.stats.records import Record, Recorder
 from fisherfn.stats.scout import Scout
 from fisherfn.stats.selected import Selected
@@ -79,11 +80,11 @@ class Intercept(Elementary):
         self.records: dict[str, list[Record]] = {}
         self.other_uses: set[str] = set()
         self.couples = False
-        self.trace: list[Traced] = []
-        """The calls of a trace, with their names and shapes."""
+        self.trace: list[Traced] = []  # the calls of a trace, with their names and shapes
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         self._orders = Orders()
-        self._selected = Selected() if taps is None and recorder is None else None
+        self._tracing = taps is None and recorder is None and self._followed is None
+        self._selected = Selected() if self._tracing else None
         for name in self._followed.plan.parameters if self._followed else ():
             self._follow(name, params[name])
 
@@ -95,23 +96,28 @@ class Intercept(Elementary):
     def elementary(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and record it if it is a layer or reads parameters."""
         if self._recorder is None:
-            self._refuse(func, args, kwargs)
+            randomness.refuse(func, args, kwargs)
+            for family in families(func):
+                family.refuse(func, args, kwargs)
+            decompositions.refuse(func, args, kwargs, self._is_parameter)
         else:
             self._recorder.admit(func, args, kwargs, self._followed)
         # tensors inside a transform that the model itself applies (jvp, grad, vmap) are invalid after it has ended
-        here = _level() == self._entered
+        here = _level() == self._entered and not (self._tracing and inside_function())
         simpler = self._simpler(func, args, kwargs) if here else None
         if simpler is not None:
             with self:
                 return simpler()
         if self._followed is not None and here:
-            shared = self._followed.among(args, kwargs)
+            shared = self._followed.among(values_read(func, args, kwargs))
             if shared and not self._enters_layer(func, args, kwargs):
                 output = self._followed.take(func, args, kwargs, shared)
-                self._note_reads(output, args, kwargs)
+                self._note_reads(func, output, args, kwargs)
                 return output
         uncoupled = self._without_coupling(func, args, kwargs)
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
+        if here and args and id(args[0]) in self._names and changes_nothing(func, args, kwargs, output):
+            return args[0]
         self._orders.note(func, args, output)
         if self._selected is not None:
             with torch._C.DisableTorchFunction():
@@ -121,12 +127,12 @@ class Intercept(Elementary):
         self.couples |= uncoupled is not None and growth != [None]
         matched = self._match(func, args, kwargs) if here else None
         if matched is not None:
-            self._note_reads(output, args, kwargs, matched[1])
+            self._note_reads(func, output, args, kwargs, matched[1])
             return self._record(*matched, func, args, kwargs, output, growth)
-        if here and args and id(args[0]) in self._names and is_transpose(args[0], output):
+        if here and args and id(args[0]) in self._names and is_transpose(func, args[0], output):
             self._transposes[id(output)] = output, args[0]  # a call that uses the transpose reads the weight
         else:
-            self._note_reads(output, args, kwargs)
+            self._note_reads(func, output, args, kwargs)
         if self._scout is not None:
             self._scout.look(func, args, kwargs, output, growth if here else None, self._names)
         return output
@@ -152,13 +158,6 @@ class Intercept(Elementary):
                 return family, call
         return None
 
-    def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise the typed error for a call that no run of the library can contain."""
-        randomness.refuse(func, args, kwargs)
-        for family in families(func):
-            family.refuse(func, args, kwargs)
-        decompositions.refuse(func, args, kwargs, self._is_parameter)
-
     def _without_coupling(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], Tensor] | None:
@@ -169,7 +168,7 @@ class Intercept(Elementary):
     def _is_parameter(self, leaf: Any) -> bool:
         return id(leaf) in self._names
 
-    def _note_reads(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None) -> None:
+    def _note_reads(self, func: Any, output: Any, args: Any, kwargs: Any, call: Call | None = None) -> None:
         """Record the parameters from which a call computes tensors, besides as a layer (reading a shape is no use)."""
         values: Sequence[Any] = (*args, *kwargs.values()) if kwargs else args
         if not _NESTED.isdisjoint(map(type, values)):
@@ -177,7 +176,7 @@ class Intercept(Elementary):
         # every call of every step comes here: most read no parameter, and most others are layers
         if self._names.keys().isdisjoint(map(id, values)) and self._transposes.keys().isdisjoint(map(id, values)):
             return
-        read = {*map(id, values)}
+        read = {*map(id, tree.leaves(values_read(func, args, kwargs)))}
         if call is not None:
             read -= {id(call.weight), id(call.bias)}
         read |= {id(self._transposes[key][1]) for key in read & self._transposes.keys()}
@@ -208,7 +207,8 @@ class Intercept(Elementary):
             place = growth[0] if growth else None
             self.records[name].append(Record(family.name, call, bias, output, place=place, selected=selected))
             if self._scout is not None:
-                self._scout.look(func, args, kwargs, output, growth, self._names, besides=(call.weight, call.bias))
+                own = (call.weight, call.bias if bias is not None else None)
+                self._scout.look(func, args, kwargs, output, growth, self._names, besides=own)
             return self._tapped(name, use, call.input, output, call)
         assert self._shared is not None
         if self._scout is not None:

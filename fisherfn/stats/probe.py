@@ -31,6 +31,20 @@ class Probe:
     x: PyTree
     context: PyTree
 
+    def apart(self) -> Probe:
+        """Return the probe with its own parameters, and small numbers in place of those that are zero throughout.
+
+        Where a gate or the last layer is zero (ReZero, LoRA), every gradient behind it is, and would confirm anything.
+        """
+        generator = torch.Generator().manual_seed(2)
+
+        def own(p: Tensor) -> Tensor:
+            if bool((p != 0).any()):
+                return p.detach().clone()
+            return (0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p)
+
+        return replace(self, params={name: own(p) for name, p in self.params.items()})
+
     def check(self) -> None:
         """Raise unless these are real parameters and at least one example."""
         if not isinstance(self.params, Mapping) or not self.params:
@@ -89,13 +103,21 @@ class Probe:
 
         Raises:
             NoiseError: the model uses the global random generator.
+            StructureError: the model changes its parameters.
             ShapeError: the outputs are not one real tensor `[N, …]`.
         """
-        before, numbers = _global_generators(self.params), _numpy_state()
+        before, numbers, values = _global_generators(self.params), _numpy_state(), _fingerprints(self.params)
         x = tree.map(torch.clone, self.x)  # a model that changes its inputs is refused, and the originals are kept
         with torch.no_grad(), Intercept(self.params, shared=scout) as mode:
             mode.begin(x)
             outputs, _ = call(self.model, self.params, x, self.context)
+        changed = [name for name, value in _fingerprints(self.params).items() if value != values[name]]
+        if changed:
+            raise StructureError(
+                f"the model changes {changed[0]!r} while it runs (a weight is clipped or normalised in place), so a "
+                "gradient would not be that of the given parameters. Compute the changed weight and use it, "
+                "F.linear(x, weight.clamp(min=0)), or change the parameters between steps."
+            )
         after = _global_generators(self.params)
         if not all(torch.equal(before[device], after[device]) for device in before):
             _restore(before)
@@ -163,6 +185,11 @@ def _other(leaf: Tensor) -> Tensor:
         return leaf.roll(1, -1) if leaf.ndim > 1 else leaf
     generator = torch.Generator().manual_seed(1)
     return leaf * (0.5 + torch.rand(leaf.shape, generator=generator, dtype=torch.float64)).to(leaf)
+
+
+def _fingerprints(params: Tree) -> dict[str, tuple[str, int]]:
+    """Return the sum and the version of each parameter; `.data` and an equal value leave one of them unchanged."""
+    return {name: (str(float(p.detach().double().sum())), p._version) for name, p in params.items()}
 
 
 def _global_generators(params: Tree) -> dict[torch.device, Tensor]:

@@ -16,6 +16,7 @@ from torch import Size, Tensor
 
 from fisherfn import tree
 from fisherfn.layers import broadcasts, changes_input, spreads, works_in_place
+from fisherfn.stats.reads import values_read
 from fisherfn.stats.shared import Copies, Ledger, Shared, origins_of, spread
 from fisherfn.stats.steps import Growth, Place, Step, Traced, name_of, tensors_among, tensors_of
 from fisherfn.types import PyTree
@@ -110,11 +111,12 @@ class Scout(Ledger):
         """Record what a call does with shared tensors: a step, or a failure if it cannot be followed."""
         if not tensors_of(output) and not changes_input(func):
             return  # the call returned a shape or a number
-        self.note_parameters((args, kwargs), names, besides)
-        for leaf in tree.leaves((args, kwargs)):
+        read = values_read(func, args, kwargs)
+        self.note_parameters(read, names, besides)
+        for leaf in tree.leaves(read):
             if id(leaf) in self._stale:
                 self.fail(self._stale[id(leaf)].origins, name_of(func))
-        shared = self.among(args, kwargs)
+        shared = self.among(read)
         shared = {key: entry for key, entry in shared.items() if not any(entry.tensor is other for other in besides)}
         if not shared:
             return

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from fisherfn import tree
 from fisherfn.errors import StructureError
+from fisherfn.stats.reads import values_read
+from fisherfn.stats.steps import tensors_among
 from fisherfn.types import PyTree, Tree
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -115,10 +117,6 @@ def unwrapped(net: nn.Module) -> nn.Module:
     return net
 
 
-SHAPES_ALONE = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
-"""Functions that read the values of their first argument alone; those that make new tensors read none."""
-
-
 class Strays(TorchFunctionMode):
     """Refuse calls that read a replaced parameter by another reference: an attribute, a list, or a view of it."""
 
@@ -130,10 +128,7 @@ class Strays(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name in SHAPES_ALONE or name.endswith("_like") or name.startswith("new_"):
-            args, kwargs = args[:1] if name in SHAPES_ALONE else (), {}
-        tensors = [leaf for leaf in tree.leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        tensors = tensors_among(values_read(func, args, kwargs or {}))
         with torch._C.DisableTorchFunction():  # an enclosing trace would see attributes as calls
             read = [self._names.get(id(leaf)) or self._names.get(id(leaf._base)) for leaf in tensors]
         stray = next((one for one in read if one is not None), None)

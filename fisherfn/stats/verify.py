@@ -73,7 +73,7 @@ def _leaking(layout: Layout, pull: Callable[[Tensor], Taps], cotangent: Tensor) 
 def _wrong_together(layout: Layout, pull: Callable[[Tensor], Taps], cotangent: Tensor, grads: Taps) -> set[str]:
     """Find blocks of calls that run once per example, and whose gradients are wrong for several samples at once.
 
-    Some functions (`torch.cdist`) have a wrong derivative under two nested `torch.vmap`.
+    Some functions (the kernel of `torch.cdist`) have a wrong derivative under two nested `torch.vmap`.
     """
     copied = [block for block in layout.layers if block.kind == COPIED.name]
     if not copied:

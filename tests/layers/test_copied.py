@@ -199,14 +199,25 @@ def test_a_call_that_mixes_examples_raises():
         ff.natural_gradient(cumulated, {"w": normal(4, 4)}, normal(3, 4), likelihood=ff.Categorical())
 
 
-@pytest.mark.parametrize("function", [torch.cdist, F.prelu], ids=lambda f: f.__name__)
-def test_calls_that_torch_batches_wrongly_use_the_fallback(function):
-    """The derivative of `torch.cdist` is wrong under two nested vmaps."""
-    shape = (3, 4) if function is torch.cdist else (3,)
-    problem = readout_of(lambda w, h: function(h, w), shape)
+def raw_distances(h, w):
+    """Distances by the kernel of `torch.cdist`, whose derivative is wrong under two nested vmaps."""
+    return torch.ops.aten._cdist_forward(h, w, 2.0, None)
+
+
+@pytest.mark.parametrize(("function", "kind"), [(raw_distances, "fallback"), (torch.cdist, "elementwise")])
+def test_calls_that_torch_batches_wrongly_use_the_fallback(function, kind):
+    problem = readout_of(lambda w, h: function(h, w), (3, 4))
     for fisher in zoo.FISHERS:
         run = sampled(problem, fisher)
-        assert kinds(run.ng) == {"w": "fallback" if function is torch.cdist else "elementwise"}
+        assert kinds(run.ng) == {"w": kind}
+        check_fisher(problem, run, fisher)
+
+
+def test_prelu_is_computed_by_its_definition():
+    problem = readout_of(lambda w, h: F.prelu(h, w), (3,))
+    for fisher in zoo.FISHERS:
+        run = sampled(problem, fisher)
+        assert kinds(run.ng) == {"w": "elementwise"}
         check_fisher(problem, run, fisher)
 
 
