@@ -46,9 +46,10 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
     """Compile a pure function, such as a step, into a single graph for each kind of call.
 
     Calls are of one kind if their tensors agree in shape, strides, type and device, and everything else (flags,
-    numbers, names) is equal. A number that changes from step to step should therefore be a tensor. The first call of a
-    kind takes seconds to minutes. Inside `torch.vmap` and other transforms the function runs uncompiled, so compile the
-    outermost function.
+    numbers, names, autocast) is equal. A number that changes from step to step should therefore be a tensor. What the
+    function reads from elsewhere (an attribute of a module, its dropout rates) stays as in the first call of the kind.
+    That call takes seconds to minutes. Inside `torch.vmap` and other transforms the function runs uncompiled, so
+    compile the outermost function.
 
     Args:
         fn: a pure function from trees to a tree, such as `ng.step` or a whole training step around it. Its operations
@@ -74,6 +75,9 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
         if torch._C._functorch.maybe_current_level() is not None or get_proxy_mode() is not None:
             return fn(*args, **kwargs)
         tensors, kind = tree.split((args, kwargs))
+        devices = {tensor.device.type for tensor in tensors}
+        low = [(one, torch.get_autocast_dtype(one)) for one in devices if torch.is_autocast_enabled(one)]
+        kind = kind, frozenset(low)  # a trace has the casts of autocast
         with torch.no_grad():
             if _look_up(graphs, kind) is None:
                 graphs[kind] = _traced(fn, (args, kwargs), tensors, options)

@@ -172,3 +172,13 @@ def test_errors_teach():
         ff.compile(lambda x: x if x.sum() > 0 else -x, backend="eager")(torch.ones(1))
     with pytest.raises(ff.errors.StructureError, match="hashed"):
         ff.compile(lambda x, y: x, backend="eager")(torch.ones(1), set())
+
+
+def test_autocast_is_part_of_the_kind_of_a_call():
+    compiled = ff.compile(lambda w, x: x @ w, backend="eager")
+    w, x = torch.randn(4, 4), torch.randn(3, 4)
+    for low in (None, torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", dtype=low, enabled=low is not None):
+            found, expected = compiled(w, x), x @ w
+        assert found.dtype == expected.dtype == (low or torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

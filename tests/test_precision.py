@@ -82,3 +82,24 @@ def test_parameters_of_another_precision_than_at_the_build_take_the_same_step(bu
     ff.check(info)
     assert {leaf.dtype for leaf in nat.values()} == {state.damping.dtype} == {built}
     close(nat, expected, tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [ff.Bernoulli(), ff.Categorical(), ff.Gaussian()], ids=lambda one: type(one).__name__
+)
+def test_losses_of_outputs_in_half_precision_are_computed_in_single(likelihood):
+    """A loss of 40 has three digits in bfloat16: its change in a step, and so λ and the verdict, would be noise."""
+    rng = torch.Generator().manual_seed(0)
+    params, x = {"w": torch.randn(8, 64, generator=rng)}, torch.randn(16, 8, generator=rng)
+    y = torch.randint(0, 64, (16,)) if isinstance(likelihood, ff.Categorical) else torch.rand(16, 64, generator=rng)
+
+    def model(params, x):
+        return (x @ params["w"]).bfloat16()
+
+    ng = ff.natural_gradient(model, params, x, likelihood=likelihood)
+    expected = likelihood.nll(model(params, x).float(), y).mean()
+    opt = ff.adaptive(ng, look_back=False)
+    _, _, info = opt.step(params, opt.init(params), (x, y), generator=rng)
+    for found in (ng.loss(params, (x, y)), ng.stats(params, (x, y), generator=rng).loss, info.loss):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

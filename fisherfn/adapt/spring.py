@@ -52,7 +52,7 @@ class Spring:
     momentum: float | Tensor
 
     def init(self, params: Tree, *, damping: float | Tensor = 1e-3) -> SpringState:
-        """Return the initial state, with the direction zero and this λ; see `ng.init`."""
+        """Return the initial state: the direction zero, this λ, and no running average (ema 0); see `ng.init`."""
         return SpringState(self.ng.init(params, damping=damping, ema=0.0), tree.zeros_like(params))
 
     def step(self, params: Tree, state: SpringState, batch: Any, **options: Any) -> tuple[Tree, SpringState, Info]:

@@ -45,7 +45,7 @@ class AdaptiveState(NamedTuple):
         spread: squared standard error of that mean.
         mass: mean number of outputs of an example in that batch, counted with the weights of its targets.
         alive: for each parameter, whether it had a gradient at the last accepted step.
-        rejected: whether the last step was rejected; a loop may refresh inverses then.
+        rejected: whether a step since the last refresh of inverses was rejected; a loop may refresh them then.
         average: running average of the parameters, `()` without one.
         count: number of steps in the average.
     """

@@ -17,7 +17,7 @@ from fisherfn.errors import StructureError, expect
 from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
 from fisherfn.stats.swap import Strays, Swap, unwrapped, versions
 from fisherfn.stats.whole import check_apart, check_whole
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.types import Model, PyTree, Tree, at_least_single
 
 
 def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
@@ -189,7 +189,8 @@ def _takes(model: Model, arguments: int) -> bool:
 def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, PyTree]:
     """Call the model, with the context if there is one; `()` stands for none.
 
-    The caller must already be in an `Elementary` mode.
+    Outputs in half precision are converted to float32, since losses and their changes have the outputs' type. The
+    caller must already be in an `Elementary` mode.
     """
     before = versions(x)
     found: Any
@@ -211,4 +212,6 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
             "step runs it more than once on the same inputs. Write x = x + 1, or let the forward begin with "
             "x = x.clone()."
         )
+    if isinstance(outputs, Tensor) and outputs.is_floating_point():
+        outputs = outputs.to(at_least_single(outputs.dtype))
     return outputs, new_context

@@ -1,4 +1,4 @@
-"""Which values a call reads: some calls take a tensor for its shape or type alone, and some return it as it is."""
+"""Values that a call reads: some calls take a tensor for its shape or type alone, and some return it as it is."""
 
 from __future__ import annotations
 
