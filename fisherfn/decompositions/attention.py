@@ -110,9 +110,13 @@ def scaled_dot_product_attention(
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     if is_causal:
         attends = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return attention_weights(query, key, _additive(~attends, query), dropout_p, scale, barred=False) @ value
+        causal = _additive(~attends, query)
+        if attn_mask is None:
+            return attention_weights(query, key, causal, dropout_p, scale, barred=False) @ value
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # in this function true means: attend
         attn_mask = _additive(~attn_mask, query)
+    if is_causal:  # with both, torch's fused kernel applies both
+        attn_mask = causal + attn_mask
     return attention_weights(query, key, attn_mask, dropout_p, scale) @ value
 
 

@@ -306,3 +306,17 @@ def test_a_query_that_may_attend_to_no_key_gets_zeros_and_a_finite_mask_stays_fi
     expected = F.scaled_dot_product_attention(q, -16 * v, v, mask)
     assert not expected[0, 0].any() and expected[0, 1:].all()
     torch.testing.assert_close(attention.scaled_dot_product_attention(q, -16 * v, v, mask), expected)
+
+
+@pytest.mark.parametrize("kind", ["true means attend", "added to the scores"])
+def test_a_mask_beside_the_causal_one_is_applied_too(kind):
+    """The kernel for whole matrices refuses both; torch's fused one, which runs by default, applies both."""
+    q, mask = normal(2, 1, 5, 4), normal(5, 5, seed=1)
+    if kind == "true means attend":
+        mask = (mask > 0) | torch.eye(5, dtype=torch.bool)
+    found = attention.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
+    both = mask & torch.ones(5, 5, dtype=torch.bool).tril() if mask.dtype == torch.bool else mask.tril()
+    scores = q @ q.mT / 2
+    scores = scores.masked_fill(~both, -torch.inf) if mask.dtype == torch.bool else scores + both
+    scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    close(found, scores.softmax(-1) @ q)
