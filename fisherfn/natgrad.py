@@ -157,7 +157,7 @@ class NaturalGradient(Refreshes):
         return nat, state if new is state else if_ok(info, new, state), info
 
     advance = step_from
-    """The name of `step_from` in version 0.1, for one more version."""
+    """The former name of `step_from`."""
 
     def __call__(self, params: Tree, stats: Stats, *, damping: float | Tensor = 1e-3) -> Tree:
         """Return the gradient preconditioned by these statistics alone, without a state.

@@ -1,4 +1,4 @@
-"""Files that version 0.1 pickled name classes by module: these names stay, and what is pickled comes back whole."""
+"""Files that versions before 0.1.0 pickled name classes by module: these names stay, and what is pickled comes back whole."""
 
 import importlib
 import pickle
@@ -40,7 +40,7 @@ def test_a_saved_name_is_a_class(name):
 
 
 def test_the_saved_fields_of_a_use_are_read_by_position():
-    """A use of version 0.1 is a tuple of nine, the configuration first."""
+    """A use of versions before 0.1.0 is a tuple of nine, the configuration first."""
     use = zoo.pick("conv").build().layout.layers[0].uses[0]
     assert len(use) == 9 and use[0] is use.config and type(use)(*use) == use
 

@@ -2,7 +2,7 @@
 
 Damping is a tensor in the state, and the Fisher an operator: the Levenberg-Marquardt rule is a few lines. Every five
 steps the change of the loss is compared with the prediction of the quadratic model. Damping decreases if the
-prediction was good and increases otherwise. The picture shows the losses next to those of fixed dampings, and the
+prediction was good and increases if it was poor. The picture shows the losses next to those of fixed dampings, and the
 chosen damping.
 """
 
@@ -51,7 +51,8 @@ def train(ng, params, data, steps, damping, adapt):
         new = ff.tree.add(params, move)
         if adapt and step % 5 == 4:
             promised = ff.tree.dot(stats.grads, move) + ff.tree.dot(move, ng.fisher(stats) @ move) / 2
-            ratio = (ng.stats(new, batch, curvature=False).loss - stats.loss) / promised
+            after = ng.stats(new, batch, curvature=False).loss
+            ratio = ff.adapt.reduction_ratio(after - stats.loss, promised)  # also for a promised increase
             factor = 0.75 if ratio > 0.75 else 1.33 if ratio < 0.25 else 1.0
             state = state._replace(damping=state.damping * factor)
         params = new

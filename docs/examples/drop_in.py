@@ -1,8 +1,9 @@
 """A plain PyTorch loop, and the same loop converted by three lines, on the MNIST autoencoder.
 
 `python docs/examples/drop_in.py OUT DIR` reads the digits in DIR (IDX files, as published), trains both loops on three
-seeds, prints the losses and draws `drop_in.png` into OUT. Adam has the best of its rates on the first seed. Without DIR
-it trains on images drawn on the spot. Both start from the same parameters and see the same batches in the same order.
+seeds, prints the losses and draws `drop_in.png` into OUT. Adam has the best of its learning rates on the first seed.
+Without DIR it trains on images drawn on the spot. Both start from the same parameters and see the same batches in the
+same order.
 """
 
 import gzip
@@ -114,7 +115,7 @@ def main(out: Path, small: bool = False, folder: Path | None = None) -> dict:
     adam = [tried[best], *(run(plain, x, widths, epochs, seed, best) for seed in seeds[1:])]
     for seed, (theirs, ours) in enumerate(zip(adam, natural, strict=True)):
         print(f"seed {seed}: Adam's final loss after {theirs[-1][0]:.1f} s, converted {reached(ours, theirs[-1][1])} s")
-    curves = {f"Adam, rate {best:g}": adam, "converted loop, K-FAC": natural}
+    curves = {f"Adam, learning rate {best:g}": adam, "converted loop, K-FAC": natural}
     draw(out / "drop_in.png", curves)
     return curves
 

@@ -78,7 +78,7 @@ def draw(file: Path, images: dict, errors: dict, full: torch.Tensor, frame: tupl
     limit = images["sampled Fisher"].abs().quantile(0.99).item()
     for ax, (name, image) in zip(axes.flat, images.items(), strict=False):
         shown = ax.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        ax.set_title(f"{name}\nerror {errors[name]:.2f}" if name in errors else f"{name}\nof the middle layer")
+        ax.set_title(f"{name}\nerror {errors[name]:.2f}" if name in errors else "Fisher\nof the middle layer")
     figure.colorbar(shown, ax=axes[0, 3], label="entry of F")
     last = axes[1, 3]
     limit = full.abs().quantile(0.99).item()

@@ -142,10 +142,10 @@ def main(out: Path, small: bool = False, budget: float = 40.0) -> dict:
     try:
         runs = {"K-FAC, defaults": run("K-FAC, defaults", natural, *limits)}
         for lr in RATES[:1] if small else RATES:
-            runs[f"AdamW, rate {lr:g}"] = run(f"AdamW, rate {lr:g}", adamw, *limits, lr=lr)
+            runs[f"AdamW, learning rate {lr:g}"] = run(f"AdamW, learning rate {lr:g}", adamw, *limits, lr=lr)
         for steps in (2,) if small else (200, 400):
             calculate("K-FAC, defaults", natural, steps)
-            calculate("AdamW, rate 0.003", adamw, steps, lr=3e-3)
+            calculate("AdamW, learning rate 0.003", adamw, steps, lr=3e-3)
     finally:
         torch.set_num_threads(threads)
     draw(out / "language.png", runs)

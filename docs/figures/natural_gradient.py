@@ -165,7 +165,7 @@ def losses(way: Way, natural: bool, rate: float, steps: int = 20) -> list[float]
 
 
 def paths() -> None:
-    """The way downhill of both, in both ways to write the model; and the loss at the best rate of each."""
+    """The way downhill of both, in both ways to write the model; and the loss at the best learning rate of each."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.7), layout="constrained")
     line, step = flow(LINE, False, 600, 0.1), flow(STEP, False, 600, 0.1)
     natural_line, natural_step = flow(LINE, True, 300, 0.02), flow(STEP, True, 300, 0.02)
@@ -183,7 +183,7 @@ def paths() -> None:
             print(f"{way.name}, natural={natural}: rate {rate:.3g}, loss {best[-1]:.6f} after {len(best) - 1} steps")
             right.plot(best, style, color=colour, lw=2)
     right.set(xlabel="step", ylabel="loss in nats", ylim=(0.37, None))
-    right.set_title("large steps, each at its best rate", loc="left")
+    right.set_title("large steps, each at its best learning rate", loc="left")
     right.grid(color="#eeeeee")
     _legend(
         figure,

@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
 
 Facts = Config
-"""The name of `Config` in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts saved before 0.1.0."""
 
 
 def rows(ones: Float[Tensor, " n"], config: Config) -> Float[Tensor, "k n 1 1"]:

@@ -29,7 +29,7 @@ class Config(NamedTuple):
 
 
 Facts = Config
-"""The name of `Config` in layouts that version 0.1 saved."""
+"""The name of `Config` in layouts saved before 0.1.0."""
 
 
 _BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
