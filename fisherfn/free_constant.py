@@ -33,7 +33,9 @@ def centred(model: Model, params: Tree, *, scale: float = 100.0) -> tuple[Model,
     Args:
         model: a pure function `(params, x) -> outputs` with one output per example, `[N, 1]` or `[N]`.
         params: its parameters.
-        scale: κ; the mean is subtracted up to the relative error λ/κ².
+        scale: κ; the mean is subtracted up to the relative error λ/κ². The smallest possible λ is ε (κ² + tr F) with
+            the working precision ε, and a smaller one is raised to it (info.diagnostics["jitter"]): use float64, or
+            κ² well below λ/ε. In float32 with λ = 1e-4, κ = 3 is a good choice, and 100 raises λ to 1e-3.
 
     Raises:
         StructureError: params that have this constant already.

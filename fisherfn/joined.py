@@ -95,18 +95,41 @@ class JoinedTap(AnyTap):
         """Return only `g`."""
         return self.whole().g
 
+    def output_rows(self, summed: bool = False) -> int:
+        """Return the number of `g` per sample: those of each part, without positions of zeros and silent examples."""
+        return max(1, sum(part.output_rows(summed) for part in self.parts))
+
     def _scaled(self, taps: Iterator[Tap]) -> list[Tap]:
         return [_scaled(tap, factor, self.samples) for tap, factor in zip(taps, self.factors, strict=True)]
 
 
-def silent_tap(shape: Shape, examples: int, like: Tensor) -> Tap:
-    """Return the tap of examples that do not depend on the block: zeros."""
+class SilentTap(Tap):
+    """The tap of examples that do not depend on the block: zeros, which do not count in a mean over `g`."""
+
+    __slots__ = ()
+
+    def output_rows(self, summed: bool = False) -> int:
+        """Return 0."""
+        del summed
+        return 0
+
+    def window(self, examples: slice) -> SilentTap:
+        """Return the tap of some of the examples."""
+        return SilentTap(*super().window(examples))
+
+    def to(self, dtype: torch.dtype) -> SilentTap:
+        """Return the tap in another precision."""
+        return SilentTap(*super().to(dtype))
+
+
+def silent_tap(shape: Shape, examples: int, like: Tensor) -> SilentTap:
+    """Build the tap of examples that do not depend on a block of this shape."""
     k, o, i, one_hot = shape
     g = like.new_zeros(()).expand(k, 1, examples, 1, o)
     if one_hot:
         index = torch.full((k, examples, 1), i, dtype=torch.int64, device=like.device)
-        return Tap(rows.OneHot(index, i, like.dtype), g)
-    return Tap(like.new_zeros(()).expand(k, examples, 1, i), g)
+        return SilentTap(rows.OneHot(index, i, like.dtype), g)
+    return SilentTap(like.new_zeros(()).expand(k, examples, 1, i), g)
 
 
 def _scaled(tap: Tap, factor: float, samples: int) -> Tap:

@@ -102,7 +102,7 @@ class AnyTap:
         return moment(self)
 
     def mean_of_all(self, taps: Mapping[str, Any], moments: Mapping[str, Callable[[AnyTap], PyTree]]) -> PyTree:
-        """Return the mean of a moment for every block of this batch; see `means`."""
+        """Return the mean of a moment for every block of this batch, in one message if processes share the examples."""
         return {key: taps[key].mean(moment) for key, moment in moments.items()}
 
     def each(self, compute: Callable[[AnyTap], Tensor]) -> Tensor:
@@ -114,29 +114,32 @@ class AnyTap:
 
         Args:
             limit: width above which only the diagonal is computed. For one-hot rows it always is.
-            summed: sum `a` over positions first, `Σ_n (Σ_t a)(Σ_t a)ᵀ`. For one-hot rows this has more than its
-                diagonal, which is then an approximation.
+            summed: take the mean of `a` over positions first, `Σ_n ā āᵀ`; `output_moment` takes the sum of `g`. For
+                one-hot rows this has more than its diagonal, which is then an approximation.
         """
         diagonal = self.one_hot or self.sizes.i > limit
         quick = None if summed or diagonal else self.quick_input_moment()
         if quick is not None:
             return quick
         dtype = at_least_single(self.dtype)
-        parts = (rows.cast(part.a, dtype) for part in self.windows())
-        return added((rows.total_moment if summed else rows.moment)(a, diagonal) for a in parts)  # type: ignore[no-any-return]
+        parts = ((rows.cast(part.a, dtype), part.sizes.t) for part in self.windows())
+        if summed:
+            return added(rows.total_moment(a, diagonal) / t**2 for a, t in parts)  # type: ignore[no-any-return]
+        return added(rows.moment(a, diagonal) for a, _ in parts)  # type: ignore[no-any-return]
+
+    def output_rows(self, summed: bool = False) -> int:
+        """Return the number of `g` per sample in `output_moment`: one per example and position, or per example."""
+        return self.sizes.n if summed else self.sizes.n * self.sizes.t
 
     def output_moment(self, limit: int, summed: bool = False) -> Float[Tensor, "k o *o"]:
         """Return `Σ_snt g gᵀ`, at least in float32; `limit` and `summed` as for `input_moment`."""
-        g = self.outputs()
-        g = g.to(at_least_single(g.dtype))
-        if summed:
-            g = g.sum(3, keepdim=True)
+        g = self.outputs().to(at_least_single(self.dtype))
+        g = g.sum(3, keepdim=True) if summed else g
         return rows.moment(g.flatten(1, 2), self.sizes.o > limit)  # samples are additional rows
 
     def mean_gradient(self) -> Float[Tensor, "k o i"]:
         """Return `1/N Σ_n Σ_t g aᵀ` of a loss tap (one sample): the gradient of the mean loss, at least in float32."""
-        dtype = at_least_single(self.dtype)
-        factor = 1 / self.sizes.n
+        dtype, factor = at_least_single(self.dtype), 1 / self.sizes.n
         return added(  # type: ignore[no-any-return]
             rows.outer(part.g.squeeze(1).to(dtype), rows.cast(part.a, dtype), factor) for part in self.windows()
         )
@@ -221,8 +224,7 @@ class LazyTap(AnyTap, ABC):
 
     def windows(self) -> Iterator[Tap]:
         """Yield parts that together are the whole, each small enough for fast memory."""
-        n = self.sizes.n
-        size = max(1, WINDOW // max(1, self.stored))
+        n, size = self.sizes.n, max(1, WINDOW // max(1, self.stored))
         for start in range(0, n, size):
             yield self.part(slice(start, min(start + size, n)))
 
@@ -271,19 +273,17 @@ class ChunkedTap(AnyTap):
         """Return only `g`."""
         return self.tap.outputs()  # type: ignore[no-any-return]
 
+    def output_rows(self, summed: bool = False) -> int:
+        """Return that of the tap."""
+        return self.tap.output_rows(summed)  # type: ignore[no-any-return]
+
     def mean(self, moment: Callable[[AnyTap], PyTree]) -> PyTree:
         """Compute the mean chunk by chunk; each counts by its number of examples."""
         return added(tree.scale(moment(part), part.sizes.n / self.sizes.n) for part in self._chunks())
 
     def _chunks(self) -> Iterator[AnyTap]:
-        n = self.sizes.n
-        for start in range(0, n, self.size):
-            yield self.tap.window(slice(start, min(start + self.size, n)))
-
-
-def means(taps: Mapping[str, AnyTap], moments: Mapping[str, Callable[[AnyTap], PyTree]]) -> PyTree:
-    """Return `tap.mean(moment)` of every block, by its key; in one message if examples are spread over processes."""
-    return next(iter(taps.values())).mean_of_all(taps, moments) if taps else {}
+        for start in range(0, self.sizes.n, self.size):
+            yield self.tap.window(slice(start, start + self.size))
 
 
 def added(parts: Iterable[PyTree]) -> PyTree:

@@ -34,6 +34,27 @@ def problem():
     return params, x, p, values - p @ values
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "error", "jitter"),
+    [(torch.float64, 100.0, 1e-7, 0.0), (torch.float32, 3.0, 1e-2, 0.0), (torch.float32, 100.0, 1.0, 2e-3)],
+)
+def test_the_scale_raises_the_smallest_damping(dtype, scale, error, jitter):
+    """With λ = 1e-4: a scale of 100 needs double precision, as its docstring says."""
+    params, x, p, values = problem()
+    free, more = ff.centred(model, {name: leaf.to(dtype) for name, leaf in params.items()}, scale=scale)
+    batch = (x.to(dtype), torch.stack([20 * p, values], 1).to(dtype))
+    ng = ff.natural_gradient(free, more, batch[0], likelihood=Weighted(), method="exact", fisher="type2")
+    nat, _, info = ng.step(more, ng.init(more, damping=1e-4), batch)
+    ff.check(info)
+    assert jitter / 2 <= max(info.diagnostics["jitter"].values()) <= jitter
+    J = jacrev(model)(params, x)
+    O = torch.cat([J[name].reshape(20, -1) for name in params], 1)  # noqa: E741
+    off = O - p @ O
+    expected = torch.linalg.solve(off.T @ (p[:, None] * off) + 1e-4 * torch.eye(16), O.T @ (p * values))
+    found = torch.cat([nat[name].reshape(-1) for name in params]).double()
+    assert error / 100 <= (found - expected).norm() / expected.norm() <= error
+
+
 def test_a_step_is_solved_with_the_damped_covariance_of_weighted_scores():
     params, x, p, values = problem()
     free, more = ff.centred(model, params)

@@ -175,6 +175,63 @@ def test_one_product_per_term_is_kfac_for_one_model():
     close(found[0], found[1])
 
 
+def sequences(params, x):
+    """A layer at every position: `x` is `[N, T, 3]`, or `[N, 3]` for one position."""
+    return linear(x, params["0.weight"])
+
+
+def sequence_terms(method):
+    """Terms with seven positions, with one, and with a head of its own that does not contain the layer."""
+    x = {"long": points(4, 21).unflatten(1, (7, 3)), "short": points(6, seed=1), "head": points(5, 4, 2)}
+    y = {"long": points(4, 14).unflatten(1, (7, 2)), "short": points(6, 2), "head": points(5, 2)}
+    params = {"0.weight": points(2, seed=3), "head": points(2, 4, 4)}
+    models = {"long": sequences, "short": sequences, "head": lambda params, x: linear(x, params["head"])}
+    terms = {name: ff.Term(models[name], x[name], ff.Gaussian(), weight=w) for name, w in WEIGHTS.items()}
+    ng = ff.sum_of_terms(terms, params, method=method)
+    stats = ng.stats(params, {name: (x[name], y[name]) for name in terms})
+    return ng, stats, ng.update(ng.init(params), stats)[0].factors, x
+
+
+WEIGHTS = {"long": 1.0, "short": 2.5, "head": 0.5}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_kfac_counts_the_positions_of_each_term(sharing):
+    """The output-gradients of a Gaussian are the identity; those of term i count w_i N / N_i, with N in all."""
+    _, _, factors, x = sequence_terms(ff.kfac(sharing=sharing))
+    n, a = 15, {"long": x["long"].flatten(0, 1), "short": x["short"]}
+    rows = {"long": 28, "short": 6}
+    share = {name: WEIGHTS[name] * n / len(x[name]) for name in rows}
+    if sharing == "reduce":  # seven independent samples of the identity, one per position
+        a["long"], rows["long"], share["long"] = x["long"].mean(1), 4, 7 * share["long"]
+    A, G = factors["0"]
+    close(A[0], sum(each.T @ each for each in a.values()) / n)
+    close(G[0], torch.eye(2).double() * sum(share[name] * rows[name] for name in rows) / sum(rows.values()))
+
+
+@pytest.mark.parametrize("method", [ff.kfac(), ff.ekfac(), ff.kfac_by_term()])
+def test_a_head_of_its_own_has_its_whole_curvature(method):
+    """The output-gradients are independent of the inputs: K-FAC of the only term with the layer is its Fisher."""
+    ng, stats, factors, _ = sequence_terms(method)
+    block = ng.layout.block("head")
+    trace = ng.method.trace({"head": factors["head"]}, {"head": block.shape})
+    close(trace, ng.fisher(stats).block("head").trace())
+
+
+def test_one_product_per_term_counts_the_positions_of_each_term():
+    """Output-gradients are independent of the inputs: the product of each term is its Fisher."""
+    ng, stats, factors, _ = sequence_terms(ff.kfac_by_term())
+    (A, G), (C, D) = factors["0"]
+    close(torch.kron(G[0], A[0]) + torch.kron(D[0], C[0]), ng.fisher(stats).block("0"))
+
+
+def test_the_correction_of_kfac_completes_a_head_of_its_own():
+    """K-FAC is exact there: nothing is left to correct."""
+    _, _, factors, _ = sequence_terms(ff.kfac_corrected())
+    (A, G), (C, D) = factors["head"]
+    assert C.norm() * D.norm() < 1e-6 * A.norm() * G.norm()
+
+
 def test_a_term_may_read_a_few_parameters_and_no_term_need_have_a_weight():
     params, batch = problem()
     batch["edge"] = (points(5, 4), points(5, 4, 4))

@@ -115,7 +115,7 @@ def scaled_dot_product_attention(
             return attention_weights(query, key, causal, dropout_p, scale, barred=False) @ value
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # in this function true means: attend
         attn_mask = _additive(~attn_mask, query)
-    if is_causal:  # with both, torch's fused kernel applies both
+    if is_causal and attn_mask is not None:  # torch's fused kernel applies both
         attn_mask = causal + attn_mask
     return attention_weights(query, key, attn_mask, dropout_p, scale) @ value
 

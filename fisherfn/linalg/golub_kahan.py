@@ -104,6 +104,11 @@ class Triplet(NamedTuple):
     square: Float[Tensor, " k"]
     residual: Float[Tensor, " k"]
 
+    def balanced(self) -> tuple[Vector, Vector]:
+        """Return u/√σ and √σ v: the coefficients of v can be larger than any number in float32 if σ is small."""
+        root = self.square**0.25
+        return kron.times(self.u, _inverse(root, 0.0)), kron.times(self.v, root)
+
 
 def leading(
     Z: LinearMap, steps: int, rank: int = 1, after: tuple[Triplet, Triplet] | None = None
@@ -163,17 +168,15 @@ def _krylov(Z: LinearMap, steps: int, restart: bool, after: tuple[Triplet, Tripl
         Q, D = torch.cat([Q, _column(q)], 1), torch.cat([D, _column(dual)], 1)
         images.append(Z.left(dual))
         image_duals.append(Z.left_dual(images[-1]))
-        r = Z.right(image_duals[-1])
-        again = largest * (length == 0) if second is not None and step else None
-        if second is not None and again is not None:
-            r = r + kron.times(second, again)
         square = kron.dot(images[-1], image_duals[-1]).clamp(min=0)
+        r = Z.right(_divided(image_duals[-1], square.sqrt()))  # of length σ: σ² could overflow or underflow
+        if second is not None and step:
+            r = r + kron.times(second, largest.sqrt() * (length == 0))
         largest = torch.maximum(largest, square)
         # numerical noise in Z q, mostly along u₁, returns through Zᵀ amplified by σ₁
-        square = square if again is None else square + again
-        q, dual, length = _unit(Z, _orthogonal(r, Q, D, Z.rounding), Z.rounding * (largest * square).sqrt())
+        q, dual, length = _unit(Z, _orthogonal(r, Q, D, Z.rounding), Z.rounding * largest.sqrt())
     basis = Q[:, before:].reshape(Q.shape[0], steps, *q.shape[1:])
-    return _Krylov(basis, torch.stack(images, 1), torch.stack(image_duals, 1), beyond=length)
+    return _Krylov(basis, torch.stack(images, 1), torch.stack(image_duals, 1), beyond=length * square.sqrt())
 
 
 def _orthogonal(r: Vector, Q: Float[Tensor, "k j d"], D: Float[Tensor, "k j d"], rounding: float) -> Vector:
@@ -193,13 +196,20 @@ def _unit(Z: LinearMap, x: Vector, floor: Tensor | float) -> tuple[Vector, Vecto
     """Normalise a vector of the output side and its dual; return both and the length, or zeros below the floor."""
     dual = Z.right_dual(x)
     length = kron.dot(x, dual).clamp(min=0).sqrt()
-    inverse = _inverse(length, floor)
-    return kron.times(x, inverse), kron.times(dual, inverse), length * (inverse > 0)
+    return _divided(x, length, floor), _divided(dual, length, floor), length * (length > floor)
 
 
-def _inverse(x: Tensor, floor: Tensor | float) -> Tensor:
-    """Return 1/x, and 0 if x is not above the floor."""
-    return torch.where(x > floor, 1 / x, 0.0)
+def _divided(x: Vector, length: Float[Tensor, " k"], floor: Tensor | float = 0.0) -> Vector:
+    """Return x divided by its length, or zeros if that is not above the floor.
+
+    The quotient is computed in float64: the reciprocal of a small length overflows in float32.
+    """
+    return kron.times(x.double(), _inverse(length, floor)).to(x.dtype)
+
+
+def _inverse(x: Float[Tensor, " k"], floor: Tensor | float) -> Float[Tensor, " k"]:
+    """Return 1/x, and 0 if x is not above the floor; always finite."""
+    return torch.where(x > floor, 1 / x.clamp(min=torch.finfo(x.dtype).tiny), 0.0)
 
 
 def _combined(basis: Float[Tensor, "k j *d"], y: Float[Tensor, "k j"]) -> Float[Tensor, "k *d"]:

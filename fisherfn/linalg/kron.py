@@ -77,9 +77,8 @@ def apply(pairs: Sequence[Pair], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k 
 
 
 def dot(x: Factor, y: Factor) -> Float[Tensor, " k"]:
-    """Return `⟨x, y⟩` of two factors kept in the same form; sums of rows are in float64."""
-    by_row = (x * y).sum(-1).double()
-    return by_row if is_diagonal(x) else by_row.sum(-1)
+    """Return `⟨x, y⟩` of two factors kept in the same form, in float64: in float32 a product can underflow."""
+    return (x.double() * y.double()).flatten(1).sum(1)
 
 
 def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:

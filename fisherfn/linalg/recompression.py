@@ -61,11 +61,9 @@ def _psd(matrix: Float[Tensor, "k r r"]) -> tuple[Float[Tensor, "k r"], Float[Te
 
 
 def _gram(factors: Float[Tensor, "k r *d"]) -> Float[Tensor, "k r r"]:
-    """Return `⟨F_r, F_q⟩`, with sums of rows in float64."""
-    if factors.ndim == 3:
-        return factors.double() @ factors.double().mT
-    by_row = factors.transpose(1, 2)
-    return (by_row @ by_row.mT).double().sum(1)
+    """Return `⟨F_r, F_q⟩`, in float64: in float32 the square of a small factor is zero."""
+    flat = factors.flatten(2).double()
+    return flat @ flat.mT
 
 
 def _mixed(factors: Float[Tensor, "k r *d"], c: Float[Tensor, "k r q"]) -> Float[Tensor, "k q *d"]:

@@ -34,7 +34,7 @@ from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair
 from fisherfn.linalg.solve import floored, psd_eigh, spread
 from fisherfn.methods.kfac import moments
 from fisherfn.methods.kronecker import DampingForm, KroneckerMethod, diagonal
-from fisherfn.taps import AnyTap, means
+from fisherfn.taps import AnyTap
 from fisherfn.types import Matrix, PyTree, Shape
 from fisherfn.which import Which, includes
 
@@ -82,7 +82,8 @@ class EKFAC(KroneckerMethod):
         changed = {key: pair for key, pair in averages.items() if includes(inverting, key)}
         bases = {key: Pair(old[key].QA, old[key].QG) for key in taps} | each(basis, changed)
         measures = {key: partial(diagonal, QA=Q.A, QG=Q.G) for key, Q in bases.items()}
-        for key, new in means(taps, measures).items():
+        scales = next(iter(taps.values())).mean_of_all(taps, measures) if taps else {}
+        for key, new in scales.items():
             before = scale_in_new_basis(old[key], *bases[key]) if key in changed else old[key].scale
             scale = torch.lerp(new, before, rho[key].to(new.dtype))
             yield key, Factors(averages[key].A, averages[key].G, bases[key].A, bases[key].G, scale), {}

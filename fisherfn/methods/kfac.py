@@ -4,7 +4,8 @@ $$A = \frac1N \sum_{n,t} a_{nt} a_{nt}^\top, \qquad G = \frac1{NT} \sum_{n,s,t} 
 
 The approximation is exact if $aa^\top$ and $gg^\top$ are independent and, for shared positions with "expand", if
 positions are independent and identically distributed. Scale: $G \otimes A$ is in the units of the Fisher of the mean
-negative log-likelihood; the number of positions T is in A.
+negative log-likelihood; the number of positions T is in A. In a sum of terms, NT is the number of all g: terms may
+differ in T, and examples of a term without the layer have no g.
 
 Martens & Grosse 2015, *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3;
 Grosse & Martens 2016 for shared positions; running average as in section 5 of the first.
@@ -62,7 +63,7 @@ def kfac(
             as independent. "reduce" uses only the mean input and the sum of output-gradients (cheaper; exact if
             output-gradients are equal at all positions, as below a mean over them).
         diagonal_above: a factor wider than this is kept as its diagonal, such as that of a vocabulary. The input
-            factor of an embedding is diagonal at any width, without approximation.
+            factor of an embedding is diagonal at any width: exactly with "expand", as an approximation with "reduce".
 
     Raises:
         UnknownNameError: an unknown damping form or sharing.
@@ -73,15 +74,11 @@ def kfac(
 
 def moments(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
     """Return A and G with every position independent: `F ≈ Σ_t E[aaᵀ] ⊗ mean_t E[ggᵀ]`."""
-    n, t = tap.sizes.n, tap.sizes.t
-    A = tap.input_moment(limit) / n
-    G = tap.output_moment(limit) / (n * t)
-    return Pair(A, G)
+    return Pair(tap.input_moment(limit) / tap.sizes.n, tap.output_moment(limit) / tap.output_rows())
 
 
 def reduced(tap: AnyTap, limit: int = DIAGONAL_ABOVE) -> Pair:
     """Return the second moments of the mean input and of the sum of output-gradients over positions."""
-    n, t = tap.sizes.n, tap.sizes.t
-    A = tap.input_moment(limit, summed=True) / (n * t**2)
-    G = tap.output_moment(limit, summed=True) / n
+    A = tap.input_moment(limit, summed=True) / tap.sizes.n
+    G = tap.output_moment(limit, summed=True) / tap.output_rows(summed=True)
     return Pair(A, G)

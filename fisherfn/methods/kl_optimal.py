@@ -121,8 +121,8 @@ def _mixed(old: Factor, weight: Float[Tensor, " k"], new: Factor, rho: Float[Ten
 
 
 def _unit(M: Factor) -> Factor:
-    """Divide a factor by its mean eigenvalue; zero becomes the identity."""
+    """Divide a factor by its mean eigenvalue; one of zeros or denormal numbers becomes the identity."""
     mean = kron.diagonal(M).mean(-1)
-    empty = (mean == 0).reshape(-1, *[1] * (M.ndim - 1))
+    empty = (mean < torch.finfo(M.dtype).tiny).reshape(-1, *[1] * (M.ndim - 1))
     eye = torch.ones_like(M) if kron.is_diagonal(M) else torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     return torch.where(empty, eye, M / torch.where(empty, 1.0, mean.reshape(empty.shape)))

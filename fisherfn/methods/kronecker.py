@@ -23,6 +23,7 @@ from fisherfn.linalg.damped import DAMPING_FORMS, FLOOR
 from fisherfn.linalg.golub_kahan import Deflated, LinearMap, Triplet, by_block
 from fisherfn.linalg.kron import DIAGONAL_ABOVE, Factor, Pair, Sum
 from fisherfn.per_example import squares
+from fisherfn.rearrangement.examples import ExampleBlock
 from fisherfn.taps import AnyTap, Tap
 from fisherfn.types import Matrix, Product, PyTree, Shape
 from fisherfn.which import Which
@@ -232,13 +233,21 @@ class Iterated(KroneckerSum):
         blocks = [rearrangement.rearranged(tap, self.start(old)) for tap, old in zip(taps, previous, strict=True)]
         firsts = [self.known(tap) for tap in taps]
         Z = rearrangement.stack_blocks(blocks)
-        known = [block.vectors(first) for block, first in zip(blocks, firsts, strict=True) if first]
+        known = [_vectors(block, first, tap) for block, first, tap in zip(blocks, firsts, taps, strict=True) if first]
         if known:
             Z = Deflated(Z, *(torch.cat(side) for side in zip(*known, strict=True)))
         found = by_block(self.find(Z), [tap.sizes.k for tap in taps])
         new = []
         for block, first, triplets in zip(blocks, firsts, found, strict=True):
-            terms = [*([first] if first else []), *(block.pair(triplet.u, triplet.v) for triplet in triplets)]
+            terms = [*([first] if first else []), *(block.pair(*triplet.balanced()) for triplet in triplets)]
             new.append(terms[0] if len(terms) == 1 else Sum(*terms))
         residuals = [(triplet.residual.amax() for triplet in triplets) for triplets in found]
         return new, [dict(zip(RESIDUALS, each, strict=False)) for each in residuals]
+
+
+def _vectors(block: rearrangement.Block, pair: Pair, tap: AnyTap) -> tuple[Tensor, Tensor]:
+    """Return K-FAC's A and G as vectors of a block; in coefficients of examples, G is their sum over all examples."""
+    A, G = block.vectors(pair)
+    if isinstance(block, ExampleBlock):
+        G = G * (tap.sizes.n / tap.output_rows())
+    return A, G

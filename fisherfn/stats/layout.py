@@ -19,7 +19,7 @@ from fisherfn.stats.whole import check_whole
 from fisherfn.types import PyTree, Shape, Tree, at_least_single
 
 __all__ = ["Block", "Layout", "Use"]
-"""Names of this module in layouts that version 0.1 saved."""
+"""Names of this module in layouts saved before 0.1.0."""
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,15 @@ def test_pi_is_one_for_a_factor_of_zeros():
     close(damped.pi(torch.zeros_like(A), G), torch.ones(2).double())
 
 
+def test_pi_is_finite_for_denormal_factors():
+    """The ratio of the traces overflows in float32, its root does not."""
+    A, G = drawn.psd(2, 3).float(), drawn.psd(2, 2).float()
+    tiny = G * 1e-41
+    assert (tiny.diagonal(dim1=1, dim2=2) > 0).all()
+    torch.testing.assert_close(damped.pi(A, tiny), damped.pi(A, G) * 10**20.5, rtol=1e-3, atol=0)
+    torch.testing.assert_close(damped.pi(tiny, A), damped.pi(G, A) / 10**20.5, rtol=1e-3, atol=0)
+
+
 def test_the_damped_inverse_is_the_dense_one():
     matrix, damping = psd(6), torch.tensor([0.1, 2.0], dtype=torch.float64)
     expected = torch.linalg.inv(matrix + damping[:, None, None] * torch.eye(6, dtype=torch.float64))

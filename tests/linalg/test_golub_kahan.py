@@ -130,6 +130,22 @@ def test_the_residual_is_what_the_triplet_misses(steps):
     close(triplet.residual, missed.norm(dim=-1) / triplet.square)
 
 
+@pytest.mark.parametrize("power", [-70, -30, 30, 60])
+def test_the_scale_of_a_map_scales_its_triplets(power):
+    """The fourth power of a singular value overflows in float32 above 2**32."""
+    Z = with_values([3.0, 2.5, 1.0, 0.5]).float()
+    for one, scaled in zip(leading(Dense(Z), 3, 2), leading(Dense(Z * 2.0**power), 3, 2), strict=True):
+        assert (one.residual > 1e-3).all(), "converged: what is compared is numerical noise"
+        torch.testing.assert_close(scaled.u * 2.0**-power, one.u)
+        torch.testing.assert_close(scaled.v, one.v)
+        torch.testing.assert_close(scaled.residual, one.residual)
+
+
+def test_a_map_of_denormal_numbers_has_finite_triplets():
+    for triplet in leading(Dense(with_values([3.0, 2.0, 1.0]).float() * 1e-42), 3, 2):
+        assert all(torch.isfinite(part).all() for part in triplet)
+
+
 def test_a_map_of_zeros_has_triplets_of_zeros():
     for triplet in leading(Dense(torch.zeros(2, 4, 3).double()), 4, 2):
         assert not triplet.u.any() and not triplet.square.any() and torch.isfinite(triplet.residual).all()

@@ -90,3 +90,17 @@ def test_a_sum_of_zeros_is_zero_and_nan_stays_in_its_group(rank):
     found, clean = recompressed([bad], ones, rank)[0], recompressed([terms(3, 2, 3, 4, (False, False))], ones, rank)[0]
     assert not torch.isfinite(found[0].A[0]).any()
     close(rearranged(found, [1.0] * rank)[1], rearranged(clean, [1.0] * rank)[1])
+
+
+@pytest.mark.parametrize("power", [-50, -35, 35, 50])
+def test_the_scale_of_a_sum_scales_the_result(power):
+    """The square of a factor of 2**70 overflows in float32. The result divides the scale between both factors."""
+    pairs = [Pair(pair.A.float(), pair.G.float()) for pair in terms(3, 2, 3, 4, (False, False))]
+    weights = [torch.tensor(w) for w in (0.5, 0.3, 0.2)]
+    scaled = [pair._replace(A=pair.A * 2.0 ** (2 * power)) for pair in pairs]
+    for (one, other), (big, second) in zip(
+        recompressed([pairs], weights, 2), recompressed([scaled], weights, 2), strict=True
+    ):
+        for pair, expected in ((big, one), (second, other)):
+            torch.testing.assert_close(pair.A * 2.0**-power, expected.A)
+            torch.testing.assert_close(pair.G * 2.0**-power, expected.G)

@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 import fisherfn as ff
 from tests import zoo
 from tests.methods.protocol import METHODS
+from tests.oracles import close
 
 HOSTILE = {
     "NaN": lambda x: x.index_fill(0, torch.tensor([1]), float("nan")),
@@ -77,3 +78,23 @@ def test_a_dead_unit_and_a_dead_layer(method):
         ff.check(info)
         assert finite((nat, state))
     assert float(nat["0.weight"].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("gap", [45.0, 48.0, 51.0, 60.0])
+@METHODS
+def test_a_saturated_classifier_steps_by_the_damped_gradient(method, gap):
+    """Output-gradients of exp(-gap): F is zero next to λ, its factors are denormal or zero."""
+    torch.manual_seed(0)
+    x, params = torch.randn(32, 4), {"weight": torch.zeros(3, 4), "bias": torch.tensor([0.0, -gap, -gap])}
+
+    def model(params, x):
+        return torch.nn.functional.linear(torch.relu(x), params["weight"], params["bias"])
+
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), fisher="mc", method=ff.METHODS[method]())
+    stats = ng.stats(params, (x, torch.zeros(32, dtype=torch.int64)), generator=torch.Generator().manual_seed(0))
+    nat, _, info = ng.step_from(ng.init(params, damping=1e-3), stats, stats)
+    ff.check(info)
+    assert stats.grads["weight"].any()
+    if gap < 60:  # beyond it the square of an output-gradient is zero, and with it one factor: π is 1
+        for name, grad in stats.grads.items():
+            close(nat[name], grad / 1e-3, tol=1e-4)

@@ -8,6 +8,7 @@ best in a larger set is at least as good.
 import pytest
 import torch
 
+import fisherfn as ff
 from tests import kron_oracles, strategies, zoo
 from tests.methods.kronecker import (
     FAMILY,
@@ -231,3 +232,31 @@ def test_the_residual_says_how_far_the_leading_pair_has_converged():
         few, many = (fit(problem.run, problem.params, make(iterations=steps))[2] for steps in (2, 30))
         assert 1e-6 < few.diagnostics["residual"]["weight"] < 1, name
         assert many.diagnostics["residual"]["weight"] < 1e-8, name
+
+
+# ------------------------------------------------------------------------------------------------- the scale of F
+
+
+@pytest.mark.parametrize("power", [-40, 40, 60])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_variance_scales_the_factors(name, power):
+    """A power of two changes no digit of the statistics: 30 orders of magnitude in float32."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 6, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(96, 2))
+    model, params, context = ff.functional(net)
+    batch = torch.randn(6, 2, 6, 6), torch.randn(6, 2)
+
+    def found(variance):
+        likelihood, method = ff.Gaussian(variance=variance), ITERATIVE[name]()
+        ng = ff.natural_gradient(
+            model, params, batch[0], likelihood=likelihood, method=method, fisher="type2", context=context
+        )
+        state, info = ng.update(ng.init(params), ng.stats(params, batch, context=context))
+        return pairs_of(state.factors["0"]), info.diagnostics["residual"]["0"]
+
+    (pairs, residual), (scaled, same) = found(1.0), found(2.0**power)
+    assert residual > 0
+    torch.testing.assert_close(same, residual)
+    for one, other in zip(pairs, scaled, strict=True):
+        product, expected = (torch.einsum("kij,kop->kijop", *(F.double() for F in pair)) for pair in (other, one))
+        close(product * 2.0**power, expected, tol=1e-6)
