@@ -1,4 +1,4 @@
-"""Files that versions before 0.1.0 pickled name classes by module: these names stay, and what is pickled comes back whole."""
+"""Files pickled before 0.1.0 name classes by module: these names stay, and what is pickled comes back whole."""
 
 import importlib
 import pickle

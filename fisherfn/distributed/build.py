@@ -10,11 +10,11 @@ import torch
 
 from fisherfn.base import LayerMethod, Method
 from fisherfn.distributed.agreement import agreed, nothing
-from fisherfn.distributed.natgrad import DataParallel
+from fisherfn.distributed.natgrad import DataParallel, check_uncoupled
 from fisherfn.distributed.owners import Owned, leaves, part_sizes
 from fisherfn.distributed.preconditioners import OwnerPreconditions
 from fisherfn.distributed.ranks import Ranks, crossing
-from fisherfn.distributed.states import identity
+from fisherfn.distributed.states import same_model
 from fisherfn.errors import HyperparameterError, StructureError, expect, expect_count, unknown
 from fisherfn.methods.two_level import TwoLevel
 from fisherfn.natgrad import NaturalGradient
@@ -59,15 +59,10 @@ def data_parallel(
     if isinstance(ng, DataParallel):
         raise StructureError("this natural gradient is data-parallel already: pass the one of ff.natural_gradient.")
     ranks = Ranks(group, observe)
-    if ng.layout.couples and ranks.size > 1:
-        raise StructureError(
-            "the net couples the examples of a batch (batch norm in training mode), and each rank would normalise by "
-            "its own examples only: the result would depend on the number of ranks. Use layer or group norm, or batch "
-            "norm in evaluation mode."
-        )
+    check_uncoupled(ng.layout, ranks)
     _check_form(ng.method, precondition, share_inversions, invert_every)
     form = (share_inversions, precondition, invert_every)
-    facts = {"model, method or likelihood": identity(ng), "share_inversions, precondition or invert_every": form}
+    facts = {**same_model(ng), "share_inversions, precondition or invert_every": form}
     agreed(ranks, facts, nothing)
     owns = precondition == "owner" or (
         precondition == "auto" and owner_sends_less(ng.method, ng, ranks.size, invert_every or 1)

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.distributed.agreement import agreed, of_tensors
-from fisherfn.distributed.ranks import Shard
+from fisherfn.distributed.ranks import Ranks, Shard
 from fisherfn.distributed.sharded import placement, sharding_of, stand_ins
-from fisherfn.distributed.states import SharedStates, identity
+from fisherfn.distributed.states import SharedStates, same_model
 from fisherfn.distributed.stats import ReducedStats, reduced, stand_in
-from fisherfn.errors import EmptyBatchError, expect
+from fisherfn.errors import EmptyBatchError, StructureError, expect
 from fisherfn.randomness import dropout_seeds
 from fisherfn.state import State
-from fisherfn.stats import Batch, FisherKind, Stats, independent, pair
+from fisherfn.stats import Batch, FisherKind, Layout, Stats, independent, pair
 from fisherfn.stats.batch import Checked, check_fisher, checked
 from fisherfn.stats.whole import is_sharded
 from fisherfn.types import PyTree, Tree
@@ -53,6 +53,16 @@ class DataParallel(SharedStates):
         }
         agreed(self.ranks, facts, fits)
         return super().init(stand_ins(params), damping=damping, ema=ema)
+
+    def for_shape(self, params: Tree, x: PyTree, *, context: PyTree = None) -> DataParallel:
+        """Return the natural gradient for inputs of another example shape; see `NaturalGradient.for_shape`.
+
+        Raises:
+            StructureError: the net now couples the examples of a batch, or has other blocks on these inputs.
+        """
+        found = super().for_shape(params, x, context=context)
+        check_uncoupled(found.layout, self.ranks)
+        return found
 
     def noise(self, batch: Batch, generator: torch.Generator, *, samples: int | None = None) -> Tensor:
         """Return this rank's part of the noise of the global batch; all ranks pass generators in the same state."""
@@ -143,7 +153,7 @@ class DataParallel(SharedStates):
         return stats.matrices if isinstance(stats, ReducedStats) else super()._gradients(stats)
 
     def _agreed(self, facts: Mapping[str, object], check: Callable[[], int]) -> Shard:
-        facts = {"model, method or likelihood": identity(self), "the batch": 0, **facts}
+        facts = {**same_model(self), "the batch": 0, **facts}
         return agreed(self.ranks, facts, check)
 
     def _count(self, params: Tree, batch: Batch, kind: str, context: PyTree) -> int:
@@ -172,6 +182,16 @@ class DataParallel(SharedStates):
         if shard.own < 2 or self.ranks.size == 1:
             return stats.loss.new_ones((), dtype=torch.bool)
         return independent(self.likelihood, stats.outputs, targets, shard.own // 2)
+
+
+def check_uncoupled(layout: Layout, ranks: Ranks) -> None:
+    """Raise `StructureError` if there are several ranks and the net couples the examples of a batch."""
+    if layout.couples and ranks.size > 1:
+        raise StructureError(
+            "the net couples the examples of a batch (batch norm in training mode), and each rank would normalise by "
+            "its own examples only: the result would depend on the number of ranks. Use layer or group norm, or batch "
+            "norm in evaluation mode."
+        )
 
 
 def _count(x: PyTree) -> int:

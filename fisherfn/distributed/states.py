@@ -126,10 +126,19 @@ class SharedStates(NaturalGradient):
             ) from error
 
 
-def identity(ng: NaturalGradient) -> int:
+SHAPES = "the shape of an example (pad the batches of all ranks to one length)"
+"""The name of an example's shape in errors: ranks that pad to their own longest sequence disagree on it."""
+
+
+def same_model(ng: NaturalGradient) -> dict[str, object]:
+    """Return what must be equal on all ranks in every call, by the name that an error gives it."""
+    return {"model, method or likelihood": _identity(ng), SHAPES: (ng.layout.input_shapes, ng.layout.output_shape)}
+
+
+def _identity(ng: NaturalGradient) -> int:
     """Return the fingerprint of the blocks, method and likelihood of a natural gradient."""
     layout = ng.layout
     blocks = [(block.key, block.names, block.kind, tuple(block.shape)) for block in layout.blocks]
-    shapes = (layout.shapes, layout.dtypes, layout.input_shapes, layout.output_shape)
+    shapes = (layout.shapes, layout.dtypes)
     method = alone(ng.method)
     return fingerprint((blocks, shapes, method, type(ng.likelihood).__name__, ng.fisher_kind, ng.samples))

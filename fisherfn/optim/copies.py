@@ -43,7 +43,7 @@ class Copies:
         return self._unbound()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_options" not in state:
+        if not {"_options", "_form"} <= state.keys():
             raise StructureError(
                 "an older version of fisherfn pickled this optimizer. Save state_dict() with that version, make the "
                 "optimizer again and load it with load_state_dict()."
@@ -54,7 +54,7 @@ class Copies:
 
     def _unbound(self) -> dict[str, Any]:
         ng = None if self.ng is None else _Unbound.of(self.ng)
-        return {**vars(self), "_passes": [], "_by_kind": {}, "_steps_of": {}, "ng": ng}
+        return {**vars(self), "_passes": [], "_by_kind": {}, "_steps_of": {}, "_written": [], "ng": ng}
 
 
 class _Unbound(NamedTuple):

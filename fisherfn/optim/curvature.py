@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -12,24 +11,27 @@ from torch import Tensor, nn
 
 from fisherfn import tree
 from fisherfn.adapt import START, AdaptiveState, Cadence, adaptive
-from fisherfn.errors import BATCH_CHECKS, StructureError, expect_number, unknown
+from fisherfn.distributed import DataParallel
+from fisherfn.errors import BATCH_CHECKS, StructureError, expect_number
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
-from fisherfn.optim.network import Network
+from fisherfn.optim.network import Network, finite
 from fisherfn.optim.options import Options
-from fisherfn.optim.ranks import alone, dropout, spread
+from fisherfn.optim.passes import Passes, form_of
+from fisherfn.optim.ranks import agree_on_inputs, dropout, several, spread
 from fisherfn.optim.saved import Saved
-from fisherfn.optim.watch import REDUCTIONS, Pass, Watched, statistics
+from fisherfn.optim.scaling import Scaling
+from fisherfn.optim.watch import Pass
 from fisherfn.state import State
 from fisherfn.stats import Stats, pair
-from fisherfn.stats.path import check_calls
+from fisherfn.stats.swap import versions
 from fisherfn.types import Info, Model, PyTree, Tree
 
 Outcome: TypeAlias = tuple[Tree, State, Info]
 """The natural gradient, the new state and the info, as `ng.step` returns them."""
 
 
-class Curvature(Copies, Saved):
+class Curvature(Copies, Saved, Passes):
     """The natural gradient of a module, built at the first batch, with its state, cadence and random generator.
 
     A copy works on the copied net; watched statistics that were not used yet stay with the original.
@@ -41,34 +43,52 @@ class Curvature(Copies, Saved):
         self._options, self._adaptive = options, adaptive
         self._damping = 1.0 if isinstance(options.damping, str) else options.damping
         self._cadence = options.cadence(Cadence.fixed(5, 10) if adaptive is None else Cadence())
-        self._generator, self.scaler = options.random(), options.scaler
+        self._generator, self.scaling = options.random(), Scaling(options.scaler)
         self.steps = 0
         self.ng: NaturalGradient | None = None
         self._kind: Any = None
         self._state: State | None = None
         self._rest: AdaptiveState | None = None
         self._saved: dict[str, Tensor] = {}
+        self._form: Any = None
         self._passes: list[Pass] = []
+        self._task = -1
+        self._written: list[int] = []
         self._by_kind: dict[Any, NaturalGradient] = {}
-        self._steps_of: dict[int, Callable[..., Any]] = {}
+        self._steps_of: dict[Any, Callable[..., Any]] = {}
 
     def build(self, x: PyTree) -> NaturalGradient:
         """Find the layers with these inputs, once per example shape and mode of the net; the state is shared."""
+        x = _inputs(x)
+        kind = self.network.kind(x)
+        if not agree_on_inputs(kind[0], kind in self._by_kind or finite(x)):
+            error, text = BATCH_CHECKS["inputs"]
+            raise error(
+                f"{text}. This is the first batch of this shape, with which layers are found: or pass example_inputs=x."
+            )
         if self.ng is None:
-            x = _finite(_inputs(x))
             with self.network.alone_in_autocast():
                 ng = self.network.build(
                     lambda model, params, context: self._options.build(model, params, x, context), x
                 )
-                ng = spread(ng, compiled=bool(self._options.compile))
-                self._hold(self._restored(ng, self._saved))
-            self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
-            self._by_kind[self.network.kind(x)] = ng
-        kind = self.network.kind(_inputs(x))
+            self._form = form_of(x)
+            self._start(ng, kind, self._saved)
+        elif several() and not isinstance(self.ng, DataParallel):  # built before the process group
+            first = next((known for known, each in self._by_kind.items() if each is self.ng), None)
+            held = self._state if self._rest is None else self._rest
+            self._start(self.ng, first, tree.flatten(held))
         if kind not in self._by_kind:
-            self._by_kind[kind] = self._for_shape(self.ng, _finite(_inputs(x)))
+            self._by_kind[kind] = self._for_shape(self.ready(), x)
         self._kind = kind
         return self._by_kind[kind]
+
+    def _start(self, ng: NaturalGradient, kind: Any, saved: dict[str, Tensor]) -> None:
+        """Hold a natural gradient of all processes, and its state: a saved one, or the empty one."""
+        with self.network.alone_in_autocast():
+            ng = spread(ng, saved, compiled=bool(self._options.compile))
+            self._hold(self._restored(ng, saved))
+        self.ng, self._saved, self.network.unused = ng, {}, frozenset(ng.layout.unused)
+        self._by_kind, self._steps_of = {kind: ng}, {}
 
     def _for_shape(self, ng: NaturalGradient, x: PyTree) -> NaturalGradient:
         def make(model: Model, params: Tree, context: Tree) -> NaturalGradient:
@@ -79,7 +99,7 @@ class Curvature(Copies, Saved):
 
     @property
     def latest(self) -> NaturalGradient:
-        """The natural gradient for the shape of the last batch: labels per example differ between shapes."""
+        """The natural gradient for the shape of the last batch for which `build` was called."""
         return self._by_kind.get(self._kind, self.ready())
 
     def ready(self) -> NaturalGradient:
@@ -132,11 +152,6 @@ class Curvature(Copies, Saved):
     # -------------------------------------------------------------------------------------------------- the step
 
     @property
-    def updates(self) -> bool:
-        """True if the next step computes statistics."""
-        return self._cadence(self.steps).update or self._again()
-
-    @property
     def inverts(self) -> bool:
         """True if the next step refreshes the inverses."""
         return self._cadence(self.steps).invert or self._again()
@@ -146,10 +161,14 @@ class Curvature(Copies, Saved):
         return self._rest is not None and bool(self._rest.rejected)
 
     def adapted(self, batch: Any, lr_scale: float | dict[str, float]) -> tuple[Tree, AdaptiveState, Info]:
-        """Return the parameters after an adaptive step on a batch."""
+        """Return the parameters after an adaptive step on a batch, for which `build` was called."""
         x, y = pair(batch)
-        ng, x = self.build(x), _inputs(x)
+        ng, x = self.latest, _inputs(x)
         assert self._adaptive is not None and self._rest is not None
+        if self._written and self._written != versions(self.network.values()):
+            # weights were loaded or changed: this loss says nothing about the last update, so it undoes none
+            rest = self._rest
+            self._rest = rest._replace(loss=torch.full_like(rest.loss, torch.inf), alive=torch.zeros_like(rest.alive))
         if self._options.compile:  # a number would be a part of the graph
             lr_scale = tree.map(lambda scale: torch.tensor(scale, dtype=torch.float64), lr_scale)
         return self._step(  # type: ignore[no-any-return]
@@ -159,15 +178,16 @@ class Curvature(Copies, Saved):
 
     def _step(self, ng: NaturalGradient, step: Callable[..., Any], state: Any, batch: Any, **more: Any) -> Any:
         """Run a step of this natural gradient, compiled if so chosen: once per shape of the inputs."""
-        if id(ng) not in self._steps_of:
-            self._steps_of[id(ng)] = self._options.compiled(step)
         with self.network.alone_in_autocast():
+            key = id(ng), self.network.constants()
+            if key not in self._steps_of:
+                self._steps_of[key] = self._options.compiled(step)
             context = self.network.context(batch[0], self._generator, dropout(ng))
             random: dict[str, Any] = {"generator": self._generator}
             if self._options.compile:  # a graph cannot sample
                 samples = self.updates and self._options.fisher == "mc"
                 random = {"noise": ng.noise(batch, self._generator) if samples else None}
-            return self._steps_of[id(ng)](
+            return self._steps_of[key](
                 self.network.values(), state, batch, update=self.updates, invert=self.inverts, context=context,
                 **random, **more,
             )  # fmt: skip
@@ -179,9 +199,9 @@ class Curvature(Copies, Saved):
         return lambda new: START * ng.mean_curvature(new)
 
     def of_batch(self, batch: Any, *, inner: bool) -> Outcome:
-        """Compute the natural gradient of a batch, with gradient and curvature from one forward pass."""
+        """Compute the natural gradient of a batch, for which `build` was called, from one forward pass."""
         x, y = pair(batch)
-        ng, x = self.build(x), _inputs(x)
+        ng, x = self.latest, _inputs(x)
         return self._step(ng, ng.step, self.state, (x, y), inner=inner, chunk_size=self._options.chunk_size)  # type: ignore[no-any-return]
 
     def of_gradients(self, grads: Tree, stats: Stats | None, *, inner: bool) -> Outcome:
@@ -191,8 +211,8 @@ class Curvature(Copies, Saved):
             return ng.step_from(state, grads, stats, invert=self.inverts, inner=inner, damping=self._measured(ng))
 
     def statistics(self, x: PyTree, y: Any, *, fisher: str | None = None, likelihood: Any = None) -> Stats:
-        """Collect statistics of a batch, optionally with another Fisher or likelihood than the build's."""
-        ng, x = self.build(x), _inputs(x)
+        """Collect statistics of a batch, for which `build` was called, optionally with another Fisher or likelihood."""
+        ng, x = self.latest, _inputs(x)
         ng = ng if likelihood is None else replace(ng, likelihood=likelihood)
         with self.network.alone_in_autocast():
             context = self.network.context(x, self._generator, dropout(ng))
@@ -202,7 +222,7 @@ class Curvature(Copies, Saved):
             )  # fmt: skip
 
     def commit(self, state: State | AdaptiveState, context: PyTree = ()) -> None:
-        """Store the result of a step, and the buffers of its context."""
+        """Store the result of a step, whose parameters are written, and the buffers of its context."""
         if isinstance(state, AdaptiveState):
             self._rest, state = state, state.curvature
         elif self._rest is not None:
@@ -210,68 +230,10 @@ class Curvature(Copies, Saved):
         self._state, self.steps = state, self.steps + 1
         if isinstance(context, dict):
             self.network.move_buffers(context)
-
-    # ------------------------------------------------------------------------------------------------- the watch
-
-    @contextlib.contextmanager
-    def watch(self, inputs: PyTree, reduction: str) -> Iterator[None]:
-        """Record one forward pass of the net, if the next step computes statistics."""
-        if reduction not in REDUCTIONS:
-            raise unknown("reduction", reduction, REDUCTIONS)
-        alone("a watched pass")
-        layout = (self.ready() if inputs is None else self.build(inputs)).layout
-        if layout.fallbacks:
-            names = ", ".join(repr(block.weight) for block in layout.fallbacks[:4])
-            raise StructureError(
-                f"{names} belong to no layer, and one backward pass does not give their per-example gradients: pass "
-                'the batch to step((x, y)) instead of watching, or build with uncovered="gradient" (plain gradients).'
-            )
-        grads = [p.grad for p in self.network.parameters().values() if p.grad is not None]
-        erased = self._passes and not any(grad.any() for grad in grads) and any(each.moves for each in self._passes)
-        if not grads or erased:
-            self.forget(used=True)  # zero_grad dropped their batch
-        if not self.updates:
-            yield
-            return
-        seen = Watched(self.network.parameters())
-        with seen.run(layout.plan) as mode:
-            yield
-        check_calls(layout, mode)
-        scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
-        self._passes.append(Pass(seen.calls, reduction, scale))
-
-    def taken(self) -> Stats | None:
-        """Return the statistics of all passes since the last step, and forget the passes; None if none are due."""
-        try:
-            return self._watched() if self.updates else None
-        finally:
-            self.forget()
-
-    def _watched(self) -> Stats:
-        if not self._passes:
-            raise StructureError(
-                "this step needs statistics, and none were collected: pass the batch, step((x, y)), or run the net in "
-                "`with watch():` and call loss.backward() before."
-            )
-        with torch.no_grad():
-            return statistics(self.ready().layout, self._passes)
-
-    def forget(self, *, used: bool = False) -> None:
-        """Drop the watched passes: all of them, or those with a backward pass."""
-        self._passes = [each for each in self._passes if used and not each.used]
+        self._written = versions(self.network.values())
+        torch.clear_autocast_cache()  # has casts of the old weights until autocast ends
 
 
 def _inputs(x: PyTree) -> PyTree:
     """Return several inputs as a tuple (data loaders turn it into a list) or as a dict."""
     return tree.plain(tuple(x) if isinstance(x, list) else x)
-
-
-def _finite(x: PyTree) -> PyTree:
-    """Raise unless the inputs are finite, because layers cannot be found with NaN."""
-    floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not bool(tree.finite_inputs(floats)):
-        error, text = BATCH_CHECKS["inputs"]
-        raise error(
-            f"{text}. This is the first batch of this shape, with which layers are found: or pass example_inputs=x."
-        )
-    return x

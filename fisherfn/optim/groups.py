@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,12 @@ def tensors(param_group: Mapping[str, Any]) -> list[Tensor]:
     """Return the parameters of a group as given to `add_param_group`: one, several, or pairs with their names."""
     given = param_group["params"]
     return [each[1] if isinstance(each, tuple) else each for each in ([given] if isinstance(given, Tensor) else given)]
+
+
+def flat(params: Iterable[Any]) -> list[Tensor]:
+    """Return the parameters of a list of them, of pairs with their names, or of groups, as torch's optimizers take."""
+    groups = [listed(each) if isinstance(each, dict) else {"params": [each]} for each in params]
+    return [p for group in groups for p in tensors(group)]
 
 
 def factors(groups: Groups, names: Mapping[int, str], lr: float) -> dict[str, float]:

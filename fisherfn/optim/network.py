@@ -112,6 +112,11 @@ class Network:
         shapes = tuple((path, leaf.shape[1:]) for path, leaf in leaves if isinstance(leaf, Tensor))
         return shapes, tuple(mode_of(module) for module in self.net.modules())
 
+    def constants(self) -> Any:
+        """Return what a compiled step contains as constants: the type of autocast, and the rates of dropout."""
+        rates = (vars(module).get(name) for module in self.net.modules() for name in ("p", "dropout"))
+        return self._low, tuple(rate for rate in rates if isinstance(rate, float | int))
+
     def move_buffers(self, context: Tree) -> None:
         """Write the new buffers to the net; a buffer with another shape or type is replaced."""
         for name, buffer in self.net.named_buffers():
@@ -153,11 +158,11 @@ class Network:
         plain, _, _ = functional(self.net)
 
         def model(params: Tree, x: PyTree, context: Tree) -> tuple[Any, Tree]:
-            """Run the net in the caller's autocast, with outputs in full precision for the loss."""
+            """Run the net in the caller's autocast."""
             device, low = next(iter(params.values())).device.type, self._low
             with torch.autocast(device, dtype=low, enabled=low is not None):
-                outputs, context = plain(params, x, context)
-            return outputs.float() if low is not None and isinstance(outputs, Tensor) else outputs, context
+                outputs: tuple[Any, Tree] = plain(params, x, context)
+            return outputs
 
         return model
 
@@ -170,3 +175,9 @@ def examples(x: PyTree) -> int:
     """Return N of some inputs; 0 if there is no tensor."""
     sizes = [leaf.shape[0] for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
     return sizes[0] if sizes else 0
+
+
+def finite(x: PyTree) -> bool:
+    """Return True if some inputs are finite; layers cannot be found with NaN."""
+    floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return bool(tree.finite_inputs(floats))

@@ -15,6 +15,7 @@ from fisherfn.errors import HyperparameterError, NonFiniteError, StructureError,
 from fisherfn.optim.curvature import Curvature, Outcome
 from fisherfn.optim.groups import check_groups, decays, descend, factors, listed, tensors
 from fisherfn.optim.options import Options
+from fisherfn.optim.ranks import alone
 from fisherfn.optim.with_curvature import WithCurvature
 from fisherfn.stats import pair
 from fisherfn.types import Info, PyTree
@@ -100,7 +101,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             chunk_size: examples at a time, to limit memory; the result is that of the whole batch.
             generator: random generator for labels and dropout seeds, or its seed; saved with the optimizer.
             example_inputs: inputs with which to find the layers immediately.
-            scaler: the gradient scaler of a watched loss; `step((x, y))` needs none.
+            scaler: the gradient scaler of a watched loss, unscaled once per step; `step((x, y))` needs none.
             uncovered: treatment of parameters that no layer covers: "fallback" gives them a block of their per-example
                 gradients; with "gradient" their part of a step is the plain gradient, and `watch` works too.
             compile: True compiles steps with a batch (`ff.compile`), which takes 20 to 80 seconds per kind of step; a
@@ -172,12 +173,15 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
                 "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or pass lr=."
             )
         check_groups(self.param_groups)
+        if batch is None and self._curvature.scaling.overflowed(self):
+            self._curvature.forget()
+            return loss
         if batch is not None and not self._found(batch):
             return torch.tensor(torch.nan)
         rate = max(group["lr"] for group in self.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = self._outcome(batch, clips)
-        if not _all_ok(self.info):
+        if not self._all_ok:
             return self._refuse(loss)
         if clips:
             bound = default_kl_bound(self._curvature.latest) if self._kl_bound == "auto" else self._kl_bound
@@ -200,7 +204,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         before = self._curvature.damping
         each = dict.fromkeys(network.unused, largest) | scales
         params, state, self.info = self._curvature.adapted(batch, largest if same else each)
-        if not _all_ok(self.info):
+        if not self._all_ok:
             return self._refuse()
         found = self.info.adapted
         relative = {key: scales[name] / (largest or 1.0) for key, name in names.items()}
@@ -234,8 +238,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
                 "step() has no batch: write `loss = opt.step((x, y))`, which does forward, backward and step. To keep "
                 "your own loss and backward, run the net in `with opt.watch(x):` and call loss.backward() before."
             )
-        grads = curvature.network.gradients()
-        return curvature.of_gradients(grads, curvature.taken(), inner=inner)
+        alone("a step without its batch")
+        return curvature.of_gradients(curvature.network.gradients(), curvature.taken(), inner=inner)
 
     def _refuse(self, loss: Any = None) -> Any:
         if not self._skips():
@@ -294,7 +298,3 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         except ValueError as error:
             raise StructureError(f"{error}: make the same parameter groups as those that were saved.") from error
         load()
-
-
-def _all_ok(info: Info) -> bool:
-    return bool(torch.stack(list(info.ok.values())).all())

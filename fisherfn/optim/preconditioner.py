@@ -13,6 +13,7 @@ from fisherfn.adapt import kl_clip
 from fisherfn.base import Method
 from fisherfn.errors import LikelihoodError, StructureError, check, expect_number
 from fisherfn.optim.curvature import Curvature
+from fisherfn.optim.groups import flat
 from fisherfn.optim.network import examples
 from fisherfn.optim.options import Options
 from fisherfn.optim.ranks import alone, averaged
@@ -35,7 +36,7 @@ class Preconditioner(WithCurvature):
     def __init__(
         self,
         net: nn.Module,
-        params: Iterable[Tensor] | None = None,
+        params: Iterable[Any] | None = None,
         *,
         likelihood: Any = None,
         method: Method | str = "kfac",
@@ -57,7 +58,7 @@ class Preconditioner(WithCurvature):
 
         Args:
             net: the module.
-            params: the parameters whose gradients are rewritten; None for all that require a gradient.
+            params: the parameters whose gradients are rewritten, or groups of them; None for all that require one.
             likelihood: the likelihood of the outputs; None if only `watch` is used.
             method: `ff.kfac()` or a name in `ff.METHODS`.
             optimizer: the optimizer that takes the step; `kl_bound` needs its learning rate, `scaler` its gradients.
@@ -83,7 +84,7 @@ class Preconditioner(WithCurvature):
             samples=samples, chunk_size=chunk_size, generator=generator, scaler=scaler, uncovered=uncovered,
         )  # fmt: skip
         self._curvature = Curvature(net, options)
-        self._curvature.network.train(net.parameters() if params is None else params)
+        self._curvature.network.train(flat(net.parameters() if params is None else params))
         if kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         for name, given in (("kl_bound", kl_bound), ("scaler", scaler)):
@@ -101,7 +102,8 @@ class Preconditioner(WithCurvature):
         Args:
             batch: inputs `x` for the sampled Fisher, or `(x, y)` for the empirical one. A tuple is always a pair, so
                 pass several inputs as `((x1, x2), None)`. None uses the watched statistics. The batch is only used in
-                steps that compute statistics. With accumulated gradients, pass the last part of the batch, or all.
+                steps that compute statistics. With accumulated gradients, pass the last part of the batch, or all; in
+                several processes all, because the gradient of a rank counts with these examples.
 
         Raises:
             NonFiniteError, NotPositiveDefiniteError, TargetError: a check failed; gradients and state are unchanged.
@@ -109,13 +111,12 @@ class Preconditioner(WithCurvature):
             LikelihoodError: no likelihood, or `fisher="empirical"` without targets.
         """
         curvature = self._curvature
-        self._unscale()
+        if curvature.scaling.overflowed(self._optimizer):
+            curvature.forget()
+            return
         if batch is not None:  # before gradients are read: finds the parameters that the outputs depend on
             curvature.build(_split(batch)[0])
         grads = self._gradients(batch)
-        if curvature.scaler is not None and not bool(torch.stack([g.isfinite().all() for g in grads.values()]).all()):
-            curvature.forget()
-            return
         stats = self._statistics(batch)
         rate = 0.0 if self._optimizer is None else max(group["lr"] for group in self._optimizer.param_groups)
         clips = self._kl_bound is not None and bool(rate > 0)
@@ -145,19 +146,6 @@ class Preconditioner(WithCurvature):
         if self._fisher == "empirical":
             raise LikelihoodError('the empirical Fisher needs the targets: pass step((x, y)), or fisher="mc".')
         return self._curvature.statistics(x, torch.empty(examples(x), 0), likelihood=_Unlabelled(self._likelihood))
-
-    def _unscale(self) -> None:
-        """Unscale the gradients, as before clipping by norm, unless the caller has done so."""
-        scaler, optimizer = self._curvature.scaler, self._optimizer
-        if scaler is None or optimizer is None:
-            return
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # a wrapper: the scaler knows the inner optimizer
-        try:
-            scaler.unscale_(optimizer)
-        except RuntimeError as error:
-            if "already been called" not in str(error):
-                raise StructureError(f"{error} Precondition between backward() and scaler.step().") from error
 
     def _write(self, nat: Tree) -> None:
         for name, p in self._curvature.network.parameters().items():

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from fisherfn.distributed import DataParallel, Ranks, data_parallel
+from fisherfn.distributed.agreement import agreed, nothing, of_tensors
+from fisherfn.distributed.states import SHAPES
 from fisherfn.errors import StructureError
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.types import Tree
@@ -16,18 +18,38 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def spread(ng: NaturalGradient, compiled: bool = False) -> NaturalGradient:
+def agree_on_inputs(shapes: object, finite: bool) -> bool:
+    """Return True if the inputs of all processes are finite.
+
+    Raises:
+        RankError: the processes have examples of different shapes.
+    """
+    return all(agreed(Ranks(), {SHAPES: shapes}, lambda: int(finite)).counts) if several() else finite
+
+
+def spread(ng: NaturalGradient, saved: Tree | None = None, compiled: bool = False) -> NaturalGradient:
     """Return the natural gradient of all processes; in a single process, the given one.
+
+    Args:
+        ng: the natural gradient of this process.
+        saved: the state with which it goes on, if there is one.
+        compiled: True if steps are compiled.
 
     Raises:
         StructureError: compiled steps, or a net that couples examples.
-        RankError: the processes have different nets or settings.
+        RankError: the processes have different nets, settings or states.
     """
     if not several():
         return ng
     if compiled:
         raise StructureError("compile=True needs a single process: messages between ranks are no part of a graph.")
-    return data_parallel(ng)
+    together = data_parallel(ng)
+    agreed(
+        together.ranks,
+        {"the state before the first step (loaded, or of steps alone)": of_tensors(saved or {})},
+        nothing,
+    )
+    return together
 
 
 def averaged(grads: Tree, examples: int) -> Tree:
@@ -41,6 +63,13 @@ def averaged(grads: Tree, examples: int) -> Tree:
     mine = [grad * examples if examples else torch.zeros_like(grad) for grad in grads.values()]
     *sums, total = Ranks().total("gradient", [*mine, count.to(next(iter(grads.values())).device)])
     return {name: part / float(total) for name, part in zip(grads, sums, strict=True)}
+
+
+def anywhere(holds: bool) -> bool:
+    """Return True if something holds on one of the processes, which all of them ask."""
+    if not several():
+        return holds
+    return bool(Ranks().table("overflow", torch.tensor([int(holds)])).any())
 
 
 def alone(what: str) -> None:

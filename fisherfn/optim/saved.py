@@ -34,6 +34,7 @@ class Saved:
     _state: State | None
     _rest: AdaptiveState | None
     _saved: dict[str, Tensor]
+    _written: list[int]
 
     def state_dict(self) -> dict[str, Any]:
         """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""
@@ -71,6 +72,7 @@ class Saved:
         return load
 
     def _hold(self, state: State | AdaptiveState) -> None:
+        self._written = []
         self._state = state.curvature if isinstance(state, AdaptiveState) else state
         self._rest = state if isinstance(state, AdaptiveState) else None
 
@@ -78,19 +80,33 @@ class Saved:
         params = self.network.values()
         if self._adaptive is not None:
             rest = adaptive(ng, **self._adaptive).init(params)
-            device = rest.curvature.damping.device
-            moved = {path: leaf.to(device) for path, leaf in saved.items()}
-            return _typed(tree.unflatten(rest, moved), rest) if saved else rest
+            return _loaded(saved, rest, rest.curvature.damping.device) if saved else rest
         empty = ng.init(params, damping=self._damping, ema=self._options.ema)
         device = next(iter(params.values())).device
         if saved:  # from a version that did not count examples, or not those of each block
             counts = {"block_count": saved["count"], "block_examples": saved.get("examples", empty.examples)}
             counts = {name: each.to(device).repeat(len(ng.layout.blocks)) for name, each in counts.items()}
             saved = {"examples": empty.examples} | counts | saved
-        moved = {path: leaf.to(device) for path, leaf in saved.items()}
-        return _typed(tree.unflatten(empty, moved), empty) if saved else empty
+        return _loaded(saved, empty, device) if saved else empty
 
 
-def _typed(state: Any, like: Any) -> Any:
-    """Return a state in the types of another one, as torch's optimizers load theirs."""
-    return tree.map(lambda leaf, other: leaf.to(other.dtype), state, like)
+def _loaded(saved: dict[str, Tensor], like: Any, device: torch.device) -> Any:
+    """Return a saved state in the structure and types of another one, as torch's optimizers load theirs."""
+    moved = {path: leaf.to(device) for path, leaf in renamed(saved, list(tree.flatten(like))).items()}
+    return tree.map(lambda leaf, other: leaf.to(other.dtype), tree.unflatten(like, moved), like)
+
+
+def renamed(saved: dict[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
+    """Return a saved tree with these paths: one of the two nets may be in a wrapper, whose name is part of each path.
+
+    Wrappers are those of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    """
+    unwrapped = {unwrapped_path(path): path for path in paths}
+    found = {unwrapped.get(unwrapped_path(path), path): leaf for path, leaf in saved.items()}
+    return found if len(unwrapped) == len(paths) and len(found) == len(saved) else saved
+
+
+def unwrapped_path(path: str) -> str:
+    """Return a path of a saved tree without the names of wrappers; a wrapped single layer is named by its weight."""
+    names = ([name for name in part.split(".") if name not in ("_orig_mod", "module")] for part in path.split("/"))
+    return "/".join(".".join(name) or "weight" for name in names)

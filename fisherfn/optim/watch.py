@@ -1,20 +1,19 @@
 r"""The empirical Fisher from the user's own forward and backward pass.
 
 While the module is watched, a zero leaf is added to the output of every layer call. After `loss.backward()` the `.grad`
-of this leaf is the output-gradient. No hook is set, and nothing runs twice. Let $L$ be the loss on which `backward` was
-called: the mean over the N watched examples (`reduction="mean"`) or their sum. Then the `g` of a tap is
+of this leaf is the output-gradient. Nothing runs twice, and the module keeps no hook. Let $L$ be the loss on which
+`backward` was called: the mean over the N watched examples (`reduction="mean"`) or their sum. Then the `g` of a tap is
 
 $$g_n = N\,\frac{\partial L}{\partial s_n} \quad\text{or}\quad g_n = \frac{\partial L}{\partial s_n}.$$
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from fisherfn.errors import ShapeError, StructureError
 from fisherfn.layers import Call
@@ -31,16 +30,14 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Seen(NamedTuple):
-    """A call of a layer: its input, the zero leaf added to its output, and its static configuration.
+    """A call of a layer: its input, and the zero leaf added to its output.
 
-    `shared`: the input has no example axis, so `input` and `leaf` are those of each example's copy. `versions` counts
-    how often the input had been changed in place when the layer read it.
+    If the input has no example axis, both are those of each example's copy. `versions` counts how often the input had
+    been changed in place when the layer read it.
     """
 
     input: Tensor
     leaf: Tensor
-    config: Any
-    shared: bool
     versions: list[int]
 
     def kept(self, block: Block) -> Tensor:
@@ -55,11 +52,23 @@ class Seen(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward pass: the calls of each layer by weight name, and the scale that turns `.grad` into `∂L/∂s`."""
+    """One forward pass.
+
+    Attributes:
+        calls: the calls of each layer by weight name.
+        reduction: whether the loss is a mean over examples or a sum.
+        scale: the factor that the gradient scaler has put on the loss.
+        layout: the layers for the shape of its examples.
+        known: True if this is the shape of its inputs; otherwise it is that of the first build.
+        examples: the number of its examples, or None if only its layers tell.
+    """
 
     calls: Mapping[str, Sequence[Seen]]
     reduction: str
     scale: float
+    layout: Layout
+    known: bool
+    examples: int | None
 
     @property
     def used(self) -> bool:
@@ -76,8 +85,9 @@ class Pass(NamedTuple):
 class Watched:
     """A recorder for `Intercept`: keeps the layer calls of a running module whose parameters are leaves of autograd."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._params = dict(params)
+    def __init__(self, params: Mapping[str, Tensor], begun: Callable[[Tensor], None]) -> None:
+        """Create a recorder; `begun` is called in the backward pass by every leaf, before its gradient is stored."""
+        self._params, self._begun = dict(params), begun
         self._seen: dict[str, dict[int, Seen]] = {}
 
     def run(self, plan: Plan) -> Intercept:
@@ -106,55 +116,30 @@ class Watched:
         """Add a leaf to the output of a layer, and note the call."""
         dtype = torch.promote_types(output.dtype, self._params[name].dtype)
         leaf = torch.zeros((), dtype=dtype, device=output.device).expand(output.shape).requires_grad_()
-        config = None if call is None else call.config
-        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, config, call is None, versions(x))
+        leaf.register_hook(self._begun)
+        self._seen.setdefault(name, {})[use] = Seen(x.detach(), leaf, versions(x))
         return output + leaf.to(output.dtype)
 
 
-def statistics(layout: Layout, passes: Sequence[Pass]) -> Stats:
+def statistics(passes: Sequence[Pass]) -> Stats:
     """Join the watched passes to the statistics of one batch.
 
     Raises:
         StructureError: a pass had no backward pass, or the module did not run exactly once in it.
         ShapeError: shapes differ from the build.
     """
-    sizes = [_examples(layout, each) for each in passes]
-    layouts = [_as_seen(layout, each) for each in passes]
-    if any(other != layouts[0] for other in layouts):
+    sizes = [_examples(each) for each in passes]
+    if any(each.layout != passes[0].layout for each in passes):
         raise ShapeError(
             "the passes watched before this step have examples of different shapes (sequences of other lengths?): take "
             "a step after each of them, or pad them to one length."
         )
-    layout = layouts[0]
-    return join([_part(layout, each, sum(sizes)) for each in passes])
+    return join([_part(each, size, sum(sizes)) for each, size in zip(passes, sizes, strict=True)])
 
 
-def _as_seen(layout: Layout, each: Pass) -> Layout:
-    """Return the layout for the example shapes of a pass: those of the build, or others (longer sequences).
-
-    Other shapes are not supported if examples and positions share an axis, because the number of examples is unknown.
-    """
-    blocks = []
-    for block in layout.blocks:
-        seen = zip(block.uses, each.calls[block.weight], strict=True)
-        uses = tuple(
-            use if call.shared else use._replace(config=call.config, output_shape=_of_example(use, call))
-            for use, call in seen
-        )
-        blocks.append(replace(block, uses=uses))
-    changed = any(new.uses != old.uses for new, old in zip(blocks, layout.blocks, strict=True))
-    merged = any(use.repeats > 1 for block in layout.blocks for use in block.uses)
-    return replace(layout, blocks=tuple(blocks)) if changed and not merged else layout
-
-
-def _of_example(use: Use, seen: Seen) -> Size:
-    shape = seen.leaf.shape
-    return Size((*shape[: use.axis], *shape[use.axis + 1 :]))
-
-
-def _examples(layout: Layout, each: Pass) -> int:
+def _examples(each: Pass) -> int:
     """Return the number of examples of a pass."""
-    for block in layout.layers:
+    for block in each.layout.layers:
         found = len(each.calls.get(block.weight, ()))
         if found != len(block.uses):
             raise StructureError(
@@ -167,30 +152,38 @@ def _examples(layout: Layout, each: Pass) -> int:
             "the watched pass had no backward pass: call loss.backward() before step(), on a loss of the outputs "
             "that the net returned inside `with watch()`."
         )
-    block = layout.layers[0]
+    if each.examples is not None:
+        return each.examples
+    if not each.known and any(use.repeats > 1 for block in each.layout.layers for use in block.uses):
+        raise StructureError(
+            "the net merges examples and positions, and was not called itself while watched, so that the number of "
+            "examples is unknown: call the module that the optimizer was given, net(x), with inputs like those of the "
+            "build, or pass them, watch(x)."
+        )
+    block = each.layout.layers[0]
     return int(each.calls[block.weight][0].input.shape[block.uses[0].axis]) // block.uses[0].repeats
 
 
-def _part(layout: Layout, each: Pass, total: int) -> Stats:
+def _part(each: Pass, examples: int, total: int) -> Stats:
     factor = (total if each.reduction == "mean" else 1) / each.scale
-    layers = {block.key: _layer(block, each, factor) for block in layout.blocks}
+    layers = {block.key: _layer(block, each, examples, factor) for block in each.layout.blocks}
     nothing = torch.full((), torch.nan)  # neither the loss nor the outputs are known
-    return Stats(nothing, nothing.reshape(1), (), layers, {}, layout, losses=nothing.reshape(1))
+    return Stats(nothing, nothing.reshape(1), (), layers, {}, each.layout, losses=nothing.reshape(1))
 
 
-def _layer(block: Block, each: Pass, factor: float) -> LayerStats:
+def _layer(block: Block, each: Pass, examples: int, factor: float) -> LayerStats:
     calls = list(zip(block.uses, each.calls[block.weight], strict=True))
     inputs = tuple(use.examples_first(seen.kept(block)) for use, seen in calls)
-    grads = tuple(factor * use.examples_first(_gradient(block, use, seen)) for use, seen in calls)
+    grads = tuple(factor * use.examples_first(_gradient(block, use, seen, examples)) for use, seen in calls)
     return LayerStats(inputs, tuple(g.unsqueeze(0) for g in grads), grads)
 
 
-def _gradient(block: Block, use: Use, seen: Seen) -> Tensor:
-    found = _of_example(use, seen)
-    if found != use.output_shape:
+def _gradient(block: Block, use: Use, seen: Seen, examples: int) -> Tensor:
+    if seen.leaf.shape != use.full_shape(examples):
         raise ShapeError(
-            f"layer {block.key!r} had outputs {list(found)} per example while watched, {list(use.output_shape)} at the "
-            "build: watch batches with the same example shape."
+            f"layer {block.key!r} had outputs {list(seen.leaf.shape)} while watched, expected "
+            f"{list(use.full_shape(examples))}, as at the build for {examples} examples: call the module that the "
+            "optimizer was given, net(x), inside watch, or pass its inputs, watch(x)."
         )
     # a use that the loss does not depend on has none
     return torch.zeros_like(seen.leaf) if seen.leaf.grad is None else seen.leaf.grad.detach().to(use.dtype)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import torch
+
 from fisherfn.optim.curvature import Curvature
 from fisherfn.state import State
 from fisherfn.stats import Layout
-from fisherfn.types import PyTree
+from fisherfn.types import Info, PyTree
 
 
 class WithCurvature:
     """A class with a curvature: its damping, coverage report and state, and the watch."""
 
+    info: Info
     _curvature: Curvature
+
+    @property
+    def _all_ok(self) -> bool:
+        """True if no check of the last step failed."""
+        return bool(torch.stack(list(self.info.ok.values())).all())
 
     @property
     def damping(self) -> float:

@@ -1,5 +1,8 @@
 """Tasks of the ranks for the drop-in classes: wrapped modules, dropout, an existing optimizer, and what is refused."""
 
+import datetime
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -47,6 +50,46 @@ def preconditioned(mine=slice(None)):
 FIXED = {"lr": 0.1, "damping": 0.1}
 
 
+def built_alone(rank, **options):
+    """The parameters after four steps of an optimizer that was made before the process group."""
+    dist.destroy_process_group()
+    (x, y), module = batch(), net()
+    opt = ff.optim.NaturalGradient(module, likelihood=ff.Categorical(), example_inputs=x, **options)
+    with_steps = ff.optim.NaturalGradient(net(), likelihood=ff.Categorical(), **options)
+    with_steps.step((x[CUTS[rank]], y[CUTS[rank]]))
+    store = dist.FileStore(f"{os.environ['FISHERFN_FOLDER']}/again-{len(options)}", 2)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    for _ in range(4):
+        opt.step((x[CUTS[rank]], y[CUTS[rank]]))
+    params = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return params, error(lambda: with_steps.step((x[CUTS[rank]], y[CUTS[rank]])))
+
+
+def bad_first_batch(mine, rank):
+    """The losses of three steps that skip bad batches, of which the first has a NaN on one rank."""
+    x, y = (each[mine] for each in batch())
+    opt = ff.optim.NaturalGradient(net(), likelihood=ff.Categorical(), on_bad="skip", **FIXED)
+    bad = torch.full_like(x, torch.nan) if rank == 0 else x
+    return torch.stack([opt.step((inputs, y)) for inputs in (bad, x, x)]), opt.skipped
+
+
+def overflowed(mine, rank):
+    """The parameters after two steps of a scaled loss, of which the first overflows on one rank, and the scale."""
+    module, (x, y) = net(0.0).float(), batch()
+    x, y = x[mine].float(), y[mine]
+    sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pre = ff.optim.Preconditioner(module, likelihood=ff.Categorical(), optimizer=sgd, damping=0.1, scaler=scaler)
+    for weight in (torch.inf if rank == 0 else 1.0, 1.0):
+        sgd.zero_grad()
+        scaler.scale(weight * nn.functional.cross_entropy(module(x), y)).backward()
+        pre.step(x)
+        scaler.step(sgd)
+        scaler.update()
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, scaler.get_scale()
+
+
 def everything(rank):
     """Called on all ranks, of which two train; the default group is used, as a user would."""
     mine = CUTS[rank]
@@ -55,8 +98,13 @@ def everything(rank):
         "fixed": optimized(mine=mine, **FIXED),
         "wrapped": optimized(DistributedDataParallel, mine=mine, **FIXED),
         "preconditioned": preconditioned(mine),
+        "bad": bad_first_batch(mine, rank),
+        "overflowed": overflowed(mine, rank),
+        "refused": refused(mine),
     }
-    return found | {"refused": refused(mine)}
+    found["adaptive, built alone"], _ = built_alone(rank)
+    found["fixed, built alone"], found["refused"]["steps alone"] = built_alone(rank, **FIXED)
+    return found
 
 
 def refused(mine):
@@ -70,6 +118,17 @@ def refused(mine):
         other[0].weight.add_(dist.get_rank())
     pre = ff.optim.Preconditioner(module, likelihood=likelihood, example_inputs=x)
 
+    def late_norm():
+        module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+        opt = ff.optim.NaturalGradient(module, likelihood=likelihood, **FIXED, example_inputs=x)
+        module.train()
+        opt.step((x, y))
+
+    def other_length():
+        long = torch.randn(len(x), 5 + dist.get_rank(), 4, dtype=torch.float64)
+        labels = torch.zeros(long.shape[:2], dtype=torch.int64)
+        ff.optim.NaturalGradient(net(0.0), likelihood=likelihood, **FIXED).step((long, labels))
+
     def watched():
         with pre.watch():
             pass
@@ -78,12 +137,22 @@ def refused(mine):
         module(x).sum().backward()
         pre.step()
 
+    def unbatched_optimizer():
+        module = net(0.0)
+        opt = ff.optim.NaturalGradient(module, likelihood=likelihood, **FIXED)
+        opt.step((x, y))
+        module(x).sum().backward()
+        opt.step()  # takes no statistics
+
     cases = {
         "batch norm": lambda: ff.optim.NaturalGradient(norm, likelihood=likelihood).step((x, y)),
+        "batch norm after a build in evaluation mode": late_norm,
+        "other lengths": other_length,
         "compiled": lambda: ff.optim.NaturalGradient(net(0.0), likelihood=likelihood, compile=True).step((x, y)),
         "other parameters": lambda: ff.optim.NaturalGradient(other, likelihood=likelihood, **FIXED).step((x, y)),
         "watched": watched,
         "unbatched": unbatched,
+        "unbatched optimizer": unbatched_optimizer,
     }
     return {name: error(call) for name, call in cases.items()}
 

@@ -42,6 +42,14 @@ def test_one_rank_takes_the_step_of_one_process(id, method):
     close(equal.trained(data_parallel(ng), problem.params, x, y, "step", steps=2), expected)
 
 
+def test_other_example_shapes_keep_the_ranks():
+    model, params, context = ff.functional(torch.nn.Linear(4, 3))
+    x = torch.randn(6, 5, 4)
+    ng = ff.natural_gradient(model, params, x[:, :2], likelihood=ff.Categorical(), context=context)
+    longer = data_parallel(ng).for_shape(params, x, context=context)
+    assert isinstance(longer, ff.distributed.DataParallel) and longer.layout.input_shapes == ((5, 4),)
+
+
 def test_adaptive_steps_and_all_views_are_those_of_one_process():
     problem, x, y = equal.batch()
     ng, messages = problem.build(method="exactNG"), []

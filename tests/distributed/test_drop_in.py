@@ -19,6 +19,8 @@ def ranks(tmp_path_factory):
         ("fixed", lambda: drop_in.optimized(**drop_in.FIXED)),
         ("wrapped", lambda: drop_in.optimized(**drop_in.FIXED)),
         ("preconditioned", drop_in.preconditioned),
+        ("adaptive, built alone", lambda: drop_in.optimized()),
+        ("fixed, built alone", lambda: drop_in.optimized(**drop_in.FIXED)),
     ],
 )
 def test_two_ranks_take_the_steps_of_one_process(ranks, case, alone):
@@ -31,12 +33,31 @@ def test_two_ranks_take_the_steps_of_one_process(ranks, case, alone):
     ("case", "text"),
     [
         ("batch norm", "StructureError: the net couples the examples of a batch (batch norm"),
+        (
+            "batch norm after a build in evaluation mode",
+            "StructureError: the net couples the examples of a batch (batch norm",
+        ),
+        ("other lengths", "RankError: the ranks disagree on the shape of an example (pad the batches of all ranks"),
+        ("steps alone", "RankError: the ranks disagree on the state before the first step"),
         ("compiled", "StructureError: compile=True needs a single process"),
         ("other parameters", "RankError: the ranks disagree on the initial parameters"),
         ("watched", "StructureError: a watched pass needs a single process"),
         ("unbatched", "StructureError: a step without its batch needs a single process"),
+        ("unbatched optimizer", "StructureError: a step without its batch needs a single process"),
     ],
 )
 def test_what_needs_one_process_is_refused_on_every_rank(ranks, case, text):
     assert ranks[0]["refused"][case].startswith(text)
     assert ranks[1]["refused"][case].startswith(text)
+
+
+def test_a_first_batch_that_is_bad_on_one_rank_is_skipped_on_all(ranks):
+    for losses, skipped in (rank["bad"] for rank in ranks):
+        assert losses[0].isnan() and skipped == 1
+        assert losses[1:].isfinite().all() and torch.equal(losses[1:], ranks[0]["bad"][0][1:])
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks):
+    for params, scale in (rank["overflowed"] for rank in ranks):
+        assert scale == 2.0**9
+        assert all(torch.equal(p, ranks[0]["overflowed"][0][name]) for name, p in params.items())

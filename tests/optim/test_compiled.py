@@ -38,6 +38,22 @@ def test_a_compiled_optimizer_makes_the_steps_of_a_plain_one(settings):
     torch.testing.assert_close(plain[1], compiled[1])
 
 
+@pytest.mark.parametrize("settings", [{}, FIXED], ids=["adaptive", "fixed"])
+def test_autocast_and_rates_of_dropout_are_those_of_each_step(settings):
+    """The first trace has its own as constants."""
+
+    def losses(compile):
+        net, opt = optimizer(compile, dropout=0.9, **settings)
+        found = []
+        for step, batch in enumerate(batches(4)):
+            net[2].p = 0.9 if step < 2 else 0.01
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step % 2 == 1):
+                found.append(float(opt.step(batch)))
+        return found
+
+    assert losses(EAGER) == pytest.approx(losses(False), rel=1e-5)
+
+
 def test_each_kind_of_step_is_traced_once_and_a_scheduler_changes_no_kind(monkeypatch):
     traced = []
     monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(options) or graph)

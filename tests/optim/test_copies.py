@@ -156,10 +156,11 @@ def test_an_unpicklable_likelihood_or_method_raises_but_can_be_copied(what):
     assert torch.equal(opt.step(case.batches[1]), other.step(case.batches[1])) and all_equal(case.net, net)
 
 
-def test_a_pickle_of_an_older_version_says_how_to_go_on():
+@pytest.mark.parametrize("lacking", ["_options", "_form"])
+def test_a_pickle_of_an_older_version_says_how_to_go_on(lacking):
     case = problem()
     curvature = ff.optim.NaturalGradient(case.net, likelihood=ff.Categorical())._curvature
-    older = {name: value for name, value in curvature.__getstate__().items() if name != "_options"}
+    older = {name: value for name, value in curvature.__getstate__().items() if name != lacking}
     with pytest.raises(E.StructureError, match="older version.*load_state_dict"):
         curvature.__setstate__(older)
 

@@ -278,6 +278,46 @@ def test_autocast_leaves_the_curvature_its_precision(method):
         torch.testing.assert_close(params[name] - p, nat[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fixed", [{}, {"lr": 0.5, "damping": 0.1}], ids=["adaptive", "fixed"])
+def test_inside_one_autocast_region_the_net_is_evaluated_with_its_new_weights(fixed):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    x, y = torch.randn(32, 4), torch.arange(32) % CLASSES
+    opt = ff.optim.NaturalGradient(net, likelihood=LABELS, **fixed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = net(x)
+        for _ in range(3):
+            opt.step((x, y))
+        after = net(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(after, net(x), rtol=0.0, atol=0.0)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("likelihood", [ff.Categorical(), ff.Gaussian()], ids=lambda one: type(one).__name__)
+def test_a_step_after_the_weights_were_loaded_undoes_nothing(likelihood):
+    """The loss of other weights says nothing about the last update, which would be subtracted from them."""
+    torch.manual_seed(0)
+    x, net = torch.randn(64, 4), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    y = (x @ torch.randn(4, CLASSES)).argmax(1) if isinstance(likelihood, ff.Categorical) else x[:, :CLASSES]
+    start = {name: leaf.clone() for name, leaf in net.state_dict().items()}
+    opt = ff.optim.NaturalGradient(net, likelihood=likelihood)
+    for _ in range(15):
+        opt.step((x, y))
+    ended = copy.deepcopy(opt.state_dict()), {name: leaf.clone() for name, leaf in net.state_dict().items()}
+    net.load_state_dict(start)
+    before = opt.step((x, y))
+    after = likelihood.nll(net(x).detach(), y).mean()
+    assert not opt.info.adapted.rejected and float(after) < float(before)
+    # a step continues a run whose weights and state were loaded together: the look back is on
+    net.load_state_dict(ended[1])
+    opt.load_state_dict(ended[0])
+    with torch.no_grad():
+        net[0].weight.add_(5.0)
+    opt.step((x, y))
+    assert opt.info.adapted.rejected
+
+
 def _copy(module):
     return copy.deepcopy(module)
 

@@ -96,6 +96,24 @@ def test_inputs_are_looked_at_when_statistics_are_due():
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), twin.parameters(), strict=True))
 
 
+FORMS = {
+    "groups": lambda net: [{"params": [net.get_parameter("0.weight")]}, {"params": net.get_parameter("0.bias")}],
+    "names": lambda net: [(name, p) for name, p in net.named_parameters() if name.startswith("0.")],
+    "groups with names": lambda net: [{"params": ((n, p) for n, p in net.named_parameters() if n.startswith("0."))}],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_given_as_to_torchs_optimizers(form):
+    case = problem()
+    x, y = case.batches[0]
+    F.cross_entropy(case.net(x), y).backward()
+    before = {name: p.grad.clone() for name, p in case.net.named_parameters()}
+    ff.optim.Preconditioner(case.net, FORMS[form](case.net), likelihood=LABELS).step((x, y))
+    changed = {name for name, p in case.net.named_parameters() if not torch.equal(p.grad, before[name])}
+    assert changed == {"0.weight", "0.bias"}
+
+
 # --------------------------------------------------------------------------------------------- gradient scaling
 
 

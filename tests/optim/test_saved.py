@@ -1,5 +1,6 @@
 """Saved and loaded, a run goes on as if it had not been interrupted, bit for bit."""
 
+import copy
 import io
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fisherfn as ff
+from fisherfn.optim.saved import renamed
 from tests.methods.protocol import METHODS
 from tests.optim.problems import problem
 from tests.zoo import as_installed
@@ -217,3 +219,38 @@ def test_a_saved_state_takes_the_type_of_the_net(method):
         pre.step(x.to(dtype))
         saved = pre.state_dict()
     assert all(leaf.dtype == torch.float64 for leaf in saved["state"].values() if leaf.is_floating_point())
+
+
+WRAPPERS = {
+    "plain": lambda net: net,
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "data-parallel": torch.nn.DataParallel,
+    "both": lambda net: torch.compile(torch.nn.DataParallel(net), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("fixed", [{}, {"lr": 0.3, "damping": 0.1}], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize(
+    ("first", "second"), [("compiled", "plain"), ("plain", "data-parallel"), ("data-parallel", "both")]
+)
+@pytest.mark.parametrize("single", [False, True], ids=["net", "single layer"])
+def test_a_state_of_a_wrapped_net_can_be_loaded_without_the_wrapper(single, first, second, fixed):
+    case = problem(steps=2)
+    net = torch.nn.Linear(4, 3).double() if single else case.net
+
+    def wrapped(how):
+        own = copy.deepcopy(net)
+        return own, ff.optim.NaturalGradient(WRAPPERS[how](own), likelihood=ff.Categorical(), generator=7, **fixed)
+
+    (net, before), (other, after) = wrapped(first), wrapped(second)
+    before.step(case.batches[0])
+    other.load_state_dict(net.state_dict())
+    after.load_state_dict(before.state_dict())
+    before.step(case.batches[1])
+    after.step(case.batches[1])
+    assert equal(net, other)
+
+
+def test_names_that_wrappers_do_not_make_unclear_stay():
+    saved = {"factors/module.a/A": torch.ones(1), "factors/a/A": torch.zeros(1)}
+    assert renamed(saved, list(saved)) is saved

@@ -189,6 +189,153 @@ def test_a_scaler_skips_the_step_and_zero_grad_drops_what_was_watched():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def scaled_steps(net, batches, how, weight=1.0, updated=True):
+    """Parameters after watched steps with a gradient scaler, and the scaler's last scale."""
+    scaler = None if how == "no scaler" else torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    fixed = {"lr": 0.5, "damping": 0.1, "kl_bound": None, "scaler": scaler}
+    opt = ff.optim.NaturalGradient(net, likelihood=LABELS, **fixed, example_inputs=batches[0][0])
+    for x, y in batches:
+        opt.zero_grad()
+        with opt.watch():
+            loss = weight * F.cross_entropy(net(x), y)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if how == "unscaled by the caller":
+            scaler.unscale_(opt)
+        if how == "stepped by the scaler":
+            scaler.step(opt)
+        else:
+            opt.step()
+        if scaler is not None and updated:
+            scaler.update()
+    return [p.detach() for p in net.parameters()], scaler and scaler.get_scale()
+
+
+@pytest.mark.parametrize("how", ["stepped by the scaler", "unscaled by the caller", "unscaled by the step"])
+def test_a_scaled_loss_is_unscaled_once(how):
+    case = problem(steps=3)
+    expected, _ = scaled_steps(case.again(), case.batches, "no scaler")
+    found, _ = scaled_steps(case.again(), case.batches, how)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_with_overflowed_gradients_is_left_out_and_lowers_the_scale():
+    case = problem(steps=1)
+    found, scale = scaled_steps(case.again(), case.batches, "unscaled by the step", weight=torch.inf)
+    assert all(torch.equal(a, b) for a, b in zip(found, case.net.parameters(), strict=True)) and scale == 2.0**9
+
+
+def test_a_loss_without_its_scale_is_an_error():
+    case = problem(steps=1)
+    (x, y), scaler = case.batches[0], torch.amp.GradScaler("cpu")
+    opt = ff.optim.NaturalGradient(case.net, likelihood=LABELS, lr=0.5, damping=0.1, example_inputs=x, scaler=scaler)
+    with opt.watch():
+        loss = F.cross_entropy(case.net(x), y)
+    loss.backward()
+    with pytest.raises(E.StructureError, match=r"between backward\(\) of the scaled loss"):
+        opt.step()
+
+
+def test_a_scaler_that_is_not_updated_is_an_error():
+    case = problem(steps=2)
+    with pytest.raises(E.StructureError, match=r"call scaler\.update\(\) after each step"):
+        scaled_steps(case.net, case.batches, "unscaled by the step", updated=False)
+
+
+# ----------------------------------------------------------------------------------------- other example shapes
+
+
+class Merged(nn.Module):
+    """A net that merges examples and positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        rows = torch.tanh(self.first(x.reshape(-1, 4)))
+        return self.last(rows).reshape(*x.shape[:2], CLASSES)
+
+
+def sequences(length, examples=6):
+    rng = torch.Generator().manual_seed(length)
+    x = torch.randn(examples, length, 4, generator=rng, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (examples, length), generator=rng)
+
+
+def summed_loss(outputs, y):
+    return F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum") / len(y)
+
+
+CALLS = {
+    "by position": (lambda x: x, lambda net, x: net(x)),
+    "by name": (lambda x: x, lambda net, x: net(x=x)),
+    "from a dict": (lambda x: {"x": x}, lambda net, x: net(x)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("built", [1, 2, 4])
+def test_a_net_that_merges_positions_is_watched_at_another_length(built, method, call):
+    form, run = CALLS[call]
+    net, found = Merged().double(), []
+    x, y = sequences(4)
+    for length in (built, 4):
+        pre = ff.optim.Preconditioner(net, damping=0.1, method=method, example_inputs=form(sequences(length, 2)[0]))
+        net.zero_grad()
+        with pre.watch():
+            loss = summed_loss(run(net, x), y)
+        loss.backward()
+        pre.step()
+        assert float(pre.curvature.examples) == 6
+        found.append([p.grad.clone() for p in net.parameters()])
+    for other, same_length in zip(*found, strict=True):
+        torch.testing.assert_close(other, same_length, rtol=1e-12, atol=1e-12)
+    assert not net._forward_pre_hooks
+
+
+def test_an_unknown_number_of_examples_is_an_error():
+    net, (x, y) = Merged().double(), sequences(4)
+    pre = ff.optim.Preconditioner(net, example_inputs=sequences(2)[0])
+    with pre.watch():
+        loss = summed_loss(net.forward(x), y)
+    loss.backward()
+    with pytest.raises(E.StructureError, match=r"number of examples is unknown: call the module"):
+        pre.step()
+    net.zero_grad()
+    with pre.watch(x):
+        loss = summed_loss(net.forward(x), y)
+    loss.backward()
+    pre.step()
+    assert float(pre.curvature.examples) == 6
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_the_default_bound_of_a_watched_step_has_the_labels_of_its_own_length(updates):
+    moves, (x, y) = [], sequences(8)
+    base = Merged().double()
+    for how in ("watched", "with a batch"):
+        net = Merged().double()
+        net.load_state_dict(base.state_dict())
+        opt = ff.optim.NaturalGradient(
+            net, likelihood=LABELS, lr=10.0, damping=0.1, momentum=0.0, fisher="empirical", invert_every=1,
+            example_inputs=sequences(2)[0], update_every=2,
+        )  # fmt: skip
+        if not updates:
+            opt.step(sequences(2))
+        before = [p.detach().clone() for p in net.parameters()]
+        if how == "watched":
+            opt.zero_grad()
+            with opt.watch():
+                loss = summed_loss(net(x), y)
+            loss.backward()
+        opt.step(None if how == "watched" else (x, y))
+        moves.append([p.detach() - old for p, old in zip(net.parameters(), before, strict=True)])
+    for watched, given in zip(*moves, strict=True):
+        torch.testing.assert_close(watched, given, rtol=1e-9, atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -274,6 +421,34 @@ def watched_step(net, sgd, pre, batch, *, dropped=None):
         loss.backward()
     pre.step()
     return [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_nor_does_one_that_is_erased_between_the_next_pass_and_its_backward_pass(to_none):
+    case = problem(steps=2)
+    net, examples = case.net, len(case.batches[0][0])
+    pre = ff.optim.Preconditioner(net, damping=0.1, example_inputs=case.batches[0][0])
+    for x, y in case.batches:
+        with pre.watch():
+            loss = F.cross_entropy(net(x), y)
+        net.zero_grad(to_none)
+        loss.backward()
+    pre.step()
+    assert float(pre.curvature.examples) == examples
+
+
+@pytest.mark.parametrize("sum_first", [True, False])
+def test_passes_with_one_backward_pass_or_one_each_all_count(sum_first):
+    case = problem(steps=2)
+    net, losses = case.net, []
+    pre = ff.optim.Preconditioner(net, damping=0.1, example_inputs=case.batches[0][0])
+    for x, y in case.batches:
+        with pre.watch():
+            losses.append(F.cross_entropy(net(x), y) / 2)
+    for loss in [sum(losses)] if sum_first else losses:
+        loss.backward()
+    pre.step()
+    assert float(pre.curvature.examples) == 2 * len(case.batches[0][0])
 
 
 def test_a_batch_whose_gradients_were_dropped_does_not_count():
