@@ -75,7 +75,7 @@ def compile(fn: Callable[P, R], **options: Any) -> Callable[P, R]:
         if torch._C._functorch.maybe_current_level() is not None or get_proxy_mode() is not None:
             return fn(*args, **kwargs)
         tensors, kind = tree.split((args, kwargs))
-        devices = {tensor.device.type for tensor in tensors}
+        devices = {tensor.device.type for tensor in tensors} - {"meta"}
         low = [(one, torch.get_autocast_dtype(one)) for one in devices if torch.is_autocast_enabled(one)]
         kind = kind, frozenset(low)  # a trace has the casts of autocast
         with torch.no_grad():

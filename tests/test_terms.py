@@ -14,6 +14,7 @@ from fisherfn.errors import (
     StructureError,
     UnusedParameterError,
 )
+from fisherfn.types import Shape
 
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias")
 
@@ -214,7 +215,7 @@ def test_a_head_of_its_own_has_its_whole_curvature(method):
     """The output-gradients are independent of the inputs: K-FAC of the only term with the layer is its Fisher."""
     ng, stats, factors, _ = sequence_terms(method)
     block = ng.layout.block("head")
-    trace = ng.method.trace({"head": factors["head"]}, {"head": block.shape})
+    trace = ng.method.trace({"head": factors["head"]}, {"head": Shape(*block.shape)})
     close(trace, ng.fisher(stats).block("head").trace())
 
 

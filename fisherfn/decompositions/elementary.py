@@ -32,10 +32,22 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return normed
 
 
+_FEW_ROWS = 25
+"""Numbers of vectors up to which torch, too, takes the norm of every difference."""
+
+
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
-    """Compute distances by definition, since torch's backward of them is wrong under `torch.vmap`."""
-    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
-    return distances
+    """Compute distances by definition, since torch's backward of them is wrong under `torch.vmap`.
+
+    As in torch, Euclidean distances of many vectors come from products, which need no memory for all differences.
+    """
+    many = max(x1.shape[-2], x2.shape[-2]) > _FEW_ROWS and compute_mode != "donot_use_mm_for_euclid_dist"
+    if p != 2 or not (many or compute_mode == "use_mm_for_euclid_dist"):
+        distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
+        return distances
+    squares = x1.square().sum(-1).unsqueeze(-1) + x2.square().sum(-1).unsqueeze(-2) - 2 * x1 @ x2.mT
+    apart = squares > 0
+    return torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
 
 
 _PARTS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -202,9 +202,9 @@ def _unit(Z: LinearMap, x: Vector, floor: Tensor | float) -> tuple[Vector, Vecto
 def _divided(x: Vector, length: Float[Tensor, " k"], floor: Tensor | float = 0.0) -> Vector:
     """Return x divided by its length, or zeros if that is not above the floor.
 
-    The quotient is computed in float64: the reciprocal of a small length overflows in float32.
+    The reciprocal of a small length would overflow in float32.
     """
-    return kron.times(x.double(), _inverse(length, floor)).to(x.dtype)
+    return kron.times(kron.unit(x), (kron.peak(x) * _inverse(length, floor)).to(x.dtype))
 
 
 def _inverse(x: Float[Tensor, " k"], floor: Tensor | float) -> Float[Tensor, " k"]:

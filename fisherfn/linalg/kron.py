@@ -77,8 +77,22 @@ def apply(pairs: Sequence[Pair], W: Float[Tensor, "k o i"]) -> Float[Tensor, "k 
 
 
 def dot(x: Factor, y: Factor) -> Float[Tensor, " k"]:
-    """Return `⟨x, y⟩` of two factors kept in the same form, in float64: in float32 a product can underflow."""
-    return (x.double() * y.double()).flatten(1).sum(1)
+    """Return `⟨x, y⟩` of two factors kept in the same form, for any scale of theirs; sums of rows are in float64."""
+    by_row = (unit(x) * unit(y)).sum(-1).double()
+    return (by_row if is_diagonal(x) else by_row.sum(-1)) * peak(x) * peak(y)
+
+
+def peak(x: Factor) -> Float[Tensor, " k"]:
+    """Return the largest absolute entry, in float64; 1 for zeros."""
+    if not x.shape[1:].numel():
+        return x.new_ones(x.shape[0], dtype=torch.float64)
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=tuple(range(1, x.ndim))).double()
+    return torch.where(largest == 0, 1.0, largest)
+
+
+def unit(x: Factor) -> Factor:
+    """Divide a factor by its largest absolute entry, so that no product of two entries overflows."""
+    return x / peak(x).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def inner(xs: Sequence[Pair], ys: Sequence[Pair]) -> Float[Tensor, " k"]:

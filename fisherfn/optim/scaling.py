@@ -30,7 +30,7 @@ class Scaling:
         Raises:
             StructureError: the loss was not scaled, or the scaler was not updated after the last step.
         """
-        if self._scaler is None or optimizer is None:
+        if self._scaler is None or optimizer is None or not self._scaler.is_enabled():
             return False
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # a wrapper: the scaler knows the inner optimizer

@@ -108,6 +108,8 @@ class Intercept(Elementary):
         if simpler is not None:
             with self:
                 return simpler()
+        if here and args and id(args[0]) in self._names and changes_nothing(func, args, kwargs):
+            return args[0]
         if self._followed is not None and here:
             shared = self._followed.among(values_read(func, args, kwargs))
             if shared and not self._enters_layer(func, args, kwargs):
@@ -116,8 +118,6 @@ class Intercept(Elementary):
                 return output
         uncoupled = self._without_coupling(func, args, kwargs)
         output = uncoupled() if uncoupled is not None and self._uncoupled else func(*args, **kwargs)
-        if here and args and id(args[0]) in self._names and changes_nothing(func, args, kwargs, output):
-            return args[0]
         self._orders.note(func, args, output)
         if self._selected is not None:
             with torch._C.DisableTorchFunction():

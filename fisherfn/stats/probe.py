@@ -35,15 +35,27 @@ class Probe:
         """Return the probe with its own parameters, and small numbers in place of those that are zero throughout.
 
         Where a gate or the last layer is zero (ReZero, LoRA), every gradient behind it is, and would confirm anything.
+        Zeros stay if the model cannot run on other numbers (the Cholesky factor of I + S).
         """
         generator = torch.Generator().manual_seed(2)
+        each = {id(p): p.detach().clone() for p in self.params.values()}  # one for a parameter under two names
+        own = replace(self, params={name: each[id(p)] for name, p in self.params.items()})
+        zeros = {place: p for place, p in each.items() if not bool((p != 0).any())}
+        if not zeros:
+            return own
+        numbers = {
+            place: (0.1 * torch.rand(p.shape, generator=generator, dtype=torch.float64)).to(p)
+            for place, p in zeros.items()
+        }
+        other = replace(self, params={name: (each | numbers)[id(p)] for name, p in self.params.items()})
+        return other if (other.few() if self.examples > FEW else other).runs() else own
 
-        def own(p: Tensor) -> Tensor:
-            if bool((p != 0).any()):
-                return p.detach().clone()
-            return (0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p)
-
-        return replace(self, params={name: own(p) for name, p in self.params.items()})
+    def runs(self) -> bool:
+        """Return True if the model runs, with finite outputs."""
+        try:
+            return bool(torch.isfinite(self.run()).all())
+        except Exception:  # the build of the original raises its own error
+            return False
 
     def check(self) -> None:
         """Raise unless these are real parameters and at least one example."""
@@ -189,7 +201,7 @@ def _other(leaf: Tensor) -> Tensor:
 
 def _fingerprints(params: Tree) -> dict[str, tuple[str, int]]:
     """Return the sum and the version of each parameter; `.data` and an equal value leave one of them unchanged."""
-    return {name: (str(float(p.detach().double().sum())), p._version) for name, p in params.items()}
+    return {name: (str(float(p.detach().sum(dtype=torch.float64))), p._version) for name, p in params.items()}
 
 
 def _global_generators(params: Tree) -> dict[torch.device, Tensor]:

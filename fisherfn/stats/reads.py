@@ -33,12 +33,12 @@ def values_read(
     return args, kwargs
 
 
-def changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+def changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return True if a call casts its first argument to what it is already: a layer's weight then stays this weight."""
-    if name_of(func) not in _CASTS or not args or kwargs.get("copy") or not isinstance(output, Tensor):
-        return False
-    given = args[0]
-    return bool(
+    if name_of(func) not in _CASTS or any(arg is True for arg in (*args[1:], kwargs.get("copy"))):
+        return False  # True may ask for a copy
+    given, output = args[0], func(*args, **kwargs)
+    return isinstance(output, Tensor) and bool(
         (output.dtype, output.device, output.shape, output.stride())
         == (given.dtype, given.device, given.shape, given.stride())
     )

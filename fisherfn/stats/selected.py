@@ -23,8 +23,6 @@ CHOOSING = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutiv
 READING = {"tolist", "item", "__int__", "__index__"}
 """Functions that return values as numbers of Python, which may then be lengths of slices."""
 
-JOINING = {"cat", "concat", "concatenate", "hstack", "vstack", "stack"}
-
 REPLACING = ("index_put", "index_add", "index_copy", "index_fill", "scatter", "masked_scatter")
 """Beginnings of the names of functions that write rows to places of another tensor, whose rows are then in order."""
 
@@ -59,7 +57,7 @@ class Selected:
         if masks is not None:
             if any(leaf in self._varying for leaf in masks):
                 self._mark(made[:1] if name.startswith(("unique", "_unique")) else made)
-        elif name in JOINING and self._lengths and any(not self._per_example(leaf) for leaf in made):
+        elif self._lengths and self._joins_examples(name, args, arguments):
             self._mark(made)
         elif not name.startswith(REPLACING):
             self._pass_on(func, args, read, made)
@@ -78,6 +76,11 @@ class Selected:
         ordered = any(self._per_example(leaf) for leaf in sources if leaf not in self._chosen)
         ordered |= name_of(func) in _RESHAPING and not any(self._per_example(leaf) for leaf in chosen)
         self._mark(leaf for leaf in made if not (ordered and self._per_example(leaf)))
+
+    def _joins_examples(self, name: str, args: tuple[Any, ...], arguments: PyTree) -> bool:
+        """Return True if a call joins a piece of each example along the first axis, which may differ in length."""
+        axis = args[1] if len(args) > 1 else arguments[1].get("dim", 0)
+        return name in ("cat", "concat") and axis == 0 and len(tensors_among(arguments)) >= max(3, self._examples)
 
     def _per_example(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and len(tensor) == self._examples

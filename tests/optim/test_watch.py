@@ -191,7 +191,8 @@ def test_a_scaler_skips_the_step_and_zero_grad_drops_what_was_watched():
 
 def scaled_steps(net, batches, how, weight=1.0, updated=True):
     """Parameters after watched steps with a gradient scaler, and the scaler's last scale."""
-    scaler = None if how == "no scaler" else torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=how != "a disabled scaler")
+    scaler = None if how == "no scaler" else scaler
     fixed = {"lr": 0.5, "damping": 0.1, "kl_bound": None, "scaler": scaler}
     opt = ff.optim.NaturalGradient(net, likelihood=LABELS, **fixed, example_inputs=batches[0][0])
     for x, y in batches:
@@ -210,7 +211,9 @@ def scaled_steps(net, batches, how, weight=1.0, updated=True):
     return [p.detach() for p in net.parameters()], scaler and scaler.get_scale()
 
 
-@pytest.mark.parametrize("how", ["stepped by the scaler", "unscaled by the caller", "unscaled by the step"])
+@pytest.mark.parametrize(
+    "how", ["stepped by the scaler", "unscaled by the caller", "unscaled by the step", "a disabled scaler"]
+)
 def test_a_scaled_loss_is_unscaled_once(how):
     case = problem(steps=3)
     expected, _ = scaled_steps(case.again(), case.batches, "no scaler")

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
+from fisherfn.decompositions.elementary import cdist
 from fisherfn.errors import CoverageError, ModelError, StructureError
+from fisherfn.stats.probe import Probe
 from fisherfn.stats.reads import changes_nothing, inside_function, values_read
 from tests import oracles, zoo
 from tests.layers.checks import check_fisher, check_gradients, kinds, normal
@@ -294,9 +296,79 @@ def test_what_a_call_reads():
     assert values_read(torch.Tensor.type_as, (x, w), {}) == ((x,), {})
     assert values_read(torch.zeros_like, (x,), {}) == ((), {})
     assert values_read(torch.add, (x, w), {"alpha": 2}) == ((x, w), {"alpha": 2})
-    assert changes_nothing(torch.Tensor.to, (x, torch.float32), {}, x)
-    assert not changes_nothing(torch.Tensor.to, (x, torch.float64), {}, x.double())
-    assert not changes_nothing(torch.clone, (x,), {}, x.clone())
+    assert changes_nothing(torch.Tensor.to, (x, torch.float32), {})
+    assert not changes_nothing(torch.Tensor.to, (x, torch.float64), {})
+    assert not changes_nothing(torch.Tensor.to, (x, torch.float32, False, True), {}), "a copy"
+    assert not changes_nothing(torch.Tensor.to, (x, torch.float32), {"copy": True})
+    assert not changes_nothing(torch.clone, (x,), {})
+
+
+@pytest.mark.parametrize("cast", [lambda p, x: p.to(x.dtype), lambda p, x: p.contiguous(), lambda p, x: p.type_as(x)])
+def test_a_cast_of_a_parameter_that_all_examples_share_is_no_step(cast):
+    assert checked(lambda p, x: x @ p["w"] + cast(p["pos"], x), {"w": normal(4, 3), "pos": normal(3)}) == {
+        "w": "matmul", "pos": "elementwise",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda a, x: x[:, :3] * (1 + torch.sqrt(a + 1e-6)), (3,)),
+        (lambda a, x: x @ torch.linalg.cholesky(torch.eye(4).double() - 40 * (a + a.mT)), (4, 4)),
+    ],
+    ids=["square root", "Cholesky"],
+)
+def test_zeros_on_which_a_model_depends_do_not_refuse_it(model, shape):
+    """Numbers of both signs, or any at all, are outside of the domain."""
+    params = {"a": torch.zeros(shape, dtype=torch.float64)}
+    ng = ff.natural_gradient(lambda p, x: model(p["a"], x), params, X, likelihood=ff.Gaussian(), fisher="type2")
+    assert torch.isfinite(ng.stats(params, (X, model(params["a"], X))).grads["a"]).all()
+
+
+def test_a_parameter_under_two_names_stays_one():
+    w = normal(4, 4)
+    probe = Probe(lambda p, x: x @ p["a"] @ p["b"], {"a": w, "b": w}, X, ()).apart()
+    assert probe.params["a"] is probe.params["b"] is not w
+
+
+class Looped(nn.Module):
+    """Nets that read a length from their inputs, and join tensors of all examples."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.l, self.out = how, nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, n):
+        steps, h = int(n.max()), self.a(x).tanh()
+        if self.how == "recurrence":
+            h = torch.stack([h[:, t] for t in range(steps)]).transpose(0, 1)
+        elif self.how == "mean of two":
+            h = torch.stack([h[:, :steps], 2 * h[:, :steps]]).mean(0)
+        else:
+            h = torch.cat([h[:, :1].transpose(0, 1), h[:, :steps].transpose(0, 1)]).transpose(0, 1)
+        return self.out(self.l(h).sum(1))
+
+
+@pytest.mark.parametrize("how", ["recurrence", "mean of two", "time first"])
+def test_joins_along_other_axes_choose_no_rows(how):
+    model, params, context = ff.functional(Looped(how).double())
+    x = normal(6, 5, 4), torch.full((6,), 5)
+    ng = ff.natural_gradient(model, params, x, likelihood=ff.Gaussian(), context=context)
+    assert set(kinds(ng).values()) == {"linear"}
+
+
+def test_distances_of_many_vectors_come_from_products():
+    """Memory for all differences would be as much again for each coordinate."""
+
+    def model(params, x):
+        return torch.cdist((x @ params["a"]).tanh(), X, p=2.0).flatten(1)
+
+    assert checked(model, {"a": normal(4, 4)}, normal(3, 30, 4)) == {"a": "matmul"}
+    a, b = normal(30, 4), normal(40, 4, seed=1)
+    for mode in (None, "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"):
+        close(cdist(a, b, compute_mode=mode), torch.cdist(a, b), tol=1e-12)
+    gradient = torch.func.grad(lambda a: cdist(a, a).sum())(a)
+    assert torch.isfinite(gradient).all(), "also at distance 0"
 
 
 def test_a_constant_image_without_examples_is_no_transposed_convolution():

@@ -148,7 +148,8 @@ def test_runs_can_be_vmapped(problem, name):
     together = torch.vmap(whole_run)(stacked, noises)
     for i, member in enumerate(members):
         alone = whole_run(member, draws[i])
-        torch.testing.assert_close({n: t[i] for n, t in together.items()}, alone, rtol=1e-9, atol=1e-11)
+        # Deflation's second term comes from what the first leaves, and has more rounding errors: up to 3e-10 here
+        torch.testing.assert_close({n: t[i] for n, t in together.items()}, alone, rtol=1e-8, atol=1e-9)
 
 
 def length(params, batch, context):
