@@ -204,7 +204,8 @@ def _divided(x: Vector, length: Float[Tensor, " k"], floor: Tensor | float = 0.0
 
     The reciprocal of a small length would overflow in float32.
     """
-    return kron.times(kron.unit(x), (kron.peak(x) * _inverse(length, floor)).to(x.dtype))
+    size = kron.peak(x)
+    return kron.times(kron.unit(x, size), (size * _inverse(length, floor)).to(x.dtype))
 
 
 def _inverse(x: Float[Tensor, " k"], floor: Tensor | float) -> Float[Tensor, " k"]:
