@@ -136,3 +136,13 @@ def sizes(samples=2, positions=3):
     """Draw the sizes of a tap: groups, samples, examples, positions, outputs, inputs."""
     limits = (2, samples, 3, positions, 3, 4)
     return st.tuples(*(st.integers(1, limit) for limit in limits))
+
+
+N = 8
+
+
+def labelled(width=4, length=None, seed=0):
+    """Eight examples in single precision, and a class of three for each."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (N, width) if length is None else (N, length, width)
+    return torch.randn(shape, generator=g), torch.randint(0, 3, (N,), generator=g)

@@ -7,6 +7,7 @@ import fisherfn as ff
 from fisherfn.adapt.quadratic import tangents
 from tests import test_terms as terms
 from tests.adapt.problems import built, dense_fisher, flat, loss, mlp, quadratic, unflat
+from tests.nets import Straight
 from tests.zoo import as_installed
 
 LIKELIHOODS = {"bernoulli": ff.Bernoulli(), "gaussian": ff.Gaussian(0.5), "categorical": ff.Categorical()}
@@ -150,22 +151,6 @@ def test_a_batch_of_a_sum_of_terms_has_exactly_its_terms():
     for wrong in ({name: part for name, part in batch.items() if name != "edge"}, batch | {"other": batch["edge"]}):
         with pytest.raises(ff.errors.StructureError, match="entr"):
             ff.quadratic_model(ng, params, wrong, [params])
-
-
-class Straight(torch.autograd.Function):
-    """A sign with the gradient of the identity, without a rule for vmap or forward mode."""
-
-    @staticmethod
-    def forward(x):
-        return x.sign()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
 
 
 def test_a_function_without_vmap_and_forward_rule_has_its_tangents_from_reverse_mode():

@@ -158,3 +158,25 @@ def kfac_matrix(problem, method=None, fisher="type2"):
 def exact_blocks(problem, run, fisher="type2"):
     """The block diagonal of the exact Fisher: what K-FAC aims at."""
     return oracles.block_diagonal(problem.params, problem.blocks, oracles.fisher_matrix(problem, fisher, run.draws))
+
+
+X = normal(5, 4, seed=3)
+
+
+def curved_model(model, params, x=X):
+    """A model before a readout, without a module."""
+
+    def curved(p, x):
+        return Readout(2)(model(p, x))
+
+    return zoo.from_model(curved, params, x, "categorical", zoo.generator(), {})
+
+
+def checked_model(model, params, x=X):
+    """Check loss, gradients and Fisher of such a model; return the kinds of its blocks."""
+    problem = curved_model(model, params, x)
+    run = zoo.sampled(problem, "type2")
+    check_fisher(problem, run, "type2")
+    check_gradients(problem, run.ng, run.stats)
+    close(run.stats.loss, oracles.mean_nll(problem))
+    return kinds(run.ng)
