@@ -177,7 +177,7 @@ def test_errors_teach():
 def test_autocast_is_part_of_the_kind_of_a_call():
     compiled = ff.compile(lambda w, x: x @ w, backend="eager")
     w, x = torch.randn(4, 4), torch.randn(3, 4)
-    for low in (None, torch.bfloat16, torch.float16, None):
+    for low in (torch.bfloat16, None, torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype=low, enabled=low is not None):
             found, expected = compiled(w, x), x @ w
         assert found.dtype == expected.dtype == (low or torch.float32)

@@ -67,7 +67,11 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "or is used elsewhere too. Pass sparse=False.",
     ),
     (
-        ("mutate a captured Tensor", "mutating directly with `.data`"),
+        (
+            "mutate a captured Tensor",
+            "mutating directly with `.data`",
+            "a leaf Variable that requires grad",
+        ),
         "the model changes a parameter, or another tensor from outside of it, while it runs (a weight is clipped or "
         "normalised in place). Compute the changed weight and use it, F.linear(x, weight.clamp(min=0)), or change the "
         "parameters between steps.",

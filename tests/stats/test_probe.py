@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfn as ff
-from fisherfn.errors import CoverageError, ModelError, StructureError
+from fisherfn.errors import CoverageError, ModelError
 from fisherfn.stats.probe import Probe
 from tests.layers.checks import X, normal
 from tests.oracles import close
@@ -88,17 +88,19 @@ class Changing(nn.Module):
                 weight.clamp_(0)
         elif self.how == "data in place":
             weight.data.clamp_(min=0)
+        elif self.how == "with a gradient":
+            weight.clamp_(min=0)
         else:
             weight.data = F.normalize(weight.data)
         return self.a(x)
 
 
 @pytest.mark.parametrize("before", [lambda w: w, lambda w: F.normalize(w.abs())], ids=["changed", "has these values"])
-@pytest.mark.parametrize("how", ["in place", "data in place", "data"])
+@pytest.mark.parametrize("how", ["in place", "data in place", "with a gradient", "data"])
 def test_a_model_that_changes_its_parameters_is_refused_and_they_are_as_before(how, before):
     model, params, context = ff.functional(Changing(how))
     params = {name: before(p) if p.ndim == 2 else p for name, p in params.items()}
     kept = {name: p.clone() for name, p in params.items()}
-    with pytest.raises((StructureError, ModelError), match=r"changes (a parameter|'a.weight').* while it runs"):
+    with pytest.raises(ModelError, match="changes a parameter"):
         ff.natural_gradient(model, params, X.float(), likelihood=ff.Gaussian(), context=context)
     assert all(torch.equal(kept[name], p) for name, p in params.items())
