@@ -141,12 +141,11 @@ def shares(pair: Pair, damping: Float[Tensor, ""]) -> tuple[Float[Tensor, " k"],
 def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
     r"""Return $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, which distributes the damping.
 
-    It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero, or if
-    π or 1/π overflows. The ratio is computed in float64, because the ratio to a denormal number can overflow.
+    It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero. The ratio is
+    computed in float64, because that to a denormal number can overflow in float32.
     """
     a, g = kron.diagonal(A).double().mean(-1), kron.diagonal(G).double().mean(-1)
-    ratio = (a / g).sqrt().to(A.dtype)
-    return torch.where((a > 0) & (g > 0) & torch.isfinite(ratio) & torch.isfinite(1 / ratio), ratio, 1.0)
+    return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0).to(A.dtype)
 
 
 class InvertedFactor(NamedTuple):
