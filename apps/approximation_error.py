@@ -10,6 +10,7 @@ block natural gradient at the same λ. Each method starts from the same statisti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fisherfn as ff
+from common.atomic import empty_folder, replace_text
 from common.config import NON_NEGATIVE, POSITIVE, SEED, Check, ConfigError, filled, option, parse, validate
 from common.data import load
 from common.loop import Task
@@ -35,7 +37,7 @@ from common.spectra import GRADIENT, Values, compare
 from common.train_config import APPS, LABELS, TrainConfig
 from common.trainer import FIXED, make_optimizer, make_task, natural_gradient, tuned
 
-FOLDER = "approximation_error"
+FOLDER, RESULT = "approximation_error", "result.json"
 
 METHODS = ("kfac", "kpsvd", "kfac_cor", "deflation", "lanczos", "kl_optimal", "ekfac")
 """Methods that approximate the block of a layer."""
@@ -102,6 +104,12 @@ class ErrorConfig:
 
     def __post_init__(self) -> None:
         validate(self)
+        validate(self.trainer())
+
+    def trainer(self) -> TrainConfig:
+        """Return the configuration of the trainer that has these nets and data, with Adam."""
+        given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(TrainConfig)}
+        return APPS[self.app](**{name: value for name, value in given.items() if value is not None} | {"optim": "adam"})
 
 
 class Record(NamedTuple):
@@ -118,8 +126,11 @@ def run(config: ErrorConfig) -> Path:
     folder = Path(config.result_dir) / FOLDER / (config.result_name or default_name(config))
     if folder.exists() and not config.overwrite:
         raise ResultExistsError(f"{folder} exists already: give --overwrite, or another --result_name")
+    if folder.exists() and not is_result(folder):
+        raise ResultExistsError(f"{folder} has no {RESULT} of this program in it: it is not overwritten")
     nets = natural_gradients(config, full, task)
     records: list[Record] = []
+    folder.mkdir(parents=True, exist_ok=True)  # an error of the folder should come before hours of measurements
     try:
         for record in measurements(config, full, task, nets):
             records.append(record)
@@ -127,13 +138,23 @@ def run(config: ErrorConfig) -> Path:
         if records:
             layout = next(iter(nets.values())).layout
             report(folder, config, {block.key: block.shape for block in layout.blocks}, records)
+        else:
+            with contextlib.suppress(OSError):  # an earlier result, if there is one, stays
+                folder.rmdir()
     return folder
+
+
+def is_result(folder: Path) -> bool:
+    """Return whether a folder has a result of this program."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return isinstance(found, dict) and {"config", "records"} <= found.keys()
+    return False
 
 
 def prepared(config: ErrorConfig) -> tuple[ErrorConfig, TrainConfig, Task]:
     """Return both configurations with all defaults filled in, and model and data."""
-    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(TrainConfig)}
-    full = APPS[config.app](**{name: value for name, value in given.items() if value is not None} | {"optim": "adam"})
+    full = config.trainer()
     data = load(full.data, data_path=full.data_path, seed=full.seed, download=full.download)
     model = full.model or full.model_for(data)
     rate = tuned(full.app, model, data.name, "adam")["lr"]
@@ -197,11 +218,11 @@ def seeded(seed: int, index: int, stream: int) -> torch.Generator:
 
 def report(folder: Path, config: ErrorConfig, shapes: dict[str, tuple[int, int, int]], records: list[Record]) -> None:
     """Write the JSON and the pictures, and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
+    empty_folder(folder, last=RESULT)
     measured = {q: title.format(**vars(config)) for q, title in TITLES.items() if any(q in r.values for r in records)}
     means = {quantity: last_half(records, quantity) for quantity in measured}
     whole = {"config": dataclasses.asdict(config), "layers": shapes, "last_half": means, "records": records}
-    (folder / "result.json").write_text(json.dumps(plain(whole), indent=1, allow_nan=False), encoding="utf-8")
+    replace_text(folder / RESULT, json.dumps(plain(whole), indent=1, allow_nan=False))
     layers = {key: f"{key} · {'×'.join(map(str, shape[shape[0] == 1 :]))}" for key, shape in shapes.items()}
     for quantity, title in measured.items():
         print(f"\n{title}; mean over the last half\n{table(means[quantity], layers)}")

@@ -22,10 +22,12 @@ def plot(places: Sequence[Path], out: Path | None) -> Path:
     if not folders:
         where = ", ".join(map(str, places))
         raise MetricsError(f"no results in {where}: name folders with a metrics.jsonl, or folders of such folders")
-    runs = {name: read_metrics(folder) for name, folder in zip(_names(folders), folders, strict=True)}
     path = out or Path(os.path.commonpath([folder.parent for folder in folders])) / "comparison.png"
+    if path.suffix.lower() != ".png":
+        raise MetricsError(f"the picture is a PNG: give --out a name that ends in .png, not {path}")
     if not path.parent.is_dir():
         raise MetricsError(f"there is no folder {path.parent} to put the picture in")
+    runs = {name: _losses(folder) for name, folder in zip(_names(folders), folders, strict=True)}
     games = [any("gen_loss" in m for m in metrics) for metrics in runs.values()]
     if any(games) and not all(games):
         raise MetricsError("GAN runs and others have no common losses: plot them separately")
@@ -33,11 +35,24 @@ def plot(places: Sequence[Path], out: Path | None) -> Path:
     return path
 
 
+def _losses(folder: Path) -> list[dict[str, float]]:
+    """Return the metrics of a run that has losses to draw."""
+    metrics = read_metrics(folder)
+    if any("run" in line for line in metrics):
+        raise MetricsError(f"{folder} has the many runs of a sweep: see its sweep.png, or name single runs")
+    if not any(name in line for line in metrics for name in ("train_loss", "gen_loss")):
+        raise MetricsError(f"{folder} has no epoch with a training loss: leave it out")
+    return metrics
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the names of the folders, with the parents' names if they would be ambiguous."""
-    full = [folder.resolve() for folder in folders]
-    names = [folder.name for folder in full]
-    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in full]
+    """Return the shortest ends of the paths, of equal length, that tell the folders apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths))):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder.resolve()) for folder in folders]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

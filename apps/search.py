@@ -19,7 +19,7 @@ import yaml
 
 import fisherfn as ff
 from common.atomic import replace_text
-from common.config import POSITIVE, SEED, option, parse
+from common.config import POSITIVE, SEED, option, parse, validate
 from common.data import Data, load
 from common.loop import Settings, start, train
 from common.runs import check_device, reported
@@ -66,11 +66,19 @@ class SearchConfig:
     seed: int = option(0, "seed of initialisation, data order and labels", check=SEED)
     device: str = option("cpu", "device: cpu, cuda, cuda:1, …")
 
+    def __post_init__(self) -> None:
+        validate(self)
+        validate(self.trainer())
+
+    def trainer(self) -> TrainConfig:
+        """Return the configuration of the trainer, without optimizer."""
+        given = {key: value for key, value in dataclasses.asdict(self).items() if key != "app" and value is not None}
+        return APPS[self.app](**given)
+
 
 def base(config: SearchConfig) -> tuple[TrainConfig, Data]:
     """Return the shared configuration of all trials, with its model named, and the data."""
-    given = {key: value for key, value in dataclasses.asdict(config).items() if key != "app" and value is not None}
-    full = APPS[config.app](**given)
+    full = config.trainer()
     check_device(full.device)
     data = load(full.data, data_path=full.data_path, seed=full.seed)
     return dataclasses.replace(full, model=full.model or full.model_for(data)), data

@@ -19,7 +19,7 @@ from matplotlib.ticker import NullFormatter
 from common.config import NON_NEGATIVE, SEED, option, parse
 from common.pinn.optimizers import DEFAULTS, OPTIONS
 from common.pinn.problems import PROBLEMS
-from common.plots import PLAIN, scale
+from common.plots import PLAIN, save_figure, scale
 from common.results import CHECKPOINT, MetricsError, read_metrics
 from common.runs import reported
 from train_pinn import PinnConfig, run
@@ -156,7 +156,7 @@ def draw(file: Path, found: dict[str, Any]) -> None:
         scale(axis, [float(error) for line in axis.lines for error in line.get_ydata()])
         axis.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
     plt.close(figure)
 
 

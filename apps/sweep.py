@@ -85,18 +85,27 @@ def part_of(text: str | None) -> tuple[int, int] | None:
     """Return (i, n) of a slice."""
     if text is None or text == "merge":
         return None
-    found = None
-    if text == "env":
-        pairs = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE"))
-        found = next((pair for pair in pairs if all(name in os.environ for name in pair)), None)
-        if found is None:
-            raise ConfigError("slice env needs SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE")
-        text = "/".join(os.environ[name] for name in found)
-    first, bar, count = text.partition("/")
+    first, bar, count = (_from_environment() if text == "env" else text).partition("/")
     if not (bar and first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        hint = "; number the array from 0, and start a single part with --slice i/n" if "_" in str(found) else ""
-        raise ConfigError(f"slice must be i/n with 0 <= i < n, or env, or merge; got {text}{hint}")
+        raise ConfigError(f"slice must be i/n with 0 <= i < n, or env, or merge; got {first}{bar}{count}")
     return int(first), int(count)
+
+
+def _from_environment() -> str:
+    """Return i/n of this process of a Slurm array, or of torchrun."""
+    environ = os.environ
+    if {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= environ.keys():
+        number, count = environ["SLURM_ARRAY_TASK_ID"], environ["SLURM_ARRAY_TASK_COUNT"]
+        first, last = environ.get("SLURM_ARRAY_TASK_MIN", "0"), environ.get("SLURM_ARRAY_TASK_MAX")
+        if not count.isdecimal() or count == "1" or first != "0" or last not in (None, str(int(count) - 1)):
+            raise ConfigError(
+                f"job {number} of a Slurm array of {count} cannot tell its part: number the array from 0 without gaps, "
+                "and start a single part with --slice i/n"
+            )
+        return f"{number}/{count}"
+    if {"RANK", "WORLD_SIZE"} <= environ.keys():
+        return f"{environ['RANK']}/{environ['WORLD_SIZE']}"
+    raise ConfigError("slice env needs SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE")
 
 
 def main(argv: list[str]) -> Path:
@@ -195,9 +204,18 @@ def planned(members: int, epochs: int, sweep: SweepConfig) -> list[stages.Stage]
 
 
 def group_size(path: Path, problem: Problem, mine: list[int], steps: int, sweep: SweepConfig) -> int:
-    """Return the number of models per group; a resumed sweep keeps it, because it may change the last bits."""
+    """Return the number of models per group; a resumed sweep keeps it, because it may change the last bits.
+
+    Raises:
+        ConfigError: the resumed sweep has groups of another size than the given one.
+    """
     file = path / folder.FILE
-    content = stages.read_json(file)
+    content = stages.read_settings(file)
+    if "models_at_once" in content and sweep.models_at_once not in ("auto", content["models_at_once"]):
+        raise ConfigError(
+            f"{path} was started with models_at_once {content['models_at_once']}, not {sweep.models_at_once}: leave it "
+            "out to resume, or start again with --overwrite"
+        )
     if "models_at_once" not in content:
         content["models_at_once"] = sweep.models_at_once
         if sweep.models_at_once == "auto":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +21,13 @@ from tqdm.auto import tqdm
 
 import fisherfn as ff
 from common import ranks
+from common.checkpoints import CheckpointError
 from common.config import NON_NEGATIVE, POSITIVE, SEED, ConfigError, option, parse, validate
+from common.damage import understood
 from common.pinn.nets import initial, size_of, widths_of
 from common.pinn.optimizers import DEFAULTS, GRID, OPTIONS, Settings, optimizer_of
 from common.pinn.problems import PROBLEMS, Posed
-from common.results import Results
+from common.results import CHECKPOINT, Results
 from common.runs import Stopped, check_device, reported, stopped
 
 
@@ -126,6 +129,7 @@ def run(config: PinnConfig) -> Path:
         for at in steps(config, optimizer, posed, start):
             if at.step % config.record_every == 0 or at.step in (1, config.num_steps):
                 loss = float(optimizer.ng.loss(at.params, posed.at(at.step)))  # type: ignore[attr-defined]
+                check_finite(loss, at.step)
                 error = posed.error(at.params)
                 results.record({"epoch": at.step, "loss": loss, "error": error, "seconds": at.seconds})
             if signals or at.step % config.save_every == 0 or at.step == config.num_steps:
@@ -144,9 +148,18 @@ def steps(config: PinnConfig, optimizer: Any, posed: Posed, at: Progress) -> Ite
     quiet = True if config.quiet else None
     for step in tqdm(range(at.step + 1, config.num_steps + 1), disable=quiet, leave=False, unit="step"):
         started = time.perf_counter()
-        params, state, _ = optimizer.step(at.params, at.state, posed.at(step))
+        params, state, loss = optimizer.step(at.params, at.state, posed.at(step))
+        check_finite(float(loss), step - 1)
         at = Progress(step, at.seconds + time.perf_counter() - started, params, state)
         yield at
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raise `NonFiniteError` if training has diverged."""
+    if not math.isfinite(loss):
+        raise ff.errors.NonFiniteError(
+            f"the loss is {loss} after step {step}: give a smaller --lr, or leave it out, or choose another --optim"
+        )
 
 
 def table(results: Results) -> str:
@@ -173,11 +186,12 @@ def restored(results: Results, like: Progress, device: str) -> Progress:
     """Read parameters and state; the structure of a state is in the paths of its tensors."""
     flat, meta = results.load_checkpoint()
     flat = {path: leaf.to(device) for path, leaf in flat.items()}
-    params = {name: flat[f"params/{name}"] for name in like.params}
-    saved = {path.removeprefix("state/"): leaf for path, leaf in flat.items() if path.startswith("state/")}
-    fixed = ff.tree.leaves(like.state)  # the states of torch's optimizers grow with the first steps
-    state = ff.tree.unflatten(like.state, saved) if fixed else nested(saved)
-    return Progress(int(meta["epoch"]), float(meta["seconds"]), params, state)
+    with understood(results.path / CHECKPOINT, CheckpointError):
+        params = {name: flat[f"params/{name}"] for name in like.params}
+        saved = {path.removeprefix("state/"): leaf for path, leaf in flat.items() if path.startswith("state/")}
+        fixed = ff.tree.leaves(like.state)  # the states of torch's optimizers grow with the first steps
+        state = ff.tree.unflatten(like.state, saved) if fixed else nested(saved)
+        return Progress(int(meta["epoch"]), float(meta["seconds"]), params, state)
 
 
 def nested(flat: dict[str, torch.Tensor]) -> dict[str, Any]:

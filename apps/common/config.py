@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from common.atomic import replace_text
 from common.hints import accepts, described, is_word, kinds, shown
 from common.names import is_own, nearest
 from fisherfn.errors import FisherfnError
@@ -141,7 +142,7 @@ def as_yaml(config: Any) -> str:
 
 def dump(config: Any, path: Path) -> None:
     """Write the configuration as a YAML file from which `--config` reads an equal one."""
-    path.write_text(as_yaml(config), encoding="utf-8")
+    replace_text(path, as_yaml(config))
 
 
 def filled(config: T, values: Mapping[str, Any]) -> T:
@@ -253,6 +254,16 @@ def _flag(token: str, names: Mapping[str, str]) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader of plain data that refuses a key given twice; YAML's own would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for twice in (key for place, key in enumerate(keys) if key in keys[:place]):
+            raise ConfigError(f"{twice} is set twice")
+        return super().construct_mapping(node, deep)
+
+
 def _from_file(Config: type, parser: ArgumentParser, path: Path) -> dict[str, Any]:
     """Return the fields that a file sets, by field name."""
     try:
@@ -263,10 +274,11 @@ def _from_file(Config: type, parser: ArgumentParser, path: Path) -> dict[str, An
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # SafeLoader: no object of Python is made
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found or {}, dict):
         raise ConfigError("must contain lines like `batch_size: 256`")

@@ -18,6 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from common.atomic import replace
+
 Metrics = Sequence[Mapping[str, float]]
 Points = Sequence[tuple[float, float]]
 
@@ -170,7 +172,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> Figure:
     """Write the PNG and return the figure."""
-    figure.savefig(path, dpi=DPI, format="png")
+    replace(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
     return figure
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.atomic import WriteError, remove_folder, replace_text
 from common.checkpoints import CheckpointError, first_sound, save_checkpoint
 from common.config import ConfigError, as_yaml, option_names
+from common.damage import understood
 from fisherfn.errors import FisherfnError
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
@@ -125,7 +126,8 @@ class Results:
         """
         tensors, meta = first_sound([self.path / name for name in (CHECKPOINT, *KEPT)])
         if self._config.resume and self._writes and (self.path / METRICS).exists():
-            kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
+            with understood(self.path / CHECKPOINT, CheckpointError):
+                kept = [metrics for metrics in read_metrics(self.path) if metrics["epoch"] <= meta["epoch"]]
             replace_text(self.path / METRICS, "".join(map(_line, kept)))
         return tensors, meta
 
@@ -198,8 +200,9 @@ def _check_resumable(path: Path, config: Any) -> None:
         if not (path / name).is_file():
             raise CheckpointError(f"nothing to resume: there is no {path / name}; run without --resume")
     names = option_names(type(config))  # a run of an older version may have other names for the same options
-    recorded = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    there = {names.get(name, name): value for name, value in recorded.items()}
+    with understood(path / CONFIG, ConfigError):
+        recorded = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        there = {names.get(name, name): value for name, value in recorded.items()}
     here = yaml.safe_load(as_yaml(config))
     changed = [name for name in here if name not in MAY_CHANGE and name in there and here[name] != there[name]]
     if changed:
@@ -214,7 +217,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Read the epochs of a result folder; null becomes NaN, and a truncated last line is left out."""
     path = folder / METRICS
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise MetricsError(f"no metrics in {folder}: {METRICS}: {error.strerror}") from None
     whole = text[: text.rfind("\n") + 1].splitlines()
@@ -229,9 +232,12 @@ def result_folders(places: Iterable[Path]) -> list[Path]:
 
 def _parsed(line: str, where: str) -> dict[str, float]:
     try:
-        return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-    except (ValueError, AttributeError):
-        raise MetricsError(f"{where}: not a JSON object: {line[:60]!r}") from None
+        found = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+        if "epoch" in found and all(isinstance(value, (int, float)) for value in found.values()):
+            return found
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise MetricsError(f"{where}: not a JSON object of numbers with an epoch: {line[:60]!r}")
 
 
 def _line(metrics: Mapping[str, float]) -> str:

@@ -20,9 +20,10 @@ import fisherfn as ff
 from common import ranks, tensorboard
 from common.checkpoints import CheckpointError
 from common.config import ConfigError, as_yaml
+from common.damage import understood
 from common.data import Data, load
 from common.loop import Epoch, Snapshot, Watch
-from common.results import Results
+from common.results import CHECKPOINT, Results
 from common.run_config import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -152,7 +153,8 @@ def restore(results: Results, like: Snapshot) -> Snapshot:
         CheckpointError: it lacks an entry of this version, or belongs to another model or method.
     """
     flat, meta = results.load_checkpoint()
-    draws = flat.pop("state.draws")
+    with understood(results.path / CHECKPOINT, CheckpointError):
+        draws, counts = flat.pop("state.draws"), {name: meta[name] for name in COUNTS}
     trees = {"params": like.params, "context": like.context, "state": like.state}
     try:
         saved_trees = ff.tree.unflatten(trees, flat)
@@ -162,7 +164,7 @@ def restore(results: Results, like: Snapshot) -> Snapshot:
             f"--overwrite, or resume with the version that wrote it. {error}"
         ) from error
     trees = ff.tree.map(lambda saved, fresh: saved.to(fresh.device), saved_trees, trees)
-    return Snapshot(**trees, **{name: meta[name] for name in COUNTS}, draws=draws)
+    return Snapshot(**trees, **counts, draws=draws)
 
 
 # ------------------------------------------------------------------------------------------------ signals and errors
@@ -221,9 +223,15 @@ def watched_saver(save_every: int | None, signals: list[int]) -> Callable[[int, 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Print an error in one line, without traceback, and exit with code 1: one raised on purpose, or one of a file."""
+    """Print an error in one line, without traceback, and exit with code 1: one raised on purpose, or one of a file.
+
+    Ctrl-C where nothing collects signals, for example while data are loaded, ends with code 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("\nSIGINT: stopped", file=sys.stderr)
+        raise Stopped(signal.SIGINT) from None
     except ff.FisherfnError as error:
         said = f"{type(error).__name__}: {error}"
     except OSError as error:

@@ -18,7 +18,7 @@ from common import optimizers, ranks, runs
 from common.config import ConfigError, filled
 from common.data import Data, Split, enlarged
 from common.loop import Epoch, Settings, Snapshot, Task, Watch, start, train
-from common.models import Model, initialise, resolve
+from common.models import Model, ModelError, initialise, resolve
 from common.plots import loss_curves, reconstructions
 from common.results import Results
 from common.runs import Training
@@ -62,6 +62,8 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
     spec = resolve(name, data, inputs=config.inputs)
     data = enlarged(data, spec.size) if spec.size else data
     net = spec.build(data)
+    if not isinstance(net, nn.Module):
+        raise ModelError(f"model {name!r}: its function returned {type(net).__name__}; it should return an nn.Module")
     initialise(net, config.init_params, torch.Generator().manual_seed(config.seed))
     net = net.to(config.device)
     model, params, context = ff.functional(net.train())
@@ -71,17 +73,25 @@ def make_task(config: TrainConfig, data: Data) -> tuple[Task, nn.Module]:
     if likelihood is None:
         raise ConfigError(f"{data.name} has no labels for {name} to predict: choose an autoencoder")
     per_output = splits[0][1][0].numel() if spec.task == "reconstruct" else 1
-    drops = _drops(model, params, context, splits[0][0])
+    drops = _drops(name, model, params, context, splits[0][0][:2])
     return Task(model, predict, params, context, likelihood, splits[0], splits[1], per_output, drops), net
 
 
-def _drops(model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x: Tensor) -> bool:
-    """Return True if the model needs dropout seeds."""
+def _drops(name: str, model: Any, params: dict[str, Tensor], context: dict[str, Tensor], x: Tensor) -> bool:
+    """Return True if the model needs dropout seeds; raise `ModelError` if it cannot take the data."""
     try:
         with torch.no_grad():
-            model(params, x[:2], context)
+            model(params, x, context)
     except ff.errors.NoiseError:
         return True
+    except ff.FisherfnError:
+        raise
+    except Exception as error:  # of one's own model
+        said = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"model {name!r} fails for inputs of shape {list(x.shape)}, {type(error).__name__}: {said}; choose a model "
+            "and --inputs (flat or image) that fit the data"
+        ) from error
     return False
 
 

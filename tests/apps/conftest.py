@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -78,7 +77,7 @@ def drawn():
 def own(request, tmp_path, monkeypatch):
     """A folder with a module of one's own, as the current one. Pictures stay empty: they take most of a small run."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: Path(path).touch())
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **how: None)
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # before the folders of earlier tests, which have a module of that name, too

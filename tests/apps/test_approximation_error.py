@@ -124,6 +124,25 @@ def test_a_result_is_not_overwritten_by_chance(own, undrawn):
         app.run(config(steps=0))
     app.run(config(steps=0, overwrite=True))
     assert (folder / "spectra.png").read_text().startswith("Relative ℓ2 error of the 50 leading")
+    app.run(config(steps=0, spectra_every=0, overwrite=True))
+    assert not (folder / "spectra.png").exists(), "of an earlier run"
+
+
+def test_overwriting_spares_folders_that_are_no_results(own, undrawn):
+    notes = own / "results/approximation_error/notes/result.json"
+    notes.parent.mkdir(parents=True)
+    for content in ('{"my": "notes"}', "[]", "{"):
+        notes.write_text(content)
+        with pytest.raises(ResultExistsError, match=r"has no result.json of this program in it: it is not overwritten"):
+            app.run(config(steps=0, result_name="notes", overwrite=True))
+        assert notes.read_text() == content and len(list(notes.parent.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_measurements(own, monkeypatch):
+    (own / "results").touch()
+    monkeypatch.setattr(app, "measurements", lambda *_: pytest.fail("measured in vain"))
+    with pytest.raises(OSError, match="results"):
+        app.run(config(steps=0))
 
 
 @pytest.mark.parametrize(

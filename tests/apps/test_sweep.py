@@ -188,12 +188,16 @@ def test_only_slices_of_one_sweep_are_merged(own, capsys):
 
 
 def test_an_array_that_is_not_numbered_from_0_is_refused(own, monkeypatch, capsys):
-    """The only part of an array that is started again has the count 1: it must not take the whole grid."""
-    for name, value in zip(SLURM, ("1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        sweep.main([*BASE, *FIXED, "--slice", "env"])
-    assert "number the array from 0, and start a single part with --slice i/n" in capsys.readouterr().err
+    """An array of some of the parts counts only these: none of them may take the runs of another part."""
+    for number, count, first, last in (("1", "1", "1", "1"), ("0", "1", "0", "0"), ("0", "2", "0", "3")):
+        for name, value in {"ID": number, "COUNT": count, "MIN": first, "MAX": last}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        with pytest.raises(SystemExit):
+            sweep.main([*BASE, *FIXED, "--slice", "env"])
+        said = capsys.readouterr().err
+        assert "number the array from 0 without gaps, and start a single part with --slice i/n" in said
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "1")
+    assert sweep.part_of("env") == (0, 2)
 
 
 def test_runs_that_a_slice_has_not_finished_are_named(own, capsys):
@@ -226,7 +230,7 @@ def test_auto_takes_the_fastest_group_and_stops_where_larger_ones_are_slower(own
 
 def test_auto_measures(own):
     folder = sweep.main([*BASE, *FIXED])
-    content = stages.read_json(folder / "sweep.json")
+    content = stages.read_settings(folder / "sweep.json")
     assert content["models_at_once"] in (1, 2)
     assert [each["members"] for each in content["measured"]] == [1, 2]
     assert all(each["seconds"] > 0 and each["bytes"] > 0 for each in content["measured"])

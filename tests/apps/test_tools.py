@@ -16,7 +16,7 @@ import study_scale
 import study_seeds
 import study_two_level
 from common import trainer
-from common.config import ConfigError
+from common.config import ConfigError, read
 from common.loop import Snapshot, Task
 from common.train_config import APPS, OPTIMIZERS, CnnConfig, TrainConfig
 
@@ -68,6 +68,11 @@ def test_the_search_records_every_trial_and_the_best_of_each(own, small_search):
     assert trainer.tuned("train_mlp", "own:build", "SMALL", "sgd") == {"lr": 0.1}
     folder = trainer.run(TrainConfig(data="own:load", optim="sgd", num_epochs=1, quiet=True))
     assert yaml.safe_load((folder / "config.yaml").read_text())["lr"] == 0.1
+
+
+def test_a_search_with_unknown_data_is_a_wrong_command_line():
+    with pytest.raises(ConfigError, match="data must be one of"):
+        read(search.SearchConfig, ["--data", "NOPE"])
 
 
 def test_an_optimizer_that_finished_nothing_has_no_best():

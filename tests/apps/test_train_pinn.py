@@ -250,6 +250,13 @@ def test_wrong_options_are_errors_in_one_line(tmp_path, argv, message):
         train_pinn.run(read(train_pinn.PinnConfig, [*argv, "--result_dir", str(tmp_path)]))
 
 
+@pytest.mark.parametrize("every", ["1", "3"])
+def test_a_run_that_diverges_stops_with_the_step(tmp_path, every):
+    argv = ["--model", "2-4-1", "--num_steps", "4", "--optim", "adam", "--lr", "1e300", "--record_every", every]
+    with pytest.raises(ff.errors.NonFiniteError, match=r"the loss is nan after step [12]: give a smaller --lr"):
+        train_pinn.run(read(train_pinn.PinnConfig, [*argv, "--quiet", "--result_dir", str(tmp_path)]))
+
+
 def test_several_processes_are_refused_because_each_would_train_alone(small, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")

@@ -14,7 +14,7 @@ from common.atomic import empty_folder
 from common.config import ConfigError, as_yaml
 from common.results import MAY_CHANGE, ResultExistsError, locked
 from common.sweep.grid import Values
-from common.sweep.stages import plain, read_json, write_json
+from common.sweep.stages import plain, read_settings, write_json
 from common.train_config import TrainConfig
 
 FILE = "sweep.json"
@@ -96,7 +96,7 @@ def parts_of(whole: Path, settings: Mapping[str, Any]) -> list[Path]:
 
 def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise `ConfigError` if a sweep was started with other settings; a merge has no `slice` to compare."""
-    before, settings = read_json(folder / FILE)["settings"], plain(settings)
+    before, settings = read_settings(folder / FILE)["settings"], plain(settings)
     names = [name for name in {**settings, **before} if name != "slice" or name in settings]
     for name in names:
         there, here = before.get(name), settings.get(name)

@@ -21,7 +21,10 @@ from torch import Tensor
 
 import fisherfn as ff
 from common.atomic import replace_text
-from common.checkpoints import load_checkpoint, save_checkpoint
+from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from common.config import ConfigError
+from common.damage import understood
+from common.results import MetricsError
 from common.sweep.evaluation import measure
 from common.sweep.group import Group, Problem, Snapshot
 
@@ -228,14 +231,15 @@ def _save(path: Path, lines: list[dict[str, Any]], reasons: Mapping[int, str], a
 
 def _load(path: Path, like: Snapshot, group: Group) -> tuple[Snapshot, list[dict[str, Any]]]:
     flat, meta = load_checkpoint(path)
-    draws = flat.pop("draws")
+    with understood(path, CheckpointError):
+        draws, lines, counts = flat.pop("draws"), meta["lines"], {name: meta[name] for name in COUNTS}
+        group.reasons.update({int(row): reason for row, reason in meta["reasons"].items()})
     trees = ff.tree.unflatten({name: getattr(like, name) for name in (*TREES, *MASKS) if name != "draws"}, flat)
     trees = ff.tree.map(lambda leaf: leaf.to(like.active.device), trees)
-    group.reasons.update({int(row): reason for row, reason in meta["reasons"].items()})
-    at = Snapshot(**trees, draws=draws, **{name: meta[name] for name in COUNTS})
+    at = Snapshot(**trees, draws=draws, **counts)
     if at.batches == 0:
         at = at._replace(skipped=torch.zeros_like(at.skipped))
-    return at, meta["lines"]
+    return at, lines
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -257,13 +261,14 @@ def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return all metrics of a file, once per run and epoch: a resumed sweep writes some again; null becomes NaN."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by a kill
-            continue
-        found[line["run"], line["epoch"]] = {k: math.nan if v is None else v for k, v in line.items()}
-    return [found[key] for key in sorted(found)]
+    with understood(path, MetricsError):
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut off by a kill
+                continue
+            found[line["run"], line["epoch"]] = {k: math.nan if v is None else v for k, v in line.items()}
+        return [found[key] for key in sorted(found)]
 
 
 def plain(content: Any) -> Any:
@@ -271,9 +276,12 @@ def plain(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the JSON file of a sweep; its entry "settings" is a dict."""
+    with understood(path, ConfigError):
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["settings"].items()
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

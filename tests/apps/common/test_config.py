@@ -181,6 +181,8 @@ def test_errors_of_the_command_line(argv, expected):
         ("quiet: 1", "quiet must be bool, got 1"),
         ("kind: foo", "kind must be one of mc, type2, got foo"),
         ("size: 3\nn: 4", "size is set twice, under n and another of its names"),
+        ("size: 3\nsize: 4", "size is set twice"),
+        ("size: " + "[" * 3000, "not YAML: "),
         ("- size", "must contain lines like `batch_size: 256`"),
         ("size: [", "not YAML: "),
         ("size: !!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),

@@ -1,6 +1,7 @@
 """Files that are broken in a thousand ways: a typed error or sound data, in bounded time, and nothing is executed."""
 
 import gzip
+import json
 import resource
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import settings
 from common import config as c
 from common.checkpoints import VERSION, DamagedError, load_checkpoint, save_checkpoint
 from common.data import DataError, cifar, files, idx
+from common.results import read_metrics
+from common.sweep import stages
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
 from tests.apps.common.data_files import idx_bytes
@@ -41,6 +44,15 @@ def valid(kind, folder):
         path = folder / "config.yaml"
         c.dump(TrainConfig(), path)
         return path, lambda: c.read(TrainConfig, ["--config", str(path)])
+    if kind in ("metrics", "sweep metrics"):
+        path = folder / "metrics.jsonl"
+        lines = [{"run": k % 2, "epoch": k, "train_loss": 0.5 / (k + 1)} for k in range(4)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path, lambda: stages.read(path) if kind == "sweep metrics" else read_metrics(folder)
+    if kind == "sweep.json":
+        path = folder / kind
+        stages.write_json(path, {"settings": {"lr": [0.1, 1], "optim": "kfac"}, "models_at_once": 2})
+        return path, lambda: stages.read_settings(path)
     path = folder / "checkpoint.pt"
     save_checkpoint(path, {"w": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int64)}, {"epoch": 1})
     return path, lambda: load_checkpoint(path)
@@ -68,8 +80,11 @@ def broken(content, rng):
     return bytes(data)
 
 
+KINDS = ["idx", "idx.gz", "cifar", "mat", "yaml", "checkpoint", "metrics", "sweep metrics", "sweep.json"]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["idx", "idx.gz", "cifar", "mat", "yaml", "checkpoint"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_file_is_a_typed_error(kind, tmp_path):
     path, read = valid(kind, tmp_path)
     read()
@@ -84,7 +99,9 @@ def test_a_broken_file_is_a_typed_error(kind, tmp_path):
             refused += 1
         except BaseException as error:
             raise AssertionError(f"{type(error).__name__} for seed {seed}: {error}") from error
-    assert refused > rounds / 20, "hardly anything is refused: the files are not broken enough"
+    # a sweep's line that is no JSON is taken for one that a kill cut off
+    few = 0 if kind == "sweep metrics" else rounds / 20
+    assert refused > few, "hardly anything is refused: the files are not broken enough"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20, "more than a gigabyte for a small file"
 
 

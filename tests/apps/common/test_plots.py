@@ -1,5 +1,6 @@
 """Contents of the pictures: every run, both losses, both axes; and the overlays of `plot.py`."""
 
+import errno
 import json
 import math
 
@@ -7,9 +8,11 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 import plot
+from common.atomic import WriteError
 from common.plots import PALETTE, loss_curves, reconstructions
 
 
@@ -176,17 +179,45 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path, drawn):
     assert drawn == ["first/a", "second/a"]
 
 
+def test_runs_whose_parents_have_one_name_are_told_apart_by_theirs(tmp_path, drawn):
+    places = [tmp_path / machine / "train_mlp" for machine in ("one", "two")]
+    write(places[0] / "a", [1.0]), write(places[1] / "a", [1.0]), write(places[1] / "b", [1.0])
+    plot.main([*map(str, places), "--out", str(tmp_path / "out.png")])
+    assert drawn == ["one/train_mlp/a", "two/train_mlp/a", "two/train_mlp/b"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    loss_curves({"a": run([1.0, 0.5])}, path)
+    before = path.read_bytes()
+
+    def full(figure, file, **how):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(WriteError, match=f"cannot write {path}: No space left on device"):
+        loss_curves({"a": run([1.0, 0.2])}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["{}/nowhere"], "there is no folder {}/nowhere: name result folders"),
         (["{}/empty"], "no results in {}/empty: name folders with a metrics.jsonl"),
         (["{}/a", "--out", "{}/nowhere/out.png"], "there is no folder {}/nowhere to put the picture in"),
+        (["{}/a", "--out", "{}/a/metrics.jsonl"], "give --out a name that ends in .png, not {}/a/metrics.jsonl"),
+        (["{}/a", "{}/none"], "{}/none has no epoch with a training loss: leave it out"),
+        (["{}/sweep"], "{}/sweep has the many runs of a sweep: see its sweep.png, or name single runs"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(tmp_path, capsys, argv, expected):
     write(tmp_path / "a", [1.0])
     (tmp_path / "empty").mkdir()
+    for name, line in {"none": '{"epoch": 1, "loss": 0.1}', "sweep": '{"run": 0, "epoch": 1, "train_loss": 1}'}.items():
+        write(tmp_path / name, [])
+        (tmp_path / name / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit) as caught:
         plot.main([argument.format(tmp_path) for argument in argv])
     err = capsys.readouterr().err

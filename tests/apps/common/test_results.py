@@ -195,7 +195,7 @@ def test_a_line_cut_short_is_left_out_and_nonsense_is_named(config):
     file.write_text(whole + '{"epoch": 3, "tra')
     assert len(results.metrics()) == 3
     file.write_text(whole + "nonsense\n")
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl:4: not a JSON object: 'nonsense'"):
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:4: not a JSON object of numbers with an epoch: 'nonsense'"):
         results.metrics()
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+import time
 
 import pytest
 
@@ -60,6 +62,13 @@ def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, reported():
         raise error
     assert caught.value is error
+
+
+def test_ctrl_c_before_training_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, reported():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the signal is delivered to Python within it
+    assert caught.value.code == 130 and capsys.readouterr().err == "\nSIGINT: stopped\n"
 
 
 def test_an_error_on_purpose_is_one_line_and_success_is_silent(capsys):

@@ -7,6 +7,7 @@ import fisherfn as ff
 from common import trainer
 from common.config import ConfigError, read
 from common.data import load
+from common.models import ModelError
 from common.train_config import TrainConfig
 from common.trainer import make_optimizer, make_task
 
@@ -107,6 +108,20 @@ def test_steps_are_compiled_for_whole_batches_of_any_optimizer(own, monkeypatch)
                 more = f"--optim {optim} --compile true --batch_size {asked}" + (" --lr 0.3" if optim == "sgd" else "")
                 _, settings = built(patch, factory, *more.split())
             assert settings["compiled_batch"] == whole
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ("lambda data: None", r"model 'own:wrong': its function returned NoneType; it should return an nn.Module"),
+        ("lambda data: nn.Linear(15, 2)", r"fails for inputs of shape \[2, 12\], RuntimeError: .*choose a model and"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_named(own, build, message):
+    with (own / "own.py").open("a") as file:
+        file.write(f"\nwrong = {build}\n")
+    with pytest.raises(ModelError, match=message):
+        make_task(read(TrainConfig, ["--data", "own:load", "--model", "own:wrong"]), load("own:load"))
 
 
 def test_the_seed_and_the_scheme_decide_the_initial_parameters(own):
