@@ -5,20 +5,23 @@ With a preconditioner P and $z = P r$, each step minimises the error $\|x - x_*\
 $$\alpha = \frac{r^\top z}{p^\top A p}, \quad x \leftarrow x + \alpha p, \quad r \leftarrow r - \alpha A p, \quad
 p \leftarrow z + \frac{r_{new}^\top z_{new}}{r^\top z}\, p .$$
 
+The system is scaled such that the entries of the first residual are at most 2: the squares of small numbers vanish (in
+float32 those below 1e-23), and those of large ones overflow. The scale is a power of two, which rounds nothing.
+
 Hestenes & Stiefel 1952, *Methods of conjugate gradients for solving linear systems*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import expect, expect_count
+from fisherfn.errors import StructureError, expect, expect_count
 from fisherfn.types import Tree
 
 
@@ -46,6 +49,9 @@ def conjugate_gradients(
     A right side that is solved before the last step stays as it is. The number of steps is fixed, because members of a
     vmapped call cannot stop separately; `residuals` tell whether it was enough.
 
+    The arguments of `product` and `precondition` have the types of b, and so has x. Everything between two calls is
+    computed in at least float32.
+
     Args:
         product: `v ↦ A v`, such as `lambda v: ff.tree.add(F @ v, v, scale=damping)`.
         b: the right side, a tree.
@@ -56,25 +62,88 @@ def conjugate_gradients(
 
     Raises:
         HyperparameterError: fewer than one iteration.
-        StructureError: `b` is not a tree of tensors.
+        StructureError: `b` is not a tree of tensors; `start`, or what a function returns, has other names; `product` or
+            `precondition` is no function.
+        ShapeError: shapes differ from those of b, or a tensor contains integers or flags.
     """
     expect(b, dict, "b", "pass a tree like params, {name: tensor}")
     expect_count("iterations", iterations)
-    P = precondition or (lambda r: r)
-    x = tree.scale(b, 0.0) if start is None else start
-    r = b if start is None else tree.add(b, product(start), scale=-1.0)
-    z = p = P(r)
-    rz, norms = tree.dot(r, z), [tree.norm(r)]
+    if not b:
+        raise StructureError("b has no tensors: pass a tree like params, {name: tensor}.")
+    for name, leaf in b.items():
+        expect(leaf, Tensor, f"{name!r} of b", "pass a tree like params, {name: tensor}")
+    _check(b, b, "b")
+
+    def times(v: Tree) -> Tree:
+        """Return A v, computed for an argument with entries of size 1."""
+        unit, size = _scaled(v)
+        return _times(_call("product", product, unit, b), size)
+
+    def P(r: Tree) -> Tree:
+        return r if precondition is None else _call("precondition", precondition, r, b)
+
+    right = _precise(b)
+    side, side_size = r, size = _scaled(right)
+    if start is not None:
+        _check(start, b, "start")
+        start = _precise(start)
+        r, size = _scaled(tree.add(right, times(start), scale=-1.0))
+    x, z = tree.zeros_like(r), P(r)
+    p, rz, norms = z, tree.dot(r, z), [tree.norm(r)]
     for _ in range(iterations):
-        Ap = product(p)
+        p = _precise(_like(b, p))  # x follows the direction that was multiplied, which may be in half precision
+        Ap = _call("product", product, p, b)
         alpha = _ratio(rz, tree.dot(p, Ap))
         x, r = tree.add(x, p, scale=alpha), tree.add(r, Ap, scale=-alpha)
         z = P(r)
         before, rz = rz, tree.dot(r, z)
         p = tree.add(z, p, scale=_ratio(rz, before))
-        norms.append(tree.norm(r))
-    norms[-1] = tree.norm(tree.add(b, product(x), scale=-1.0))
-    return Solution(x, _ratio(torch.stack(norms), tree.norm(b)))
+        norms.append(rz.sqrt() if precondition is None else tree.norm(r))
+    x = _times(x, size)
+    x = _like(b, x if start is None else tree.add(start, x))
+    rest, rest_size = _scaled(tree.add(right, times(_precise(x)), scale=-1.0))
+    norms[-1] = tree.norm(rest)
+    sizes = torch.stack([*[size] * iterations, rest_size]) / side_size
+    found = torch.stack(norms)
+    return Solution(x, torch.where(found == 0, 0.0, found / tree.norm(side) * sizes))
+
+
+def _call(name: str, fn: Callable[[Tree], Tree], v: Tree, b: Tree) -> Tree:
+    """Return a function of a tree in the types of b, in at least float32."""
+    expect(fn, Callable, name, "pass a function of a tree, such as lambda v: F @ v")  # type: ignore[arg-type]
+    found = fn(_like(b, v))
+    _check(found, b, f"the result of {name}")
+    return _precise(found)
+
+
+def _check(values: Any, b: Tree, what: str) -> None:
+    """Raise unless a tree has the names and shapes of b."""
+    if not isinstance(values, dict) or values.keys() != b.keys():
+        found = list(values)[:4] if isinstance(values, dict) else type(values).__name__
+        raise StructureError(f"{what} must be a tree of tensors with the names of b, {list(b)[:4]}, not {found}.")
+    tree.check_leaves(values, {name: leaf.shape for name, leaf in b.items()}, f" of {what}", "as in b")
+
+
+def _precise(v: Tree) -> Tree:
+    """Return a tree in at least float32."""
+    return {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in v.items()}
+
+
+def _like(b: Tree, v: Tree) -> Tree:
+    """Return v in the types of b."""
+    return {name: leaf.to(b[name].dtype) for name, leaf in v.items()}
+
+
+def _scaled(v: Tree) -> tuple[Tree, Float[Tensor, ""]]:
+    """Return v divided by a power of two, such that the largest entry is between 1 and 2, and this number."""
+    each = [leaf.detach().abs().amax() for leaf in v.values() if leaf.numel()] or [torch.zeros(())]
+    size = torch.stack(each).amax().log2().floor().exp2()
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    return {name: leaf / size.to(leaf.dtype) for name, leaf in v.items()}, size
+
+
+def _times(v: Tree, size: Float[Tensor, ""]) -> Tree:
+    return {name: size.to(leaf.dtype) * leaf for name, leaf in v.items()}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

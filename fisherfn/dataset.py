@@ -63,7 +63,7 @@ def fit(
 def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[State, Info]:
     """Average the factors over the parts, each counted by its examples."""
     total, loss = 0, torch.zeros(())
-    checks: dict[str, Any] | None = None
+    checks: dict[str, Any] = {}
     for stats in parts:
         counted, rho = state.counted(float(stats.examples), stats.layout.block_shapes)
         taps = dict(stats.lazy_taps)
@@ -74,8 +74,9 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
         total += stats.examples
         loss = loss + (detached(stats.loss, stats.loss) - loss) * (stats.examples / total)
         new = {**stats.checks, "statistics": result.ok}
-        checks = new if checks is None else tree.map(torch.logical_and, checks, new)
-    if checks is None:
+        # a batch of at most one chunk lacks the check of chunks, which cannot fail there
+        checks |= {name: tree.map(torch.logical_and, mask, checks.get(name, mask)) for name, mask in new.items()}
+    if not checks:
         raise EmptyBatchError("the data set has no batch: the mean over its examples does not exist.")
     return state, Info(loss=loss, checks=checks)
 

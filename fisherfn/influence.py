@@ -52,7 +52,7 @@ def influence_scores(stats: Stats, directions: Tree) -> Float[Tensor, "q n"]:
         directions: a tree like params, with the queries as first axis.
 
     Raises:
-        StructureError: names that differ from the parameters, or parameters in no block.
+        StructureError: names that differ from the parameters, a value that is no tensor, or parameters in no block.
         ShapeError: shapes that differ from the parameters', or no axis of queries.
     """
     expect(stats, Stats, "stats", "pass what ng.stats(params, batch) returned")
@@ -66,6 +66,8 @@ def influence_scores(stats: Stats, directions: Tree) -> Float[Tensor, "q n"]:
 
     if not isinstance(directions, dict) or directions.keys() != set(layout.names):
         raise StructureError(f"directions must be a tree like params, with {', '.join(map(repr, layout.names))}.")
+    for name, v in directions.items():
+        expect(v, Tensor, f"the directions of {name!r}", "pass a tensor [Q, …], with the queries as first axis")
     found = {name: v.shape for name, v in directions.items()}
     queries = next(iter(found.values()))[:1]
     wrong = [name for name, shape in layout.shapes if found[name] != (*queries, *shape)]

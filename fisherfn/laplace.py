@@ -22,8 +22,9 @@ n example, c and d outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ from fisherfn.linalg.damped import Rotated
 from fisherfn.linearised import output_covariances
 from fisherfn.methods.kronecker import KroneckerMethod
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.priors import Prior, fixed_point, precisions
+from fisherfn.priors import Prior, most_probable, precisions, spectrum
+from fisherfn.randomness import checked_numbers, normal_numbers
 from fisherfn.state import State, detached
 from fisherfn.stats import Batch
 from fisherfn.terms import TermSum
@@ -96,7 +98,7 @@ class Laplace:
         """Add the examples of a batch; if any check fails, return the input state. The result is that of one `fit`.
 
         Raises:
-            StructureError: the method needs all data at once (all but `kfac` and `kfac_by_term`).
+            StructureError: the method needs all data at once (all but `kfac`).
         """
         _check(state)
         if self.ng.method.fit_passes != 1:
@@ -112,14 +114,9 @@ class Laplace:
         return tree.select(torch.stack(list(info.ok.values())).all(), new, state), info
 
     def fit(
-        self,
-        params: Tree,
-        loader: Iterable[Batch],
-        *,
-        prior: Prior = 1.0,
-        generator: torch.Generator | None = None,
+        self, params: Tree, loader: Iterable[Batch], *, prior: Prior = 1.0, generator: torch.Generator | None = None,
         context: PyTree = None,
-    ) -> tuple[LaplaceState, Info]:
+    ) -> tuple[LaplaceState, Info]:  # fmt: skip
         """Return the posterior of a whole data set, by `ng.fit`: the batches do not matter.
 
         Raises:
@@ -130,28 +127,36 @@ class Laplace:
         examples = (curvature.examples * curvature.count).double()
         return state._replace(curvature=curvature, loss=info.loss.double(), examples=examples), info
 
-    def sample(self, state: LaplaceState, generator: torch.Generator, *, samples: int = 1) -> Tree:
+    def noise(self, generator: torch.Generator, *, samples: int = 1) -> dict[str, Tensor]:
+        """Return the noise that `sample` would take from a generator, `[S, …]` per block and per unused parameter."""
+        return normal_numbers(self._shapes, generator, samples)
+
+    def sample(
+        self, state: LaplaceState, generator: torch.Generator | None = None, *, samples: int | None = None,
+        noise: dict[str, Tensor] | None = None,
+    ) -> Tree:  # fmt: skip
         """Return parameters sampled from the posterior, a tree like params with the samples as first axis.
+
+        Args:
+            state: the posterior.
+            generator: random generator; alternatively pass `noise`.
+            samples: their number S; default: that of the noise, or 1.
+            noise: `noise(generator, samples=S)`, made before the call: for `torch.vmap` and compiled functions.
 
         Raises:
             HyperparameterError: fewer than one sample.
-            StructureError: no generator.
+            NoiseError: neither `generator` nor `noise`, or a generator inside `torch.vmap`.
+            StructureError, ShapeError: noise of other blocks, or of another number of samples.
         """
         _check(state)
-        expect(generator, torch.Generator, "generator", "pass a torch.Generator")
-        expect_count("samples", samples)
-        roots = {}
+        noise = checked_numbers(self._shapes, noise, generator, samples)
+        roots, layout, N = {}, self.ng.layout, state.examples.clamp(min=1)
         for key, inverse in self._inverses(state).items():
-            shape = (samples, *inverse.scale.shape)
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-            noise = noise.to(inverse.scale.device) * inverse.scale.sqrt() / state.examples.clamp(min=1).sqrt()
-            roots[key] = vmap(lambda W, inverse=inverse: damped.rotated_back(inverse, W))(noise)
-        layout = self.ng.layout
+            scaled = noise[key].to(inverse.scale) * (inverse.scale / N).sqrt()
+            roots[key] = vmap(lambda W, inverse=inverse: damped.rotated_back(inverse, W))(scaled)
         deviations = vmap(lambda one: layout.cast(layout.tree(one)))(roots)
         for name in layout.unused:  # the data say nothing about it
-            like, shape = deviations[name], (samples, *state.params[name].shape)
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-            deviations[name] = (noise.to(like.device) / state.prior[name].sqrt()).to(like.dtype)
+            deviations[name] = (noise[name].to(state.prior[name]) / state.prior[name].sqrt()).to(deviations[name])
         return {name: state.params[name] + deviation for name, deviation in deviations.items()}
 
     # the evidence ----------------------------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ class Laplace:
 
         Raises:
             EmptyBatchError: the state has seen no example.
-            HyperparameterError: a precision that is not positive.
+            HyperparameterError: a precision that is not positive; inside `torch.vmap` the result is NaN or infinite.
         """
         _check(state)
         _check_seen(state)
@@ -179,11 +184,12 @@ class Laplace:
         return -N * state.loss - torch.stack(terms).sum() / 2
 
     def choose_prior(self, state: LaplaceState, *, per_block: bool = True, iterations: int = 50) -> LaplaceState:
-        r"""Return the state with the prior that maximises the evidence, by MacKay's fixed point.
+        r"""Return the state with the prior that maximises the evidence, at MacKay's fixed point.
 
-        $\delta \leftarrow \gamma / \|\theta\|^2$, where $\gamma = P - \lambda\, \mathrm{tr} (\hat F + \lambda I)^{-1}$
-        is the number of parameters that the data determine. A block that is zero, or about which the data say nothing,
-        has no such fixed point and keeps its prior.
+        There $\delta = \gamma / \|\theta\|^2$, where $\gamma = P - \lambda\, \mathrm{tr} (\hat F + \lambda I)^{-1}$ is
+        the number of parameters that the data determine. Each iteration at least halves the distance to it in log δ;
+        for methods with two products this is not proven. A block that is zero, or about which the data say nothing, has
+        no such point and keeps its prior.
 
         Args:
             state: the posterior.
@@ -197,21 +203,11 @@ class Laplace:
         _check(state)
         _check_seen(state)
         expect_count("iterations", iterations)
-        mean = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
-        factors = _in_double(state)
-        for _ in range(iterations):
-            determined, sizes = {}, {}
-            for key, inverse in self._inverses(state, factors).items():
-                λ, sizes[key] = state.prior[key] / state.examples, inverse.scale.numel()
-                determined[key] = sizes[key] - λ * damped.trace(inverse)
-            if per_block:
-                prior = {key: fixed_point(determined[key], sizes[key], mean[key], state.prior[key]) for key in mean}
-            else:
-                γ, square = (torch.stack(list(each.values())).sum() for each in (determined, mean))
-                size = sum(sizes.values())
-                prior = {key: fixed_point(γ, size, square, old) for key, old in state.prior.items()}
-            state = state._replace(prior=state.prior | prior)
-        return state
+        method: Any = self.ng.method
+        shapes = self.ng.layout.block_shapes
+        spectra = {key: spectrum(method, factors, shapes[key]) for key, factors in _in_double(state).items()}
+        squares = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
+        return state._replace(prior=most_probable(spectra, squares, state.prior, state.examples, iterations, per_block))
 
     # predictions -----------------------------------------------------------------------------------------------------
 
@@ -232,21 +228,23 @@ class Laplace:
         if chunk_size is not None:
             expect_count("chunk_size", chunk_size)
         ng, N = self.ng, state.examples.clamp(min=1)
-
-        def covariance(inverse: Rotated) -> Callable[[Tensor], Tensor]:
-            return lambda W: damped.apply(inverse, W) / N
-
-        covariances = {key: covariance(inverse) for key, inverse in self._inverses(state).items()}
+        scaled = {key: each._replace(scale=each.scale / N) for key, each in self._inverses(state).items()}
+        covariances = {key: partial(damped.apply, inverse) for key, inverse in scaled.items()}
         return output_covariances(ng.model, ng.layout, state.params, covariances, x, context, chunk_size)
 
     # ---------------------------------------------------------------------------------------------------------
 
-    def _inverses(self, state: LaplaceState, factors: dict[str, PyTree] | None = None) -> dict[str, Rotated]:
+    def _inverses(self, state: LaplaceState) -> dict[str, Rotated]:
         """Return `(F̂ + δ/N)⁻¹` of every block, in float64; before the first example N counts as 1."""
         method: Any = self.ng.method
-        factors = _in_double(state) if factors is None else factors
         N = state.examples.clamp(min=1)
-        return {key: method.invert_block(factors[key], state.prior[key] / N)[0] for key in factors}
+        return {key: method.invert_block(each, state.prior[key] / N)[0] for key, each in _in_double(state).items()}
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the blocks and of the unused parameters."""
+        unused = {name: tuple(shape) for name, shape in self.ng.layout.shapes if name in self.ng.layout.unused}
+        return {key: shape[:3] for key, shape in self.ng.layout.block_shapes.items()} | unused
 
     def _blocks(self, params: Tree) -> dict[str, Tensor]:
         return {key: W.double() for key, W in self.ng.layout.matrices(params).items()}
@@ -257,9 +255,9 @@ def laplace(ng: NaturalGradient) -> Laplace:
 
     Args:
         ng: a natural gradient with a Kronecker method and `damping_form="eigen"`, which adds exactly the prior. Methods
-            with two products (`lanczos`, `deflation`, `kfac_corrected`, `kfac_by_term`) approximate N F̂ + δ I: it has
-            no common eigenvectors with both products, so only the diagonal of the second one in the eigenvectors of the
-            first is kept, as in their steps.
+            with two products (`lanczos`, `deflation`, `kfac_corrected`) approximate N F̂ + δ I: it has no common
+            eigenvectors with both products, so only the diagonal of the second one in the eigenvectors of the first is
+            kept, as in their steps.
 
     Raises:
         StructureError: not a natural gradient, or a sum of terms; no Kronecker factors; parameters in no block.
@@ -278,8 +276,8 @@ def laplace(ng: NaturalGradient) -> Laplace:
         )
     if method.damping_form != "eigen":
         raise HyperparameterError(
-            f"the prior adds δ I to the precision, and factored damping adds another matrix: use {method.name} with "
-            'damping_form="eigen".'
+            f"the prior adds δ I to the precision, and the factored damping of this {method.name} adds another matrix: "
+            'use ff.kfac("eigen") or another Kronecker method that takes damping_form="eigen".'
         )
     if ng.layout.uncovered:
         raise StructureError('some parameters are in no block: build with uncovered="fallback".')

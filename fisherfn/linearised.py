@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, vmap
 
+from fisherfn import tree
 from fisherfn.stats.batch import checked_context, count_examples
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
@@ -42,7 +43,7 @@ def output_covariances(
         StructureError, ShapeError: examples or a context that differ from the build, or another number of entries.
         ModelError: a model that does not run on single examples (batch norm in training mode).
     """
-    context = checked_context(layout, context)
+    x, context = tree.plain(x), checked_context(layout, context)
     count_examples(layout, x, (), context)
 
     def of_one(x_n: PyTree, context_n: PyTree) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Operator:
     """A linear operator on trees, defined by its products.
 
     Attributes:
-        like: a tree with the shapes and device of the operator's arguments, and the types in which it computes.
+        like: a tree with the shapes and device of the operator's arguments; it computes in their common type.
         product: function from tree to tree.
         symmetric: True if the operator is its own transpose.
     """
@@ -45,9 +45,13 @@ class Operator:
     symmetric: bool = True
 
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply a tree by the operator. The product is computed in at least float32, and has the types of v."""
+        """Multiply a tree by the operator. The product has the types of v; it is computed in at least float32.
+
+        The precision is that of the operator (`like`), also if v has another one.
+        """
         check_like(v, self.like)
-        given = {name: leaf.to(torch.promote_types(leaf.dtype, self.like[name].dtype)) for name, leaf in v.items()}
+        dtype = _dtype(self.like)
+        given = {name: leaf.to(dtype) for name, leaf in v.items()}
         return {name: leaf.to(v[name].dtype) for name, leaf in self.product(given).items()}
 
     def dense(self) -> Float[Tensor, "p p"]:

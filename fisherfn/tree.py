@@ -77,7 +77,7 @@ def zeros_like(x: T) -> T:
 
 
 def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
-    """Return the inner product over all entries of all leaves.
+    """Return the inner product over all entries of all leaves, in at least float32.
 
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
@@ -86,14 +86,13 @@ def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
 
 
 def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
-    """Return the inner product of each leaf with its counterpart."""
-    products: list[Tensor] = leaves(map(lambda a, b: (a * b).sum(), x, y))
-    return products
+    """Return the inner product of each leaf with its counterpart, in at least float32."""
+    # in float16 squares of numbers below 0.0002 vanish, and those above 256 overflow
+    return leaves(map(lambda a, b: (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(), x, y))
 
 
 def norm(x: PyTree) -> Shaped[Tensor, ""]:
-    """Return the Euclidean norm over all entries, at least in float32: squares overflow in half precision."""
-    x = map(lambda leaf: leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf, x)
+    """Return the Euclidean norm over all entries, in at least float32."""
     return dot(x, x).sqrt()
 
 
@@ -269,19 +268,21 @@ def register(
     )
 
 
-def check_leaves(values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise unless every value is a tensor of real or complex numbers with the shape of its name.
+def check_leaves(
+    values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], of: str = "", rule: str = "as at the build"
+) -> None:
+    """Raise unless every value is a tensor of real or complex numbers with the shape of its name; `of` says whose.
 
     Raises:
         StructureError: a value that is no tensor.
         ShapeError: another shape, or a tensor of integers or flags.
     """
     for name, leaf in values.items():
-        expect(leaf, Tensor, repr(name), "pass a tree of tensors like params")
+        expect(leaf, Tensor, f"{name!r}{of}", "pass a tree of tensors like params")
         if leaf.shape != tuple(shapes[name]):
-            raise ShapeError(f"{name!r} has shape {tuple(leaf.shape)}, expected {tuple(shapes[name])} as at the build.")
+            raise ShapeError(f"{name!r}{of} has shape {tuple(leaf.shape)}, expected {tuple(shapes[name])} {rule}.")
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise ShapeError(f"{name!r} has type {leaf.dtype}, expected floating-point numbers as at the build.")
+            raise ShapeError(f"{name!r}{of} has type {leaf.dtype}, expected floating-point numbers {rule}.")
 
 
 def _name(step: Any) -> str:

@@ -37,16 +37,22 @@ class Views(Collector):
     method: Method
 
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
-        """Return the preconditioned gradient, a tree like params; with `Stats` the gradient itself is not formed."""
+        """Return the preconditioned gradient, a tree like params; with `Stats` the gradient itself is not formed.
+
+        A tree may have any floating-point types: it is computed with in those of the factors.
+        """
         self._check_state(state)
         if isinstance(grads, Stats):
             self._check_stats(grads)
         return self._precondition(state, grads, inner=False)[0]
 
     def matvec(self, state: State, v: Tree) -> Tree:
-        """Multiply a tree by the method's undamped approximate Fisher."""
+        """Multiply a tree of any floating-point types by the method's undamped approximate Fisher; see `precondition`.
+
+        The product has the types of the parameters.
+        """
         self._check_state(state)
-        return self.layout.cast(self.layout.tree(self.method.matvec(state.factors, self.layout.matrices(v))))
+        return self.layout.cast(self.layout.tree(self.method.matvec(state.factors, self._matrices(v))))
 
     def approximation(self, state: State) -> Approximation:
         """Return the method's undamped approximate Fisher as an operator: products, trace, spectrum, logdet."""
@@ -188,6 +194,10 @@ class Views(Collector):
         if its is not self.layout and (its.shapes, its.block_shapes) != (self.layout.shapes, self.layout.block_shapes):
             raise StructureError("the statistics are of another net: collect them with this ng.stats(params, batch).")
 
+    def _matrices(self, v: Tree) -> dict[str, Tensor]:
+        """Return the matrices of a tree like params in the precision of the factors, whatever its types."""
+        return {key: W.to(self.layout.precision) for key, W in self.layout.matrices(v).items()}
+
     def _gradients(self, stats: Stats) -> Mapping[str, Tensor | Tap]:
         """Return the gradient of each block, in the form that is cheapest to precondition."""
         return {block.key: cheapest_gradient(stats, block) for block in self.layout.blocks}
@@ -200,7 +210,7 @@ class Views(Collector):
         if own.coefficients is not None:
             product = self.method.precondition_own(state.inverses, own, self.layout.block_shapes, inner)
         if product is None:
-            gradients = self._gradients(grads) if isinstance(grads, Stats) else self.layout.matrices(grads)
+            gradients = self._gradients(grads) if isinstance(grads, Stats) else self._matrices(grads)
             pulls = {key: state.damping * φ for key, φ in (own.near or {}).items()}
             if pulls:
                 gradients = {key: as_matrix(V) + pulls[key].to(V.dtype) for key, V in gradients.items()}
@@ -209,6 +219,7 @@ class Views(Collector):
                 more = [(pulls[key] * nat).sum() for key, nat in product.matrices.items()]
                 product = product._replace(inner=product.inner - sum(more))
         plain = grads.plain if isinstance(grads, Stats) else {name: grads[name] for name, _ in self.layout.uncovered}
+        plain = {name: g.to(self.layout.precision) for name, g in plain.items()}
         if plain and inner:
             product = product._replace(inner=product.inner + sum(g.square().sum() for g in plain.values()))
         return self.layout.cast(self.layout.tree(product.matrices) | plain), product

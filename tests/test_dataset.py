@@ -40,6 +40,21 @@ def test_any_batches_give_the_factors_of_one_large_batch(method, id):
         close(info.loss, mean_loss(ng, problem))
 
 
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "exactNG"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_batch_may_be_shorter_than_a_chunk(method, place):
+    """The last batch of a data set often is; the factors are those of one large batch."""
+    problem = zoo.pick("mlp-categorical")
+    ng = problem.build(method=method, fisher="type2")
+    sizes = [2, len(problem.x) - 3]
+    sizes.insert(place, 1)
+    state, info = ng.fit(problem.params, split(problem.batch, *sizes), damping=0.1, chunk_size=1)
+    ff.check(info)
+    v = zoo.random_tree(problem.params)
+    close(ng.precondition(state, v), ng.precondition(whole(ng, problem), v), tol=1e-10)
+    assert info.checks["chunks"]
+
+
 def mean_loss(ng, problem):
     return ng.stats(problem.params, problem.batch, curvature=False).loss
 

@@ -102,6 +102,9 @@ def test_what_has_no_scores_is_refused():
     for wrong in (one, several | {name: several[name][:1]}):
         with zoo.as_installed(), pytest.raises(ff.errors.ShapeError, match="one number Q of queries"):
             ff.influence_scores(stats, wrong)
+    for wrong in (several | {name: [1]}, several | {name: None}):
+        with zoo.as_installed(), pytest.raises(ff.errors.StructureError, match=f"directions of '{name}' cannot be"):
+            ff.influence_scores(stats, wrong)
     with pytest.raises(ff.errors.StructureError, match="stats"):
         ff.example_gradients(problem.params)
     with pytest.raises(ff.errors.HyperparameterError, match="iterations"):

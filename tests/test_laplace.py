@@ -1,5 +1,7 @@
 """The Laplace approximation against dense normal distributions, in float64."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch.func import grad, jacrev
@@ -73,7 +75,7 @@ def test_a_prior_per_block_is_a_diagonal_of_blocks():
     close(posterior.log_marginal_likelihood(fitted()[2], prior), expected)
 
 
-@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "kl_optimal", "lanczos"])
 def test_the_chosen_prior_is_where_the_slope_of_the_evidence_vanishes(method):
     problem, posterior, state = fitted(method=method)
 
@@ -86,10 +88,10 @@ def test_the_chosen_prior_is_where_the_slope_of_the_evidence_vanishes(method):
         up, down = (evidence(logs | {key: logs[key] + s}) for s in (step, -step))
         close(slopes[key], (up - down) / (2 * step), tol=1e-6)
         assert abs(slopes[key]) > 1e-3
-    chosen = posterior.choose_prior(state, iterations=500)
+    chosen = posterior.choose_prior(state)
     for slope in grad(evidence)({key: value.log() for key, value in chosen.prior.items()}).values():
         assert abs(slope) < 1e-5
-    one = posterior.choose_prior(state, per_block=False, iterations=500)
+    one = posterior.choose_prior(state, per_block=False)
     assert len({float(value) for value in one.prior.values()}) == 1
     values = [float(posterior.log_marginal_likelihood(each)) for each in (state, one, chosen)]
     assert values[0] < values[1] < values[2]
@@ -107,6 +109,83 @@ def test_samples_have_the_mean_and_the_covariance_of_the_posterior(method):
     assert (flat.mT @ flat / len(flat) - eye).abs().max() < 0.05
     again = posterior.sample(state, zoo.generator(), samples=40_000)
     assert all(torch.equal(samples[name], again[name]) for name in samples)
+
+
+def with_precision(posterior, state, δ):
+    """Return the state with one prior for all blocks."""
+    return state._replace(prior={key: δ.double() for key in state.prior})
+
+
+def test_noise_made_before_the_call_gives_the_samples_of_its_generator():
+    problem, posterior, state = fitted()
+    noise = posterior.noise(zoo.generator(3), samples=5)
+    samples = posterior.sample(state, zoo.generator(3), samples=5)
+    for found in (posterior.sample(state, noise=noise), posterior.sample(state, noise=noise, samples=5)):
+        assert all(torch.equal(found[name], samples[name]) for name in samples)
+    assert posterior.sample(state, zoo.generator())["0.weight"].shape == (1, *problem.params["0.weight"].shape)
+
+
+def test_samples_of_several_priors_at_once_are_those_of_each():
+    _, posterior, state = fitted()
+    δs = torch.tensor([0.3, 2.0, 50.0])
+    noises = [posterior.noise(zoo.generator(seed), samples=2) for seed in range(3)]
+
+    def sample(δ, noise):
+        return posterior.sample(with_precision(posterior, state, δ), noise=noise)
+
+    for found, each in (
+        (torch.vmap(sample)(δs, ff.members.stack(noises)), noises),
+        (torch.vmap(sample, (0, None))(δs, noises[0]), [noises[0]] * 3),
+    ):
+        expected = ff.members.stack([sample(δ, noise) for δ, noise in zip(δs, each, strict=True)])
+        for name in expected:
+            close(found[name], expected[name])
+
+
+def test_a_generator_inside_vmap_is_refused_with_the_remedy():
+    problem, posterior, state = fitted()
+    ng = problem.build(method=ff.kfac(), fisher="mc")
+    for remedy, call in (
+        ("posterior.noise", lambda δ: posterior.sample(with_precision(posterior, state, δ), zoo.generator())),
+        ("posterior.noise", lambda δ: posterior.noise(zoo.generator())),
+        ("ng.noise", lambda δ: ng.stats(problem.params, problem.batch, generator=zoo.generator()).loss * δ),
+        ("before the call", lambda δ: ff.dropout_seeds(3, zoo.generator())),
+    ):
+        with pytest.raises(ff.errors.NoiseError, match=rf"torch\.vmap.*{remedy}"):
+            torch.vmap(call)(torch.ones(2))
+    both = torch.vmap(lambda δ: posterior.sample(state, zoo.generator())["0.weight"] * δ, randomness="different")
+    assert both(torch.ones(2)).shape[0] == 2
+
+
+def test_noise_that_does_not_fit_is_refused():
+    _, posterior, state = fitted()
+    noise = posterior.noise(zoo.generator(), samples=3)
+    key = next(iter(noise))
+    for error, match, bad in (
+        (ff.errors.StructureError, "posterior.noise", {key: noise[key]}),
+        (ff.errors.StructureError, "posterior.noise", noise[key]),
+        (ff.errors.StructureError, "tree of tensors", noise | {key: 1.0}),
+        (ff.errors.ShapeError, "expected", noise | {key: noise[key][:2]}),
+        (ff.errors.ShapeError, "expected", noise | {key: noise[key][..., :1]}),
+    ):
+        with pytest.raises(error, match=match):
+            posterior.sample(state, noise=bad)
+    with pytest.raises(ff.errors.ShapeError, match="expected"):
+        posterior.sample(state, noise=noise, samples=2)
+    with pytest.raises(ff.errors.NoiseError, match=r"torch\.Generator.*posterior\.noise"):
+        posterior.sample(state)
+    with pytest.raises(ff.errors.HyperparameterError, match="samples"):
+        posterior.noise(zoo.generator(), samples=0)
+    with pytest.raises(ff.errors.StructureError, match="generator"):
+        posterior.sample(state, 7)
+
+
+def test_an_evidence_inside_vmap_has_no_value_at_a_precision_that_is_not_positive():
+    _, posterior, state = fitted()
+    priors = torch.tensor([0.7, -2.0, 0.0], dtype=zoo.DTYPE)
+    found = torch.vmap(lambda δ: posterior.log_marginal_likelihood(state, dict.fromkeys(state.prior, δ)))(priors)
+    close(found[0], posterior.log_marginal_likelihood(state))
+    assert not torch.isfinite(found[1:]).any()
 
 
 def test_updates_over_batches_are_one_fit():
@@ -159,6 +238,8 @@ def test_a_bad_batch_leaves_the_posterior_as_it_was():
 
 def test_what_is_no_posterior_is_refused():
     problem, posterior, state = fitted()
+    with pytest.raises(ff.errors.HyperparameterError, match=r'use ff\.kfac\("eigen"\)'):  # it has no eigen form
+        ff.laplace(problem.build(method=ff.kfac_by_term()))
     for method, error in ((ff.exact(), ff.errors.StructureError), (ff.kfac(), ff.errors.HyperparameterError)):
         with pytest.raises(error, match="eigen" if error is ff.errors.HyperparameterError else "Kronecker"):
             ff.laplace(problem.build(method=method))
@@ -215,6 +296,24 @@ def test_each_prediction_has_its_own_entries_of_the_context(make):
             posterior.predict(state, x[:2], context=context)
         with pytest.raises(ff.errors.StructureError, match="no context"):
             posterior.predict(state, x)
+
+
+def test_predictions_take_named_inputs_in_any_mapping_and_order():
+    """Tokenizers return a `collections.UserDict`, whose order need not be that of the build."""
+    draw = lambda *shape: torch.randn(shape, generator=zoo.generator(len(shape)), dtype=zoo.DTYPE)  # noqa: E731
+    named, y, params = {"ids": draw(5, 3), "mask": draw(5, 1)}, draw(5, 2), {"w": draw(2, 3)}
+
+    def model(p, x):
+        return torch.nn.functional.linear(x["ids"] * x["mask"], p["w"])
+
+    ng = ff.natural_gradient(model, params, named, likelihood=ff.Gaussian(), method=ff.kfac("eigen"), fisher="type2")
+    posterior = ff.laplace(ng)
+    state, _ = posterior.fit(params, [(named, y)])
+    expected = posterior.predict(state, named)
+    turned = {name: named[name] for name in ("mask", "ids")}
+    for given in (UserDict(named), UserDict(turned), turned):
+        for mine, its in zip(posterior.predict(state, given), expected, strict=True):
+            close(mine, its)
 
 
 def test_a_net_that_needs_a_batch_has_no_predictions_of_single_examples():

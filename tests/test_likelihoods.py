@@ -1,9 +1,13 @@
 """Likelihoods against torch.distributions: densities, samples by counting, output Fisher by autograd's Hessian."""
 
+import math
+
 import pytest
 import torch
 
 import fisherfn as ff
+from fisherfn.likelihoods import output_fisher
+from fisherfn.stats.passes import loss_cotangent
 from tests import oracles, zoo
 from tests.oracles import close
 from tests.zoo import LIKELIHOODS
@@ -302,3 +306,84 @@ def test_targets_are_not_rounded_to_half_precision(dtype):
     assert float(ff.Gaussian().nll(outputs, targets)) == pytest.approx(0.045, rel=1e-3)
     assert float(ff.Gaussian().score(outputs, targets)) == pytest.approx(-0.3, rel=1e-2)
     assert torch.isfinite(ff.Gaussian().nll(outputs, torch.full((1, 1), 800.0)))
+
+
+# ------------------------------------------------------------------------------------------------- half precision
+
+WEIGHT = torch.tensor([0.3, 1.7, 1.0001])
+INDICES, EACH = torch.tensor([[0, 2], [1, -100], [2, 2], [0, 1]]), torch.tensor([0.3, 1.003, 2.01, 0.7])
+FRACTIONS = torch.rand(4, 2, 3, generator=zoo.generator(7))
+SOFT = FRACTIONS / FRACTIONS.sum(-1, keepdim=True)
+
+# by name: likelihood and targets of outputs [4, 2, 3]
+PRECISE = {
+    "categorical": (ff.Categorical(), INDICES),
+    "class weights": (ff.Categorical(weight=WEIGHT, label_smoothing=0.1), INDICES),
+    "soft labels": (ff.Categorical(weight=WEIGHT), SOFT),
+    "weights of examples": (ff.Categorical(), (INDICES, EACH)),
+    "bernoulli": (ff.Bernoulli(), FRACTIONS),
+    "probabilities": (ff.Bernoulli(logits=False), FRACTIONS),
+    "gaussian": (ff.Gaussian(0.3), FRACTIONS),
+    "weighted categorical": (ff.Weighted(ff.Categorical()), (INDICES, EACH)),
+    "weighted bernoulli": (ff.Weighted(ff.Bernoulli()), (FRACTIONS, EACH)),
+    "weighted gaussian": (ff.Weighted(ff.Gaussian()), (FRACTIONS, EACH)),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_in_half_precision_round_nothing_but_the_results_in_their_type(name, dtype):
+    """The oracle computes with the same outputs in float64. Losses are float32; cotangents have the outputs' type."""
+    likelihood, targets = PRECISE[name]
+    outputs = 3 * torch.randn(4, 2, 3, generator=zoo.generator(0))
+    outputs = (outputs.sigmoid() if name == "probabilities" else outputs).to(dtype)
+    v, precise = torch.randn(4, 2, 3, generator=zoo.generator(1)).to(dtype), outputs.double()
+    rounding = torch.finfo(dtype).eps
+
+    def rounded(found, expected, error=rounding):
+        assert found.dtype == dtype
+        expected = expected.to(dtype).float()
+        torch.testing.assert_close(found.float(), expected, rtol=error, atol=error * float(expected.abs().max()))
+
+    cotangent, losses = loss_cotangent(likelihood, outputs, targets)
+    expected_cotangent, expected = loss_cotangent(likelihood, precise, targets)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    rounded(cotangent, expected_cotangent)
+    rounded(likelihood.fisher_sqrt(outputs), likelihood.fisher_sqrt(precise))
+    rounded(
+        output_fisher(likelihood, outputs, targets, v),
+        output_fisher(likelihood, precise, targets, v.double()),
+        4 * rounding,
+    )
+    if hasattr(likelihood, "observed"):
+        _, weights = likelihood.observed(outputs, targets)
+        torch.testing.assert_close(weights.double(), likelihood.observed(precise, targets)[1], rtol=1e-6, atol=0)
+    assert bool(likelihood.valid(outputs, targets))
+
+
+@pytest.mark.parametrize("shift", [0.0, 16.0, 64.0])
+def test_a_shift_of_the_logits_changes_nothing_in_half_precision(shift):
+    """These logits are exact in bfloat16, with each of the shifts."""
+    logits, labels = torch.randint(-8, 8, (64, 10), generator=zoo.generator(0)) / 2, torch.arange(64) % 10
+    cotangent, losses = loss_cotangent(ff.Categorical(), (logits + shift).bfloat16(), labels)
+    expected_cotangent, expected = loss_cotangent(ff.Categorical(), logits, labels)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cotangent, expected_cotangent.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_many_positions_add_up_in_half_precision():
+    """N equal numbers add up to N times one of them; in bfloat16 a sum of ones ends at 256."""
+    for likelihood, targets in (
+        (ff.Categorical(), torch.zeros(1, 3000).long()),
+        (ff.Bernoulli(), torch.ones(1, 3000, 2)),
+    ):
+        outputs = torch.zeros(1, 3000, 2, dtype=torch.bfloat16)
+        each = math.log(2) * (1 if isinstance(likelihood, ff.Categorical) else 2)
+        assert float(likelihood.nll(outputs, targets)) == pytest.approx(3000 * each, rel=1e-5)
+
+
+def test_a_target_barely_outside_its_range_is_found_in_half_precision():
+    """Rounded to bfloat16 it would be 1."""
+    outputs, targets = torch.zeros(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 1.001)
+    assert not ff.Bernoulli().valid(outputs, targets) and ff.Bernoulli().nll(outputs, targets).isnan()

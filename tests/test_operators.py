@@ -325,6 +325,44 @@ def test_matrices_of_half_precision_parameters_are_float32(method, dtype):
         close(torch.cat([leaf.flatten() for leaf in product.values()]).float(), dense @ flat, tol=0.02)
 
 
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@METHODS
+@pytest.mark.parametrize("built", [torch.float32, torch.float64, torch.bfloat16])
+def test_trees_of_another_type_are_multiplied_like_those_of_the_factors(method, built):
+    """Operators have the types of v; `precondition` and `matvec` those of the parameters."""
+    problem = zoo.to(zoo.pick("scale-vector"), built)
+    ng = problem.build(method=method, fisher="type2")
+    state, _ = ng.update(ng.init(problem.params, damping=DAMPING), ng.stats(problem.params, problem.batch))
+    state, _ = ng.invert(state)
+    precision = torch.promote_types(built, torch.float32)
+    for dtype in TYPES:
+        v = {name: leaf.to(dtype) for name, leaf in zoo.random_tree(problem.params).items()}
+        same = {name: leaf.to(precision) for name, leaf in v.items()}
+        for operator in (ng.approximation(state), ng.inverse(state)):
+            product, expected = operator @ v, operator @ same
+            assert {leaf.dtype for leaf in product.values()} == {dtype}
+            torch.testing.assert_close(product, {name: leaf.to(dtype) for name, leaf in expected.items()})
+        for function in (ng.matvec, ng.precondition):
+            product = function(state, v)
+            assert {leaf.dtype for leaf in product.values()} == {built}
+            torch.testing.assert_close(product, function(state, same))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gradients_of_another_type_give_the_step_and_its_length(dtype):
+    """Also parameters in no block, whose plain gradient is the step."""
+    problem = zoo.to(zoo.pick("scale-vector"), torch.float32)
+    ng = problem.build(method="kfac", fisher="type2", uncovered="gradient")
+    state = ng.init(problem.params, damping=DAMPING)
+    grads = {name: leaf.to(dtype) for name, leaf in zoo.random_tree(problem.params).items()}
+    nat, _, info = ng.step_from(state, grads, inner=True)
+    expected, _, known = ng.step_from(state, {name: leaf.float() for name, leaf in grads.items()}, inner=True)
+    torch.testing.assert_close(nat, expected)
+    torch.testing.assert_close(info.inner, known.inner)
+
+
 def test_a_scipy_operator_takes_any_array():
     problem = zoo.pick("mlp-categorical")
     params = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}

@@ -188,3 +188,13 @@ def test_two_leaves_that_are_one_tensor_stay_one():
 
 def test_a_norm_does_not_overflow_in_half_precision():
     assert float(ff.tree.norm({"w": torch.full((4,), 300.0, dtype=torch.float16)})) == 600.0
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float16, 1e-4), (torch.float16, 1000.0), (torch.bfloat16, 1.01)])
+def test_an_inner_product_of_half_precision_is_that_of_its_numbers_in_double(dtype, number):
+    """The square of 1e-4 vanishes in float16, that of 1000 overflows, and a sum of bfloat16 has three digits."""
+    x, y = torch.full((300,), number, dtype=dtype), torch.full((300,), -number, dtype=dtype)
+    for one, other in ((x, y), (x.float(), y), (x, y.float())):
+        found = ff.tree.dot({"a": one, "b": one[:1]}, {"a": other, "b": other[:1]})
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), x.double() @ y.double() - x[0].double() ** 2, rtol=1e-6, atol=0)

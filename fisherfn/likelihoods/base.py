@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from fisherfn.errors import LikelihoodError, ShapeError, TargetError, expect
+from fisherfn.types import at_least_single
 
 
 @runtime_checkable
@@ -28,6 +29,9 @@ class Likelihood(Protocol):
     - `observed(outputs, targets)`, if observations have different weights: the likelihood that scores sampled labels,
       and a weight per example or position that multiplies the Fisher of "mc" and "type2". With the
       attribute `weighted = False` the weights are 1 unless the targets say otherwise, and targets may be left out.
+
+    The library passes outputs in at least float32. Its own likelihoods also take half precision: they compute in
+    float32, return losses and weights in float32, and everything shaped like the outputs in the outputs' type.
     """
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def output_fisher(likelihood: object, outputs: Tensor, targets: Any, v: Tensor) 
     if observed is not None and targets is not None:
         likelihood, weights = observed(outputs, targets)
         if weights is not None:
-            v = v * weights.reshape(*weights.shape, *(1,) * (v.ndim - weights.ndim)).to(v.dtype)
+            v = (v * weights.reshape(*weights.shape, *(1,) * (v.ndim - weights.ndim))).to(v.dtype)
     product = getattr(likelihood, "fisher_product", None)
     if product is not None:
         return product(outputs, v)  # type: ignore[no-any-return]
@@ -117,6 +121,11 @@ def weighs(likelihood: object) -> bool:
 def uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Return noise that is uniform in [0, 1)."""
     return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
+def single(x: Tensor) -> Tensor:
+    """Return x in at least float32: half precision would round large logits, targets, and sums over outputs."""
+    return x.to(at_least_single(x.dtype))
 
 
 def sum_over_outputs(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, single, sum_over_outputs
+from fisherfn.types import at_least_single
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Bernoulli:
     r"""Independent binary outputs: binary images, multi-label classification.
 
     $-\log p(y \mid f) = \sum_j \log(1 + e^{f_j}) - y_j f_j$ for logits; with `logits=False` the outputs are the
-    probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision.
+    probabilities themselves (a network that ends in a sigmoid), clamped away from 0 and 1 by machine precision (that
+    of float32 for outputs in half precision).
     Targets have the shape of the outputs and lie in [0, 1]. An example with a target or a probability outside [0, 1]
     has the loss NaN.
 
@@ -30,6 +32,7 @@ class Bernoulli:
 
     def nll(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, " n"]:
         check_shape(targets, outputs.shape, "Bernoulli", "a target for each output")
+        outputs = single(outputs)
         targets = targets.to(outputs.dtype)
         if self.logits:
             nll = F.softplus(outputs) - targets * outputs
@@ -41,31 +44,36 @@ class Bernoulli:
     def score(self, outputs: Float[Tensor, "n *d"], targets: Tensor) -> Float[Tensor, "n *d"]:
         r"""Return the gradient of `nll` in the outputs: $p - y$ for logits, $(p - y) / (p(1-p))$ for probabilities."""
         check_shape(targets, outputs.shape, "Bernoulli", "a target for each output")
-        targets = targets.to(outputs.dtype)
+        f = single(outputs)
+        targets = targets.to(f.dtype)
         if self.logits:
-            return outputs.sigmoid() - targets
-        p = self._inside(outputs)
-        return torch.where(p == outputs, (p - targets) / (p * (1 - p)), 0.0)  # clamped outputs have no gradient
+            return (f.sigmoid() - targets).to(outputs.dtype)
+        p = self._inside(f)
+        slope = torch.where(p == f, (p - targets) / (p * (1 - p)), 0.0)  # clamped outputs have no gradient
+        return slope.to(outputs.dtype)
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return one where `noise < p`, with noise uniform in [0, 1)."""
-        p = outputs.sigmoid() if self.logits else outputs
+        p = single(outputs).sigmoid() if self.logits else outputs
         return (noise < p).to(outputs.dtype)
 
     def fisher_sqrt(self, outputs: Float[Tensor, "n *d"]) -> Float[Tensor, "columns n *d"]:
         r"""Return one column per output: $\sqrt{p(1-p)}\,e_j$ for logits, $e_j / \sqrt{p(1-p)}$ for probabilities."""
-        p = outputs.sigmoid() if self.logits else self._inside(outputs)
-        deviation = (p * (1 - p)).sqrt()
-        return diagonal_columns(deviation if self.logits else deviation.reciprocal())
+        deviation = self._variance(outputs).sqrt()
+        return diagonal_columns((deviation if self.logits else deviation.reciprocal()).to(outputs.dtype))
 
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         r"""Return $p(1-p)\,v$ for logits, $v / (p(1-p))$ for probabilities."""
-        p = outputs.sigmoid() if self.logits else self._inside(outputs)
-        variance = p * (1 - p)
-        return v * variance if self.logits else v / variance
+        variance = self._variance(outputs)
+        return (v * variance if self.logits else v / variance).to(v.dtype)
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
-        return self._valid_each(outputs, targets.to(outputs.dtype)).all()
+        return self._valid_each(outputs, targets.to(at_least_single(outputs.dtype))).all()
+
+    def _variance(self, outputs: Tensor) -> Tensor:
+        """Return `p(1 − p)` in at least float32."""
+        p = single(outputs).sigmoid() if self.logits else self._inside(single(outputs))
+        return p * (1 - p)
 
     def _valid_each(self, outputs: Float[Tensor, "n *d"], targets: Float[Tensor, "n *d"]) -> Bool[Tensor, " n"]:
         """Return whether all targets of an example lie in [0, 1], and no probability lies outside.

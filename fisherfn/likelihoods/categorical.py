@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherfn import masked
 from fisherfn.errors import HyperparameterError, ShapeError, TargetError, expect, expect_number
-from fisherfn.likelihoods.base import check_shape, sum_over_outputs, uniform
-from fisherfn.types import PyTree
+from fisherfn.likelihoods.base import check_shape, single, sum_over_outputs, uniform
+from fisherfn.types import PyTree, at_least_single
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ class Categorical:
 
     def nll(self, outputs: Float[Tensor, "n *t c"], targets: PyTree) -> Float[Tensor, " n"]:
         labels, weights = self._split(outputs, targets)
+        outputs = single(outputs)  # else the logits' common shift would decide how much of the loss is rounded
         if labels.is_floating_point():
             mass = self._class_weights(outputs) * self._smooth(labels.to(outputs.dtype))
             # a class without mass does not count, whatever its logit (0 · inf is NaN)
@@ -109,6 +110,7 @@ class Categorical:
         if targets is None:
             return Categorical(), None
         labels, weights = self._split(outputs, targets)
+        outputs = single(outputs)
         classes = self._class_weights(outputs)
         if labels.is_floating_point():
             mass = (classes * self._smooth(labels.to(outputs.dtype))).sum(-1)
@@ -120,7 +122,7 @@ class Categorical:
 
     def sample(self, outputs: Float[Tensor, "n *t c"], noise: Float[Tensor, "n *t"]) -> Int[Tensor, "n *t"]:
         """Sample by the inverse distribution function: class c if `cdf[c-1] <= noise < cdf[c]`, noise in [0, 1)."""
-        cdf = outputs.to(noise.dtype).softmax(-1).cumsum(-1)
+        cdf = outputs.to(at_least_single(noise.dtype)).softmax(-1).cumsum(-1)
         # rounding may end the sum below the noise: then the last class with a probability, which need not be the last
         last = (cdf < cdf[..., -1:]).sum(-1)
         return (cdf <= noise.unsqueeze(-1)).sum(-1).minimum(last)
@@ -133,21 +135,21 @@ class Categorical:
 
         Their sum of squares is $\sum s s^\top = \mathrm{diag}(p) - pp^\top$.
         """
-        p = outputs.softmax(-1)
+        p = single(outputs).softmax(-1)
         classes = p.shape[-1]
         eye = torch.eye(classes, dtype=p.dtype, device=p.device)
         positions = p.reshape(p.shape[0], -1, classes)
         columns = positions.sqrt().permute(2, 0, 1).unsqueeze(-1) * (eye[:, None, None] - positions)  # [c, n, t, c']
         if positions.shape[1] == 1:
-            return columns.reshape(classes, *outputs.shape)
+            return columns.reshape(classes, *outputs.shape).to(outputs.dtype)
         # positions are independent: each column is nonzero at one of them
         one = torch.eye(positions.shape[1], dtype=p.dtype, device=p.device)
-        return torch.einsum("ut,cntd->ucntd", one, columns).reshape(-1, *outputs.shape)
+        return torch.einsum("ut,cntd->ucntd", one, columns).reshape(-1, *outputs.shape).to(outputs.dtype)
 
     def fisher_product(self, outputs: Float[Tensor, "n *t c"], v: Float[Tensor, "n *t c"]) -> Float[Tensor, "n *t c"]:
         r"""Return $(\mathrm{diag}(p) - pp^\top)\, v$ at every position."""
-        p = outputs.softmax(-1)
-        return p * (v - (p * v).sum(-1, keepdim=True))
+        p = single(outputs).softmax(-1)
+        return (p * (v - (p * v).sum(-1, keepdim=True))).to(v.dtype)
 
     def valid(self, outputs: Tensor, targets: PyTree) -> Bool[Tensor, ""]:
         labels, weights = self._split(outputs, targets)
@@ -186,7 +188,7 @@ class Categorical:
         expect(weights, Tensor, "weights", "pass a tensor with a weight for each example or position")
         if weights.shape not in (positions[:1], positions):
             check_shape(weights, positions, "Categorical weights as", "a weight for each example or position")
-        weights = weights.to(outputs.dtype)
+        weights = weights.to(at_least_single(outputs.dtype))
         return labels, weights.reshape(*weights.shape, *(1,) * (len(positions) - weights.ndim)).expand(positions)
 
     def _class_weights(self, outputs: Tensor) -> Float[Tensor, " c"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import TargetError, expect_positive
-from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, single, sum_over_outputs
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Gaussian:
 
 
 def _difference(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return `f − y` in the type of the outputs, at least float32: half precision would round large targets."""
-    dtype = torch.promote_types(outputs.dtype, torch.float32)
-    return outputs.to(dtype) - targets.to(dtype)
+    """Return `f − y` in the type of the outputs, at least float32."""
+    outputs = single(outputs)
+    return outputs - targets.to(outputs.dtype)
 
 
 def _check_targets(targets: Tensor, outputs: Tensor) -> None:

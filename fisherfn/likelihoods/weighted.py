@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfn.errors import StructureError, expect
 from fisherfn.likelihoods.base import as_likelihood, check_shape
-from fisherfn.types import PyTree
+from fisherfn.types import PyTree, at_least_single
 
 PASSED_ON = ("sample", "noise", "fisher_sqrt")
 """Methods that do not see the targets."""
@@ -78,10 +78,10 @@ class Weighted:
 
 
 def _split(outputs: Tensor, targets: PyTree) -> tuple[PyTree, Float[Tensor, " n"]]:
-    """Return targets and weights; raise unless there is one weight per example."""
+    """Return targets, and weights in at least float32; raise unless there is one weight per example."""
     if not isinstance(targets, (tuple, list)) or len(targets) != 2:
         raise StructureError(f"Weighted targets are a pair (targets, weights), got {type(targets).__name__}.")
     y, weights = targets
     expect(weights, Tensor, "weights", "pass a tensor with a weight for each example")
     check_shape(weights, outputs.shape[:1], "Weighted: weights as", "a weight for each example")
-    return y, weights.to(outputs.dtype)
+    return y, weights.to(at_least_single(outputs.dtype))

@@ -31,6 +31,7 @@ from fisherfn.decompositions import Elementary
 from fisherfn.errors import NoiseError, ShapeError, StructureError
 from fisherfn.randomness import random_numbers
 from fisherfn.randomness.draws import Draw
+from fisherfn.randomness.normal import sampling
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _DROPOUTS = _ENTRIES | _CHANNELS
@@ -56,7 +57,7 @@ def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"
 
     Raises:
         ShapeError: a negative number of examples.
-        NoiseError: no generator.
+        NoiseError: no generator, or a call inside `torch.vmap`.
 
     >>> dropout_seeds(2, torch.Generator().manual_seed(0)).shape
     torch.Size([2])
@@ -65,7 +66,8 @@ def dropout_seeds(examples: int, generator: torch.Generator) -> Int[Tensor, " n"
         raise ShapeError(f"there is one seed per example, got {examples} examples.")
     if not isinstance(generator, torch.Generator):
         raise NoiseError(f"seeds need a torch.Generator, got {type(generator).__name__}; the global one is never used.")
-    own = torch.randint(2**32, (examples,), generator=generator, device=generator.device)
+    with sampling("make the seeds before the call, and pass those of each member as an argument"):
+        own = torch.randint(2**32, (examples,), generator=generator, device=generator.device)
     return own + ((_hash(own[:1] ^ _SHARED) >> 1 | 1) << 32)
 
 

@@ -122,15 +122,13 @@ def join(chunks: Iterable[Stats]) -> Stats:
     if not chunks:
         raise EmptyBatchError("there are no statistics to join: pass what ng.stats returned for each microbatch.")
     first = chunks[0]
-    kinds = {
-        (type(chunk), chunk.layout.shapes, tuple(chunk.checks), chunk.empirical, chunk.sampled) for chunk in chunks
-    }
+    kinds = {(type(chunk), chunk.layout.shapes, tuple(chunk.plain), chunk.empirical, chunk.sampled) for chunk in chunks}
     samples = {tuple(tuple(len(g) for g in layer.grads) for layer in chunk.layers.values()) for chunk in chunks}
     if len(samples) > 1 and len(kinds) == 1:
         raise StructureError(
             "the statistics have different numbers of samples per example: collect all with one fisher and one samples."
         )
-    if kinds - {(Stats, first.layout.shapes, tuple(first.checks), first.empirical, first.sampled)}:
+    if kinds - {(Stats, first.layout.shapes, tuple(first.plain), first.empirical, first.sampled)}:
         raise StructureError(
             "the statistics are of different nets or kinds, or reduced over ranks already: join what one ng.stats "
             "returned; on several ranks ng.local.stats, and then pass the result to ng.reduced."
@@ -142,7 +140,9 @@ def join(chunks: Iterable[Stats]) -> Stats:
     for key in first.layers:
         inputs, grads, loss_grads = zip(*(chunk.layers[key] for chunk in chunks), strict=True)
         layers[key] = LayerStats(_cat(inputs, 0), _cat(grads, 1), _cat(loss_grads, 0))
-    checks = {name: torch.stack([chunk.checks[name] for chunk in chunks]).all() for name in first.checks}
+    checks: dict[str, Tensor] = {}
+    for chunk in chunks:  # a part with at most one chunk lacks the check of chunks, which cannot fail there
+        checks |= {name: mask & checks.get(name, mask) for name, mask in chunk.checks.items()}
     outputs = torch.cat([chunk.outputs for chunk in chunks])
     plain = {
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain

@@ -14,6 +14,7 @@ from torch import Tensor
 from fisherfn import masked, tree
 from fisherfn.errors import StructureError, expect, expect_count
 from fisherfn.likelihoods import as_likelihood, draw
+from fisherfn.randomness import sampling
 from fisherfn.stats.batch import (
     Batch,
     Checked,
@@ -120,7 +121,7 @@ class Collector:
         Raises:
             ShapeError: shapes or types that differ from the build; no examples (`EmptyBatchError`).
             StructureError: names or a context that differ from the build; keys of no block.
-            NoiseError: "mc" with neither `generator` nor `noise`.
+            NoiseError: "mc" with neither `generator` nor `noise`, or with a generator inside `torch.vmap`.
             LikelihoodError: the likelihood lacks a method that this Fisher needs, or couples examples across chunks.
             TargetError: targets of the wrong type.
         """
@@ -198,7 +199,8 @@ class Collector:
         check_samples(samples)
         shape = torch.Size((given.examples, samples, *self.layout.output_shape))
         dtype = at_least_single(self.layout.output_dtype)
-        return draw(self.likelihood, shape, generator, dtype).to(tree.leaves(given.x)[0].device)
+        with sampling("sample before the call, and pass noise=ng.noise(batch, generator)"):
+            return draw(self.likelihood, shape, generator, dtype).to(tree.leaves(given.x)[0].device)
 
     @border()
     def _collect(

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.func import vjp
 
 from fisherfn import tree
+from fisherfn.conjugate_gradients import conjugate_gradients
 from fisherfn.errors import LikelihoodError, expect_number
 from fisherfn.likelihoods import output_fisher, weighs
 from fisherfn.operators import check_like, to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
 from fisherfn.stats.passes import require
-from fisherfn.types import Model, PyTree, Tree
+from fisherfn.types import Model, PyTree, Tree, at_least_single
 
 
 class Solved(NamedTuple):
@@ -98,22 +99,11 @@ class ImplicitFisher:
             check_like(given, self._params)
 
         def damped(z: Tree) -> Tree:
-            return tree.add(self @ z, z, scale=damping)
+            Fz, precise = (tree.map(lambda leaf: leaf.to(at_least_single(leaf.dtype)), each) for each in (self @ z, z))
+            return tree.add(Fz, precise, scale=damping)
 
-        x = tree.zeros_like(v) if start is None else start
-        r = v if start is None else tree.add(v, damped(x), scale=-1.0)
-        p, square = r, tree.dot(r, r)
-        first = tree.dot(v, v)
-        for _ in range(iterations):
-            product = damped(p)
-            curvature = tree.dot(p, product)
-            alpha = torch.where(curvature > 0, square / curvature, 0.0)  # 0/0 once the residual has vanished
-            x, r = tree.add(x, p, scale=alpha), tree.add(r, product, scale=-alpha)
-            before, square = square, tree.dot(r, r)
-            p = tree.add(r, p, scale=torch.where(before > 0, square / before, 0.0))
-        # not that of the recursion, which falls on where rounding errors stop x
-        rest = tree.add(v, damped(x), scale=-1.0)
-        return Solved(x, torch.where(first > 0, (tree.dot(rest, rest) / first).sqrt(), 0.0))
+        x, residuals = conjugate_gradients(damped, v, iterations=iterations, start=start)
+        return Solved(x, residuals[-1])
 
     def to_scipy(self, damping: float = 0.0) -> Any:
         """Return `F + damping · I` as a `scipy.sparse.linalg.LinearOperator` on vectors of P numbers.

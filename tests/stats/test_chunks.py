@@ -122,3 +122,24 @@ def test_outputs_that_compare_the_examples_say_what_they_are(examples):
             lambda p, x: model(p, x) @ model(p, x).T, PARAMS, x, likelihood=info_nce, fisher="empirical"
         )
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 2), (2, 5, 5), (1, 11), (3, 9)])
+def test_parts_with_and_without_chunks_join_to_the_whole_batch(sizes):
+    """The last batch of a data set may be no longer than one chunk."""
+    ng, (x, y), expected = problem(squares)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    chunked = [ng.stats(PARAMS, batch, chunk_size=3) for batch in batches]
+    mixed = [ng.stats(PARAMS, batch, chunk_size=2 if n % 2 else None) for n, batch in enumerate(batches)]
+    for parts in (chunked, mixed):
+        joined = ff.join(parts)
+        assert all(bool(mask) for mask in joined.checks.values())
+        torch.testing.assert_close(joined.grads, expected)
+
+
+def test_a_false_mask_of_any_part_is_that_of_the_joined_statistics():
+    ng, (x, y), _ = problem(squares)
+    parts = [ng.stats(PARAMS, (x[:8], y[:8]), chunk_size=4), ng.stats(PARAMS, (x[8:], y[8:]))]
+    parts[0].checks["chunks"] = torch.tensor(False)
+    for given in (parts, parts[::-1]):
+        assert not ff.join(given).checks["chunks"] and ff.join(given).checks["inputs"]

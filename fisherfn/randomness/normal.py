@@ -1,0 +1,70 @@
+"""Normal numbers from a generator, by name, and the error of a generator where none can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import tree
+from fisherfn.errors import NoiseError, StructureError, expect, expect_count
+
+_REMEDY = "sample before the call, and pass noise=posterior.noise(generator, samples=S)"
+
+
+@contextmanager
+def sampling(remedy: str) -> Iterator[None]:
+    """Turn torch's refusal to sample inside `torch.vmap` into `NoiseError` with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "called random operation" not in str(error):
+            raise
+        raise NoiseError(f"torch.vmap refuses generators in the function that it maps: {remedy}.") from error
+
+
+def normal_numbers(
+    shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator, samples: int
+) -> dict[str, Tensor]:
+    """Return standard normal numbers in float64: by name a tensor with the samples as first axis.
+
+    Raises:
+        HyperparameterError: fewer than one sample.
+        StructureError: no generator.
+        NoiseError: a call inside `torch.vmap`.
+    """
+    expect(generator, torch.Generator, "generator", "pass a torch.Generator")
+    expect_count("samples", samples)
+    with sampling(_REMEDY):
+        return {
+            name: torch.randn((samples, *shape), generator=generator, dtype=torch.float64, device=generator.device)
+            for name, shape in shapes.items()
+        }
+
+
+def checked_numbers(
+    shapes: Mapping[str, tuple[int, ...]], noise: Any, generator: torch.Generator | None, samples: int | None
+) -> dict[str, Tensor]:
+    """Return the noise if it has a number for each sample and entry; without noise, that of a generator.
+
+    Raises:
+        HyperparameterError: fewer than one sample.
+        NoiseError: neither noise nor a generator, or a generator inside `torch.vmap`.
+        StructureError: noise with other names.
+        ShapeError: noise of another shape, or of another number of samples.
+    """
+    if noise is None:
+        if generator is None:
+            raise NoiseError(f"samples need random numbers: pass generator=torch.Generator(), or {_REMEDY}.")
+        return normal_numbers(shapes, generator, 1 if samples is None else samples)
+    if not isinstance(noise, dict) or noise.keys() != shapes.keys():
+        raise StructureError(f"noise must have the entries {', '.join(map(repr, shapes))}: {_REMEDY}.")
+    first = next(iter(noise.values()))
+    given = first.shape[:1] if isinstance(first, Tensor) and first.ndim else (1,)
+    tree.check_leaves(
+        noise, {name: (*(given if samples is None else (samples,)), *each) for name, each in shapes.items()}
+    )
+    return noise
