@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,10 @@ def normal_numbers(
 
 
 def checked_numbers(
-    shapes: Mapping[str, tuple[int, ...]], noise: Any, generator: torch.Generator | None, samples: int | None
+    shapes: Mapping[str, tuple[int, ...]],
+    noise: dict[str, Tensor] | None,
+    generator: torch.Generator | None,
+    samples: int | None,
 ) -> dict[str, Tensor]:
     """Return the noise if it has a number for each sample and entry; without noise, that of a generator.
 
@@ -60,8 +62,9 @@ def checked_numbers(
         if generator is None:
             raise NoiseError(f"samples need random numbers: pass generator=torch.Generator(), or {_REMEDY}.")
         return normal_numbers(shapes, generator, 1 if samples is None else samples)
-    if not isinstance(noise, dict) or noise.keys() != shapes.keys():
-        raise StructureError(f"noise must have the entries {', '.join(map(repr, shapes))}: {_REMEDY}.")
+    expect(noise, dict, "noise", _REMEDY)
+    if wrong := sorted(noise.keys() ^ shapes.keys(), key=str)[:4]:
+        raise StructureError(f"noise differs from the blocks and unused parameters in {wrong}: {_REMEDY}.")
     first = next(iter(noise.values()))
     given = first.shape[:1] if isinstance(first, Tensor) and first.ndim else (1,)
     tree.check_leaves(
