@@ -5,7 +5,7 @@ With a preconditioner P and $z = P r$, each step minimises the error $\|x - x_*\
 $$\alpha = \frac{r^\top z}{p^\top A p}, \quad x \leftarrow x + \alpha p, \quad r \leftarrow r - \alpha A p, \quad
 p \leftarrow z + \frac{r_{new}^\top z_{new}}{r^\top z}\, p .$$
 
-The system is scaled such that the entries of the first residual are at most 2: the squares of small numbers vanish (in
+The system is scaled such that the largest entry of b is between 1 and 2: the squares of small numbers vanish (in
 float32 those below 1e-23), and those of large ones overflow. The scale is a power of two, which rounds nothing.
 
 Hestenes & Stiefel 1952, *Methods of conjugate gradients for solving linear systems*.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import StructureError, expect, expect_count
-from fisherfn.types import Tree
+from fisherfn.types import Tree, single
 
 
 class Solution(NamedTuple):
@@ -74,46 +74,44 @@ def conjugate_gradients(
         expect(leaf, Tensor, f"{name!r} of b", "pass a tree like params, {name: tensor}")
     _check(b, b, "b")
 
-    def times(v: Tree) -> Tree:
-        """Return A v, computed for an argument with entries of size 1."""
-        unit, size = _scaled(v)
-        return _times(_call("product", product, unit, b), size)
+    def A(v: Tree) -> Tree:
+        return _call("product", product, v, b)
 
     def P(r: Tree) -> Tree:
         return r if precondition is None else _call("precondition", precondition, r, b)
 
-    right = _precise(b)
-    side, side_size = r, size = _scaled(right)
-    if start is not None:
+    largest = [single(leaf.detach().abs().amax()) for leaf in b.values() if leaf.numel()] or [torch.zeros(())]
+    size = torch.stack(largest).amax().log2().floor().exp2()
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    right = _divided(b, size)
+    if start is None:
+        x, r = tree.zeros_like(right), right
+    else:
         _check(start, b, "start")
-        start = _precise(start)
-        r, size = _scaled(tree.add(right, times(start), scale=-1.0))
-    x, z = tree.zeros_like(r), P(r)
-    p, rz, norms = z, tree.dot(r, z), [tree.norm(r)]
+        x = _divided(start, size)
+        r = tree.add(right, A(x), scale=-1.0)
+    z = p = P(r)
+    rz, norms = tree.dot(r, z), [tree.norm(r)]
     for _ in range(iterations):
-        p = _precise(_like(b, p))  # x follows the direction that was multiplied, which may be in half precision
-        Ap = _call("product", product, p, b)
+        Ap = A(p)
         alpha = _ratio(rz, tree.dot(p, Ap))
         x, r = tree.add(x, p, scale=alpha), tree.add(r, Ap, scale=-alpha)
         z = P(r)
         before, rz = rz, tree.dot(r, z)
         p = tree.add(z, p, scale=_ratio(rz, before))
-        norms.append(rz.sqrt() if precondition is None else tree.norm(r))
-    x = _times(x, size)
-    x = _like(b, x if start is None else tree.add(start, x))
-    rest, rest_size = _scaled(tree.add(right, times(_precise(x)), scale=-1.0))
-    norms[-1] = tree.norm(rest)
-    sizes = torch.stack([*[size] * iterations, rest_size]) / side_size
+        norms.append(tree.norm(r))
+    norms[-1] = tree.norm(tree.add(right, A(x), scale=-1.0))
     found = torch.stack(norms)
-    return Solution(x, torch.where(found == 0, 0.0, found / tree.norm(side) * sizes))
+    solution = {name: (size.to(leaf.dtype) * leaf).to(b[name].dtype) for name, leaf in x.items()}
+    return Solution(solution, torch.where(found == 0, 0.0, found / tree.norm(right)))
 
 
 def _call(name: str, fn: Callable[[Tree], Tree], v: Tree, b: Tree) -> Tree:
-    """Return a function of a tree in the types of b, in at least float32."""
+    """Call a function with a tree in the types of b, and return its result in at least float32."""
     expect(fn, Callable, name, "pass a function of a tree, such as lambda v: F @ v")  # type: ignore[arg-type]
-    found = fn(_like(b, v))
+    found = fn({key: leaf.to(b[key].dtype) for key, leaf in v.items()})
     _check(found, b, f"the result of {name}")
-    return _precise(found)
+    return {key: single(leaf) for key, leaf in found.items()}
 
 
 def _check(values: Any, b: Tree, what: str) -> None:
@@ -124,26 +122,10 @@ def _check(values: Any, b: Tree, what: str) -> None:
     tree.check_leaves(values, {name: leaf.shape for name, leaf in b.items()}, f" of {what}", "as in b")
 
 
-def _precise(v: Tree) -> Tree:
-    """Return a tree in at least float32."""
-    return {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in v.items()}
-
-
-def _like(b: Tree, v: Tree) -> Tree:
-    """Return v in the types of b."""
-    return {name: leaf.to(b[name].dtype) for name, leaf in v.items()}
-
-
-def _scaled(v: Tree) -> tuple[Tree, Float[Tensor, ""]]:
-    """Return v divided by a power of two, such that the largest entry is between 1 and 2, and this number."""
-    each = [leaf.detach().abs().amax() for leaf in v.values() if leaf.numel()] or [torch.zeros(())]
-    size = torch.stack(each).amax().log2().floor().exp2()
-    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-    return {name: leaf / size.to(leaf.dtype) for name, leaf in v.items()}, size
-
-
-def _times(v: Tree, size: Float[Tensor, ""]) -> Tree:
-    return {name: size.to(leaf.dtype) * leaf for name, leaf in v.items()}
+def _divided(v: Tree, size: Float[Tensor, ""]) -> Tree:
+    """Return a tree divided by a number, in at least float32."""
+    precise = {name: single(leaf) for name, leaf in v.items()}
+    return {name: leaf / size.to(leaf.dtype) for name, leaf in precise.items()}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fisherfn import masked
 from fisherfn.errors import ShapeError, StructureError, expect
-from fisherfn.types import PyTree, at_least_single
+from fisherfn.types import PyTree, at_least_single, single
 
 T = TypeVar("T", bound=PyTree)
 
@@ -88,7 +88,7 @@ def dot(x: PyTree, y: PyTree) -> Shaped[Tensor, ""]:
 def dots(x: PyTree, y: PyTree) -> list[Shaped[Tensor, ""]]:
     """Return the inner product of each leaf with its counterpart, in at least float32."""
     # in float16 squares of numbers below 0.0002 vanish, and those above 256 overflow
-    return leaves(map(lambda a, b: (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(), x, y))
+    return leaves(map(lambda a, b: (single(a) * b).sum(), x, y))
 
 
 def norm(x: PyTree) -> Shaped[Tensor, ""]:

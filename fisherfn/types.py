@@ -32,6 +32,11 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def single(x: Tensor) -> Tensor:
+    """Return x in at least float32: half precision would round sums, products and large numbers."""
+    return x.to(at_least_single(x.dtype))
+
+
 class Shape(NamedTuple):
     """The shape of a block's matrices: groups, outputs, inputs (including the bias), and a flag for one-hot inputs."""
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from fisherfn.errors import LikelihoodError, ShapeError, TargetError, expect
-from fisherfn.types import at_least_single
 
 
 @runtime_checkable
@@ -121,11 +120,6 @@ def weighs(likelihood: object) -> bool:
 def uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Return noise that is uniform in [0, 1)."""
     return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
-
-
-def single(x: Tensor) -> Tensor:
-    """Return x in at least float32: half precision would round large logits, targets, and sums over outputs."""
-    return x.to(at_least_single(x.dtype))
 
 
 def sum_over_outputs(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisherfn.likelihoods.base import check_shape, diagonal_columns, single, sum_over_outputs
-from fisherfn.types import at_least_single
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+from fisherfn.types import at_least_single, single
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherfn import masked
 from fisherfn.errors import HyperparameterError, ShapeError, TargetError, expect, expect_number
-from fisherfn.likelihoods.base import check_shape, single, sum_over_outputs, uniform
-from fisherfn.types import PyTree, at_least_single
+from fisherfn.likelihoods.base import check_shape, sum_over_outputs, uniform
+from fisherfn.types import PyTree, at_least_single, single
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import TargetError, expect_positive
-from fisherfn.likelihoods.base import check_shape, diagonal_columns, single, sum_over_outputs
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+from fisherfn.types import single
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fisherfn.errors import StructureError, expect
 from fisherfn.randomness import Draw, SeededDropout, Sizes, draws_of, drops, require_seeds
 from fisherfn.stats.swap import Strays, Swap, unwrapped, versions
 from fisherfn.stats.whole import check_apart, check_whole
-from fisherfn.types import Model, PyTree, Tree, at_least_single
+from fisherfn.types import Model, PyTree, Tree, single
 
 
 def functional(net: torch.nn.Module) -> tuple[Model, Tree, Tree]:
@@ -213,5 +213,5 @@ def call(model: Model, params: Tree, x: PyTree, context: PyTree) -> tuple[Any, P
             "x = x.clone()."
         )
     if isinstance(outputs, Tensor) and outputs.is_floating_point():
-        outputs = outputs.to(at_least_single(outputs.dtype))
+        outputs = single(outputs)
     return outputs, new_context

@@ -29,7 +29,7 @@ from fisherfn.operators import check_like, to_scipy
 from fisherfn.stats.border import border
 from fisherfn.stats.functional import run
 from fisherfn.stats.passes import require
-from fisherfn.types import Model, PyTree, Tree, at_least_single
+from fisherfn.types import Model, PyTree, Tree, single
 
 
 class Solved(NamedTuple):
@@ -99,8 +99,7 @@ class ImplicitFisher:
             check_like(given, self._params)
 
         def damped(z: Tree) -> Tree:
-            Fz, precise = (tree.map(lambda leaf: leaf.to(at_least_single(leaf.dtype)), each) for each in (self @ z, z))
-            return tree.add(Fz, precise, scale=damping)
+            return tree.add(tree.map(single, self @ z), tree.map(single, z), scale=damping)
 
         x, residuals = conjugate_gradients(damped, v, iterations=iterations, start=start)
         return Solved(x, residuals[-1])
