@@ -126,3 +126,24 @@ def test_what_is_no_system_is_refused(name):
     with zoo.as_installed(), pytest.raises((E.StructureError, E.ShapeError), match=says) as caught:
         ff.conjugate_gradients(arguments.pop("product"), arguments.pop("b"), **arguments)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_last_residual_of_conjugate_gradients_is_that_of_the_solution(dtype):
+    """After many steps the recursion's own residual has fallen far below what rounding errors allow."""
+    problem = zoo.pick("mlp-categorical")
+    params, x = ({n: p.to(dtype) for n, p in problem.params.items()}, problem.x.to(dtype))
+    ng = ff.natural_gradient(problem.model, params, x, likelihood=problem.likelihood)
+    F, b = ng.implicit_fisher(params, x), ff.tree.map(torch.ones_like, params)
+
+    def damped(v):
+        return ff.tree.add(F @ v, v, scale=0.01)
+
+    def true(solution):
+        return ff.tree.norm(ff.tree.add(b, damped(solution), scale=-1.0)) / ff.tree.norm(b)
+
+    solved = F.solve(b, 0.01, iterations=150)
+    torch.testing.assert_close(solved.residual, true(solved.x))
+    found = ff.conjugate_gradients(damped, b, iterations=150)
+    torch.testing.assert_close(found.residuals[-1], true(found.x))
+    assert found.residuals[-1] > 0.01 * torch.finfo(dtype).eps

@@ -148,6 +148,7 @@ TESTS = (
     "tests/test_influence.py::test_the_exact_inverse_as_preconditioner",
     "tests/test_errors.py",
     "tests/test_laplace.py",
+    "tests/test_posterior_samples.py",
     "tests/test_likelihoods.py",
     "tests/test_natgrad.py",
     "tests/test_oracles.py",
