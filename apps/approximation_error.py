@@ -126,7 +126,7 @@ def run(config: ErrorConfig) -> Path:
     folder = Path(config.result_dir) / FOLDER / (config.result_name or default_name(config))
     if folder.exists() and not config.overwrite:
         raise ResultExistsError(f"{folder} exists already: give --overwrite, or another --result_name")
-    if folder.exists() and not is_result(folder):
+    if folder.exists() and any(folder.iterdir()) and not is_result(folder):
         raise ResultExistsError(f"{folder} has no {RESULT} of this program in it: it is not overwritten")
     nets = natural_gradients(config, full, task)
     records: list[Record] = []

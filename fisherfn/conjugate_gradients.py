@@ -5,8 +5,9 @@ With a preconditioner P and $z = P r$, each step minimises the error $\|x - x_*\
 $$\alpha = \frac{r^\top z}{p^\top A p}, \quad x \leftarrow x + \alpha p, \quad r \leftarrow r - \alpha A p, \quad
 p \leftarrow z + \frac{r_{new}^\top z_{new}}{r^\top z}\, p .$$
 
-The system is scaled such that the largest entry of b is between 1 and 2: the squares of small numbers vanish (in
-float32 those below 1e-23), and those of large ones overflow. The scale is a power of two, which rounds nothing.
+The system is scaled such that the largest entry of b and of the first residual is between 1 and 2: the squares of small
+numbers vanish (in float32 those below 1e-23), and those of large ones overflow. So are the arguments of A and P, which
+may be in half precision. The scales are powers of two, which round nothing.
 
 Hestenes & Stiefel 1952, *Methods of conjugate gradients for solving linear systems*.
 """
@@ -21,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherfn import tree
-from fisherfn.errors import StructureError, expect, expect_count
-from fisherfn.types import Tree, single
+from fisherfn.errors import ShapeError, StructureError, expect, expect_count
+from fisherfn.types import PyTree, Tree, single
 
 
 class Solution(NamedTuple):
@@ -72,6 +73,8 @@ def conjugate_gradients(
         raise StructureError("b has no tensors: pass a tree like params, {name: tensor}.")
     for name, leaf in b.items():
         expect(leaf, Tensor, f"{name!r} of b", "pass a tree like params, {name: tensor}")
+        if leaf.is_complex():
+            raise ShapeError(f"{name!r} of b is complex: pass real and imaginary parts, torch.view_as_real(b).")
     _check(b, b, "b")
 
     def A(v: Tree) -> Tree:
@@ -80,16 +83,14 @@ def conjugate_gradients(
     def P(r: Tree) -> Tree:
         return r if precondition is None else _call("precondition", precondition, r, b)
 
-    largest = [single(leaf.detach().abs().amax()) for leaf in b.values() if leaf.numel()] or [torch.zeros(())]
-    size = torch.stack(largest).amax().log2().floor().exp2()
-    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-    right = _divided(b, size)
-    if start is None:
-        x, r = tree.zeros_like(right), right
-    else:
+    right = tree.map(single, b)
+    if start is not None:
         _check(start, b, "start")
-        x = _divided(start, size)
-        r = tree.add(right, A(x), scale=-1.0)
+        start = tree.map(single, start)
+    r = right if start is None else tree.add(right, A(start), scale=-1.0)
+    size = _size((right, r))
+    right, r = _divided(right, size), _divided(r, size)
+    x = tree.zeros_like(right) if start is None else _divided(start, size)
     z = p = P(r)
     rz, norms = tree.dot(r, z), [tree.norm(r)]
     for _ in range(iterations):
@@ -100,18 +101,20 @@ def conjugate_gradients(
         before, rz = rz, tree.dot(r, z)
         p = tree.add(z, p, scale=_ratio(rz, before))
         norms.append(tree.norm(r))
-    norms[-1] = tree.norm(tree.add(right, A(x), scale=-1.0))
-    found = torch.stack(norms)
     solution = {name: (size.to(leaf.dtype) * leaf).to(b[name].dtype) for name, leaf in x.items()}
+    rounded = _divided(tree.map(single, solution), size)
+    norms[-1] = tree.norm(tree.add(right, A(rounded), scale=-1.0))
+    found = torch.stack(norms)
     return Solution(solution, torch.where(found == 0, 0.0, found / tree.norm(right)))
 
 
 def _call(name: str, fn: Callable[[Tree], Tree], v: Tree, b: Tree) -> Tree:
-    """Call a function with a tree in the types of b, and return its result in at least float32."""
+    """Return a linear function of v, called with a tree of size 1 in the types of b."""
     expect(fn, Callable, name, "pass a function of a tree, such as lambda v: F @ v")  # type: ignore[arg-type]
-    found = fn({key: leaf.to(b[key].dtype) for key, leaf in v.items()})
+    size = _size(v)
+    found = fn({key: leaf.to(b[key].dtype) for key, leaf in _divided(v, size).items()})
     _check(found, b, f"the result of {name}")
-    return {key: single(leaf) for key, leaf in found.items()}
+    return {key: size.to(leaf.dtype) * leaf for key, leaf in tree.map(single, found).items()}
 
 
 def _check(values: Any, b: Tree, what: str) -> None:
@@ -122,10 +125,16 @@ def _check(values: Any, b: Tree, what: str) -> None:
     tree.check_leaves(values, {name: leaf.shape for name, leaf in b.items()}, f" of {what}", "as in b")
 
 
+def _size(trees: PyTree) -> Float[Tensor, ""]:
+    """Return the power of two that divides the largest entry to a number between 1 and 2; 1 if there is none."""
+    largest = [leaf.detach().abs().amax() for leaf in tree.leaves(trees) if leaf.numel()] or [torch.zeros(())]
+    size = torch.stack(largest).amax().log2().floor().exp2()
+    return torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+
+
 def _divided(v: Tree, size: Float[Tensor, ""]) -> Tree:
-    """Return a tree divided by a number, in at least float32."""
-    precise = {name: single(leaf) for name, leaf in v.items()}
-    return {name: leaf / size.to(leaf.dtype) for name, leaf in precise.items()}
+    """Return a tree divided by a number."""
+    return {name: leaf / size.to(leaf.dtype) for name, leaf in v.items()}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

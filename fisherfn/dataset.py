@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fisherfn import tree
+from fisherfn import masked
 from fisherfn.base import Method
 from fisherfn.errors import EmptyBatchError, StructureError
 from fisherfn.state import State, detached
@@ -63,7 +63,7 @@ def fit(
 def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[State, Info]:
     """Average the factors over the parts, each counted by its examples."""
     total, loss = 0, torch.zeros(())
-    checks: dict[str, Any] = {}
+    checks, sound = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for stats in parts:
         counted, rho = state.counted(float(stats.examples), stats.layout.block_shapes)
         taps = dict(stats.lazy_taps)
@@ -73,12 +73,10 @@ def _one_pass(method: Method, state: State, parts: Iterable[Stats]) -> tuple[Sta
         state = counted._replace(factors=detached(result.factors, stats.loss))
         total += stats.examples
         loss = loss + (detached(stats.loss, stats.loss) - loss) * (stats.examples / total)
-        new = {**stats.checks, "statistics": result.ok}
-        # a batch of at most one chunk lacks the check of chunks, which cannot fail there
-        checks |= {name: tree.map(torch.logical_and, mask, checks.get(name, mask)) for name, mask in new.items()}
-    if not checks:
+        checks, sound = masked.all_true(checks, stats.checks), masked.all_true(sound, result.ok)
+    if not total:
         raise EmptyBatchError("the data set has no batch: the mean over its examples does not exist.")
-    return state, Info(loss=loss, checks=checks)
+    return state, Info(loss=loss, checks={**checks, "statistics": sound})
 
 
 def _joined(parts: Iterable[Stats]) -> Iterator[Stats]:

@@ -39,8 +39,8 @@ from fisherfn.linalg.damped import Rotated
 from fisherfn.linearised import output_covariances
 from fisherfn.methods.kronecker import KroneckerMethod
 from fisherfn.natgrad import NaturalGradient
-from fisherfn.priors import Prior, most_probable, precisions, spectrum
-from fisherfn.randomness import checked_numbers, normal_numbers
+from fisherfn.posterior_noise import checked_numbers, normal_numbers
+from fisherfn.priors import Prior, block_eigenvalues, most_probable, precisions
 from fisherfn.state import State, detached
 from fisherfn.stats import Batch
 from fisherfn.terms import TermSum
@@ -205,7 +205,7 @@ class Laplace:
         expect_count("iterations", iterations)
         method: Any = self.ng.method
         shapes = self.ng.layout.block_shapes
-        spectra = {key: spectrum(method, factors, shapes[key]) for key, factors in _in_double(state).items()}
+        spectra = {key: block_eigenvalues(method, each, shapes[key]) for key, each in _in_double(state).items()}
         squares = {key: W.square().sum() for key, W in self._blocks(state.params).items()}
         return state._replace(prior=most_probable(spectra, squares, state.prior, state.examples, iterations, per_block))
 

@@ -7,7 +7,7 @@ are. A `torch.where` of the factors of 64 wide models takes half of the time of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,13 @@ def where(mask: Bool[Tensor, ""], news: Sequence[Tensor], olds: Sequence[Tensor]
     if news and not _in_trace() and maybe_current_level() is not None:
         return _Where.apply(mask, *news, *olds)  # type: ignore[no-any-return, no-untyped-call]
     return tuple(torch.where(mask, new, old) for new, old in zip(news, olds, strict=True))
+
+
+def all_true(
+    checks: Mapping[str, Bool[Tensor, "*k"]], more: Mapping[str, Bool[Tensor, "*k"]]
+) -> dict[str, Bool[Tensor, "*k"]]:
+    """Return masks by name that are true where both are; a name that one lacks, such as "chunks", was no risk there."""
+    return {**checks, **{name: mask & checks.get(name, mask) for name, mask in more.items()}}
 
 
 def _in_trace() -> bool:

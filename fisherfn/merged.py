@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 
-from fisherfn import rows, tree
+from fisherfn import masked, rows, tree
 from fisherfn.errors import UnusedParameterError
 from fisherfn.joined import JoinedTap, silent_tap
 from fisherfn.layers import FallbackConfig
@@ -146,7 +146,7 @@ class SumStats(Stats):
         outputs = torch.cat([stats.outputs.flatten() for stats in terms.values()])
         checks: dict[str, Tensor] = {}
         for stats in terms.values():
-            checks |= {name: mask & checks.get(name, mask) for name, mask in stats.checks.items()}
+            checks = masked.all_true(checks, stats.checks)
         context = {name: stats.context for name, stats in terms.items()} if layout.has_context else ()
         n = sum(stats.examples for stats in terms.values())
         losses = torch.cat([weights[name] * n / stats.examples * stats.losses for name, stats in terms.items()])

@@ -137,7 +137,7 @@ class NaturalGradient(Refreshes):
             )
         checks: dict[str, Any] = {}
         for given in {id(given): given for given in (grads, stats) if isinstance(given, Stats)}.values():
-            checks |= {name: mask & checks.get(name, mask) for name, mask in given.checks.items()}
+            checks = masked.all_true(checks, given.checks)
         if not isinstance(grads, Stats):
             self.layout.validate(grads)
             checks["gradient"] = tree.finite(grads)

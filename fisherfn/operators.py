@@ -45,9 +45,9 @@ class Operator:
     symmetric: bool = True
 
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply a tree by the operator. The product has the types of v; it is computed in at least float32.
+        """Multiply a tree by the operator.
 
-        The precision is that of the operator (`like`), also if v has another one.
+        The product is computed in the type of the operator (`like`, at least float32) and returned in the types of v.
         """
         check_like(v, self.like)
         dtype = _dtype(self.like)

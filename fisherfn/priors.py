@@ -43,7 +43,7 @@ def precisions(layout: Layout, prior: Prior, like: Tensor) -> dict[str, Tensor]:
     return {key: torch.as_tensor(given[key], dtype=like.dtype, device=like.device) for key in keys}
 
 
-class Spectrum(NamedTuple):
+class BlockEigenvalues(NamedTuple):
     """The undamped eigenvalues of a block, in the basis of its inverse.
 
     Attributes:
@@ -57,20 +57,19 @@ class Spectrum(NamedTuple):
     floor: float
 
 
-def spectrum(method: KroneckerMethod, factors: PyTree, shape: Shape) -> Spectrum:
+def block_eigenvalues(method: KroneckerMethod, factors: PyTree, shape: Shape) -> BlockEigenvalues:
     """Return the eigenvalues to which eigen damping adds λ; a second product adds its diagonal in their basis."""
     if isinstance(method, TwoTerms):
         first, second = factors
         A, G = psd_eigh(first.A), psd_eigh(first.G)
-        D, C = damped.diagonal_in(G.vectors, second.G), damped.diagonal_in(A.vectors, second.A)
         leading = G.values.unsqueeze(-1) * A.values.unsqueeze(-2)
-        return Spectrum(leading, leading + D.unsqueeze(-1) * C.unsqueeze(-2), method.floor)
+        return BlockEigenvalues(leading, leading + damped.product_diagonal(A.vectors, G.vectors, second), method.floor)
     values = method.eigenvalues_block(factors, shape)
-    return Spectrum(values, values, 0.0)
+    return BlockEigenvalues(values, values, 0.0)
 
 
 def most_probable(
-    spectra: Mapping[str, Spectrum], squares: Mapping[str, Tensor], prior: Mapping[str, Tensor],
+    spectra: Mapping[str, BlockEigenvalues], squares: Mapping[str, Tensor], prior: Mapping[str, Tensor],
     examples: Float[Tensor, ""], iterations: int, per_block: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the precisions that maximise the evidence, one per block or one for all; where none does, the old ones.
@@ -93,9 +92,13 @@ def most_probable(
 
 
 def fixed_point(
-    spectra: Sequence[Spectrum], square: Float[Tensor, ""], examples: Float[Tensor, ""], start: Tensor, iterations: int
+    spectra: Sequence[BlockEigenvalues],
+    square: Float[Tensor, ""],
+    examples: Float[Tensor, ""],
+    start: Tensor,
+    iterations: int,
 ) -> Float[Tensor, ""]:
-    r"""Return the precision δ that maximises the evidence of blocks with one prior; not positive and finite: none does.
+    r"""Return the precision δ that maximises the evidence of blocks with one prior; zero, infinite or NaN if none does.
 
     The evidence has no slope at the fixed point of MacKay's map $f(\delta) = \gamma / \|\theta\|^2$, where
     $\gamma = \sum_i \sigma_i / (\sigma_i + \lambda)$ counts the parameters that the data determine. In log δ, the

@@ -39,7 +39,7 @@ class Views(Collector):
     def precondition(self, state: State, grads: Tree | Stats) -> Tree:
         """Return the preconditioned gradient, a tree like params; with `Stats` the gradient itself is not formed.
 
-        A tree may have any floating-point types: it is computed with in those of the factors.
+        A tree may have any floating-point types; the result is computed in the type of the factors.
         """
         self._check_state(state)
         if isinstance(grads, Stats):

@@ -59,6 +59,36 @@ def test_a_scale_of_the_right_side_only_scales_the_solution(dtype, scale, starte
         assert started or found.residuals[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "of_matrix", "started"),
+    [
+        (torch.float16, 1e-4, 1e3, 0), (torch.float16, 1e-4, 1e-6, 0), (torch.float16, 1e-4, 1.0, 100.0),
+        (torch.float16, 1.0, 1.0, 1.0), (torch.float32, 1e-30, 1e10, 0), (torch.float32, 1e-4, 1e-6, 0),
+        (torch.float32, 1e30, 1e-6, 0), (torch.float64, 1e-200, 1e100, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_last_residual_is_that_of_the_returned_solution_for_matrices_of_any_scale(dtype, scale, of_matrix, started):
+    """Where x loses digits, because it is tiny or huge in its type, the residual says so."""
+    b, precise = side(dtype, scale), torch.promote_types(dtype, torch.float32)
+
+    def scaled(v):
+        found = tree.scale(product(tree.map(lambda leaf: leaf.to(precise), v)), of_matrix)
+        return tree.map(lambda leaf: leaf.to(dtype), found)
+
+    start = tree.map(lambda leaf: torch.full_like(leaf, started), b) if started else None
+    found = ff.conjugate_gradients(scaled, b, iterations=16, start=start)
+    x, right = vec(found.x).double(), vec(b).double() / scale
+    true = (right - MATRIX @ x * of_matrix / scale).norm() / right.norm()
+    assert torch.isfinite(x).all() and abs(found.residuals[-1] - true) < 8 * torch.finfo(dtype).eps + 0.3 * true
+
+
+def test_a_solution_beyond_its_type_has_no_residual():
+    b = side(torch.float16, 3e4)
+    found = ff.conjugate_gradients(lambda v: tree.scale(product(v), 1e-3), b, iterations=16)
+    assert not torch.isfinite(vec(found.x)).all() and not torch.isfinite(found.residuals[-1])
+
+
 def test_right_sides_of_different_scales_are_solved_together():
     sides = [side(torch.float32, scale) for scale in (1e-30, 0.0, 1.0, 1e30)]
     stacked = {name: torch.stack([b[name] for b in sides]) for name in SHAPES}
@@ -106,6 +136,7 @@ WRONG = {
     "b has no tensors": ({"b": {}}, "no tensors"),
     "b is a list": ({"b": [1]}, "b cannot be list"),
     "integers": ({"b": {"a": torch.ones(3).long()}}, "'a' of b has type"),
+    "complex numbers": ({"b": {"a": torch.ones(3, dtype=torch.complex64)}}, "'a' of b is complex"),
     "a tree in a tree": ({"b": {"a": {"c": torch.ones(3)}}}, "'a' of b cannot be dict"),
     "start is a number": ({"start": 3}, "start must be a tree"),
     "start lacks a name": ({"start": {"w": B["w"]}}, "start must be a tree"),

@@ -387,3 +387,13 @@ def test_a_target_barely_outside_its_range_is_found_in_half_precision():
     """Rounded to bfloat16 it would be 1."""
     outputs, targets = torch.zeros(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 1.001)
     assert not ff.Bernoulli().valid(outputs, targets) and ff.Bernoulli().nll(outputs, targets).isnan()
+
+
+def test_probabilities_of_zero_and_one_have_finite_curvature_in_float16():
+    """The clamp of float32 allows 1/(p(1-p)) up to 8e6, beyond the largest number of float16."""
+    p, y = torch.tensor([[0.0, 1.0]]).half(), torch.tensor([[1.0, 0.0]]).half()
+    likelihood, largest = ff.Bernoulli(logits=False), torch.finfo(torch.float16).max
+    assert (likelihood.fisher_product(p, torch.ones_like(p)) == largest).all()
+    assert torch.isfinite(likelihood.fisher_sqrt(p)).all() and torch.isfinite(likelihood.nll(p, y)).all()
+    almost = torch.tensor([[6e-8, 0.5]]).half()
+    assert likelihood.score(almost, torch.ones_like(almost)).tolist() == [[-largest, -2.0]]

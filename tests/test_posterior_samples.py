@@ -73,12 +73,16 @@ def test_noise_that_does_not_fit_is_refused():
     _, posterior, state = fitted()
     noise = posterior.noise(zoo.generator(), samples=3)
     key = next(iter(noise))
+    with zoo.as_installed(), pytest.raises(ff.errors.HyperparameterError, match="samples must be a whole number"):
+        posterior.sample(state, noise=noise, samples="3")
+    with pytest.raises(ff.errors.HyperparameterError, match="samples"):
+        posterior.sample(state, noise={key: numbers[:0] for key, numbers in noise.items()})
     for error, match, bad in (
         (ff.errors.StructureError, "posterior.noise", {key: noise[key]}),
         (ff.errors.StructureError, "posterior.noise", noise[key]),
-        (ff.errors.StructureError, "tree of tensors", noise | {key: 1.0}),
-        (ff.errors.ShapeError, "expected", noise | {key: noise[key][:2]}),
-        (ff.errors.ShapeError, "expected", noise | {key: noise[key][..., :1]}),
+        (ff.errors.StructureError, f"{key!r} of noise", noise | {key: 1.0}),
+        (ff.errors.ShapeError, "of noise has shape .* as posterior.noise returns", noise | {key: noise[key][:2]}),
+        (ff.errors.ShapeError, "of noise has shape .* as posterior.noise returns", noise | {key: noise[key][..., :1]}),
     ):
         with zoo.as_installed(), pytest.raises(error, match=match):
             posterior.sample(state, noise=bad)

@@ -7,7 +7,7 @@ from torch.func import grad
 
 import fisherfn as ff
 from fisherfn.linalg import solve
-from fisherfn.priors import Spectrum, fixed_point
+from fisherfn.priors import BlockEigenvalues, fixed_point
 from tests import zoo
 from tests.oracles import close
 
@@ -114,7 +114,7 @@ def test_denominators_at_their_floor_count_as_in_the_evidence():
         denominators = torch.maximum(total + λ, 0.1 * (leading + λ))
         return (30 * log - denominators.log().sum() - log.exp() * square) / 2
 
-    δ = fixed_point([Spectrum(leading, total, 0.1)], square, N, torch.tensor(1.0, dtype=torch.float64), 50)
+    δ = fixed_point([BlockEigenvalues(leading, total, 0.1)], square, N, torch.tensor(1.0, dtype=torch.float64), 50)
     assert (total + δ / N < 0.1 * (leading + δ / N)).any()
     assert grad(evidence)(δ.log()).abs() < 1e-9
 

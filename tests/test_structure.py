@@ -9,7 +9,7 @@ From the top (a file may import from lower floors of its own tower, and from the
     F6   adapt, distributed, laplace; stagger              how far a step goes, several processes, a posterior
     F5   natgrad, compiled; terms                          the roof, which alone knows both towers
     F4   views, dataset, influence, linearised, merged     what a state says; factors of many batches; Jacobians
-         priors                                            the prior of a posterior
+         posterior_noise  priors                           the noise and the prior of a posterior
          refreshes                                         new states from old ones
                                       F3s  stats
     F2m  methods                      F2s  randomness
@@ -72,7 +72,9 @@ FLOORS = {
     **dict.fromkeys(["layers", "likelihoods", "decompositions"], Floor("stats", 1)),
     "randomness": Floor("stats", 2),
     "stats": Floor("stats", 3),
-    **dict.fromkeys(["views", "dataset", "influence", "linearised", "merged", "priors"], Floor("roof", 4)),
+    **dict.fromkeys(
+        ["views", "dataset", "influence", "linearised", "merged", "posterior_noise", "priors"], Floor("roof", 4)
+    ),
     "refreshes": Floor("roof", 4.5),
     **dict.fromkeys(["natgrad", "compiled"], Floor("roof", 5)),
     "terms": Floor("roof", 5.5),

@@ -258,7 +258,7 @@ class _Loader(yaml.SafeLoader):
     """A loader of plain data that refuses a key given twice; YAML's own would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         for twice in (key for place, key in enumerate(keys) if key in keys[:place]):
             raise ConfigError(f"{twice} is set twice")
         return super().construct_mapping(node, deep)
@@ -278,7 +278,9 @@ def _load(path: Path) -> dict[Any, Any]:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # some of a malformed tag
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found or {}, dict):
         raise ConfigError("must contain lines like `batch_size: 256`")

@@ -171,7 +171,7 @@ def restore(results: Results, like: Snapshot) -> Snapshot:
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop and has saved its snapshot; the exit code is 128 + the number of the signal."""
+    """A run that a signal stopped, after saving its snapshot if training had begun; the exit code is 128 + N."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)

@@ -111,12 +111,14 @@ def reduced(stats: Stats, ranks: Ranks, shard: Shard, sharding: Sharding | None 
     mine = [shard.weighted(leaf) for leaf in [*grads.values(), *stats.plain.values()]]
     own = shard.own > 0
     loss = stats.loss.detach().double()
-    checks = [mask.double() if own else torch.ones_like(loss) for mask in stats.checks.values()]
+    # the ranks with at most one chunk of examples have no such mask, and all messages need the same length
+    given = {"chunks": torch.ones_like(loss, dtype=torch.bool), **stats.checks}
+    checks = [mask.double() if own else torch.ones_like(loss) for mask in given.values()]
     scalars = torch.stack([loss if own else torch.zeros_like(loss), *checks])
     sums, table = ranks.total_and_table("gradient", mine, scalars)
     counts = table.new_tensor(shard.counts)
     mean = (counts * table[:, 0]).sum() / shard.total
-    masks = {name: (table[:, at] == 1).all() for at, name in enumerate(stats.checks, start=1)}
+    masks = {name: (table[:, at] == 1).all() for at, name in enumerate(given, start=1)}
     matrices, plain = dict(zip(grads, sums, strict=False)), dict(zip(stats.plain, sums[len(grads) :], strict=True))
     outputs, losses = (stats.outputs, stats.losses) if own else (stats.outputs[:0], stats.losses[:0])
     return ReducedStats(

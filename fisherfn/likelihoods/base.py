@@ -122,6 +122,12 @@ def uniform(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -
     return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
 
 
+def within_range(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in another type, whose largest number stands for larger ones: float16 would make them infinite."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
 def sum_over_outputs(x: Tensor) -> Tensor:
     """Convert `[N, …]` to `[N]`."""
     return x.reshape(x.shape[0], -1).sum(-1)

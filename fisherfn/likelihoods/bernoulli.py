@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs
+from fisherfn.likelihoods.base import check_shape, diagonal_columns, sum_over_outputs, within_range
 from fisherfn.types import at_least_single, single
 
 
@@ -50,7 +50,7 @@ class Bernoulli:
             return (f.sigmoid() - targets).to(outputs.dtype)
         p = self._inside(f)
         slope = torch.where(p == f, (p - targets) / (p * (1 - p)), 0.0)  # clamped outputs have no gradient
-        return slope.to(outputs.dtype)
+        return within_range(slope, outputs.dtype)
 
     def sample(self, outputs: Float[Tensor, "n *d"], noise: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         """Return one where `noise < p`, with noise uniform in [0, 1)."""
@@ -65,7 +65,7 @@ class Bernoulli:
     def fisher_product(self, outputs: Float[Tensor, "n *d"], v: Float[Tensor, "n *d"]) -> Float[Tensor, "n *d"]:
         r"""Return $p(1-p)\,v$ for logits, $v / (p(1-p))$ for probabilities."""
         variance = self._variance(outputs)
-        return (v * variance if self.logits else v / variance).to(v.dtype)
+        return within_range(v * variance if self.logits else v / variance, v.dtype)
 
     def valid(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, ""]:
         return self._valid_each(outputs, targets.to(at_least_single(outputs.dtype))).all()

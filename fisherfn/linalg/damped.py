@@ -142,7 +142,7 @@ def pi(A: Factor, G: Factor) -> Float[Tensor, " k"]:
     r"""Return $\pi = \sqrt{(\mathrm{tr} A / d_{in}) / (\mathrm{tr} G / d_{out})}$, which distributes the damping.
 
     It balances the scales of the two factors (Martens & Grosse 2015, section 6.3); 1 if a factor is zero. The ratio is
-    computed in float64, because that to a denormal number can overflow in float32.
+    computed in float64, because dividing by a denormal number can overflow in float32.
     """
     a, g = kron.diagonal(A).double().mean(-1), kron.diagonal(G).double().mean(-1)
     return torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0).to(A.dtype)
@@ -217,7 +217,7 @@ def eigen_sum(first: Pair, second: Pair, damping: Float[Tensor, ""], floor: floa
     λI and two terms have no common diagonalisation, so the off-diagonal part of the second term is dropped.
     """
     r, s, base, jitter = _damped_spectrum(first, damping)
-    more = diagonal_in(s.vectors, second.G).unsqueeze(-1) * diagonal_in(r.vectors, second.A).unsqueeze(-2)
+    more = product_diagonal(r.vectors, s.vectors, second)
     ratio = 1 + more / base
     ok = r.ok & s.ok & (base.amin((1, 2)) > 0) & (damping >= 0) & kron.finite(ratio)
     total = base * ratio.clamp(min=floor)
@@ -251,6 +251,11 @@ def _pencil(first: Factor, second: Factor, damping: Float[Tensor, " k"]) -> _Pen
     eye = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
     values, Q = eigh(kron.where(ok, (whitened + whitened.mT) / 2, eye))
     return _Pencil(values, torch.linalg.solve_triangular(L.mT, Q, upper=True), ok, jitter, condition(L))
+
+
+def product_diagonal(QA: Factor, QG: Factor, pair: Pair) -> Float[Tensor, "k o i"]:
+    """Return the diagonal of a product of two factors in the basis `Q_G ⊗ Q_A`."""
+    return diagonal_in(QG, pair.G).unsqueeze(-1) * diagonal_in(QA, pair.A).unsqueeze(-2)
 
 
 def diagonal_in(Q: Factor, M: Factor) -> Float[Tensor, "k d"]:

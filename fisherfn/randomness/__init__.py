@@ -10,18 +10,16 @@ from fisherfn.randomness.dropout import (
     refuse,
     require_seeds,
 )
-from fisherfn.randomness.normal import checked_numbers, normal_numbers, sampling
+from fisherfn.randomness.generators import sampling
 
 __all__ = [
     "Draw",
     "SeededDropout",
     "Sizes",
-    "checked_numbers",
     "draws_globally",
     "draws_of",
     "dropout_seeds",
     "drops",
-    "normal_numbers",
     "refuse",
     "require_seeds",
     "sampling",

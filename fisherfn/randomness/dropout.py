@@ -31,7 +31,7 @@ from fisherfn.decompositions import Elementary
 from fisherfn.errors import NoiseError, ShapeError, StructureError
 from fisherfn.randomness import random_numbers
 from fisherfn.randomness.draws import Draw
-from fisherfn.randomness.normal import sampling
+from fisherfn.randomness.generators import sampling
 
 _ENTRIES, _CHANNELS = {F.dropout, F.alpha_dropout}, {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _DROPOUTS = _ENTRIES | _CHANNELS

@@ -77,6 +77,11 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "parameters between steps.",
     ),
     (
+        ("functions with out=... arguments",),
+        "the model writes a result into a tensor that exists (out=), which has no derivative. Leave out= out, and use "
+        "the new tensor that the function returns.",
+    ),
+    (
         ("element mutated in a function transform", "vmap: inplace arithmetic"),
         "the model writes into a tensor in place that all examples share. Write y = y + z instead of y += z there, or "
         "begin with y = y.clone().",

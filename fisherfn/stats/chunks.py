@@ -141,8 +141,8 @@ def join(chunks: Iterable[Stats]) -> Stats:
         inputs, grads, loss_grads = zip(*(chunk.layers[key] for chunk in chunks), strict=True)
         layers[key] = LayerStats(_cat(inputs, 0), _cat(grads, 1), _cat(loss_grads, 0))
     checks: dict[str, Tensor] = {}
-    for chunk in chunks:  # a part with at most one chunk lacks the check of chunks, which cannot fail there
-        checks |= {name: mask & checks.get(name, mask) for name, mask in chunk.checks.items()}
+    for chunk in chunks:
+        checks = masked.all_true(checks, chunk.checks)
     outputs = torch.cat([chunk.outputs for chunk in chunks])
     plain = {
         name: torch.stack([size / total * chunk.plain[name] for size, chunk in parts]).sum(0) for name in first.plain

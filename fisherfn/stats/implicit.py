@@ -93,7 +93,6 @@ class ImplicitFisher:
             StructureError: the names of `v` or `start` differ from those of params.
             ShapeError: shapes differ from those of params.
         """
-        expect_number("iterations", iterations, lambda n: n >= 1, "must be a whole number >= 1", whole=True)
         expect_number("damping", damping, lambda number: number >= 0, "must be >= 0")
         for given in (v,) if start is None else (v, start):
             check_like(given, self._params)

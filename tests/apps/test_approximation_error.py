@@ -138,6 +138,11 @@ def test_overwriting_spares_folders_that_are_no_results(own, undrawn):
         assert notes.read_text() == content and len(list(notes.parent.iterdir())) == 1
 
 
+def test_an_empty_folder_of_a_killed_run_can_be_overwritten(own, undrawn):
+    (own / "results/approximation_error/killed").mkdir(parents=True)
+    assert result(app.run(config(steps=0, result_name="killed", overwrite=True)))["records"]
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_before_the_measurements(own, monkeypatch):
     (own / "results").touch()
     monkeypatch.setattr(app, "measurements", lambda *_: pytest.fail("measured in vain"))

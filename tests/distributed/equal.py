@@ -106,14 +106,14 @@ def single(rank, group):
 
 
 def microbatches(rank, group):
-    """Statistics of unequal microbatches, joined on each rank."""
+    """Statistics of unequal microbatches, joined on each rank; one of them, on one rank, is taken in chunks."""
     problem, x, y = batch()
     ng = data_parallel(problem.build(method="kfac"), group=group, share_inversions=False)
     mine, random = of_rank(rank, 2), torch.Generator().manual_seed(0)
     x, y = x[mine], y[mine]
     noise = ng.noise((x, y), random)
     cuts = [slice(0, 2), slice(2, 3), slice(3, len(x))]
-    parts = [ng.local.stats(problem.params, (x[cut], y[cut]), noise=noise[cut]) for cut in cuts]
+    parts = [ng.local.stats(problem.params, (x[cut], y[cut]), noise=noise[cut], chunk_size=4) for cut in cuts]
     nat, _, _ = ng.step_from(ng.init(problem.params, damping=0.1), *[ng.reduced(ff.join(parts))] * 2)
     return {"micro": nat}
 

@@ -90,9 +90,17 @@ class Changing(nn.Module):
             weight.data.clamp_(min=0)
         elif self.how == "with a gradient":
             weight.clamp_(min=0)
+        elif self.how == "out":
+            torch.clamp(weight, min=0, out=weight)
         else:
             weight.data = F.normalize(weight.data)
         return self.a(x)
+
+
+def test_a_model_that_writes_into_an_existing_tensor_is_refused():
+    model, params, context = ff.functional(Changing("out"))
+    with pytest.raises(ModelError, match=r"writes a result into a tensor that exists \(out=\)"):
+        ff.natural_gradient(model, params, X.float(), likelihood=ff.Gaussian(), context=context)
 
 
 @pytest.mark.parametrize("before", [lambda w: w, lambda w: F.normalize(w.abs())], ids=["changed", "has these values"])

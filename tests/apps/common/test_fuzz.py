@@ -100,7 +100,7 @@ def test_a_broken_file_is_a_typed_error(kind, tmp_path):
         except BaseException as error:
             raise AssertionError(f"{type(error).__name__} for seed {seed}: {error}") from error
     # a sweep's line that is no JSON is taken for one that a kill cut off
-    few = 0 if kind == "sweep metrics" else rounds / 20
+    few = rounds / 50 if kind == "sweep metrics" else rounds / 20
     assert refused > few, "hardly anything is refused: the files are not broken enough"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20, "more than a gigabyte for a small file"
 

@@ -1,28 +1,17 @@
-"""Normal numbers from a generator, by name, and the error of a generator where none can be used."""
+"""The random numbers of a posterior: from a generator, or made before the call and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.errors import NoiseError, StructureError, expect, expect_count
+from fisherfn.randomness import sampling
 
 _REMEDY = "sample before the call, and pass noise=posterior.noise(generator, samples=S)"
-
-
-@contextmanager
-def sampling(remedy: str) -> Iterator[None]:
-    """Turn torch's refusal to sample inside `torch.vmap` into `NoiseError` with a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "called random operation" not in str(error):
-            raise
-        raise NoiseError(f"torch.vmap refuses generators in the function that it maps: {remedy}.") from error
 
 
 def normal_numbers(
@@ -65,9 +54,10 @@ def checked_numbers(
     expect(noise, dict, "noise", _REMEDY)
     if wrong := sorted(noise.keys() ^ shapes.keys(), key=str)[:4]:
         raise StructureError(f"noise differs from the blocks and unused parameters in {wrong}: {_REMEDY}.")
-    first = next(iter(noise.values()))
-    given = first.shape[:1] if isinstance(first, Tensor) and first.ndim else (1,)
-    tree.check_leaves(
-        noise, {name: (*(given if samples is None else (samples,)), *each) for name, each in shapes.items()}
-    )
+    if samples is None:
+        first = next(iter(noise.values()))
+        samples = len(first) if isinstance(first, Tensor) and first.ndim else 1
+    expect_count("samples", samples)
+    wanted = {name: (samples, *shape) for name, shape in shapes.items()}
+    tree.check_leaves(noise, wanted, " of noise", "as posterior.noise returns")
     return noise
