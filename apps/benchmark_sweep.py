@@ -2,14 +2,17 @@
 
 `python apps/benchmark_sweep.py --page docs/sweeps.md` writes the table of the page and the picture
 docs/images/sweep_speed.png. `--compile true` writes the table and the picture of compiled steps instead, `--memory
-true` the table of peak memory. `--case` measures one case; in the table of compiled steps, the rows of the other cases
-stay. A process has one thread, and times are its processor time, which other programs on the machine hardly change.
+true` the table of peak memory, and `--threads true` that of groups that use all cores. `--case` measures one case; in
+the table of compiled steps, the rows of the other cases stay. A process has one thread, and times are its processor
+time, which other programs on the machine hardly change; with `--threads true` they are wall-clock time.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +23,7 @@ import torch._inductor.config as inductor
 
 from common.benchmark.sweep_report import draw, draw_compiled, first, put, rows_of
 from common.benchmark.sweeps import (
+    CADENCES,
     CASES,
     IN_MEMORY,
     MEMBERS,
@@ -31,6 +35,7 @@ from common.benchmark.sweeps import (
     measured,
     peak_of,
     problem,
+    threads,
 )
 from common.config import POSITIVE, Check, option, parse
 from common.memory import keep_freed_memory
@@ -39,6 +44,9 @@ from common.sweep.group import Group
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Models at once."""
+
+LOOPED = [case for case in CASES if case.optim == "kfac" and case.cadence == CADENCES[0]]
+"""Cases of the table of threads: those in which most time of a loop is the overhead of calls."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Config:
     half: bool = option(False, "only print the time of one model, for two processes at once")
     compile: bool = option(False, "compiled steps of loops, and of groups of 8 and 64")
     memory: bool = option(False, "peak memory of groups, each in a new process, for a few cases")
+    threads: bool = option(False, "wall-clock time of loops and groups, with one thread and with one per core")
     peak: bool = option(False, "only print the peak memory of one group of so many members")
     page: str | None = option(None, "page whose table is replaced; default: print it")
 
@@ -116,6 +125,26 @@ def speed_table(numbers: Sequence[int], sizes: Sequence[int]) -> tuple[list[str]
     return lines, speed_ups
 
 
+def threads_table(numbers: Sequence[int], members: int) -> list[str]:
+    """Return the lines of the table of wall-clock times with one thread, and with one thread per core."""
+    cores = len(os.sched_getaffinity(0))
+    head = f"loop, ms | loop, {cores} threads | two processes | group of {members} | group, {cores} threads"
+    lines = [f"| case | {head} | speed-up | against two processes |", "|---" * 8 + "|"]
+    for case in (CASES[number] for number in numbers):
+        single, group = problem(case, 1), Group(problem(case, members), range(members))
+        times = [loop(case, single, time.perf_counter)]
+        with threads(cores):
+            times.append(loop(case, single, time.perf_counter))
+        times += [two_processes(case), grouped(group, time.perf_counter)]
+        with threads(cores):
+            times.append(grouped(group, time.perf_counter))
+        gains = min(times[:2]) / times[-1], times[2] / times[-1]
+        cells = [*(f"{1e3 * seconds:.2f}" for seconds in times), *(f"{gain:.1f}×" for gain in gains)]
+        lines.append(f"| {case.title} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def memory_table() -> list[str]:
     """Return the lines of the table of peak memory."""
     head = " | ".join(f"{members}" for members in MEMBERS)
@@ -148,6 +177,9 @@ def main(config: Config) -> None:
         print(*peak_of(CASES[numbers[0]], config.members))
     elif config.memory:
         put(memory_table(), config.page, "memory")
+    elif config.threads:
+        cases = [number for number in numbers if CASES[number] in LOOPED]
+        put(threads_table(cases, config.members), config.page, "threads")
     elif config.compile:
         for number in (number for number in numbers if CASES[number].optim == "kfac"):
             lines = compiled_table([number], config.page)

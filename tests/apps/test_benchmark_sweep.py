@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
+import torch
+
 import benchmark_sweep
-from benchmark_sweep import compiled_table
+from benchmark_sweep import compiled_table, threads_table
 from common.benchmark import sweeps
 from common.benchmark.sweep_report import draw_compiled, put
-from common.benchmark.sweeps import CASES, IN_MEMORY, compiling, peak
+from common.benchmark.sweeps import CASES, IN_MEMORY, compiling, peak, threads
 
 PAGE = Path(__file__).parents[2] / "docs" / "sweeps.md"
 
 
 def test_a_table_replaces_that_of_its_name_only(tmp_path):
     page = copied(tmp_path / "page.md")
-    for name in ("speed", "compiled", "memory"):
+    for name in ("speed", "threads", "compiled", "memory"):
         before = page.read_text()
         start, end = (f"<!-- sweep {name}: {what} -->\n" for what in ("begin", "end"))
         put(["| a |", "|---|"], str(page), name)
@@ -44,6 +46,17 @@ def test_compiling_is_what_the_first_call_takes_longer(monkeypatch):
     times, results = iter([10.0, 25.0, 27.0]), iter([3.0, 0.5])
     monkeypatch.setattr(sweeps, "with_compilers", lambda: next(times))
     assert compiling(lambda: next(results)) == (0.5, 13.0)
+
+
+def test_gains_of_threads_are_over_the_faster_loop_and_over_two_processes(monkeypatch):
+    monkeypatch.setattr(benchmark_sweep, "loop", lambda case, runs, clock: 0.006 * torch.get_num_threads())
+    monkeypatch.setattr(benchmark_sweep, "grouped", lambda group, clock: 0.002 / torch.get_num_threads())
+    monkeypatch.setattr(benchmark_sweep, "two_processes", lambda case: 0.003)
+    monkeypatch.setattr(benchmark_sweep.os, "sched_getaffinity", lambda process: {0, 1})
+    with threads(1):
+        _, _, row = threads_table([0], 2)
+        assert torch.get_num_threads() == 1
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == "6.00 12.00 3.00 2.00 1.00 6.0× 3.0×".split()
 
 
 def test_the_peak_is_at_least_the_memory_in_use():

@@ -143,14 +143,14 @@ def test_shared_data_is_that_of_the_first_seed(own):
     assert shared["0"] == pytest.approx(each["0"]) and shared["1"] != pytest.approx(each["1"])
 
 
-def test_auto_takes_the_fastest_group_and_stops_where_larger_ones_are_slower(own, monkeypatch):
-    config, problem = sweep.make_problem(*reversed_grid("--lr", "1,2,3,4,5,6,7,8,9"), shared=False)
-    per_model = {1: 8.0, 2: 5.0, 4: 3.0, 8: 4.0}
+def test_auto_takes_the_fastest_group_and_stops_after_two_larger_ones_that_are_slower(own, monkeypatch):
+    config, problem = sweep.make_problem(*reversed_grid("--lr", ",".join(map(str, range(1, 40)))), shared=False)
+    per_model = {1: 8.0, 2: 9.0, 4: 3.0, 8: 4.0, 16: 5.0, 32: 1.0}
     monkeypatch.setattr(auto, "cost", lambda group, at, steps: len(group.members) * per_model[len(group.members)])
-    size, found = auto.choose(problem, range(9), 10)
-    assert size == 4 and [each.members for each in found] == [1, 2, 4, 8]
+    size, found = auto.choose(problem, range(39), 10)
+    assert size == 4 and [each.members for each in found] == [1, 2, 4, 8, 16]
     monkeypatch.setattr(auto, "free_memory", lambda at: 2.5 * auto.WORKING / auto.SHARE * found[0].bytes)
-    assert auto.choose(problem, range(9), 10)[0] == 2
+    assert auto.choose(problem, range(39), 10)[0] == 1
     assert auto.free_memory is not None and config.optim == "kfac"
 
 

@@ -1,13 +1,15 @@
 """Times and peak memory of vmapped groups, and of loops over single runs, in this process.
 
-A case is a net, a batch size and a cadence. Times are processor time: other programs on the machine hardly change it.
+A case is a net, a batch size and a cadence. Times are processor time, unless a caller passes another clock: other
+programs on the machine hardly change it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,9 @@ IN_MEMORY = (Case("CURVES/8", 32), Case("CURVES", 32))
 MEMBERS = (1, 8, 32, 64)
 """Cases and numbers of models whose peak memory is measured."""
 
+Clock = Callable[[], float]
+"""Function that returns the time in seconds."""
+
 
 def net_of(case: Case) -> tuple[torch.nn.Module, tuple[int, ...]]:
     """Return the net of a case and the shape of its inputs."""
@@ -92,26 +97,37 @@ def problem(case: Case, members: int, compiled: bool = False) -> Problem:
     return Problem(config, rows, lambda each: task)
 
 
-def loop(case: Case, runs: Problem) -> float:
+def loop(case: Case, runs: Problem, clock: Clock = time.process_time) -> float:
     """Return the seconds per step of a single run, as the trainer makes it, averaged over the cadence."""
     optimizer, task = runs.optimizer, runs.task
     batch, draws = tuple(leaf[: case.batch] for leaf in task.train), torch.Generator().manual_seed(0)
     params, state = task.params, optimizer.init(task.params)
     times: dict[tuple[bool, ...], float] = {}
     for index in (0, 0, 1, *case.cadence) * 3:
-        began = time.process_time()
+        began = clock()
         new = optimizer.step(params, state, batch, task.context, optimizer.draw(batch, draws), index)
         sound(new.info)
-        seconds = time.process_time() - began
+        seconds = clock() - began
         due = optimizer.cadence(index)
         times[due] = min(seconds, times.get(due, seconds))
         params, state = new.params, new.state
     return sum(times[optimizer.cadence(step)] for step in range(STEPS)) / STEPS
 
 
-def grouped(group: Group) -> float:
+def grouped(group: Group, clock: Clock = time.process_time) -> float:
     """Return the seconds per step and model of a group, averaged over the cadence."""
-    return cost(group, group.start(), STEPS, clock=time.process_time) / len(group.members)
+    return cost(group, group.start(), STEPS, clock=clock) / len(group.members)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside the `with`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measured(case: Case, sizes: Sequence[int]) -> list[tuple[float, int]]:

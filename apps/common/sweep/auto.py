@@ -1,7 +1,8 @@
 """The number of models that share a step, chosen by measured time and memory.
 
 Vmapping saves the overhead of many small calls, and costs memory traffic. For small nets a large group is fastest, for
-wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until a larger group is slower per model.
+wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until two larger groups are slower per model
+than the best: a group of two pays for vmap and hardly gains, and one of eight can still be faster than a loop.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ WORKING = 4
 
 HORIZON = 1000
 """Steps over which the cost of refreshes is averaged."""
+
+
+SLOWER = 2
+"""Number of larger groups that must be slower than the best before `auto` stops."""
 
 
 class Measured(NamedTuple):
@@ -52,8 +57,8 @@ def choose(problem: Problem, rows: Sequence[int], steps: int) -> tuple[int, list
         if found and memory * WORKING > SHARE * free_memory(at):
             break
         found.append(Measured(len(group.members), cost(group, at, steps) / len(group.members), memory))
-        slower = len(found) > 1 and found[-1].seconds > min(each.seconds for each in found[:-1])
-        if slower or size >= len(rows):
+        best = min(found, key=lambda each: each.seconds)
+        if len(found) - 1 - found.index(best) == SLOWER or size >= len(rows):
             break
         size = min(2 * size, len(rows))
     return min(found, key=lambda each: each.seconds).members, found
