@@ -19,10 +19,10 @@ from typing import ClassVar, Literal
 
 from common import ranks
 from common.config import POSITIVE, Check, ConfigError, option, option_names, parse
-from common.data import load
+from common.data import Data, load
 from common.loop import Task
 from common.memory import keep_freed_memory
-from common.results import plain_name
+from common.results import ResultExistsError, plain_name
 from common.runs import check_device, reported, stopped, watched_saver
 from common.sweep import auto, folder, report, stages
 from common.sweep.grid import SWEPT, Values, configured, parse_grid, rows, slice_of
@@ -45,7 +45,7 @@ class SweepConfig:
         "own", "own: data and order follow each run's seed, as in single runs; shared: those of the first seed for all"
     )
     halving: int | None = option(
-        None, "successive halving: keep one run in so many, and train it so many times as long",
+        None, "successive halving by N: keep the best of every N runs, and train them N times as long",
         check=Check(">= 2", lambda value: value >= 2),
     )  # fmt: skip
     population: int | None = option(
@@ -79,6 +79,14 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
             mine = token[2:].partition("=")[0].replace("-", "_") in names
         (own if mine or token == "-h" else rest).append(token)
     return own, rest
+
+
+def with_file(sweep: SweepConfig, config: TrainConfig, own: list[str]) -> SweepConfig:
+    """Return the settings with those of the trainer's `--config` file that a sweep also has and the command lacks."""
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in own}
+    fields = [field.name for field in dataclasses.fields(SweepConfig) if hasattr(config, field.name)]
+    open_ones = {name: getattr(config, name) for name in fields if name not in given and name != "app"}
+    return dataclasses.replace(sweep, **open_ones)
 
 
 def part_of(text: str | None) -> tuple[int, int] | None:
@@ -115,6 +123,7 @@ def main(argv: list[str]) -> Path:
     sweep = parse(SweepConfig, own, description=f"{__doc__}\n{listed}")
     try:
         config, values = parse_grid(APPS[sweep.app], rest)
+        sweep = with_file(sweep, config, own)
         part = part_of(sweep.slice)
     except ConfigError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
@@ -128,6 +137,8 @@ def main(argv: list[str]) -> Path:
     config = dataclasses.replace(config, result_name=None, device=ranks.own(given))
     own_settings = {each: getattr(sweep, each) for each in ("app", "halving", "population", "by", "data_order")}
     settings = folder.settings_of(config, values, own_settings)
+    if part is not None and (whole / folder.FILE).exists():
+        raise ResultExistsError(f"{whole} has a sweep without parts: give the parts another --result_name")
     if sweep.slice == "merge":
         return merge(whole, config, values, sweep, settings)
     path = whole if part is None else whole / f"slice-{part[0]}-of-{part[1]}"
@@ -149,6 +160,9 @@ def train(
     sweep: SweepConfig,
 ) -> Path:  # fmt: skip
     """Train the runs of this process, and write table, picture and best configurations."""
+    trained = max((line["epoch"] for line in stages.read(path / "metrics.jsonl")), default=0)
+    if trained > config.num_epochs:
+        raise ConfigError(f"{path} has trained {trained} epochs: to resume it, num_epochs must be at least as many")
     examples = problem.task.train[0].shape[0]
     steps = config.num_epochs * math.ceil(examples / config.batch_size)
     size = group_size(path, problem, mine, steps, sweep)
@@ -164,15 +178,15 @@ def train(
 
         stages.Sweep(problem, mine, plan, size, path / "checkpoints", sweep.by, record, saver, config.seed).run()
     print(report.write(path, config, values, rows(values), stages.read(path / "metrics.jsonl"), sweep.by))
-    say_files(path)
+    say_files(path, sweep)
     return path
 
 
 def make_problem(config: TrainConfig, grid: list[dict[str, object]], shared: bool) -> tuple[TrainConfig, Problem]:
     """Return the completed configuration and the runs, each with the data of its seed."""
 
-    @functools.cache
-    def data(seed: int):  # type: ignore[no-untyped-def]
+    @functools.lru_cache(maxsize=1)  # the problem keeps one copy of equal data, and no others should stay
+    def data(seed: int) -> Data:
         return load(config.data, data_path=config.data_path, seed=seed, download=config.download)
 
     def task(each: TrainConfig) -> Task:
@@ -233,7 +247,9 @@ def merge(whole: Path, config: TrainConfig, values: Values, sweep: SweepConfig, 
     found = {part: stages.read(part / "metrics.jsonl") for part in parts}
     lines = [line for each in found.values() for line in each]
     grid = rows(values)
-    config, _ = make_problem(config, grid[:1], shared=False)
+    given = config.device  # merging trains nothing, and works where no GPU is
+    config, _ = make_problem(dataclasses.replace(config, device="cpu"), grid[:1], shared=False)
+    config = dataclasses.replace(config, device=given)
     print(report.write(whole, config, values, grid, lines, sweep.by))
     last = {line["run"]: line["epoch"] for line in lines}
     report_runs("are missing", set(range(len(grid))) - last.keys(), len(grid))
@@ -257,12 +273,12 @@ def report_runs(what: str, found: set[int], total: int) -> None:
         print(f"{len(found)} of {total} runs {what}: {shown}{', …' if len(found) > 10 else ''}", file=sys.stderr)
 
 
-def say_files(path: Path) -> None:
+def say_files(path: Path, sweep: SweepConfig) -> None:
     """Name the files that were written, and say if no run is left."""
     bests = [name for name in report.BESTS.values() if (path / name).exists()]
     if not bests:
         print('no run is left, so there is no best one: see the column "stopped" of table.csv', file=sys.stderr)
-    print(f"Everything is in {path}: {', '.join(['table.csv', 'sweep.png', *bests])} and metrics.jsonl.")
+    say(sweep, f"Everything is in {path}: {', '.join(['table.csv', 'sweep.png', *bests])} and metrics.jsonl.")
 
 
 def say(sweep: SweepConfig, text: str) -> None:

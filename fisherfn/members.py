@@ -65,16 +65,18 @@ def size(group: PyTree) -> int:
 
     Raises:
         StructureError: a tree without leaves.
-        ShapeError: the leaves differ in their first axis.
+        ShapeError: the leaves differ in their first axis, or have none.
     """
     leaves = tree.leaves(group)
     if not leaves:
         raise StructureError("a tree without leaves has no members: pass what `stack` or a vmapped function returned.")
-    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    if len(sizes) > 1:
+    sizes = {leaf.shape[0] for leaf in leaves if leaf.ndim}
+    without = ["no"] if any(leaf.ndim == 0 for leaf in leaves) else []
+    if without or len(sizes) > 1:
+        found = " and ".join([*without, *map(str, sorted(sizes))])
         raise ShapeError(
-            f"the leaves have {sorted(sizes)} members: every leaf needs the same first axis. Did you mix the tree of "
-            "one model with that of a group?"
+            f"there are leaves with {found} members: every leaf needs the same first axis. Did you pass the tree of "
+            "one model instead of a group?"
         )
     return sizes.pop()
 
@@ -88,6 +90,7 @@ def take(group: T, index: int | Sequence[int] | Int[Tensor, "..."]) -> T:
 
     Raises:
         StructureError: an index of no member.
+        ShapeError: leaves without members, as of a single model.
 
     >>> take({"w": torch.arange(6).reshape(3, 2)}, [2, 0])
     {'w': tensor([[4, 5],
@@ -95,6 +98,7 @@ def take(group: T, index: int | Sequence[int] | Int[Tensor, "..."]) -> T:
     """
     count = size(group)
     numbers = torch.as_tensor(index)
+    numbers = numbers if numbers.numel() else numbers.long()  # an empty list has no type of its own
     if numbers.numel() and not -count <= int(numbers.min()) <= int(numbers.max()) < count:
         raise StructureError(f"there is no member {numbers.tolist()}: the group has the members 0 to {count - 1}.")
     return tree.map(lambda leaf: leaf[numbers.to(leaf.device)], group)

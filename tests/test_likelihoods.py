@@ -58,6 +58,18 @@ def test_the_score_is_the_gradient_of_nll(name, shape):
     close(likelihood.score(outputs, targets), torch.func.grad(lambda f: likelihood.nll(f, targets).sum())(outputs))
 
 
+def test_minus_infinity_masks_a_class_only_if_no_other_logit_overflows():
+    """A model that has diverged gives both infinities: the labels are in range, and the loss says what is wrong."""
+    masked, diverged = torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([[torch.inf, -torch.inf, 1.0]])
+    of_masked, soft = torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.0]])
+    for targets in (of_masked, soft):
+        assert not ff.Categorical().valid(masked, targets)
+        assert ff.Categorical().valid(diverged, targets)
+        assert ff.Categorical(label_smoothing=0.1).valid(diverged, targets)
+    assert not ff.Categorical(label_smoothing=0.1).valid(masked, torch.tensor([0]))
+    assert not torch.isfinite(ff.Categorical().nll(diverged, of_masked)).any()
+
+
 def test_the_score_of_a_clamped_probability_is_zero():
     outputs, targets = torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.0, 0.5]])
     assert ff.Bernoulli(logits=False).score(outputs, targets).tolist() == [[0, 0, 0]]

@@ -19,6 +19,7 @@ def test_stacked_and_taken_is_each_tree():
         torch.testing.assert_close(members.take(group, m), tree)
     torch.testing.assert_close(members.take(group, [2, 0, 2]), members.stack([trees()[m] for m in (2, 0, 2)]))
     torch.testing.assert_close(members.take(group, torch.tensor([1])), members.stack(trees()[1:2]))
+    assert members.take(group, [])["w"].shape == (0, 2)
 
 
 def test_a_repeated_tree_has_its_own_memory():
@@ -72,8 +73,13 @@ def test_errors_teach():
         members.take(group, [0, 3])
     with pytest.raises(ff.errors.StructureError, match="without leaves"):
         members.size({})
-    with pytest.raises(ff.errors.ShapeError, match="mix the tree"):
-        members.size({"w": torch.ones(2), "v": torch.tensor(1.0)})
+    for one in ({"w": torch.ones(2), "v": torch.tensor(1.0)}, {"v": torch.tensor(1.0)}):
+        with pytest.raises(
+            ff.errors.ShapeError, match="leaves with no.* members: every leaf needs the same first axis"
+        ):
+            members.take(one, 0)
+    with pytest.raises(ff.errors.ShapeError, match="leaves with 2 and 3 members"):
+        members.size({"w": torch.ones(2), "v": torch.ones(3)})
     with pytest.raises(ff.errors.ShapeError, match="there are 3 members"):
         members.select(torch.tensor([True]), group, group)
     with pytest.raises(Exception, match="info"):  # with types checked, jaxtyping raises first

@@ -107,8 +107,10 @@ def make_optimizer(config: TrainConfig, task: Task) -> Optimizer:
 
 def check_options(config: TrainConfig, swept: Collection[str] = ()) -> None:
     """Raise `ConfigError` if an option was given, or has several values, that only other optimizers have."""
-    own = FIRST_ORDER.get(config.optim, ("momentum", *CURVATURE))
-    others = {name for options in (*FIRST_ORDER.values(), CURVATURE) for name in options} - {*own}
+    own = {*FIRST_ORDER.get(config.optim, ("momentum", *CURVATURE))}
+    if config.optim == "exactNG":  # it keeps no average
+        own.remove("ema")
+    others = {name for options in (*FIRST_ORDER.values(), CURVATURE) for name in options} - own
     for field in dataclasses.fields(config):
         given = field.name in swept or getattr(config, field.name) not in (field.default, "auto")
         if field.name in others and given:

@@ -154,14 +154,16 @@ class Categorical:
     def valid(self, outputs: Tensor, targets: PyTree) -> Bool[Tensor, ""]:
         labels, weights = self._split(outputs, targets)
         classes = outputs.shape[-1]
+        # a logit of minus infinity excludes its class, unless others overflow, too: the loss shows that fault
+        masked_out = (outputs == -math.inf) & (outputs < math.inf).all()
         if labels.is_floating_point():
-            valid = (labels >= 0) & torch.isfinite(labels) & ~((labels > 0) & (outputs == -math.inf))
+            valid = (labels >= 0) & torch.isfinite(labels) & ~((labels > 0) & masked_out)
         else:
-            picked = outputs.gather(-1, labels.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
-            inside = (labels >= 0) & (labels < classes) & (picked != -math.inf)
+            picked = masked_out.gather(-1, labels.clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
+            inside = (labels >= 0) & (labels < classes) & ~picked
             valid = inside | (labels == self.ignore_index)
         if self.label_smoothing:  # every class has some mass
-            valid = valid.all() & (outputs != -math.inf).all()
+            valid = valid.all() & ~masked_out.any()
         return valid.all() if weights is None else valid.all() & ((weights >= 0) & torch.isfinite(weights)).all()
 
     def _split(self, outputs: Tensor, targets: PyTree) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from fisherfn.distributed import DataParallel
 from fisherfn.errors import BATCH_CHECKS, StructureError, expect_number
 from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.copies import Copies
-from fisherfn.optim.network import Network, finite
+from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
 from fisherfn.optim.passes import Passes, form_of
 from fisherfn.optim.ranks import agree_on_inputs, dropout, several, spread
@@ -24,6 +24,7 @@ from fisherfn.optim.scaling import Scaling
 from fisherfn.optim.watch import Pass
 from fisherfn.state import State
 from fisherfn.stats import Stats, pair
+from fisherfn.stats.probe import finite
 from fisherfn.stats.swap import versions
 from fisherfn.types import Info, Model, PyTree, Tree
 

@@ -175,9 +175,3 @@ def examples(x: PyTree) -> int:
     """Return N of some inputs; 0 if there is no tensor."""
     sizes = [leaf.shape[0] for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
     return sizes[0] if sizes else 0
-
-
-def finite(x: PyTree) -> bool:
-    """Return True if some inputs are finite; layers cannot be found with NaN."""
-    floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return bool(tree.finite_inputs(floats))

@@ -36,6 +36,7 @@ def build(
     Raises:
         UnusedParameterError: a parameter does not reach the outputs.
         CoverageError: a parameter is in no layer, and its per-example gradients do not add up to its gradient.
+        NonFiniteError: the same because of NaN or infinity in parameters or inputs.
     """
     check_model(model, context)
     if unused not in ("raise", "ignore"):
@@ -52,7 +53,11 @@ def build(
             return _in_one_precision(_build(whole.few(), unused, uncovered, whole))
         except (RuntimeError, ValueError):  # all examples may show, or allow, what a few do not
             pass
-    return _in_one_precision(_build(whole, unused, uncovered))
+    try:
+        return _in_one_precision(_build(whole, unused, uncovered))
+    except CoverageError:
+        whole.check_numbers()
+        raise
 
 
 def _in_one_precision(layout: Layout) -> Layout:

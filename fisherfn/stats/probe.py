@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from fisherfn import tree
-from fisherfn.errors import EmptyBatchError, NoiseError, ShapeError, StructureError
+from fisherfn.errors import EmptyBatchError, NoiseError, NonFiniteError, ShapeError, StructureError
 from fisherfn.stats.functional import call, run
 from fisherfn.stats.intercept import Intercept
 from fisherfn.stats.scout import Scout
@@ -72,6 +72,16 @@ class Probe:
             raise ShapeError("example inputs must be tensors with a leading axis of examples.")
         if self.examples == 0:
             raise EmptyBatchError("the example inputs are empty: one trace needs at least one example.")
+
+    def check_numbers(self) -> None:
+        """Raise if parameters or example inputs are not finite: with NaN no layer can be verified."""
+        parts = {f"params[{name!r}]": ok for name, ok in tree.finite_each(self.params).items()}
+        parts["the example inputs"] = torch.tensor(finite(self.x))
+        for name, ok in parts.items():
+            if not bool(ok):
+                raise NonFiniteError(
+                    f"the layers cannot be found because there is NaN or infinity in {name}: build with finite numbers."
+                )
 
     @property
     def examples(self) -> int:
@@ -211,3 +221,9 @@ def _restore(generators: dict[torch.device, Tensor]) -> None:
             torch.cuda.set_rng_state(state, device)
         else:
             torch.set_rng_state(state)
+
+
+def finite(x: PyTree) -> bool:
+    """Return True if some inputs are finite; layers cannot be found with NaN."""
+    floats = [leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return bool(tree.finite_inputs(floats))

@@ -113,3 +113,17 @@ def test_parts_of_a_halving_that_have_not_ended_are_named(own, capsys):
     stages.append(folder / "metrics.jsonl", [line for line in lines if line["epoch"] < 2])
     sweep.main([*argv, "--slice", "merge"])
     assert "parts that have not ended: slice-1-of-2" in capsys.readouterr().err
+
+
+def test_parts_and_a_whole_sweep_do_not_share_a_folder(own):
+    """Merging would refuse them, and `--overwrite` of the whole would delete the parts."""
+    sweep.main([*BASE, *FIXED])
+    with pytest.raises(ResultExistsError, match="has a sweep without parts: give the parts another --result_name"):
+        sweep.main([*BASE, *FIXED, "--slice", "0/2"])
+
+
+def test_parts_are_merged_where_their_device_is_missing(own):
+    sweep.main([*BASE, *FIXED, "--slice", "0/2"])
+    sweep.main([*BASE, *FIXED, "--slice", "1/2"])
+    merged = sweep.main([*BASE, *FIXED, "--slice", "merge", "--device", "cuda:7"])
+    assert len(numbers(merged)) == 2 and "device: cuda:7" in (merged / "best.yml").read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from common.config import ConfigError, read
 from common.results import ResultExistsError
 from common.sweep import auto, report, stages
 from common.sweep.grid import parse_grid, rows
+from common.sweep.group import Group
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
 from tests.apps.conftest import OWN
@@ -253,6 +255,7 @@ def test_stages_depend_on_the_number_of_epochs(own, given):
 
 REFUSED = {
     "beta_1 is no option of kfac": ["--beta_1", "0.9,0.5"],
+    "ema is no option of exactNG": [*FIXED, "--optim", "exactNG", "--ema", "0.9,0.1"],
     "ema is no option of sgd": ["--optim", "sgd", "--lr", "0.1", "--ema", "0.95,0.5"],
     "cg_steps goes with optim exactNG": [*FIXED, "--cg_steps", "3"],
     "verbose is no option of a sweep": [*FIXED, "--verbose"],
@@ -324,6 +327,91 @@ def test_finished_runs_leave_the_memory(own):
     run._selected = lambda ends, stage, number: kept.append(ends) or ends
     run.run()
     assert kept[-1] == []
+
+
+def test_resuming_with_the_options_in_another_order_is_an_error(own):
+    """Runs are numbered in the order of the options: run 1 would go on with the data of another seed."""
+    sweep.main([*BASE, *FIXED, "--seed", "0,1"])
+    with pytest.raises(ConfigError, match=r"another order, \['lr', 'seed'\] instead of \['seed', 'lr'\]"):
+        sweep.main([*BASE, "--seed", "0,1", *FIXED, "--resume"])
+
+
+def test_a_copy_may_join_a_frozen_member_whose_statistics_have_another_size(own):
+    """Two of the batches of exactNG have 12 examples, the last one has 8."""
+    argv = [*BASE, "--optim", "exactNG", "--lr", "0.1,1e37,2e37,3e37", "--kl_bound", "0", "--batch_size", "12"]
+    argv += ["--num_epochs", "4", "--population", "2", "--models_at_once", "2"]
+    folder = sweep.main(argv)
+    assert len(table(folder)) == 4
+    before = numbers(folder)
+    assert numbers(sweep.main([*argv, "--resume"])) == before
+
+
+@pytest.mark.parametrize("given", [["--population", "1"], ["--halving", "2"]], ids=["population", "halving"])
+def test_checkpoints_of_earlier_stages_are_deleted_and_a_kill_meanwhile_loses_nothing(own, monkeypatch, given):
+    argv = [*BASE, *FIXED, "--seed", "0,1,2", "--num_epochs", "4", "--models_at_once", "2", *given]
+    whole = sweep.main([*argv, "--result_name", "whole"])
+    points = {path.name for path in (whole / "checkpoints").glob("*.pt")}
+    last = max(int(name.split("-")[1]) for name in points)
+    assert last >= 2 and all(name.startswith(f"stage-{last}-") for name in points)
+
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.suffix == ".pt":
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        sweep.main([*argv, "--result_name", "part"])
+    monkeypatch.setattr(Path, "unlink", unlink)
+    part = sweep.main([*argv, "--result_name", "part", "--resume"])
+    assert numbers(part) == numbers(whole)
+    assert {path.name for path in (part / "checkpoints").glob("*.pt")} == points
+
+
+def test_a_run_that_diverged_late_is_behind_one_that_stopped_early(tmp_path):
+    lines = [
+        {"run": 0, "epoch": 1, "train_loss": 0.5, "active": 1},
+        {"run": 1, "epoch": 3, "train_loss": 0.2, "active": 0},
+        {"run": 2, "epoch": 1, "train_loss": 0.7, "active": 1},
+    ]
+    assert [line["run"] for line in report.ranked(lines, "train_loss")] == [0, 2, 1]
+    found = report.best(lines, "train_loss")
+    assert found is not None and found["run"] == 0
+
+
+def test_options_of_a_file_count_for_the_sweep_unless_the_command_gives_them(own, capsys):
+    options = own / "options.yml"
+    options.write_text("result_dir: elsewhere\nresult_name: mine\nquiet: true\n")
+    argv = [*BASE[:-1], *FIXED, "--config", str(options), "--models_at_once", "2"]
+    assert sweep.main(argv).as_posix() == "elsewhere/sweep/mine"
+    assert "at once" not in capsys.readouterr().out
+    assert sweep.main([*argv, "--result_name", "yours", "--result-dir=here"]).as_posix() == "here/sweep/yours"
+
+
+def test_quiet_prints_only_the_table(own, capsys):
+    sweep.main([*BASE, *FIXED])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_sweep_is_not_resumed_with_fewer_epochs_than_it_has(own):
+    sweep.main([*BASE, *FIXED])
+    with pytest.raises(ConfigError, match="has trained 2 epochs"):
+        sweep.main([*BASE, *FIXED, "--num_epochs", "1", "--resume"])
+
+
+def test_auto_knows_limits_of_jobs_and_other_processes(own, monkeypatch, tmp_path):
+    _, problem = sweep.make_problem(*reversed_grid("--lr", "1,2"), shared=False)
+    at = Group(problem, [0]).start()
+    monkeypatch.setattr(auto, "CGROUP", tmp_path)
+    everything = auto.free_memory(at)
+    (tmp_path / "memory.max").write_text("1000\n"), (tmp_path / "memory.current").write_text("400\n")
+    assert auto.free_memory(at) == 600 < everything
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert auto.free_memory(at) == 150
+    (tmp_path / "memory.max").write_text("max\n")
+    assert auto.free_memory(at) == pytest.approx(everything / 4, rel=0.1)
 
 
 def test_no_run_that_is_left_is_said(own, capsys):

@@ -152,3 +152,16 @@ def test_one_example_does_not_show_which_entries_of_the_context_are_its_own():
     for chunk_size in (None, 2):
         with as_installed(), pytest.raises(E.ShapeError, match=r"context\['mask'\].*two or more examples"):
             ng.stats(params, (x, y), context={"mask": mask, "table": table}, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("where", ["parameters", "inputs"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_not_taken_for_coupled_examples(where, number):
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(6, 5)
+    with torch.no_grad():
+        (net[0].weight if where == "parameters" else x)[0, 0] = number
+        net[0].weight[1] = torch.nan if where == "parameters" else 0.1
+    model, params, context = ff.functional(net)
+    what = r"params\['0.weight'\]" if where == "parameters" else "the example inputs"
+    with pytest.raises(ff.errors.NonFiniteError, match=f"there is NaN or infinity in {what}: build with finite"):
+        ff.natural_gradient(model, params, x, likelihood=ff.Categorical(), context=context)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from common.atomic import replace_text
 from common.benchmark.sweeps import CADENCES, NETS, TOGETHER, Case, net_of
+from common.config import ConfigError
 from common.plots import INK, PALETTE, new_figure, save_figure
 
 
@@ -18,21 +19,38 @@ def cells_of(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def first(row: str) -> tuple[str, str]:
-    """Return the first two cells of a row, by which it is known: case and number of models."""
-    title, members, *_ = cells_of(row)
-    return title, members
+def rows_of(page: str | None, name: str) -> list[str]:
+    """Return the rows of the table of this name on a page, without its head; none without a page.
+
+    Raises:
+        ConfigError: the page has no place for this table.
+    """
+    if page is None:
+        return []
+    text, marks = Path(page).read_text(), [f"<!-- sweep {name}: {what} -->" for what in ("begin", "end")]
+    if not all(mark in text for mark in marks):
+        raise ConfigError(f"{page} has no place for the table: write the lines {' and '.join(marks)} where it belongs")
+    return text.partition(marks[0])[2].partition(marks[1])[0].strip().splitlines()[2:]
 
 
-def rows_of(text: str, name: str) -> list[str]:
-    """Return the rows of the table of this name in the text of a page, without its head."""
-    table = text.partition(f"<!-- sweep {name}: begin -->")[2].partition(f"<!-- sweep {name}: end -->")[0]
-    return table.strip().splitlines()[2:]
+def table(
+    head: Sequence[str], order: Sequence[tuple[str, ...]], rows: Sequence[str], older: Sequence[str] = ()
+) -> list[str]:
+    """Return the lines of a table of new rows, and of older ones whose cases have no new row.
+
+    Args:
+        head: titles of the columns.
+        order: the first cells of all possible rows, in their order.
+        rows: the new rows.
+        older: the rows so far.
+    """
+    found = {tuple(cells_of(row)[: len(order[0])]): row for row in [*older, *rows]}
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(found[key] for key in order if key in found)]
 
 
 def draw_compiled(rows: Sequence[str], path: Path) -> Figure:
     """Draw the speed-up over a plain loop against the size of the net: a panel per batch size and cadence."""
-    found = {first(row): [float(cell) for cell in cells_of(row)[2:8]] for row in rows}
+    found = {tuple(cells_of(row)[:2]): [float(cell) for cell in cells_of(row)[2:8]] for row in rows}
     sizes = {net: sum(leaf.numel() for leaf in net_of(Case(net, 32))[0].parameters()) for net in NETS}
     nets = sorted(sizes, key=lambda net: sizes[net])
     lines = [("loop, compiled", TOGETHER[0], 1)]  # name, models, column of the time

@@ -2,11 +2,15 @@
 
 Vmapping saves the overhead of many small calls, and costs memory traffic. For small nets a large group is fastest, for
 wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until two larger groups are slower per model
-than the best: a group of two pays for vmap and hardly gains, and one of eight can still be faster than a loop.
+than the best: a group of two pays for vmap and hardly gains, and one of eight can still be faster than a loop. The
+measured steps are not compiled, even if those of the sweep are: compiling every size would take minutes for each.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +23,10 @@ from common.loop import generator_of
 from common.sweep.group import Group, Problem, Snapshot
 
 SHARE = 0.5
-"""Share of the free memory that a group may use."""
+"""Share of the free memory that a group may use; processes of one machine that torchrun starts divide it."""
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Folder with the memory limits of containers and of jobs."""
 
 WORKING = 4
 """Memory of a step relative to the states and batches of its members: a step holds old and new ones and products."""
@@ -33,7 +40,7 @@ SLOWER = 2
 
 
 class Measured(NamedTuple):
-    """The cost of a group: seconds per step and member, averaged over the cadence, and bytes of its snapshot."""
+    """The cost of a group: seconds per step and member, averaged over the cadence, and bytes of snapshot and batch."""
 
     members: int
     seconds: float
@@ -51,9 +58,9 @@ def choose(problem: Problem, rows: Sequence[int], steps: int) -> tuple[int, list
     found: list[Measured] = []
     size = 1
     while True:
-        group = Group(problem, rows[:size])
+        group = Group(problem, rows[:size], plain=True)
         at = group.start()
-        memory = size_of(at)
+        memory = size_of(at) + sum(leaf.numel() * leaf.element_size() for leaf in next(group.batches(0, 0)))
         if found and memory * WORKING > SHARE * free_memory(at):
             break
         found.append(Measured(len(group.members), cost(group, at, steps) / len(group.members), memory))
@@ -88,15 +95,35 @@ def size_of(at: Snapshot) -> int:
 
 
 def free_memory(at: Snapshot) -> float:
-    """Return the free bytes of the device of a group; infinite if the system does not say."""
+    """Return the free bytes of this process on the device of a group; infinite if the system does not say."""
     device = at.active.device
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    return min(_available(), _allowed()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _available() -> float:
+    """Return the free bytes of the machine."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024.0 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
-        return float("inf")
+        return math.inf
+
+
+def _allowed() -> float:
+    """Return the free bytes below the limits of this container or job, and of those around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = CGROUP / next(line[3:] for line in lines if line.startswith("0::")).lstrip("/")
+    except (OSError, StopIteration):
+        return math.inf
+    free = [math.inf]
+    for folder in (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUP)):
+        with contextlib.suppress(OSError, ValueError):  # no limit: no file, or the word max
+            limit, used = (int((folder / f"memory.{what}").read_text()) for what in ("max", "current"))
+            free.append(max(0, limit - used))
+    return min(free)
 
 
 def _timed(

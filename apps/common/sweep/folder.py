@@ -32,7 +32,7 @@ def settings_of(config: TrainConfig, values: Values, own: Mapping[str, Any]) -> 
     recorded = yaml.safe_load(as_yaml(config))
     fixed = {name: value for name, value in recorded.items() if name not in MAY_CHANGE}
     staged = {"num_epochs": config.num_epochs} if own.get("halving") or own.get("population") else {}
-    return {**own, **fixed, **staged, **values}
+    return {**own, **fixed, **staged, **values, "order": list(values)}  # runs are numbered in this order of the grid
 
 
 def check_options(config: TrainConfig) -> None:

@@ -76,6 +76,7 @@ class Problem:
         self.ng = natural_gradient(config, self.task) if config.optim in ff.METHODS else None
         self.swept = [name for name in NUMBERS if name in rows[0]]
         self.fixed = {name: value for name, value in numbers(config).items() if name not in self.swept}
+        self.compiled = ff.compile(self.advance) if config.compile else None
         self.optimizer = optimizer_with(config, self.task, self.ng, numbers(config))
         if self.optimizer.move is None:
             raise ConfigError(f"{config.optim} has no step that can be vmapped")
@@ -89,7 +90,11 @@ class Problem:
         config = self.config_of(row)
         key = (config.seed, config.init_params)
         if key not in self._tasks:
-            self._tasks[key] = self.make_task(config)
+            task = self.make_task(config)
+            first = next(iter(self._tasks.values()), task)
+            # most data do not depend on the seed: one copy is enough
+            parts = [a if _same(a, b) else b for a, b in ((first.train, task.train), (first.test, task.test))]
+            self._tasks[key] = task._replace(train=parts[0], test=parts[1])
         return self._tasks[key]
 
     def config_of(self, row: int) -> TrainConfig:
@@ -100,16 +105,52 @@ class Problem:
         """Return the optimizer with these values of the swept numbers."""
         return optimizer_with(self.config, self.task, self.ng, {**self.fixed, **given})
 
+    def advance(
+        self, given: Tree, params: Tree, state: Any, context: Tree, drops: Any, batch: Any, labels: Any, *,
+        own_seeds: bool, own_batches: bool, update: bool, invert: bool,
+    ) -> Stepped:  # fmt: skip
+        """Compute the step of all members of any group: a compiled step is traced once for groups of equal size.
+
+        Each member has its own labels and dropout seeds with `own_seeds`, and its own batch with `own_batches`.
+        """
+        by_seed = 0 if own_seeds else None
+        dims = (0, 0, 0, 0, by_seed, 0 if own_batches else None, by_seed)
+        one = partial(self._one, update=update, invert=invert)
+        everything = (given, params, state, context, drops, batch, labels)
+        if ff.members.size(params) == 1:  # without vmap, whose overhead a single model would pay for nothing
+            alone = [each if dim is None else ff.tree.map(lambda leaf: leaf[0], each)
+                     for each, dim in zip(everything, dims, strict=True)]  # fmt: skip
+            return ff.tree.map(lambda leaf: leaf.unsqueeze(0), one(*alone))
+        filled = tuple(dim if ff.tree.leaves(each) else None for each, dim in zip(everything, dims, strict=True))
+        new: Stepped = torch.vmap(one, in_dims=filled)(*everything)
+        return ff.tree.map(lambda leaf: leaf.contiguous(), new)  # the strides, too, are those of the next step
+
+    def _one(
+        self, given: Tree, params: Tree, state: Any, context: Tree, drops: Any, batch: Any, labels: Any, *,
+        update: bool, invert: bool,
+    ) -> Stepped:  # fmt: skip
+        move = self.with_numbers(given).move
+        assert move is not None
+        new = move(params, state, batch, {**context, **drops}, labels, update, invert)
+        kept = {name: new.context[name] for name in context}
+        return new._replace(context=kept, info=new.info._replace(context=()))
+
 
 class Group:
-    """Runs that take their steps together."""
+    """Runs that take their steps together.
 
-    def __init__(self, problem: Problem, members: Sequence[int]) -> None:
+    Args:
+        problem: the runs.
+        members: the rows of this group.
+        plain: True runs its steps uncompiled, even if the configuration compiles them.
+    """
+
+    def __init__(self, problem: Problem, members: Sequence[int], *, plain: bool = False) -> None:
         self.problem, self.members = problem, list(members)
         self.seeds = sorted({problem.seed(row) for row in members})
         self.seed_of = torch.tensor([self.seeds.index(problem.seed(row)) for row in members])
         self.reasons: dict[int, str] = {}
-        self._compiled: Any = ff.compile(self._advance) if problem.config.compile else self._advance
+        self._compiled = None if plain else problem.compiled
 
     # ------------------------------------------------------------------------------------------------------- start
 
@@ -168,10 +209,15 @@ class Group:
         total = math.ceil(self.data[0][0].shape[0] / self.problem.config.batch_size)
         began = time.perf_counter() - at.seconds
         for batch in self.batches(at.epoch, at.batches):
+            if not bool(at.active.any()):
+                break
             at = self.step(at, batch, draws, patience=min(PATIENCE, total))
             at = at._replace(seconds=time.perf_counter() - began)
             watch(at._replace(draws=torch.stack([generator.get_state() for generator in draws])))
-        return at._replace(epoch=at.epoch + 1, batches=0, draws=Snapshot._field_defaults["draws"])
+        rest = total - at.batches  # steps in which all members are frozen
+        return at._replace(
+            epoch=at.epoch + 1, step=at.step + rest, batches=0, draws=Snapshot._field_defaults["draws"]
+        )  # fmt: skip
 
     def step(
         self, at: Snapshot, batch: tuple[Tensor, Tensor], draws: Sequence[torch.Generator], patience: int = PATIENCE
@@ -232,37 +278,14 @@ class Group:
 
     def _moved(self, at: Snapshot, batch: Any, random: tuple[Any, Any], update: bool, invert: bool) -> Stepped:
         labels, drops = random
-        new: Stepped = self._compiled(
-            at.numbers, at.params, at.state, at.context, drops, batch, labels, update=update, invert=invert
-        )
-        return new
-
-    def _advance(
-        self, given: Tree, params: Tree, state: Any, context: Tree, drops: Any, batch: Any, labels: Any, *,
-        update: bool, invert: bool,
-    ) -> Stepped:  # fmt: skip
-        """Compute the step of all members."""
-        by_seed = None if len(self.seeds) == 1 else 0
-        dims = (0, 0, 0, 0, by_seed, None if self._shared else 0, by_seed)
-        one = partial(self._one, update=update, invert=invert)
-        everything = (given, params, state, context, drops, batch, labels)
-        if len(self.members) == 1:  # without vmap, whose overhead a single model would pay for nothing
-            alone = [each if dim is None else ff.tree.map(lambda leaf: leaf[0], each)
-                     for each, dim in zip(everything, dims, strict=True)]  # fmt: skip
-            return ff.tree.map(lambda leaf: leaf.unsqueeze(0), one(*alone))
-        filled = tuple(dim if ff.tree.leaves(each) else None for each, dim in zip(everything, dims, strict=True))
-        new: Stepped = torch.vmap(one, in_dims=filled)(*everything)
-        return ff.tree.map(lambda leaf: leaf.contiguous(), new)  # the strides, too, are those of the next step
-
-    def _one(
-        self, given: Tree, params: Tree, state: Any, context: Tree, drops: Any, batch: Any, labels: Any, *,
-        update: bool, invert: bool,
-    ) -> Stepped:  # fmt: skip
-        move = self.problem.with_numbers(given).move
-        assert move is not None
-        new = move(params, state, batch, {**context, **drops}, labels, update, invert)
-        kept = {name: new.context[name] for name in context}
-        return new._replace(context=kept, info=new.info._replace(context=()))
+        examples = batch[0].shape[0 if self._shared else 1]
+        whole = min(self.problem.config.batch_size, self.data[0][0].shape[0])
+        # as in the trainer, a smaller batch runs uncompiled: its graphs would double the minutes of compiling
+        compiled = self._compiled if examples == whole else None
+        return (compiled or self.problem.advance)(
+            at.numbers, at.params, at.state, at.context, drops, batch, labels,
+            own_seeds=len(self.seeds) > 1, own_batches=not self._shared, update=update, invert=invert,
+        )  # fmt: skip
 
     def _note(self, place: int, info: ff.Info) -> None:
         """Remember why a member was frozen."""
@@ -275,11 +298,11 @@ class Group:
 
 
 def lost(at: Snapshot) -> Tensor:
-    """Return for each member whether its last step failed and left NaN where old statistics had another size.
+    """Return for each active member whether its last step failed and left NaN where old statistics had another size.
 
     `ff.tree.kept` put it there. Only new statistics help, so these members do not wait for them.
     """
-    failed = at.failed > 0
+    failed = at.active & (at.failed > 0)
     if not bool(failed.any()):
         return failed
     count = len(failed)
@@ -289,4 +312,4 @@ def lost(at: Snapshot) -> Tensor:
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    return all(a is b or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(one, other, strict=True))

@@ -43,8 +43,13 @@ def last_lines(lines: Sequence[Line]) -> dict[int, Line]:
 
 
 def ranked(lines: Sequence[Line], by: str) -> list[Line]:
-    """Return the last metrics of all runs: those that trained longest first, among these the lowest loss."""
-    return sorted(last_lines(lines).values(), key=lambda line: (-line["epoch"], score(line, by), line["run"]))
+    """Return the last metrics of all runs: sound ones first, then those that trained longest, then by loss."""
+
+    def place(line: Line) -> tuple[bool, int, float, int]:
+        loss = score(line, by)
+        return not math.isfinite(loss), -line["epoch"], loss, line["run"]
+
+    return sorted(last_lines(lines).values(), key=place)
 
 
 def best(lines: Sequence[Line], by: str) -> Line | None:
@@ -152,7 +157,9 @@ def _heat(figure: Any, axes: Axes, names: Sequence[str], values: Values, rows: A
         ticks(range(len(values[name])), [_short(value) for value in values[name]])
     axes.set_ylabel(names[0], color=INK)
     axes.set_xlabel(names[1], color=INK)
-    axes.set_title(f"{by.replace('_', ' ')} at the end of each run; grey: diverged", color=INK, fontsize=11, loc="left")
+    axes.set_title(
+        f"{by.replace('_', ' ')} at the end of each run; grey: none, or diverged", color=INK, fontsize=11, loc="left"
+    )
     figure.colorbar(image, ax=axes, format=PLAIN).ax.yaxis.set_minor_formatter(PLAIN)
 
 

@@ -101,20 +101,40 @@ class Sweep:
     def run(self) -> None:
         """Train all stages; those that a checkpoint has are not repeated."""
         members: list[Member] | None = None
-        rows = self.rows
-        for number, stage in enumerate(self.stages):
+        done, rows = self._begun()
+        for number, stage in list(enumerate(self.stages))[done:]:
             ends: list[Member] = []
             for place, part in enumerate(_parts(rows, self.size)):
                 group = Group(self.problem, part)
                 group.reasons.update({row: self.reasons[row] for row in part if row in self.reasons})
                 start = None if members is None else _joined(members[place * self.size :][: len(part)])
-                lines, at = self._train(group, stage, self.folder / f"stage-{number}-group-{place}.pt", start)
+                lines, at = self._train(group, stage, _path(self.folder, number, place), start)
                 self.last.update({line["run"]: line for line in lines})
                 self.reasons.update(group.reasons)
                 if stage is not self.stages[-1]:  # at the end nothing is selected, and nothing stays in memory
                     ends += [Member(row, _member(at, m)) for m, row in enumerate(part)]
+            for path in (path for earlier in range(number) for path in self._checkpoints(earlier)):
+                path.unlink()  # that of the first group goes first: see `_begun`
             members = self._selected(ends, stage, number)
             rows = [member.row for member in members]
+
+    def _checkpoints(self, stage: int) -> list[Path]:
+        """Return the checkpoints of a stage, by group."""
+        found = self.folder.glob(f"stage-{stage}-group-*.pt")
+        return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
+
+    def _begun(self) -> tuple[int, list[int]]:
+        """Return the first stage that has a checkpoint of its first group, and the rows of its groups.
+
+        The checkpoints of a stage are deleted when all groups of the next one have ended, so those of a first stage
+        other than 0 are complete.
+        """
+        first = next((number for number in range(len(self.stages)) if _path(self.folder, number, 0).exists()), 0)
+        rows = []
+        for path in self._checkpoints(first) if first else ():
+            with understood(path, CheckpointError):
+                rows += [int(line["run"]) for line in load_checkpoint(path)[1]["lines"]]
+        return first, rows or self.rows
 
     def _train(
         self, group: Group, stage: Stage, path: Path, start: Snapshot | None
@@ -195,6 +215,11 @@ def _with_number(state: Any, name: str, factor: float, new: Tensor) -> Any:
     return state._replace(curvature=curvature._replace(**{name: value}))
 
 
+def _path(folder: Path, stage: int, group: int) -> Path:
+    """Return the checkpoint of a group in a stage."""
+    return folder / f"stage-{stage}-group-{group}.pt"
+
+
 def _parts(rows: Sequence[int], size: int) -> Iterator[list[int]]:
     for first in range(0, len(rows), size):
         yield list(rows[first : first + size])
@@ -209,8 +234,14 @@ def _member(at: Snapshot, place: int) -> Snapshot:
 def _joined(members: Sequence[Member]) -> Snapshot:
     """Return the snapshot of a group from those of its members."""
     first = members[0].at
+    # the last batch of an epoch may be smaller: a member whose steps fail keeps statistics of another size
+    like = next((member.at for member in members if not bool(member.at.failed.any())), first)
+
+    def joined(example: Tensor, *leaves: Tensor) -> Tensor:
+        return torch.cat([ff.tree.kept(example, leaf) for leaf in leaves])
+
     trees = {
-        name: ff.tree.map(lambda *leaves: torch.cat(leaves), *(getattr(member.at, name) for member in members))
+        name: ff.tree.map(joined, getattr(like, name), *(getattr(member.at, name) for member in members))
         for name in (*TREES, "active", "failed", "skipped")
     }
     return first._replace(seconds=sum(member.at.seconds for member in members), **trees)

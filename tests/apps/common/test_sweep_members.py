@@ -137,16 +137,62 @@ def test_one_member_runs_without_vmap_and_is_the_same():
     torch.testing.assert_close(ff.members.take(at.params, 0), single.params, rtol=1e-10, atol=1e-10)
 
 
-def test_a_compiled_group_has_one_trace_per_kind_of_step(monkeypatch):
-    traced, advance = [], Group._advance
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)  # the trace as it is
-    monkeypatch.setattr(Group, "_advance", lambda *a, **k: traced.append(k) or advance(*a, **k))
-    shared, rows = config("kfac", **FIXED), ROWS["fixed"]
-    _, plain = grouped(shared, rows, "plain", epochs=2)
-    plain_calls, traced[:] = len(traced), []
-    _, compiled = grouped(dataclasses.replace(shared, compile=True), rows, "plain", epochs=2)
-    torch.testing.assert_close(compiled.params, plain.params, rtol=1e-10, atol=1e-10)
-    assert plain_calls == 10 and len(traced) == 3, "both, statistics only, neither"
+@pytest.fixture
+def advanced(monkeypatch):
+    """The calls of the function that advances a group; a compiled step runs its trace as it is."""
+    calls, advance = [], Problem.advance
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    monkeypatch.setattr(Problem, "advance", lambda *a, **k: calls.append(k) or advance(*a, **k))
+    return calls
+
+
+def test_compiled_groups_of_equal_size_share_one_trace_per_kind_of_step(advanced):
+    shared, rows = config("kfac", **FIXED), [{"seed": seed} for seed in range(4)]
+    runs = problem(dataclasses.replace(shared, compile=True), rows)
+    for members in ([0, 1], [2, 3]):
+        group, at = Group(runs, members), None
+        plain = Group(runs, members, plain=True)
+        at, expected = group.start(), plain.start()
+        for _ in range(2):
+            at = group.epoch(at)
+        traces, advanced[:] = len(advanced), []
+        for _ in range(2):
+            expected = plain.epoch(expected)
+        torch.testing.assert_close(at.params, expected.params, rtol=1e-10, atol=1e-10)
+        assert len(advanced) == 10
+        assert traces == (3 if members == [0, 1] else 0), "both, statistics only, neither"
+        advanced.clear()
+
+
+def test_the_short_batch_at_the_end_of_an_epoch_runs_uncompiled(advanced):
+    """Every epoch of 30 examples has three batches of 8, and one of 6."""
+    runs = problem(dataclasses.replace(config("kfac", **FIXED), compile=True, batch_size=8), ROWS["fixed"])
+    group = Group(runs, [0, 1])
+    at = group.start()
+    for _ in range(4):
+        at = group.epoch(at)
+    assert at.active.all() and len(advanced) == 3 + 4
+
+
+def test_a_group_of_frozen_members_computes_nothing(advanced):
+    group = Group(problem(config("kfac", **FIXED), [{"seed": 0}, {"seed": 1}]), range(2))
+    at = group.start()
+    bad = {name: leaf * torch.nan for name, leaf in at.params.items()}
+    at = group.epoch(group.epoch(at._replace(params=bad)))
+    assert not at.active.any() and (at.epoch, at.step) == (2, 10) and len(advanced) == 5
+    advanced.clear()
+    later = group.epoch(group.epoch(at))
+    assert not advanced and (later.epoch, later.step, later.batches) == (4, 20, 0)
+    torch.testing.assert_close(later.params, at.params, rtol=0, atol=0, equal_nan=True)
+
+
+def test_equal_data_of_seeds_are_kept_once():
+    first = task(0, "xavier_uniform", "plain")
+    copies = {seed: first._replace(train=tuple(leaf.clone() for leaf in first.train)) for seed in range(3)}
+    runs = Problem(config("kfac", **FIXED), [{"seed": seed} for seed in range(3)], lambda c: copies[c.seed])
+    assert len({id(runs.task_of(row).train) for row in range(3)}) == 1
+    other = Problem(config("kfac", **FIXED), ROWS["fixed"], lambda c: task(c.seed, c.init_params, "plain"))
+    assert other.task_of(0).train is not other.task_of(1).train
 
 
 def test_an_epoch_goes_on_from_any_step_bit_for_bit():
