@@ -78,7 +78,7 @@ def size(group: PyTree) -> int:
             f"there are leaves with {found} members: every leaf needs the same first axis. Did you pass the tree of "
             "one model instead of a group?"
         )
-    return sizes.pop()
+    return int(sizes.pop())
 
 
 def take(group: T, index: int | Sequence[int] | Int[Tensor, "..."]) -> T:
