@@ -1,6 +1,7 @@
 """Sweeps from the command line: grid, groups, results, resume, selection between stages, errors."""
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -151,6 +152,10 @@ def test_auto_takes_the_fastest_group_and_stops_after_two_larger_ones_that_are_s
     monkeypatch.setattr(auto, "cost", lambda group, at, steps: len(group.members) * per_model[len(group.members)])
     size, found = auto.choose(problem, range(39), 10)
     assert size == 4 and [each.members for each in found] == [1, 2, 4, 8, 16]
+    problem.config = dataclasses.replace(config, compile=True)
+    assert auto.choose(problem, range(39), 10)[0] == 4
+    per_model[4] = 5.5  # a loop of compiled steps is at least as fast
+    assert auto.choose(problem, range(39), 10)[0] == 1
     monkeypatch.setattr(auto, "free_memory", lambda at: 2.5 * auto.WORKING / auto.SHARE * found[0].bytes)
     assert auto.choose(problem, range(39), 10)[0] == 1
     assert auto.free_memory is not None and config.optim == "kfac"

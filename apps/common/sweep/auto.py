@@ -4,6 +4,7 @@ Vmapping saves the overhead of many small calls, and costs memory traffic. For s
 wide layers a group of one. `auto` measures groups of 1, 2, 4, … models until two larger groups are slower per model
 than the best: a group of two pays for vmap and hardly gains, and one of eight can still be faster than a loop. The
 measured steps are not compiled, even if those of the sweep are: compiling every size would take minutes for each.
+Compiling shortens the steps of one model more than those of a group, so a group must then be `COMPILED` times as fast.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 import fisherfn as ff
 from common.loop import generator_of
 from common.sweep.group import Group, Problem, Snapshot
+
+COMPILED = 1.5
+"""Speed-up of a group without compiling that is needed to be sure of one with it (docs/sweeps.md has the times)."""
 
 SHARE = 0.5
 """Share of the free memory that a group may use; processes of one machine that torchrun starts divide it."""
@@ -68,7 +72,10 @@ def choose(problem: Problem, rows: Sequence[int], steps: int) -> tuple[int, list
         if len(found) - 1 - found.index(best) == SLOWER or size >= len(rows):
             break
         size = min(2 * size, len(rows))
-    return min(found, key=lambda each: each.seconds).members, found
+    best = min(found, key=lambda each: each.seconds)
+    if problem.config.compile and found[0].seconds < COMPILED * best.seconds:
+        return 1, found
+    return best.members, found
 
 
 def cost(
