@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 import fisherfn as ff
 from common import ranks
 from common.steps import Optimizer, Tree
+from fisherfn.errors import HyperparameterError
 
 PATIENCE = 10
 """Number of consecutive steps (or a whole epoch) that may fail their checks before the run stops with the reason."""
@@ -117,12 +118,22 @@ def train(
 
     `seconds` counts training only, not evaluation. A step that fails a check is skipped, with params and state
     unchanged. After `PATIENCE` failures in a row the typed error is raised.
+
+    Raises:
+        HyperparameterError: all steps were rejected.
     """
     if snapshot.step == 0:
         yield Epoch(snapshot, measure(task, snapshot, skipped=0))
+    first, rejected = snapshot.step, 0
     while snapshot.epoch < settings.num_epochs:
-        snapshot, skipped = _epoch(task, optimizer, snapshot, settings, watch)
+        snapshot, skipped, more = _epoch(task, optimizer, snapshot, settings, watch)
+        rejected += more
         yield Epoch(snapshot, measure(task, snapshot, skipped))
+    if rejected and rejected == snapshot.step - first:
+        raise HyperparameterError(
+            f"all {rejected} steps were rejected, because they increased the loss, so the net has not changed: give a "
+            "smaller lr or a larger damping, or neither."
+        )
 
 
 def sound(info: ff.Info) -> bool:
@@ -155,8 +166,10 @@ def evaluate(task: Task, snapshot: Snapshot, data: tuple[Tensor, Tensor]) -> tup
     return total / examples / task.per_output, right / examples if classes else None
 
 
-def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, watch: Watch) -> tuple[Snapshot, int]:
-    """Run the rest of an epoch; return the snapshot at its end and the number of skipped steps."""
+def _epoch(
+    task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, watch: Watch
+) -> tuple[Snapshot, int, int]:
+    """Run the rest of an epoch; return the snapshot at its end, and the numbers of skipped and of rejected steps."""
     draws = generator_of(settings.seed, at.epoch, stream=1)
     if at.draws.numel():
         draws.set_state(at.draws)
@@ -166,7 +179,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
     # None: no bar if the output is not a terminal
     quiet = None if settings.progress else True
     bar = tqdm(batches, desc=title, disable=quiet, leave=False, unit="step", initial=at.batches, total=total)
-    began, first = time.perf_counter(), at
+    began, first, rejected = time.perf_counter(), at, 0
     for batch in bar:
         labels = optimizer.draw(batch, draws)
         context = _context(task, at, settings, draws)
@@ -177,6 +190,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
             at = at._replace(params=new.params, state=new.state, context=buffers, in_a_row=0)
         else:
             at = at._replace(skipped=at.skipped + 1, in_a_row=at.in_a_row + 1)
+        rejected += bool(new.info.adapted and new.info.adapted.rejected)
         if at.in_a_row >= min(PATIENCE, total):
             bar.close()
             ff.check(new.info)
@@ -186,7 +200,7 @@ def _epoch(task: Task, optimizer: Optimizer, at: Snapshot, settings: Settings, w
         now = at._replace(seconds=first.seconds + seconds)
         watch(at.step, partial(with_draws, now, draws))
     done = Snapshot(at.params, at.context, at.state, at.epoch + 1, at.step, first.seconds + time.perf_counter() - began)
-    return done._replace(in_a_row=at.in_a_row), at.skipped
+    return done._replace(in_a_row=at.in_a_row), at.skipped, rejected
 
 
 def _context(task: Task, at: Snapshot, settings: Settings, draws: torch.Generator) -> Tree:

@@ -21,14 +21,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherfn.adapt.state import AdaptiveState
+from fisherfn.stats import Layout
+
+START, FLOOR = 20.0, 1.0
+"""Initial λ in units of the first mean curvature u₀, and smallest λ in units of √(u₀u).
+
+One pair of constants for all nets; docs/adaptive.md has the measurements.
+"""
+
 DECAY = 19 / 20
 """ω, per step."""
 
 GOOD, POOR = 0.75, 0.25
 """Reduction ratios above and below which λ changes."""
 
-REJECTED = 2.0
-"""Factor on λ after a rejected step."""
+REJECTED, LEAST = 2.0, 1e-4
+"""Factor on λ after a rejected step, and the least λ after it, in units of the first mean curvature."""
 
 
 def reduction_ratio(actual: Tensor, predicted: Tensor) -> Float[Tensor, ""]:
@@ -68,6 +77,43 @@ def adapted_damping(
     return torch.maximum(torch.where(torch.as_tensor(frozen), damping, moved), torch.as_tensor(floor).to(damping))
 
 
-def within_noise(before: Float[Tensor, ""], change: Float[Tensor, ""], dtype: torch.dtype) -> Bool[Tensor, ""]:
-    """Return whether a change of the loss is a few units in its last place, so that ρ is meaningless."""
-    return change.abs() <= 8 * torch.finfo(dtype).eps * before.abs()
+def followed(
+    damping: Float[Tensor, ""], state: AdaptiveState, first: Float[Tensor, ""], unit: Float[Tensor, ""], relative: float
+) -> Float[Tensor, ""]:
+    """Return λ for a refresh of inverses, from the steps since the last one.
+
+    Args:
+        damping: λ so far.
+        state: the state after these steps.
+        first: u₀, the first mean curvature.
+        unit: u, the present one.
+        relative: relative rounding of the loss. Without a larger change, λ is kept, unless it is so high, above its
+            initial value, that steps may be short for this reason: it then decreases, because rejected steps alone
+            would only raise it further.
+    """
+    noise, high = within_noise(state.loss, state.actual, relative), damping > START * first
+    ratio = torch.where(noise & high, torch.inf, reduction_ratio(state.actual, state.predicted))
+    frozen = (state.predicted == 0) | (noise & ~high)
+    moved = adapted_damping(damping, ratio, steps=state.steps, floor=FLOOR * (first * unit).sqrt(), frozen=frozen)
+    return torch.where((state.first_curvature == 0) & (unit > 0), START * unit, moved)
+
+
+ULP = 8 * torch.finfo(torch.float32).eps
+"""Relative rounding of a mean loss in single precision."""
+
+
+def rounding(layout: Layout, device: torch.device) -> float:
+    """Return the relative rounding of a mean loss: that of single precision, or of layers in half precision.
+
+    The errors of many outputs average out, but a layer in half precision rounds its weights, too, for all examples
+    alike. Under autocast, layers have half precision although their weights have not.
+    """
+    types = {use.dtype for block in layout.blocks for use in block.uses}
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    return max(ULP, *(torch.finfo(dtype).eps for dtype in types))
+
+
+def within_noise(before: Float[Tensor, ""], change: Float[Tensor, ""], relative: float = ULP) -> Bool[Tensor, ""]:
+    """Return whether a change of a finite loss may be its rounding, so that ρ is meaningless."""
+    return torch.isfinite(before) & (change.abs() <= relative * before.abs())

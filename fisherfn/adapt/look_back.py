@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ SIGMAS, TOLERANCE = 4.0, 0.02
 
 Losses are compared per unit of target mass, because that of a longer sequence is a sum of more terms. The tokens of a
 short sequence may still be harder than those of a long one, so the share by which the masses differ is allowed, too.
+"""
+
+EXPLAINED = 0.5
+"""The share of such an increase that the last update must explain on examples of the new batch.
+
+Batches of different difficulty (another noise level, another source) differ by more than sampling errors.
 """
 
 DEAD = 0.1
@@ -41,17 +48,25 @@ class Seen(NamedTuple):
         """Return the measurements from the statistics of a batch with these targets."""
         return cls(*stats.measured(), target_mass(likelihood, stats, targets), alive)
 
-    def undoes(self, state: AdaptiveState, stats: Stats) -> Bool[Tensor, ""]:
-        """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters."""
+    def undoes(self, state: AdaptiveState, stats: Stats, caused: Callable[[], Tensor]) -> Bool[Tensor, ""]:
+        """Return whether the last update must have been a mistake: a loss too high, or too many dead parameters.
+
+        Args:
+            state: the state after the last step.
+            stats: the statistics of the new batch.
+            caused: returns the change of the loss by the last update, in nats, on examples of the new batch; called
+                only if the loss is too high, or where masks cannot be read.
+        """
         sound = stats.checks["inputs"] & stats.checks["targets"]
         before, mine = state.loss / state.mass, self.loss / self.mass
         errors = (state.spread / state.mass.square() + self.spread / self.mass.square()).sqrt()
         share = TOLERANCE + 1 - torch.minimum(self.mass, state.mass) / torch.maximum(self.mass, state.mass)
         limit = before + SIGMAS * errors + share * before.abs()
-        fine = (mine <= limit) | torch.isinf(state.loss) | (self.mass == 0)  # NaN is not fine
+        rises = ~((mine <= limit) | torch.isinf(state.loss) | (self.mass == 0))  # NaN is too high
+        other = tree.choose(rises, lambda: caused() / self.mass < EXPLAINED * (mine - before), lambda: rises)
         sizes = [shape.numel() for _, shape in stats.layout.shapes]
         dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
-        return sound & (~fine | (dead & self.alive.any()))
+        return sound & ((rises & ~other) | (dead & self.alive.any()))
 
     def remembered(self, state: AdaptiveState) -> Seen:
         """Return what the next batch is compared with.

@@ -12,8 +12,9 @@ with δ₀ the previous update. One step, in order:
    with a given learning rate or momentum was not fitted to these examples: only an increase beyond two standard
    errors counts.
 4. The next batch looks back (look_back.py). If its loss is higher than that of the batch before by more than sampling
-   explains, δ₀ is undone. The whole next batch consists of other examples, so this catches errors that step 3 cannot
-   see. A step after which many parameters have no gradient at all is undone too, because dead units do not recover.
+   explains, and δ₀ is the reason, δ₀ is undone. The next batch consists of other examples, so this catches errors that
+   step 3 cannot see. A step after which many parameters have no gradient at all is undone too, because dead units do
+   not recover.
 
 Three rules choose the step. "model" is the above. "clip" uses a fixed learning rate and momentum within the KL bound
 (`kl_clip`), for noisy classifiers, whose batches say little about α. "line_search" uses the best of a grid of step
@@ -29,6 +30,7 @@ Source: Martens & Grosse 2015, sections 6 and 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from fisherfn import tree
 from fisherfn.adapt.clip import clip_factor
-from fisherfn.adapt.damping import REJECTED, adapted_damping, reduction_ratio, within_noise
+from fisherfn.adapt.damping import LEAST, REJECTED, ULP, followed, reduction_ratio, rounding, within_noise
 from fisherfn.adapt.look_back import Seen, alive, kept_context
 from fisherfn.adapt.scales import Scales
 from fisherfn.adapt.state import Adapted, AdaptiveState
@@ -51,11 +53,6 @@ from fisherfn.types import Info, PyTree, Tree
 Rule: TypeAlias = Literal["model", "clip", "line_search"]
 RULES: tuple[Rule, ...] = ("model", "clip", "line_search")
 
-START, FLOOR = 20.0, 1.0
-"""Initial λ in units of the first mean curvature, and smallest λ in units of the mean defined in damping.py.
-
-One pair of constants for all nets; docs/adaptive.md has the measurements.
-"""
 LEARNING_RATE, MOMENTUM = 1.0, 0.9
 """The values of "auto" for the rule "clip"."""
 
@@ -151,14 +148,16 @@ class Adaptive:
             state = state._replace(
                 predicted=zero, actual=zero, steps=torch.zeros_like(state.steps), shrink=zero + 1, rejected=zero.bool()
             )
-        back = seen.undoes(state, stats) if self.look_back else torch.zeros_like(state.rejected)
-        seen = seen.remembered(state)
         # along the direction of a line search the loss need not fall on a part of the batch
         wanted = stats.examples if self.rule == "line_search" else self.model_examples
         examples = Examples.of(self.ng, batch, context, wanted, stats)
         tried = self._try(params, state._replace(update=previous), curvature, nat, info, examples, scales)
+        back = torch.zeros_like(state.rejected)
+        if self.look_back:
+            undone = partial(tree.add, params, before.update, scale=-1)
+            back = seen.undoes(state, stats, lambda: -examples.change(undone(), tried.losses)[0])
         info = info._replace(loss=stats.loss, context=kept_context(back, context, stats.context))
-        return self._decide(params, before, state, curvature, tried, back, seen, info, stats)
+        return self._decide(params, before, state, curvature, tried, back, seen.remembered(state), info, stats)
 
     # ------------------------------------------------------------------------------------------------ 1. the damping
 
@@ -168,16 +167,7 @@ class Adaptive:
             return updated.damping
         unit = self.ng.mean_curvature(updated)
         first = torch.where(state.first_curvature == 0, unit, state.first_curvature)
-        nothing = (state.predicted == 0) | within_noise(state.loss, state.actual, torch.float32)
-        moved = adapted_damping(
-            updated.damping,
-            reduction_ratio(state.actual, state.predicted),
-            steps=state.steps,
-            floor=FLOOR * (first * unit).sqrt(),
-            frozen=nothing,
-        )
-        start = (state.first_curvature == 0) & (unit > 0)
-        return torch.where(start, START * unit, moved)
+        return followed(updated.damping, state, first, unit, rounding(self.ng.layout, state.loss.device))
 
     # ------------------------------------------------------------------------------------------------- 2. the length
 
@@ -214,18 +204,25 @@ class Adaptive:
             update = along(nat, state.update, rate, momentum)
         new = tree.add(params, update)
         change, error, loss = examples.change(new, model.losses)
-        return Tried(new, update, rate, momentum, model.value(weights), change, error, loss, fitted, scales)
+        exact = fitted and rounding(self.ng.layout, loss.device) == ULP
+        return Tried(
+            new, update, rate, momentum, model.value(weights), change, error, model.losses, loss, exact, scales
+        )  # fmt: skip
 
     def _given(self, state: AdaptiveState, info: Info, lr_scale: float | Tensor) -> tuple[Any, Any]:
         """Return the fixed learning rate and momentum as tensors, or None if the model chooses them."""
         like = state.actual
-        lr, momentum = self.lr, self.momentum
-        if self.rule == "clip":
-            lr, momentum = LEARNING_RATE if lr is None else lr, MOMENTUM if momentum is None else momentum
-        rate = None if lr is None else torch.as_tensor(lr, dtype=like.dtype).to(like) * lr_scale * state.shrink
+        rate, momentum = self._rate(state, lr_scale), self.momentum
+        if self.rule == "clip" and momentum is None:
+            momentum = MOMENTUM
         if rate is not None and self.kl_bound is not None:
             rate = rate * clip_factor(info.inner, lr=rate.to(info.inner), kl_bound=self.kl_bound)
         return rate, None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype).to(like)
+
+    def _rate(self, state: AdaptiveState, lr_scale: float | Tensor) -> Any:
+        """Return the fixed learning rate without the KL bound, or None."""
+        lr = LEARNING_RATE if self.lr is None and self.rule == "clip" else self.lr
+        return None if lr is None else torch.as_tensor(lr).to(state.actual) * lr_scale * state.shrink
 
     # ------------------------------------------------------------------------------------------------- 3. the verdict
 
@@ -248,7 +245,8 @@ class Adaptive:
         ratio = reduction_ratio(tried.actual, tried.predicted)
         ok = {key: mask | back for key, mask in info.ok.items()}
         sound = torch.stack(list(ok.values())).all()
-        rises = (tried.actual > tried.tolerance) & ~within_noise(tried.before, tried.actual, torch.float32)
+        noise = within_noise(tried.before, tried.actual, rounding(self.ng.layout, stats.loss.device))
+        rises = (tried.actual > tried.tolerance) & ~noise
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 
@@ -266,9 +264,12 @@ class Adaptive:
         )
         # decoupled: not part of the model, and ρ was measured before it
         if isinstance(self.weight_decay, Tensor) or self.weight_decay:
-            rate = torch.where(accepted, tried.learning_rate, 0.0)
+            # a given rate decays as it is, whatever the KL bound leaves of the step
+            rate = self._rate(state, tried.scales.largest) if self.lr is not None else tried.learning_rate
+            rate = torch.where(accepted, rate, 0.0)
             result = tried.scales.decayed(result, params, rate, self.weight_decay)
-        raised = torch.where(rejected, REJECTED * curvature.damping, curvature.damping)
+        least = (LEAST * state.first_curvature).to(curvature.damping)  # λ may be zero
+        raised = torch.where(rejected, torch.maximum(REJECTED * curvature.damping, least), curvature.damping)
         zero = torch.zeros_like(tried.actual)
         numbers = {
             "first_curvature": state.first_curvature,
@@ -287,12 +288,6 @@ class Adaptive:
         update, kept = detached((update, kept), stats.loss)
         new = state._replace(curvature=curvature._replace(damping=raised), update=update, **kept)
         if self.average is not None:
-            count = state.count + 1
-            weight = torch.minimum(1 - 1 / count.double(), zero + self.average)
-            average = tree.map(lambda old, p: torch.lerp(p, old, weight.to(p.dtype)), state.average, result)
-            average = detached(average, stats.loss)
-            new = new._replace(
-                average=tree.select(sound, average, state.average), count=torch.where(sound, count, state.count)
-            )
+            new = new.averaged(result, self.average, sound, stats.loss)
         adapted = Adapted(tried.learning_rate, tried.momentum, raised, ratio, rejected)
         return result, new, info._replace(ok=ok, adapted=adapted)

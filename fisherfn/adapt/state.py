@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherfn import tree
 from fisherfn.errors import StructureError
-from fisherfn.state import State
+from fisherfn.state import State, detached
 from fisherfn.types import PyTree, Tree
 
 
@@ -64,6 +66,25 @@ class AdaptiveState(NamedTuple):
     rejected: Bool[Tensor, ""]
     average: PyTree
     count: Int[Tensor, ""]  # type: ignore[assignment]  # shadows the tuple's own method
+
+    def unseen(self) -> AdaptiveState:
+        """Return the state for parameters that others have changed: the next loss then says nothing about δ₀."""
+        return self._replace(loss=torch.full_like(self.loss, torch.inf), alive=torch.zeros_like(self.alive))
+
+    def averaged(self, params: Tree, old: float, sound: Tensor, loss: Tensor) -> AdaptiveState:
+        """Return the state with the next running average of the parameters, if the step passed its checks.
+
+        Args:
+            params: the new parameters.
+            old: the weight of the old average, which early steps do not reach.
+            sound: whether the step counts.
+            loss: the loss of the step; see `detached`.
+        """
+        count = self.count + 1
+        weight = (1 - 1 / count.double()).clamp(max=old)
+        average = tree.map(lambda mean, p: torch.lerp(p, mean, weight.to(p.dtype)), self.average, params)
+        average = tree.select(sound, detached(average, loss), self.average)
+        return self._replace(average=average, count=torch.where(sound, count, self.count))
 
     def check_average(self, wanted: bool) -> None:
         """Raise `StructureError` unless the state has a running average of the parameters exactly if it is wanted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -46,8 +47,9 @@ class Tried(NamedTuple):
         predicted: change of the loss that the quadratic model predicts.
         actual: change of the loss.
         error: standard error of `actual` as an estimate for other examples.
-        before: loss before the step.
-        fitted: whether α and μ were both chosen on these examples, by the model or a search.
+        losses: loss of each example that this process holds, before the step.
+        before: their mean over all processes.
+        fitted: whether α and μ were both chosen on these examples, by the model or a search, in at least float32.
         scales: factors on the learning rate.
     """
 
@@ -58,6 +60,7 @@ class Tried(NamedTuple):
     predicted: Tensor
     actual: Tensor
     error: Tensor
+    losses: Tensor
     before: Tensor
     fitted: bool
     scales: Scales
@@ -68,7 +71,7 @@ class Tried(NamedTuple):
 
         A step fitted to its examples lowers their loss unless the model is wrong. With a given learning rate or
         momentum it need not: with noisy labels the loss of 32 examples often increases while that of the whole batch
-        decreases.
+        decreases. Roundings of half precision show in the standard error, too.
         """
         return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
 
@@ -95,7 +98,10 @@ class Examples(NamedTuple):
         None is for an eighth of them, but at least 32, or 8 sequences with 4 labels or more. A net that couples its
         examples (batch norm in training mode) always gets at least 32. It normalises the part by itself, before and
         after the step: prediction and change are of one function, whose noise grows as the part shrinks.
+        The trial runs `model.exact` if the model has it, such as a net without its autocast: with rounded outputs, the
+        effect of a short step is noise.
         """
+        ng = replace(ng, model=getattr(ng.model, "exact", ng.model))
         x, y = pair(batch)
         here = tree.leaves(x)[0].shape[0]
         n = stats.total(here)

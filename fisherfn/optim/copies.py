@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ class Copies:
 
     network: Network
     ng: NaturalGradient | None
+    held: Callable[[], Any]
     _options: Options
+    _rest: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))
@@ -54,7 +57,9 @@ class Copies:
 
     def _unbound(self) -> dict[str, Any]:
         ng = None if self.ng is None else _Unbound.of(self.ng)
-        return {**vars(self), "_passes": [], "_by_kind": {}, "_steps_of": {}, "_written": [], "ng": ng}
+        rest = None if self._rest is None else self.held()
+        new: dict[str, Any] = {"_passes": [], "_by_kind": {}, "_steps_of": {}, "_written": [], "_rest": rest, "ng": ng}
+        return vars(self) | new
 
 
 class _Unbound(NamedTuple):

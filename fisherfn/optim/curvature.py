@@ -76,8 +76,7 @@ class Curvature(Copies, Saved, Passes):
             self._start(ng, kind, self._saved)
         elif several() and not isinstance(self.ng, DataParallel):  # built before the process group
             first = next((known for known, each in self._by_kind.items() if each is self.ng), None)
-            held = self._state if self._rest is None else self._rest
-            self._start(self.ng, first, tree.flatten(held))
+            self._start(self.ng, first, tree.flatten(self.held()))
         if kind not in self._by_kind:
             self._by_kind[kind] = self._for_shape(self.ready(), x)
         self._kind = kind
@@ -166,14 +165,11 @@ class Curvature(Copies, Saved, Passes):
         x, y = pair(batch)
         ng, x = self.latest, _inputs(x)
         assert self._adaptive is not None and self._rest is not None
-        if self._written and self._written != versions(self.network.values()):
-            # weights were loaded or changed: this loss says nothing about the last update, so it undoes none
-            rest = self._rest
-            self._rest = rest._replace(loss=torch.full_like(rest.loss, torch.inf), alive=torch.zeros_like(rest.alive))
+        rest = self.held()
         if self._options.compile:  # a number would be a part of the graph
             lr_scale = tree.map(lambda scale: torch.tensor(scale, dtype=torch.float64), lr_scale)
         return self._step(  # type: ignore[no-any-return]
-            ng, adaptive(ng, **self._adaptive).step, self._rest, (x, y), chunk_size=self._options.chunk_size,
+            ng, adaptive(ng, **self._adaptive).step, rest, (x, y), chunk_size=self._options.chunk_size,
             lr_scale=lr_scale,
         )  # fmt: skip
 
@@ -227,7 +223,9 @@ class Curvature(Copies, Saved, Passes):
         if isinstance(state, AdaptiveState):
             self._rest, state = state, state.curvature
         elif self._rest is not None:
-            self._rest = self._rest._replace(curvature=state)
+            # the last update is that of another step; what a rejected step asked for is done
+            rest = self._rest.unseen()
+            self._rest = rest._replace(curvature=state, rejected=torch.zeros_like(rest.rejected))
         self._state, self.steps = state, self.steps + 1
         if isinstance(context, dict):
             self.network.move_buffers(context)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherfn.adapt.scales import decay
-from fisherfn.errors import StructureError, expect_number
+from fisherfn.errors import HyperparameterError, StructureError, expect, expect_number
 from fisherfn.types import Tree
 
 Groups = Sequence[dict[str, Any]]
@@ -39,6 +39,49 @@ def check_groups(groups: Groups, *, momentum: float | None = None) -> None:
                 f"a parameter group has momentum {group['momentum']}, and an adaptive step has one momentum for all "
                 "parameters: pass momentum= to the constructor, and cycle_momentum=False to schedulers."
             )
+
+
+SHARED = ("damping", "kl_bound", "ema", "update_every", "invert_every", "method", "likelihood")
+"""Settings of the constructor that all groups share."""
+
+
+def check_new(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check a group that is added.
+
+    Raises:
+        HyperparameterError: a learning rate, momentum or weight decay outside its range.
+        StructureError: a setting that all groups share.
+    """
+    check_groups([{**defaults, **param_group}])
+    if shared := [name for name in SHARED if name in param_group]:
+        raise StructureError(f"all parameter groups share {shared[0]}: pass it to the constructor, not in a group.")
+
+
+def check_automatic(**settings: object) -> None:
+    """Raise `HyperparameterError` unless each of these settings is one number or "auto"."""
+    for name, value in settings.items():
+        if value is None or (isinstance(value, str) and value != "auto"):
+            raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        if not isinstance(value, str):
+            expect_number(name, value, lambda v: True, 'must be a number or "auto"')
+
+
+def check_saved(saved: Any, *, auto_lr: bool) -> None:
+    """Raise `StructureError` unless this is the saved form of an optimizer with the same kind of learning rate."""
+    expect(saved, dict, "a saved optimizer", "pass what state_dict() returned")
+    if "curvature" not in saved:
+        raise StructureError(f"the saved optimizer has no curvature, only {sorted(saved)}: it is another one.")
+    if saved.get("auto_lr", auto_lr) != auto_lr:
+        here, there = ("automatic", "a given") if auto_lr else ("given", "an automatic")
+        raise StructureError(
+            f"the saved optimizer had {there} learning rate, and this one has an {here} one, so that lr of its groups "
+            "means something else: build this optimizer with the same lr."
+        )
+
+
+def largest_lr(groups: Groups, names: Mapping[int, str]) -> Any:
+    """Return the largest learning rate of the groups that have a parameter with a name; 0 if there is none."""
+    return max((group["lr"] for group in groups if any(id(p) in names for p in group["params"])), default=0.0)
 
 
 def listed(param_group: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,17 +37,17 @@ class Network:
     # ------------------------------------------------------------------------------------------- its parameters
 
     def train(self, chosen: Iterable[Tensor]) -> None:
-        """Set the parameters to train."""
+        """Set the parameters to train; a group may have only frozen ones."""
         if self._fixed is not None:
             raise StructureError("the layers were found at the first batch: make a new optimizer for more parameters.")
         before, self._chosen = self._chosen, list(chosen)
         try:
-            self.parameters()
+            self.parameters(least=0)
         except StructureError:
             self._chosen = before
             raise
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self, *, least: int = 1) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name: the chosen ones that require a gradient.
 
         Raises:
@@ -62,7 +62,7 @@ class Network:
                 "layers, and make a new optimizer whenever layers are replaced."
             )
         found = {name: p for name, p in own.items() if id(p) in chosen and p.requires_grad}
-        if not found:
+        if len(found) < least:
             raise StructureError("there is no parameter to train: none of the given parameters requires a gradient.")
         if self._fixed is not None:
             if found.keys() != self._fixed.keys():
@@ -164,6 +164,7 @@ class Network:
                 outputs: tuple[Any, Tree] = plain(params, x, context)
             return outputs
 
+        model.exact = plain  # type: ignore[attr-defined]  # adaptive steps compare losses, which autocast would round
         return model
 
 

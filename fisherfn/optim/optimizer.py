@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fisherfn.adapt import default_kl_bound, kl_clip
 from fisherfn.base import Method
-from fisherfn.errors import HyperparameterError, NonFiniteError, StructureError, check, expect_number, unknown
+from fisherfn.errors import NonFiniteError, StructureError, check, expect_number, unknown
+from fisherfn.optim import groups as grouped
 from fisherfn.optim.curvature import Curvature, Outcome
-from fisherfn.optim.groups import check_groups, decays, descend, factors, listed, tensors
 from fisherfn.optim.options import Options
 from fisherfn.optim.ranks import alone
 from fisherfn.optim.with_curvature import WithCurvature
@@ -114,9 +114,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             UnknownNameError: no method or Fisher has this name.
             MissingPackageError: `compile` without a C++ compiler, raised by the first step.
         """
-        for name, value in (("lr", lr), ("momentum", momentum)):
-            if value is None or (isinstance(value, str) and value != "auto"):
-                raise HyperparameterError(f'{name} is a number or "auto", got {value!r}.')
+        grouped.check_automatic(lr=lr, momentum=momentum)
         options = Options(
             likelihood=likelihood, method=method, damping=damping, ema=ema, update_every=update_every,
             invert_every=invert_every, fisher=fisher, samples=samples, chunk_size=chunk_size, generator=generator,
@@ -144,6 +142,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         momentum = 0.9 if isinstance(momentum, str) else momentum
         lr = 1.0 if isinstance(lr, str) else lr  # a tensor stays one, which schedulers change in place
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._curvature.network.parameters()  # there is one to train
         if example_inputs is not None:
             self._curvature.build(example_inputs)
 
@@ -172,13 +171,13 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             raise StructureError(
                 "a step without its batch cannot find a learning rate: write `loss = opt.step((x, y))`, or pass lr=."
             )
-        check_groups(self.param_groups)
+        grouped.check_groups(self.param_groups)
         if batch is None and self._curvature.scaling.overflowed(self):
             self._curvature.forget()
             return loss
         if batch is not None and not self._found(batch):
             return torch.tensor(torch.nan)
-        rate = max(group["lr"] for group in self.param_groups)
+        rate = grouped.largest_lr(self.param_groups, self._curvature.network.names())
         clips = self._kl_bound is not None and bool(rate > 0)
         nat, state, self.info = self._outcome(batch, clips)
         if not self._all_ok:
@@ -186,7 +185,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         if clips:
             bound = default_kl_bound(self._curvature.latest) if self._kl_bound == "auto" else self._kl_bound
             nat = kl_clip(nat, self.info.inner, lr=rate, kl_bound=bound)
-        descend(self.param_groups, self.state, self._curvature.network.names(), nat)
+        grouped.descend(self.param_groups, self.state, self._curvature.network.names(), nat)
         self._curvature.commit(state, self.info.context)
         self._in_a_row = 0
         return loss if batch is None else self.info.loss
@@ -194,11 +193,11 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
     def _adapted(self, batch: Any) -> Any:
         """Take an adaptive step."""
         network = self._curvature.network
-        check_groups(self.param_groups, momentum=self.defaults["momentum"])
+        grouped.check_groups(self.param_groups, momentum=self.defaults["momentum"])
         if not self._found(batch):  # also finds the parameters that the outputs depend on
             return torch.tensor(torch.nan)
         names = network.names()
-        scales = factors(self.param_groups, names, float(self._lr))
+        scales = grouped.factors(self.param_groups, names, float(self._lr))
         largest = max(scales.values())
         same = min(scales.values()) == largest
         before = self._curvature.damping
@@ -208,7 +207,8 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             return self._refuse()
         found = self.info.adapted
         relative = {key: scales[name] / (largest or 1.0) for key, name in names.items()}
-        shares = {} if found.rejected else decays(self.param_groups, found.learning_rate, relative)
+        rate = found.learning_rate if self._auto_lr else torch.as_tensor(self._lr * largest, dtype=torch.float64)
+        shares = {} if found.rejected else grouped.decays(self.param_groups, rate, relative)
         for name, p in network.parameters().items():
             share = shares.get(id(p))
             p.copy_(params[name] if share is None else torch.addcmul(params[name], p, share.to(p), value=-1))
@@ -260,10 +260,10 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
             HyperparameterError: a learning rate, momentum or weight decay outside its range.
             StructureError: parameters of another net, or the layers were found already.
         """
-        check_groups([{**self.defaults, **param_group}])
+        grouped.check_new(param_group, self.defaults)
         before = [p for group in self.param_groups for p in group["params"]]
-        param_group = listed(param_group)
-        self._curvature.network.train([*before, *tensors(param_group)])
+        param_group = grouped.listed(param_group)
+        self._curvature.network.train([*before, *grouped.tensors(param_group)])
         try:
             super().add_param_group(param_group)
         except (TypeError, ValueError) as error:  # a parameter twice, or not a tensor
@@ -282,7 +282,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as in torch, with the curvature as flat tensors."""
-        return {**super().state_dict(), "curvature": self._curvature.state_dict()}
+        return {**super().state_dict(), "curvature": self._curvature.state_dict(), "auto_lr": self._auto_lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as in torch, also before the first batch.
@@ -290,8 +290,7 @@ class NaturalGradient(WithCurvature, torch.optim.Optimizer):
         Raises:
             StructureError: the state belongs to another optimizer, net or method.
         """
-        if "curvature" not in state_dict:
-            raise StructureError(f"the saved optimizer has no curvature, only {sorted(state_dict)}: it is another one.")
+        grouped.check_saved(state_dict, auto_lr=self._auto_lr)
         load = self._curvature.loading(state_dict["curvature"])  # everything is checked before anything changes
         try:
             super().load_state_dict(state_dict)

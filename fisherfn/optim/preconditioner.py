@@ -85,6 +85,7 @@ class Preconditioner(WithCurvature):
         )  # fmt: skip
         self._curvature = Curvature(net, options)
         self._curvature.network.train(flat(net.parameters() if params is None else params))
+        self._curvature.network.parameters()  # there is one to train
         if kl_bound is not None:
             expect_number("kl_bound", kl_bound, lambda v: v > 0, "must be positive, or None for no clip")
         for name, given in (("kl_bound", kl_bound), ("scaler", scaler)):
@@ -114,8 +115,8 @@ class Preconditioner(WithCurvature):
         if curvature.scaling.overflowed(self._optimizer):
             curvature.forget()
             return
-        if batch is not None:  # before gradients are read: finds the parameters that the outputs depend on
-            curvature.build(_split(batch)[0])
+        if batch is not None and (curvature.updates or curvature.ng is None):
+            curvature.build(_split(batch)[0])  # before gradients are read: the outputs may not depend on all parameters
         grads = self._gradients(batch)
         stats = self._statistics(batch)
         rate = 0.0 if self._optimizer is None else max(group["lr"] for group in self._optimizer.param_groups)

@@ -15,6 +15,7 @@ from fisherfn.natgrad import NaturalGradient
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
 from fisherfn.state import State
+from fisherfn.stats.swap import versions
 
 VERSION = 1
 """Version of the saved form."""
@@ -36,9 +37,16 @@ class Saved:
     _saved: dict[str, Tensor]
     _written: list[int]
 
+    def held(self) -> State | AdaptiveState | None:
+        """Return the state, if there is one; it undoes no update if the weights were changed since the last step."""
+        changed = self._rest is not None and self._written and self._written != versions(self.network.values())
+        if self._rest is None:
+            return self._state
+        return self._rest.unseen() if changed else self._rest
+
     def state_dict(self) -> dict[str, Any]:
         """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""
-        held = self._state if self._rest is None else self._rest
+        held = self.held()
         flat = dict(self._saved) if held is None else tree.flatten(held)
         return {"version": VERSION, "steps": self.steps, "generator": self._generator.get_state(), "state": flat}
 

@@ -14,6 +14,8 @@ class Scaling:
     """A gradient scaler, or none."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not hasattr(scaler, "unscale_"):
+            raise StructureError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}.")
         self._scaler = scaler
         self._last: Any = None
 

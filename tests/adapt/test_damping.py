@@ -40,8 +40,8 @@ def test_damping_has_a_floor_and_may_be_frozen():
 
 def test_a_change_of_a_few_units_in_the_last_place_is_noise():
     loss = torch.tensor(100.0).double()
-    assert within_noise(loss, torch.tensor(5e-5).double(), torch.float32)
-    assert not within_noise(loss, torch.tensor(5e-3).double(), torch.float32)
+    assert within_noise(loss, torch.tensor(5e-5).double())
+    assert not within_noise(loss, torch.tensor(5e-3).double())
 
 
 def marks(first: int, last: int, growth: float, steps: int) -> list[int]:

@@ -282,8 +282,104 @@ def test_the_look_back_compares_losses_per_unit_of_target_mass(kind):
         assert not info.adapted.rejected, "the loss is a sum of eight times as many terms"
     # a batch of the same kind whose loss per label is far higher still undoes the last update
     far = ff.tree.add(params, params, scale=-8.0)
+    state = state._replace(update=ff.tree.map(lambda p: -8 * p, params))
     _, _, info = ff.adaptive(ng).step(far, state, large, generator=generator)
     assert info.adapted.rejected
+
+
+def batches_of_two_kinds(kind):
+    """Endless batches for a small autoencoder: drawn noise levels, or two sources of different scale in turn."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.randn(3, 12, generator=g, dtype=torch.float64)
+    for index in range(120):
+        clean = torch.tanh(torch.randn(64, 3, generator=g, dtype=torch.float64) @ basis)
+        if kind == "noise":
+            level = 2 * torch.rand(1, generator=g, dtype=torch.float64)
+            yield clean + level * torch.randn(clean.shape, generator=g, dtype=torch.float64), clean
+        else:
+            scale = (0.3, 3.0)[index % 2]
+            yield clean, scale * clean
+
+
+def autoencoder(batches):
+    """Losses of the last ten steps, numbers of rejections, and λ, of steps on these batches."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12)).double()
+    model, params, context = ff.functional(net)
+    batches = list(batches)
+    ng = ff.natural_gradient(model, params, batches[0][0], likelihood=ff.Gaussian(), context=context)
+    opt, cadence, generator = ff.adaptive(ng), ff.Cadence(), torch.Generator().manual_seed(0)
+    state, found = opt.init(params), []
+    for index, batch in enumerate(batches):
+        update, invert = cadence(index)
+        again = bool(state.rejected)
+        params, state, info = opt.step(
+            params, state, batch, update=update or again, invert=invert or again, context=context, generator=generator
+        )
+        found.append(info)
+    losses = torch.stack([info.loss for info in found])
+    return losses, sum(bool(info.adapted.rejected) for info in found), state.curvature.damping / state.first_curvature
+
+
+@pytest.mark.parametrize("kind", ["noise", "sources"])
+def test_a_harder_batch_does_not_undo_the_last_update(kind):
+    """Its loss is higher by far more than sampling explains, but going back would not lower it by as much."""
+    losses, rejected, damping = autoencoder(batches_of_two_kinds(kind))
+    assert (losses[1:] > 1.3 * losses[:-1]).sum() > 15, "many of the batches are harder than the one before"
+    assert rejected <= 12 and damping < 100
+
+
+def test_lambda_returns_from_where_no_step_changes_the_loss():
+    """Steps are then so short that their effect is rounding noise, and only rejections would move λ."""
+    problem = mlp(ff.Gaussian(), examples=80)
+    problem = problem._replace(
+        params=ff.tree.map(lambda p: p.float(), problem.params), x=problem.x.float(), y=problem.y.float()
+    )
+    opt = ff.adaptive(built(problem))
+    params, state, _ = steps(problem, opt, 3)
+    state = state._replace(curvature=state.curvature._replace(damping=1e9 * state.first_curvature))
+    _, after, _ = steps(problem, opt, 40, state=state, params=params)
+    assert float(after.curvature.damping / state.first_curvature) == pytest.approx(1e9 * 0.95**40)
+
+
+def test_lambda_follows_rho_where_nothing_can_be_looked_back_at():
+    """The loss before is infinite after weights were changed by others, which is no numerical noise."""
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem))
+    params, state, _ = steps(problem, opt, 5)
+    unknown = state._replace(loss=torch.full_like(state.loss, torch.inf))
+    (_, one, _), (_, other, _) = (steps(problem, opt, 1, state=each, params=params) for each in (state, unknown))
+    assert (
+        torch.equal(one.curvature.damping, other.curvature.damping) and one.curvature.damping < state.curvature.damping
+    )
+
+
+def test_a_rejected_step_raises_a_damping_of_zero():
+    """Doubled, it would stay zero, and every step of too large a learning rate would be rejected."""
+    problem = mlp(examples=80)
+    opt = ff.adaptive(built(problem), lr=1e3, momentum=0.0, damping=0.0)
+    params, state, infos = steps(problem, opt, 60)
+    assert infos[0].adapted.rejected and not infos[-1].adapted.rejected
+    assert float(infos[0].adapted.damping / state.first_curvature) == pytest.approx(1e-4)
+    assert loss(problem, params) < loss(problem, problem.params)
+
+
+@pytest.mark.parametrize("where", ["autocast", "net"])
+def test_rounding_in_half_precision_raises_no_damping(where):
+    """A fitted step near the optimum changes the loss by less than the rounding of weights and outputs."""
+    dampings = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12))
+        x = torch.randn(64, 12)
+        own = dtype if where == "net" else torch.float32
+        net = net.to(own)
+        opt = ff.optim.NaturalGradient(net, likelihood=ff.Gaussian())
+        for _ in range(200):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != own):
+                opt.step((x.to(own), x.to(own)))
+        dampings[dtype] = opt.damping
+    assert dampings[torch.bfloat16] < 20 * dampings[torch.float32]
 
 
 def test_an_update_that_is_undone_leaves_no_trace_in_the_buffers():

@@ -246,3 +246,9 @@ def test_a_checkpoint_from_before_examples_were_counted_is_refused_with_a_remedy
     with pytest.raises(CheckpointError, match=r"start again with --overwrite.*missing .*examples"):
         quiet_run(*arguments, "--num_epochs", "4", "--resume")
     assert quiet_run(*arguments, "--overwrite") == path.parent
+
+
+def test_a_run_whose_steps_are_all_rejected_ends_with_an_error(own):
+    given = ("--optim", "kfac", "--lr", "1e6", "--damping", "0", "--model", "own:autoencoder")
+    with pytest.raises(ff.errors.HyperparameterError, match="all 12 steps were rejected.*smaller lr or a larger damp"):
+        run(configured(*given))

@@ -315,6 +315,13 @@ def test_a_step_after_the_weights_were_loaded_undoes_nothing(likelihood):
     with torch.no_grad():
         net[0].weight.add_(5.0)
     opt.step((x, y))
+    assert not opt.info.adapted.rejected, "the last update is not the reason"
+    net.load_state_dict(ended[1])
+    ended[0]["curvature"]["state"]["update/0.weight"] += 5.0
+    opt.load_state_dict(ended[0])
+    with torch.no_grad():
+        net[0].weight.add_(5.0)
+    opt.step((x, y))
     assert opt.info.adapted.rejected
 
 
