@@ -246,7 +246,7 @@ class Adaptive:
         ok = {key: mask | back for key, mask in info.ok.items()}
         sound = torch.stack(list(ok.values())).all()
         noise = within_noise(tried.before, tried.actual, rounding(self.ng.layout, stats.loss.device))
-        rises = (tried.actual > tried.tolerance) & ~noise
+        rises = (tried.actual > tried.tolerance(seen.mass)) & ~noise
         rejected = (back | rises | ~torch.isfinite(tried.actual)) & sound
         accepted = sound & ~rejected
 

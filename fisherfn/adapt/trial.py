@@ -65,15 +65,17 @@ class Tried(NamedTuple):
     fitted: bool
     scales: Scales
 
-    @property
-    def tolerance(self) -> Tensor:
-        """Return the increase of the loss up to which the step is accepted.
+    def tolerance(self, mass: Tensor) -> Tensor:
+        """Return the increase of the loss up to which the step is accepted, for examples of a mean target mass.
 
         A step fitted to its examples lowers their loss unless the model is wrong. With a given learning rate or
         momentum it need not: with noisy labels the loss of 32 examples often increases while that of the whole batch
-        decreases. Roundings of half precision show in the standard error, too.
+        decreases. Roundings of half precision show in the standard error, too. But if a single example explodes, the
+        error is as large as the increase: more than doubling the loss, and by more than a nat per label, is too much.
         """
-        return torch.zeros_like(self.error) if self.fitted else SIGMAS * self.error
+        if self.fitted:
+            return torch.zeros_like(self.error)
+        return torch.minimum(SIGMAS * self.error, torch.maximum(self.before.abs(), mass))
 
 
 class Examples(NamedTuple):

@@ -400,3 +400,14 @@ def test_an_update_that_is_undone_leaves_no_trace_in_the_buffers():
     assert info.adapted.rejected
     for name, leaf in context.items():
         torch.testing.assert_close(info.context[name], leaf, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e6])
+def test_a_step_that_makes_one_example_explode_is_rejected(lr):
+    """The standard error of the increase is then as large as the increase itself."""
+    problem = mlp(ff.Gaussian(), examples=10)
+    x = problem.x.clone()
+    x[0] *= 100
+    wide = Problem(lambda p, x: x @ p["a"].T @ p["b"].T, problem.params, x, problem.y, problem.likelihood)
+    params, _, (info,) = steps(wide, ff.adaptive(built(wide), lr=lr, momentum=0.0, damping=1e-3), 1)
+    assert info.adapted.rejected and torch.equal(flat(params), flat(wide.params))
