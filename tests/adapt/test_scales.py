@@ -148,3 +148,14 @@ def test_a_step_against_the_direction_does_not_enlarge_the_parameters():
         rates[w] = float(info.adapted.learning_rate)
     assert rates[0.1] == rates[0.0] < 0
     torch.testing.assert_close(params[0.1], params[0.0], rtol=0, atol=0)
+
+
+def test_a_given_rate_decays_as_it_is_whatever_the_kl_bound_leaves_of_the_step():
+    problem = mlp(examples=40)
+    moved = {}
+    for w in (0.0, 0.1):
+        opt = ff.adaptive(built(problem), lr=0.5, kl_bound=1e-8, momentum=0.0, damping=0.1, weight_decay=w)
+        moved[w], _, (info,) = steps(problem, opt, 1)
+        assert not info.adapted.rejected and info.adapted.learning_rate < 0.1
+    for name, start in problem.params.items():
+        torch.testing.assert_close(moved[0.0][name] - moved[0.1][name], 0.05 * start, rtol=1e-9, atol=1e-12)
