@@ -6,7 +6,7 @@ import torch
 import fisherfn as ff
 from fisherfn import errors
 from fisherfn.adapt.scales import Scales, decay
-from tests.adapt.problems import built, flat, mlp, unflat
+from tests.adapt.problems import built, flat, mlp, steps, unflat
 
 SETTINGS = {
     "model": {},

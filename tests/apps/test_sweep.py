@@ -343,21 +343,9 @@ def test_resuming_with_the_options_in_another_order_is_an_error(own):
 
 def test_a_copy_may_join_a_frozen_member_whose_statistics_have_another_size(own):
     """Two of the batches of exactNG have 12 examples, the last one has 8."""
-    argv = [*BASE, "--optim", "exactNG", "--lr", "0.1,1e37,2e37,3e37", "--kl_bound", "0", "--batch_size", "12"]
-    argv += [
-        "--damping",
-        "0.1",
-        "--momentum",
-        "0",
-        "--model",
-        "own:relu",
-        "--num_epochs",
-        "4",
-        "--population",
-        "2",
-        "--models_at_once",
-        "2",
-    ]
+    fixed = ["--kl_bound", "0", "--damping", "0.1", "--momentum", "0", "--model", "own:relu", "--batch_size", "12"]
+    argv = [*BASE, "--optim", "exactNG", "--lr", "0.1,1e37,2e37,3e37", *fixed, "--num_epochs", "4"]
+    argv += ["--population", "2", "--models_at_once", "2"]
     folder = sweep.main(argv)
     assert len(table(folder)) == 4
     before = numbers(folder)

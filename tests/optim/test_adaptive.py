@@ -340,9 +340,9 @@ def test_weights_that_were_changed_before_saving_or_copying_are_known_to_be_chan
     def step(net, opt):
         before = [p.detach().clone() for p in net.parameters()]
         opt.step(batch)
-        with torch.no_grad():  # much further in the direction of the update: looking back, it explains the loss
+        with torch.no_grad():  # further along the update: looking back, it explains the loss
             for p, old in zip(net.parameters(), before, strict=True):
-                p.add_(p - old, alpha=30)
+                p.add_(p - old, alpha=3)
 
     net, opt, batch = regression()
     for _ in range(6):
