@@ -334,29 +334,22 @@ def regression(**options):
 
 
 @pytest.mark.parametrize("how", ["loaded", "copied"])
-def test_weights_that_were_changed_before_saving_or_copying_are_known_to_be_changed(how):
-    """The continued run does not undo its last update because of a loss that others have changed."""
-
-    def step(net, opt):
-        before = [p.detach().clone() for p in net.parameters()]
-        opt.step(batch)
-        with torch.no_grad():  # further along the update: looking back, it explains the loss
-            for p, old in zip(net.parameters(), before, strict=True):
-                p.add_(p - old, alpha=3)
-
+@pytest.mark.parametrize("changed", [False, True])
+def test_weights_that_were_changed_before_saving_or_copying_are_known_to_be_changed(how, changed):
+    """The loss before, infinite, then undoes no update."""
     net, opt, batch = regression()
-    for _ in range(6):
-        step(net, opt)
+    for _ in range(3):
+        opt.step(batch)
+    if changed:
+        with torch.no_grad():
+            net[0].weight.mul_(2.0)
     if how == "copied":
-        other, again = copy.deepcopy((net, opt))
+        _, again = copy.deepcopy((net, opt))
     else:
         other, again, _ = regression()
         other.load_state_dict(net.state_dict()), again.load_state_dict(opt.state_dict())
-    for one, its in ((net, opt), (other, again)):
-        for _ in range(3):
-            step(one, its)
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
-    assert opt.damping == again.damping
+    state = again.state_dict()["curvature"]["state"]
+    assert bool(state["loss"].isinf()) == changed and bool(state["alive"].any()) != changed
 
 
 def test_weight_decay_is_that_of_a_given_rate_whatever_the_kl_bound_leaves_of_the_step():
