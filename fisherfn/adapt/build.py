@@ -44,7 +44,7 @@ def adaptive(
         weight_decay: w, decoupled: α w θ is subtracted in addition to the step.
         model_examples: number of examples of each batch for the quadratic model; None for an eighth, at least
             32, or 8 if each has several labels. A net that couples examples (batch norm in training mode) uses at
-            least 32, normalised by themselves.
+            least 32, normalised by themselves. The rule "line_search" always tries the whole batch.
         average: weight ξ of the old average of the parameters, `state.average`; None: no average. Martens & Grosse
             use 0.99.
         look_back: whether a step is undone if the loss of the next batch is too high. Switch it off if the loss also
