@@ -48,6 +48,7 @@ TESTS = (
     "tests/optim/test_adaptive.py::test_weights_that_were_changed",
     "tests/optim/test_adaptive.py::test_a_state_with_rates",
     "tests/adapt/test_guards.py::test_the_next_batch_takes_back",
+    "tests/adapt/test_optimizer.py::test_the_average_is",
     "tests/stats/test_build.py::test_numbers_that_are_not_finite",
     "tests/optim/test_adaptive.py::test_a_group_that_is_refused",
     "tests/layers/test_affine.py::test_every_norm_has_a_group",
