@@ -77,9 +77,10 @@ class Config:
     page: str | None = option(None, "page whose table is replaced; default: print it")
 
 
-def two_processes(case: Case, compiled: bool = False) -> float:
-    """Return seconds per step and model if two processes loop over half of the models each."""
-    command = [sys.executable, __file__, "--half", "--case", str(CASES.index(case)), "--compile", str(compiled).lower()]
+def two_processes(case: Case, compiled: bool = False, wall: bool = False) -> float:
+    """Return seconds per step and model, or wall-clock time, if two processes loop over half of the models each."""
+    flags = ["--compile", str(compiled).lower(), "--threads", str(wall).lower()]
+    command = [sys.executable, __file__, "--half", "--case", str(CASES.index(case)), *flags]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     return sum(float(process.communicate()[0].split()[-1]) for process in processes) / 4
 
@@ -142,7 +143,7 @@ def threads_rows(numbers: Sequence[int], members: int) -> list[str]:
         times = [loop(case, single, time.perf_counter)]
         with threads(CORES):
             times.append(loop(case, single, time.perf_counter))
-        times += [two_processes(case), grouped(group, time.perf_counter)]
+        times += [two_processes(case, wall=True), grouped(group, time.perf_counter)]
         with threads(CORES):
             times.append(grouped(group, time.perf_counter))
         gains = min(times[:2]) / times[-1], times[2] / times[-1]
@@ -194,7 +195,8 @@ def main(config: Config) -> None:
     images = None if page is None else Path(page).parent / "images"
     if config.half:
         case = CASES[numbers[0]]
-        print(loop(case, problem(case, 1, config.compile)))
+        clock = time.perf_counter if config.threads else time.process_time
+        print(loop(case, problem(case, 1, config.compile), clock))
     elif config.peak:
         print(*peak_of(CASES[numbers[0]], config.members))
     elif config.memory:

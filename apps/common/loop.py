@@ -120,19 +120,19 @@ def train(
     unchanged. After `PATIENCE` failures in a row the typed error is raised.
 
     Raises:
-        HyperparameterError: all steps were rejected.
+        HyperparameterError: all steps of a new run were rejected.
     """
     if snapshot.step == 0:
         yield Epoch(snapshot, measure(task, snapshot, skipped=0))
-    first, rejected = snapshot.step, 0
+    first, rejected, failed = snapshot.step, 0, 0
     while snapshot.epoch < settings.num_epochs:
         snapshot, skipped, more = _epoch(task, optimizer, snapshot, settings, watch)
-        rejected += more
+        rejected, failed = rejected + more, failed + skipped
         yield Epoch(snapshot, measure(task, snapshot, skipped))
-    if rejected and rejected == snapshot.step - first:
+    if first == 0 and rejected and rejected + failed == snapshot.step:
         raise HyperparameterError(
             f"all {rejected} steps were rejected, because they increased the loss, so the net has not changed: give a "
-            "smaller lr or a larger damping, or neither."
+            "smaller learning rate or a larger damping, or neither."
         )
 
 

@@ -87,9 +87,8 @@ def followed(
         state: the state after these steps.
         first: u₀, the first mean curvature.
         unit: u, the present one.
-        relative: relative rounding of the loss. Without a larger change, λ is kept, unless it is so high, above its
-            initial value, that steps may be short for this reason: it then decreases, because rejected steps alone
-            would only raise it further.
+        relative: relative rounding of the loss. Without a larger change λ is kept, unless it is above its initial
+            value. It then decreases: steps may be short for this reason, and rejected ones would only raise it.
     """
     noise, high = within_noise(state.loss, state.actual, relative), damping > START * first
     ratio = torch.where(noise & high, torch.inf, reduction_ratio(state.actual, state.predicted))

@@ -66,7 +66,9 @@ class Seen(NamedTuple):
         other = tree.choose(rises, lambda: caused() / self.mass < EXPLAINED * (mine - before), lambda: rises)
         sizes = [shape.numel() for _, shape in stats.layout.shapes]
         dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
-        return sound & ((rises & ~other) | (dead & self.alive.any()))
+        # an infinite loss may be that of an example without a trial
+        explained = ~other | ~torch.isfinite(mine)
+        return sound & ((rises & explained) | (dead & self.alive.any()))
 
     def remembered(self, state: AdaptiveState) -> Seen:
         """Return what the next batch is compared with.

@@ -18,7 +18,7 @@ from fisherfn.optim.copies import Copies
 from fisherfn.optim.network import Network
 from fisherfn.optim.options import Options
 from fisherfn.optim.passes import Passes, form_of
-from fisherfn.optim.ranks import agree_on_inputs, dropout, several, spread
+from fisherfn.optim.ranks import agree_on_inputs, anywhere, dropout, several, spread
 from fisherfn.optim.saved import Saved
 from fisherfn.optim.scaling import Scaling
 from fisherfn.optim.watch import Pass
@@ -165,7 +165,7 @@ class Curvature(Copies, Saved, Passes):
         x, y = pair(batch)
         ng, x = self.latest, _inputs(x)
         assert self._adaptive is not None and self._rest is not None
-        rest = self.held()
+        rest = self._rest.unseen() if anywhere(self.changed()) else self._rest  # all ranks look back, or none
         if self._options.compile:  # a number would be a part of the graph
             lr_scale = tree.map(lambda scale: torch.tensor(scale, dtype=torch.float64), lr_scale)
         return self._step(  # type: ignore[no-any-return]

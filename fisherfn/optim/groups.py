@@ -72,9 +72,9 @@ def check_saved(saved: Any, *, auto_lr: bool) -> None:
     if "curvature" not in saved:
         raise StructureError(f"the saved optimizer has no curvature, only {sorted(saved)}: it is another one.")
     if saved.get("auto_lr", auto_lr) != auto_lr:
-        here, there = ("automatic", "a given") if auto_lr else ("given", "an automatic")
+        here, there = ("an automatic", "a given") if auto_lr else ("a given", "an automatic")
         raise StructureError(
-            f"the saved optimizer had {there} learning rate, and this one has an {here} one, so that lr of its groups "
+            f"the saved optimizer had {there} learning rate, and this one has {here} one, so that lr of its groups "
             "means something else: build this optimizer with the same lr."
         )
 

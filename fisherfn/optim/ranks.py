@@ -69,7 +69,7 @@ def anywhere(holds: bool) -> bool:
     """Return True if something holds on one of the processes, which all of them ask."""
     if not several():
         return holds
-    return bool(Ranks().table("overflow", torch.tensor([int(holds)])).any())
+    return bool(Ranks().table("a flag", torch.tensor([int(holds)])).any())
 
 
 def alone(what: str) -> None:

@@ -37,12 +37,15 @@ class Saved:
     _saved: dict[str, Tensor]
     _written: list[int]
 
+    def changed(self) -> bool:
+        """Return True if something else has changed the weights since the last step."""
+        return bool(self._written) and self._written != versions(self.network.values())
+
     def held(self) -> State | AdaptiveState | None:
         """Return the state, if there is one; it undoes no update if the weights were changed since the last step."""
-        changed = self._rest is not None and self._written and self._written != versions(self.network.values())
         if self._rest is None:
             return self._state
-        return self._rest.unseen() if changed else self._rest
+        return self._rest.unseen() if self.changed() else self._rest
 
     def state_dict(self) -> dict[str, Any]:
         """Return flat tensors and numbers, which `torch.load(weights_only=True)` can read."""

@@ -411,3 +411,21 @@ def test_a_step_that_makes_one_example_explode_is_rejected(lr):
     wide = Problem(lambda p, x: x @ p["a"].T @ p["b"].T, problem.params, x, problem.y, problem.likelihood)
     params, _, (info,) = steps(wide, ff.adaptive(built(wide), lr=lr, momentum=0.0, damping=1e-3), 1)
     assert info.adapted.rejected and torch.equal(flat(params), flat(wide.params))
+
+
+def test_an_infinite_loss_of_an_example_outside_the_trial_undoes_the_update():
+    """No example of the trial shows it, so going back would explain nothing."""
+    problem = mlp(ff.Gaussian(), examples=256)
+    start = {name: leaf / 10 for name, leaf in problem.params.items()}
+    x = problem.x.clone()
+    outside = next(n for n in range(256) if n not in spread(32, 256))
+    x[outside] *= 1e30
+    wide = Problem(lambda p, x: x @ p["a"].T @ p["b"].T, start, x, problem.y, problem.likelihood)
+    mild = wide._replace(x=problem.x)
+    opt = ff.adaptive(built(mild), damping=0.1)
+    params, state, _ = steps(mild, opt, 3)
+    jump = {name: 1e140 * torch.ones_like(leaf) for name, leaf in params.items()}
+    back, _, info = opt.step(
+        ff.tree.add(params, jump), state._replace(update=jump), (x, wide.y), update=False, invert=False
+    )
+    assert info.adapted.rejected and flat(back).abs().max() < 1e130

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import sweep
-from common.checkpoints import load_checkpoint
+from common.checkpoints import CheckpointError, load_checkpoint
 from common.config import ConfigError, read
 from common.results import ResultExistsError
 from common.sweep import auto, report, stages
@@ -407,17 +407,45 @@ def test_a_sweep_is_not_resumed_with_fewer_epochs_than_it_has(own):
         sweep.main([*BASE, *FIXED, "--num_epochs", "1", "--resume"])
 
 
-def test_auto_knows_limits_of_jobs_and_other_processes(own, monkeypatch, tmp_path):
+VERSIONS = {
+    "0::/job/step": ("", "memory.max", "memory.current", "inactive_file"),
+    "4:cpu,memory:/job/step": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+@pytest.mark.parametrize("line", VERSIONS)
+def test_auto_knows_limits_of_jobs_and_other_processes(own, monkeypatch, tmp_path, line):
     _, problem = sweep.make_problem(*reversed_grid("--lr", "1,2"), shared=False)
     at = Group(problem, [0]).start()
-    monkeypatch.setattr(auto, "CGROUP", tmp_path)
+    root, limit, used, cached = VERSIONS[line]
+    job = tmp_path / root / "job"
+    (job / "step").mkdir(parents=True)
+    (tmp_path / "cgroup").write_text(f"3:cpuset:/\n{line}\n")
+    monkeypatch.setattr(auto, "CGROUP", tmp_path), monkeypatch.setattr(auto, "OWN", tmp_path / "cgroup")
     everything = auto.free_memory(at)
-    (tmp_path / "memory.max").write_text("1000\n"), (tmp_path / "memory.current").write_text("400\n")
+    for name, text in ((limit, "1000"), (used, "600"), ("memory.stat", f"anon 400\n{cached} 200")):
+        (job / name).write_text(f"{text}\n")
     assert auto.free_memory(at) == 600 < everything
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert auto.free_memory(at) == 150
-    (tmp_path / "memory.max").write_text("max\n")
+    (job / limit).write_text("max\n")
     assert auto.free_memory(at) == pytest.approx(everything / 4, rel=0.1)
+
+
+def test_a_sweep_of_a_version_that_did_not_record_the_order_is_resumed(own):
+    folder = sweep.main([*BASE, *FIXED])
+    content = stages.read_settings(folder / "sweep.json")
+    del content["settings"]["order"]
+    stages.write_json(folder / "sweep.json", content)
+    sweep.main([*BASE, *FIXED, "--resume"])
+
+
+def test_a_stage_without_some_of_its_checkpoints_is_an_error(own):
+    argv = [*BASE, *FIXED, "--seed", "0,1,2", "--num_epochs", "4", "--models_at_once", "2", "--population", "1"]
+    folder = sweep.main(argv)
+    (folder / "checkpoints" / "stage-3-group-1.pt").unlink()
+    with pytest.raises(CheckpointError, match="lacks checkpoints of stage 3"):
+        sweep.main([*argv, "--resume"])
 
 
 def test_no_run_that_is_left_is_said(own, capsys):

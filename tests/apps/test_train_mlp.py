@@ -250,5 +250,5 @@ def test_a_checkpoint_from_before_examples_were_counted_is_refused_with_a_remedy
 
 def test_a_run_whose_steps_are_all_rejected_ends_with_an_error(own):
     given = ("--optim", "kfac", "--lr", "1e6", "--damping", "0", "--model", "own:autoencoder")
-    with pytest.raises(ff.errors.HyperparameterError, match="all 12 steps were rejected.*smaller lr or a larger damp"):
+    with pytest.raises(ff.errors.HyperparameterError, match="all 12 steps were rejected.*smaller learning rate"):
         run(configured(*given))

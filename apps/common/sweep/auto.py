@@ -29,8 +29,8 @@ COMPILED = 1.5
 SHARE = 0.5
 """Share of the free memory that a group may use; processes of one machine that torchrun starts divide it."""
 
-CGROUP = Path("/sys/fs/cgroup")
-"""Folder with the memory limits of containers and of jobs."""
+CGROUP, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Folder with the memory limits of containers and of jobs (control groups), and the names of those of this process."""
 
 WORKING = 4
 """Memory of a step relative to the states and batches of its members: a step holds old and new ones and products."""
@@ -120,16 +120,26 @@ def _available() -> float:
 
 def _allowed() -> float:
     """Return the free bytes below the limits of this container or job, and of those around it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = CGROUP / next(line[3:] for line in lines if line.startswith("0::")).lstrip("/")
-    except (OSError, StopIteration):
-        return math.inf
     free = [math.inf]
-    for folder in (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUP)):
+    with contextlib.suppress(OSError):
+        for line in OWN.read_text().splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number == "0":
+                free.append(_below(CGROUP, path, "memory.max", "memory.current", "inactive_file"))
+            elif "memory" in kinds.split(","):
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                free.append(_below(CGROUP / "memory", path, *names))
+    return min(free)
+
+
+def _below(root: Path, path: str, limit: str, used: str, cached: str) -> float:
+    """Return the free bytes of a control group and of its parents; cached files count as free."""
+    own, free = root / path.lstrip("/"), [math.inf]
+    for folder in (folder for folder in (own, *own.parents) if folder.is_relative_to(root)):
         with contextlib.suppress(OSError, ValueError):  # no limit: no file, or the word max
-            limit, used = (int((folder / f"memory.{what}").read_text()) for what in ("max", "current"))
-            free.append(max(0, limit - used))
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(max(0, most - now + int(stat.get(cached, 0))))
     return min(free)
 
 

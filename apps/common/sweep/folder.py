@@ -98,6 +98,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise `ConfigError` if a sweep was started with other settings; a merge has no `slice` to compare."""
     before, settings = read_settings(folder / FILE)["settings"], plain(settings)
     names = [name for name in {**settings, **before} if name != "slice" or name in settings]
+    names = [name for name in names if name != "order" or name in before]  # older versions did not record it
     for name in names:
         there, here = before.get(name), settings.get(name)
         if there != here:

@@ -134,6 +134,9 @@ class Sweep:
         for path in self._checkpoints(first) if first else ():
             with understood(path, CheckpointError):
                 rows += [int(line["run"]) for line in load_checkpoint(path)[1]["lines"]]
+        kept = min([stage.members for stage in self.stages[:first] if stage.then == "keep"], default=len(self.rows))
+        if first and len(rows) != kept:
+            raise CheckpointError(f"{self.folder} lacks checkpoints of stage {first}: start again with --overwrite")
         return first, rows or self.rows
 
     def _train(
