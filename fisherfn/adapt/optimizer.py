@@ -154,7 +154,7 @@ class Adaptive:
         tried = self._try(params, state._replace(update=previous), curvature, nat, info, examples, scales)
         back = torch.zeros_like(state.rejected)
         if self.look_back:
-            undone = partial(tree.add, params, before.update, scale=-1)
+            undone = partial(tree.add, params, before.update, scale=-1.0)
             back = seen.undoes(state, stats, lambda: -examples.change(undone(), tried.losses)[0])
         info = info._replace(loss=stats.loss, context=kept_context(back, context, stats.context))
         return self._decide(params, before, state, curvature, tried, back, seen.remembered(state), info, stats)
@@ -253,7 +253,7 @@ class Adaptive:
         result = tree.choose(
             accepted,
             lambda: tried.params,
-            lambda: tree.choose(back, lambda: tree.add(params, state.update, scale=-1), lambda: params),
+            lambda: tree.choose(back, lambda: tree.add(params, state.update, scale=-1.0), lambda: params),
         )
         # a fixed momentum would repeat a bad δ₀, so it is dropped; a free momentum is left to the model
         drops = rejected if self.rule == "clip" or self.momentum is not None else back
