@@ -266,10 +266,8 @@ def test_class_indices_may_have_any_type_of_whole_numbers(dtype, classes):
 
 
 def test_a_class_without_probability_is_never_sampled():
-    """Rounding errors of 3,000 probabilities in float32 may leave their sum below the noise."""
+    """Rounding errors of 3,000 probabilities in float32 may leave their sum at or below the noise."""
     outputs = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1))
     outputs[:, -1] = -torch.inf
-    total = outputs.softmax(-1).cumsum(-1)[0, -1]
-    noise = torch.tensor([1 - 2.0**-24])
-    assert total <= noise, "else this says nothing"
-    assert ff.Categorical().sample(outputs, noise) < 2999
+    total = outputs.softmax(-1).cumsum(-1)[0, -1:]
+    assert ff.Categorical().sample(outputs, total) == 2998
