@@ -74,6 +74,27 @@ def bad_first_batch(mine, rank):
     return torch.stack([opt.step((inputs, y)) for inputs in (bad, x, x)]), opt.skipped
 
 
+def edited(mine=slice(None), rank=0, send=lambda p: None):
+    """The parameters after three steps, an edit of the weights on the first rank, which it sends, and two more steps.
+
+    Only the first rank can notice the edit: what is received does not count as a change of a tensor.
+    """
+    module, (x, y) = net(0.0), batch()
+    opt = ff.optim.NaturalGradient(module, likelihood=ff.Gaussian(), generator=0)
+    targets = nn.functional.one_hot(y, 3).double()
+    rejected = []
+    for step in range(5):
+        if step == 3:
+            for p in module.parameters():
+                if rank == 0:
+                    with torch.no_grad():
+                        p.mul_(-8.0)
+                send(p.detach())
+        opt.step((x[mine], targets[mine]))
+        rejected.append(bool(opt.info.adapted.rejected))
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, rejected
+
+
 def overflowed(mine, rank):
     """The parameters after two steps of a scaled loss, of which the first overflows on one rank, and the scale."""
     module, (x, y) = net(0.0).float(), batch()
@@ -98,6 +119,7 @@ def everything(rank):
         "fixed": optimized(mine=mine, **FIXED),
         "wrapped": optimized(DistributedDataParallel, mine=mine, **FIXED),
         "preconditioned": preconditioned(mine),
+        "edited": edited(mine, rank, lambda p: dist.broadcast(p, src=0)),
         "bad": bad_first_batch(mine, rank),
         "overflowed": overflowed(mine, rank),
         "refused": refused(mine),

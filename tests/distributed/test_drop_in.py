@@ -57,6 +57,15 @@ def test_a_first_batch_that_is_bad_on_one_rank_is_skipped_on_all(ranks):
         assert losses[1:].isfinite().all() and torch.equal(losses[1:], ranks[0]["bad"][0][1:])
 
 
+def test_weights_that_one_rank_edits_and_sends_are_changed_for_all(ranks):
+    """If only some ranks looked back, these alone would send messages."""
+    params, rejected = drop_in.edited()
+    assert rejected == [False] * 5
+    for found, its in (rank["edited"] for rank in ranks):
+        assert its == rejected
+        torch.testing.assert_close(found, params, rtol=1e-10, atol=1e-10)
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks):
     for params, scale in (rank["overflowed"] for rank in ranks):
         assert scale == 2.0**9
