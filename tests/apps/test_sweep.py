@@ -1,24 +1,20 @@
 """Sweeps from the command line: grid, groups, results, resume, selection between stages, errors."""
 
 import csv
-import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import sweep
-from common.checkpoints import CheckpointError, load_checkpoint
+from common.checkpoints import load_checkpoint
 from common.config import ConfigError, read
 from common.results import ResultExistsError
-from common.sweep import auto, report, stages
+from common.sweep import report, stages
 from common.sweep.grid import parse_grid, rows
-from common.sweep.group import Group
 from common.train_config import TrainConfig
 from fisherfn.errors import FisherfnError
-from tests.apps.conftest import OWN
 
 BASE = ["--data", "own:load", "--num_epochs", "2", "--batch_size", "8", "--optim", "kfac", "--quiet"]
 FIXED = ["--damping", "0.1", "--kl_bound", "0.01", "--lr", "0.3,0.1"]
@@ -31,6 +27,15 @@ def table(folder):
 def numbers(folder):
     """The table without times."""
     return [{name: cell for name, cell in row.items() if name != "seconds"} for row in table(folder)]
+
+
+def killed_and_resumed(monkeypatch, argv, owner, name, killed):
+    """The folder of a sweep that a function in the place of another one kills, and that is then resumed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            sweep.main([*argv, "--result_name", "part"])
+    return sweep.main([*argv, "--result_name", "part", "--resume"])
 
 
 def test_a_sweep_writes_table_picture_and_configurations_that_the_trainer_reads(own, drawn, capsys):
@@ -101,36 +106,6 @@ def test_a_sweep_that_cannot_start_leaves_nothing_behind(own, more, message):
     assert not (own / "results").exists()
 
 
-def test_halving_keeps_the_best_and_finds_that_of_the_whole_grid_for_less(own):
-    argv = [*BASE, "--optim", "sgd", "--lr", "1e-9,1e-8,1e-7,1e-6,1e-5,1e-4,3e-4,0.03,1e3", "--models_at_once", "9"]
-    argv = [*argv, "--num_epochs", "9"]
-    whole = sweep.main([*argv, "--result_name", "whole"])
-    halved = sweep.main([*argv, "--result_name", "halved", "--halving", "3"])
-    assert table(halved)[0]["lr"] == table(whole)[0]["lr"]
-    epochs = [sum(int(row["epoch"]) for row in table(folder)) for folder in (whole, halved)]
-    assert epochs == [81, 6 * 1 + 2 * 3 + 9]
-    assert epochs[1] <= epochs[0] / 3
-    assert (halved / "best.yml").read_text().count("lr: ") == 1
-
-
-def test_stages():
-    assert stages.halving(27, 27, 3) == [(1, "keep", 9), (3, "keep", 3), (9, "keep", 1), (27, "", 0)]
-    assert stages.halving(10, 4, 2) == [(1, "keep", 5), (2, "keep", 3), (4, "", 0)]
-    assert stages.halving(2, 5, 3) == [(5, "", 0)]
-    assert stages.population(8, 5, 2) == [(2, "copy", 2), (4, "copy", 2), (5, "", 0)]
-
-
-def test_a_population_copies_the_best_over_the_worst_and_perturbs_its_numbers(own):
-    argv = [*BASE, "--optim", "sgd", "--lr", "1e-7,1e-6,0.1,0.3", "--population", "1", "--models_at_once", "4"]
-    folder = sweep.main(argv)
-    lines = {(line["run"], line["epoch"]): line for line in stages.read(folder / "metrics.jsonl")}
-    assert lines[0, 1]["lr"] == pytest.approx(1e-7)
-    best = min((line for line in lines.values() if line["epoch"] == 1), key=lambda line: line["train_loss"])
-    assert min(abs(lines[0, 2]["lr"] / best["lr"] - factor) for factor in stages.PERTURBED) < 1e-5
-    assert lines[0, 2]["train_loss"] < 0.9 * lines[1, 2]["train_loss"]
-    assert "lr: 1.0e-07" not in (folder / "best.yml").read_text()
-
-
 def test_a_run_that_diverges_is_reported_and_the_others_finish(own):
     folder = sweep.main([*BASE, "--optim", "sgd", "--lr", "0.1,1e38", "--models_at_once", "2"])
     good, bad = table(folder)
@@ -144,29 +119,6 @@ def test_shared_data_is_that_of_the_first_seed(own):
     own_order = sweep.main([*BASE, *FIXED, "--seed", "3,4", "--models_at_once", "4", "--result_name", "own"])
     shared, each = ({row["run"]: float(row["train_loss"]) for row in table(f)} for f in (folder, own_order))
     assert shared["0"] == pytest.approx(each["0"]) and shared["1"] != pytest.approx(each["1"])
-
-
-def test_auto_takes_the_fastest_group_and_stops_after_two_larger_ones_that_are_slower(own, monkeypatch):
-    config, problem = sweep.make_problem(*reversed_grid("--lr", ",".join(map(str, range(1, 40)))), shared=False)
-    per_model = {1: 8.0, 2: 9.0, 4: 3.0, 8: 4.0, 16: 5.0, 32: 1.0}
-    monkeypatch.setattr(auto, "cost", lambda group, at, steps: len(group.members) * per_model[len(group.members)])
-    size, found = auto.choose(problem, range(39), 10)
-    assert size == 4 and [each.members for each in found] == [1, 2, 4, 8, 16]
-    problem.config = dataclasses.replace(config, compile=True)
-    assert auto.choose(problem, range(39), 10)[0] == 4
-    per_model |= {4: 5.5, 8: 6.0, 16: 7.0}  # a loop of compiled steps is at least as fast
-    assert auto.choose(problem, range(39), 10)[0] == 1
-    monkeypatch.setattr(auto, "free_memory", lambda at: 2.5 * auto.WORKING / auto.SHARE * found[0].bytes)
-    assert auto.choose(problem, range(39), 10)[0] == 1
-    assert auto.free_memory is not None and config.optim == "kfac"
-
-
-def test_auto_measures(own):
-    folder = sweep.main([*BASE, *FIXED])
-    content = stages.read_settings(folder / "sweep.json")
-    assert content["models_at_once"] in (1, 2)
-    assert [each["members"] for each in content["measured"]] == [1, 2]
-    assert all(each["seconds"] > 0 and each["bytes"] > 0 for each in content["measured"])
 
 
 def reversed_grid(*argv):
@@ -212,7 +164,7 @@ def test_the_best_of_none(tmp_path):
     assert report.best([line], "train_loss") is None
 
 
-# ------------------------------------------------------------------------------- kills, locks, selection, other faults
+# ------------------------------------------------------------------------------------------ kills, locks, other faults
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -229,11 +181,7 @@ def test_a_kill_between_a_checkpoint_and_its_metrics_loses_nothing(own, monkeypa
             raise RuntimeError("killed")
         append(path, lines)
 
-    monkeypatch.setattr(stages, "append", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        sweep.main([*argv, "--result_name", "part"])
-    monkeypatch.setattr(stages, "append", append)
-    part = sweep.main([*argv, "--result_name", "part", "--resume"])
+    part = killed_and_resumed(monkeypatch, argv, stages, "append", killed)
     assert numbers(part) == numbers(whole)
     assert (part / "best.yml").read_text() == (whole / "best.yml").read_text()
 
@@ -248,14 +196,6 @@ def test_a_file_of_options_that_has_changed_is_seen(own):
         sweep.main([*argv, "--resume"])
     options.write_text("batch_size: 8\nnum_epochs: 3\n")
     assert {row["epoch"] for row in table(sweep.main([*argv, "--resume"]))} == {"3"}
-
-
-@pytest.mark.parametrize("given", [["--halving", "2"], ["--population", "1"]], ids=["halving", "population"])
-def test_stages_depend_on_the_number_of_epochs(own, given):
-    argv = [*BASE, "--optim", "sgd", "--lr", "0.1,0.2,0.3,0.4", *given]
-    sweep.main(argv)
-    with pytest.raises(ConfigError, match="another num_epochs, 2 instead of 4"):
-        sweep.main([*argv, "--num_epochs", "4", "--resume"])
 
 
 REFUSED = {
@@ -297,94 +237,11 @@ def test_only_one_process_writes_to_a_folder(own, monkeypatch):
     assert len(table(folder)) == 2
 
 
-def test_seeds_may_be_dates(own):
-    argv = [*BASE, "--seed", "20240101123456", "--optim", "sgd", "--lr", "0.1,0.2,0.3,0.4", "--population", "1"]
-    assert len(table(sweep.main(argv))) == 4
-
-
-@pytest.fixture(scope="module")
-def diverged(tmp_path_factory):
-    """One sound run of eight in a population, and the folder of its results."""
-    folder = tmp_path_factory.mktemp("population")
-    (folder / "own.py").write_text(OWN)
-    rates = "0.1," + ",".join(f"{k}e30" for k in range(1, 8))
-    argv = [*BASE, "--optim", "sgd", "--lr", rates, "--population", "4", "--num_epochs", "8"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder), patch.syspath_prepend(folder)
-        return folder / sweep.main([*argv, "--model", "own:relu"])
-
-
-def test_runs_that_diverged_are_not_copied_and_keep_their_reason(diverged):
-    lines = stages.read(diverged / "metrics.jsonl")
-    copied = {line["run"] for line in lines if line["epoch"] == 8 and line["active"] and line["run"] > 0}
-    assert len(copied) == 2, "the two places of the worst quarter have copies of the only sound run"
-    assert all(line["lr"] < 1 for line in lines if line["run"] in copied and line["epoch"] > 4)
-    for row in table(diverged):
-        sound = int(row["run"]) in {0, *copied}
-        assert ("NonFiniteError" in row["stopped"]) is not sound
-        assert sound or int(row["skipped"]) >= 4, "the failed steps of all epochs"
-
-
-def test_finished_runs_leave_the_memory(own):
-    config, problem = sweep.make_problem(*reversed_grid("--lr", "1,2,3,4"), shared=False)
-    kept = []
-    run = stages.Sweep(problem, [0, 1, 2, 3], [stages.Stage(1)], 1, own / "points", "train_loss", kept.append)
-    run._selected = lambda ends, stage, number: kept.append(ends) or ends
-    run.run()
-    assert kept[-1] == []
-
-
 def test_resuming_with_the_options_in_another_order_is_an_error(own):
     """Runs are numbered in the order of the options: run 1 would go on with the data of another seed."""
     sweep.main([*BASE, *FIXED, "--seed", "0,1"])
     with pytest.raises(ConfigError, match=r"another order, \['lr', 'seed'\] instead of \['seed', 'lr'\]"):
         sweep.main([*BASE, "--seed", "0,1", *FIXED, "--resume"])
-
-
-def test_a_copy_may_join_a_frozen_member_whose_statistics_have_another_size(own):
-    """Two of the batches of exactNG have 12 examples, the last one has 8."""
-    fixed = ["--kl_bound", "0", "--damping", "0.1", "--momentum", "0", "--model", "own:relu", "--batch_size", "12"]
-    argv = [*BASE, "--optim", "exactNG", "--lr", "0.1,1e37,2e37,3e37", *fixed, "--num_epochs", "4"]
-    argv += ["--population", "2", "--models_at_once", "2"]
-    folder = sweep.main(argv)
-    assert len(table(folder)) == 4
-    before = numbers(folder)
-    assert numbers(sweep.main([*argv, "--resume"])) == before
-
-
-@pytest.mark.parametrize("given", [["--population", "1"], ["--halving", "2"]], ids=["population", "halving"])
-def test_checkpoints_of_earlier_stages_are_deleted_and_a_kill_meanwhile_loses_nothing(own, monkeypatch, given):
-    argv = [*BASE, *FIXED, "--seed", "0,1,2", "--num_epochs", "4", "--models_at_once", "2", *given]
-    whole = sweep.main([*argv, "--result_name", "whole"])
-    points = {path.name for path in (whole / "checkpoints").glob("*.pt")}
-    last = max(int(name.split("-")[1]) for name in points)
-    assert last >= 2 and all(name.startswith(f"stage-{last}-") for name in points)
-
-    unlink = Path.unlink
-
-    def killed(path, missing_ok=False):
-        unlink(path, missing_ok)
-        if path.name.startswith("stage-1-"):  # one of several: the rest does not look like a whole stage
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        sweep.main([*argv, "--result_name", "part"])
-    monkeypatch.setattr(Path, "unlink", unlink)
-    part = sweep.main([*argv, "--result_name", "part", "--resume"])
-    assert numbers(part) == numbers(whole)
-    assert {path.name for path in (part / "checkpoints").glob("*.pt")} == points
-
-
-def test_a_run_that_diverged_late_is_behind_one_that_stopped_early(tmp_path):
-    lines = [
-        {"run": 0, "epoch": 1, "train_loss": 0.5, "active": 1},
-        {"run": 1, "epoch": 3, "train_loss": 0.2, "active": 0},
-        {"run": 2, "epoch": 1, "train_loss": 0.7, "active": 1},
-    ]
-    assert [line["run"] for line in report.ranked(lines, "train_loss")] == [0, 2, 1]
-    found = report.best(lines, "train_loss")
-    assert found is not None and found["run"] == 0
 
 
 def test_options_of_a_file_count_for_the_sweep_unless_the_command_gives_them(own, capsys):
@@ -407,45 +264,12 @@ def test_a_sweep_is_not_resumed_with_fewer_epochs_than_it_has(own):
         sweep.main([*BASE, *FIXED, "--num_epochs", "1", "--resume"])
 
 
-VERSIONS = {
-    "0::/job/step": ("", "memory.max", "memory.current", "inactive_file"),
-    "4:cpu,memory:/job/step": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
-@pytest.mark.parametrize("line", VERSIONS)
-def test_auto_knows_limits_of_jobs_and_other_processes(own, monkeypatch, tmp_path, line):
-    _, problem = sweep.make_problem(*reversed_grid("--lr", "1,2"), shared=False)
-    at = Group(problem, [0]).start()
-    root, limit, used, cached = VERSIONS[line]
-    job = tmp_path / root / "job"
-    (job / "step").mkdir(parents=True)
-    (tmp_path / "cgroup").write_text(f"3:cpuset:/\n{line}\n")
-    monkeypatch.setattr(auto, "CGROUP", tmp_path), monkeypatch.setattr(auto, "OWN", tmp_path / "cgroup")
-    everything = auto.free_memory(at)
-    for name, text in ((limit, "1000"), (used, "600"), ("memory.stat", f"anon 400\n{cached} 200")):
-        (job / name).write_text(f"{text}\n")
-    assert auto.free_memory(at) == 600 < everything
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert auto.free_memory(at) == 150
-    (job / limit).write_text("max\n")
-    assert auto.free_memory(at) == pytest.approx(everything / 4, rel=0.1)
-
-
 def test_a_sweep_of_a_version_that_did_not_record_the_order_is_resumed(own):
     folder = sweep.main([*BASE, *FIXED])
     content = stages.read_settings(folder / "sweep.json")
     del content["settings"]["order"]
     stages.write_json(folder / "sweep.json", content)
     sweep.main([*BASE, *FIXED, "--resume"])
-
-
-def test_a_stage_without_some_of_its_checkpoints_is_an_error(own):
-    argv = [*BASE, *FIXED, "--seed", "0,1,2", "--num_epochs", "4", "--models_at_once", "2", "--population", "1"]
-    folder = sweep.main(argv)
-    (folder / "checkpoints" / "stage-3-group-1.pt").unlink()
-    with pytest.raises(CheckpointError, match="lacks checkpoints of stage 3"):
-        sweep.main([*argv, "--resume"])
 
 
 def test_no_run_that_is_left_is_said(own, capsys):
