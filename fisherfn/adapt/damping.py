@@ -36,6 +36,9 @@ DECAY = 19 / 20
 GOOD, POOR = 0.75, 0.25
 """Reduction ratios above and below which λ changes."""
 
+ULP = 8 * torch.finfo(torch.float32).eps
+"""Relative rounding of a mean loss in single precision."""
+
 REJECTED, LEAST = 2.0, 1e-4
 """Factor on λ after a rejected step, and the least λ after it, in units of the first mean curvature."""
 
@@ -95,10 +98,6 @@ def followed(
     frozen = (state.predicted == 0) | (noise & ~high)
     moved = adapted_damping(damping, ratio, steps=state.steps, floor=FLOOR * (first * unit).sqrt(), frozen=frozen)
     return torch.where((state.first_curvature == 0) & (unit > 0), START * unit, moved)
-
-
-ULP = 8 * torch.finfo(torch.float32).eps
-"""Relative rounding of a mean loss in single precision."""
 
 
 def rounding(layout: Layout, device: torch.device) -> float:

@@ -63,12 +63,11 @@ class Seen(NamedTuple):
         share = TOLERANCE + 1 - torch.minimum(self.mass, state.mass) / torch.maximum(self.mass, state.mass)
         limit = before + SIGMAS * errors + share * before.abs()
         rises = ~((mine <= limit) | torch.isinf(state.loss) | (self.mass == 0))  # NaN is too high
-        other = tree.choose(rises, lambda: caused() / self.mass < EXPLAINED * (mine - before), lambda: rises)
+        harder = tree.choose(rises, lambda: caused() / self.mass < EXPLAINED * (mine - before), lambda: rises)
+        harder = harder & torch.isfinite(mine)  # an infinite loss may be that of an example without a trial
         sizes = [shape.numel() for _, shape in stats.layout.shapes]
         dead = (self.loss.new_tensor(sizes) * (state.alive & ~self.alive)).sum() > DEAD * sum(sizes)
-        # an infinite loss may be that of an example without a trial
-        explained = ~other | ~torch.isfinite(mine)
-        return sound & ((rises & explained) | (dead & self.alive.any()))
+        return sound & ((rises & ~harder) | (dead & self.alive.any()))
 
     def remembered(self, state: AdaptiveState) -> Seen:
         """Return what the next batch is compared with.
