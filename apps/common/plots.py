@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -247,11 +248,16 @@ def scale(axes: Axes, values: Sequence[float]) -> None:
     if not finite or min(finite) <= 0 or max(finite) < 2 * min(finite):
         return
     axes.set_yscale("log")
-    decades = math.log10(max(finite) / min(finite))
+    log_ticks(axes.yaxis, min(finite), max(finite))
+
+
+def log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Label a logarithmic axis between two numbers with a few plain numbers."""
+    decades = math.log10(high / low)
     subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, names: list[str]) -> None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from common.atomic import replace_text
 from common.config import as_yaml
-from common.plots import INK, PALETTE, PLAIN, new_figure, save_figure, scale
+from common.plots import INK, PALETTE, PLAIN, log_ticks, new_figure, save_figure, scale
 from common.sweep.grid import Values, described
 from common.sweep.stages import score
 from common.train_config import TrainConfig
@@ -160,7 +160,9 @@ def _heat(figure: Any, axes: Axes, names: Sequence[str], values: Values, rows: A
     axes.set_title(
         f"{by.replace('_', ' ')} at the end of each run; grey: none, or diverged", color=INK, fontsize=11, loc="left"
     )
-    figure.colorbar(image, ax=axes, format=PLAIN).ax.yaxis.set_minor_formatter(PLAIN)
+    bar = figure.colorbar(image, ax=axes, format=PLAIN)
+    if norm is not None:
+        log_ticks(bar.ax.yaxis, min(finite), max(finite))
 
 
 def _scatter(axes: Axes, name: str, rows: Any, last: Any, by: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import plot
 from common.atomic import WriteError
-from common.plots import PALETTE, loss_curves, reconstructions
+from common.plots import PALETTE, log_ticks, loss_curves, new_figure, reconstructions
 
 
 def run(losses, seconds=2.0):
@@ -222,3 +222,14 @@ def test_errors_are_one_line_and_exit_with_2(tmp_path, capsys, argv, expected):
         plot.main([argument.format(tmp_path) for argument in argv])
     err = capsys.readouterr().err
     assert caught.value.code == 2 and expected.format(tmp_path) in err and err.count("\n") == 1
+
+
+def test_a_logarithmic_axis_over_decades_has_few_labels():
+    """Axes such as that of the colours of a sweep: a label for each of the 2, 3, … 9 would cover the next."""
+    axes = new_figure(4, 4).subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(0.03, 70)
+    log_ticks(axes.yaxis, 0.03, 70)
+    axes.figure.canvas.draw()
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
+    assert {"0.1", "1", "10"} <= {label.get_text() for label in axes.get_yticklabels()}
